@@ -1,0 +1,81 @@
+"""Fixtures shared by all tests: tiny checkpoints, images and text on disk, and the real material."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the network
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> None:
+    """The models are tiny: more threads only cost time."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``checkpoint("ViTModel")``: the directory of a tiny checkpoint, shared by all: copy it to change it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def directory(name: str) -> Path:
+        path = root / name
+        return path if path.exists() else tiny.write(name, path)
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def vit_directory(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("ViTForImageClassification")
+
+
+@pytest.fixture(scope="session")
+def deit_directory(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("DeiTForImageClassificationWithTeacher")
+
+
+@pytest.fixture(scope="session")
+def bert_directory(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("BertForSequenceClassification")
+
+
+@pytest.fixture(scope="session")
+def masked_lm_directory(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("BertForMaskedLM")
+
+
+@pytest.fixture(scope="session")
+def flat_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 unlabelled images in one folder."""
+    return tiny.write_images(tmp_path_factory.mktemp("flat-images"), 24)
+
+
+@pytest.fixture(scope="session")
+def class_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four folders of 8 images, named by the classes of the tiny image classifiers."""
+    root = tmp_path_factory.mktemp("class-images")
+    for seed, name in enumerate(tiny.IMAGE_CLASSES):
+        tiny.write_images(root / name, 8, seed=seed)
+    return root
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 sentences, one a line."""
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "sentences.txt", 40)
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    """The real checkpoints and data: ``VITSHRINK_REAL``, or ``shared/real`` beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "real"
+    folder = Path(os.environ.get("VITSHRINK_REAL", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real checkpoints and data at {folder}: set VITSHRINK_REAL")
+    return folder

@@ -1,0 +1,123 @@
+"""Tiny models of the real architectures, with random but reproducible weights, and the files beside them.
+
+``build(name)`` gives a model in memory, ``write(name, directory)`` a complete Hugging Face directory. The names
+are the architectures' class names, as in ``config.json``.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import PreTrainedModel
+
+from vitshrink.lowrank import LowRankLinear
+
+IMAGE_SIZE = 32
+IMAGE_CLASSES = ("bird", "cat", "dog", "fish")
+TEXT_CLASSES = ("negative", "positive")
+WORDS = ("a", "and", "bad", "film", "good", "is", "it", "not", "of", "so", "that", "the", "this", "was")
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-")
+VOCABULARY = tuple(dict.fromkeys((*SPECIAL_TOKENS, *LETTERS, *(f"##{c}" for c in LETTERS), *WORDS)))
+
+_BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 8}
+_TEXT = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 64}
+
+IMAGE_CLASSIFIERS = (
+    "ViTForImageClassification",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+)
+IMAGE_MODELS = (*IMAGE_CLASSIFIERS, "ViTModel", "DeiTModel")
+TEXT_MODELS = ("BertForSequenceClassification", "BertForMaskedLM", "BertModel")
+ARCHITECTURES = (*IMAGE_MODELS, *TEXT_MODELS)
+
+
+def build(name: str, seed: int = 0) -> PreTrainedModel:
+    """The architecture ``name`` in evaluation mode: 2 blocks, hidden 32, no weight left at zero or one."""
+    labels = TEXT_CLASSES if name == "BertForSequenceClassification" else IMAGE_CLASSES
+    config_class = getattr(transformers, name.partition("For")[0].removesuffix("Model") + "Config")
+    config = config_class(
+        **_BLOCKS,
+        **(_TEXT if name in TEXT_MODELS else _IMAGE),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        initializer_range=0.1,
+    )
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def write(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A complete checkpoint directory: weights, config, and image processor or tokenizer."""
+    build(name, seed).to(dtype).save_pretrained(directory)
+    write_tokenizer(directory) if name in TEXT_MODELS else write_processor(directory)
+    return directory
+
+
+def write_processor(directory: Path) -> None:
+    """The preprocessor_config.json of a ViT: squash to 32 × 32, scale to [-1, 1]."""
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A WordPiece tokenizer that spells any lower-case text: vocab.txt, tokenizer.json and its config."""
+    (directory / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
+    transformers.BertTokenizer(vocab=vocabulary, model_max_length=64).save_pretrained(directory)
+
+
+def inputs(name: str, batch: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Pixels (batch, 3, 32, 32), or tokens and attention mask (batch, 10) with the last row padded."""
+    generator = torch.Generator().manual_seed(seed)
+    if name in IMAGE_MODELS:
+        return {"pixel_values": torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)}
+    tokens = torch.randint(len(SPECIAL_TOKENS), len(VOCABULARY), (batch, 10), generator=generator)
+    mask = torch.ones_like(tokens)
+    tokens[-1, 6:], mask[-1, 6:] = 0, 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def low_rank(linear: torch.nn.Linear, rank: int) -> LowRankLinear:
+    """The best rank-``rank`` approximation of a layer, by SVD of its weight."""
+    U, S, Vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+    bias = None if linear.bias is None else linear.bias.detach()
+    return LowRankLinear.from_factors(U[:, :rank] * S[:rank], Vh[:rank], bias, dtype=linear.weight.dtype)
+
+
+def write_images(directory: Path, count: int, seed: int = 0) -> Path:
+    """``count`` small random RGB images of differing sizes, as PNG. Returns ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        height, width = generator.integers(24, 48, size=2)
+        pixels = generator.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(directory / f"{index:03d}.png")
+    return directory
+
+
+def write_text(path: Path, lines: int, seed: int = 0) -> Path:
+    """A text file of ``lines`` random sentences of 3 to 12 known words. Returns ``path``."""
+    generator = np.random.default_rng(seed)
+    sentences = (" ".join(generator.choice(WORDS, size=generator.integers(3, 13))) for _ in range(lines))
+    path.write_text("\n".join(sentences) + "\n")
+    return path
