@@ -1,0 +1,56 @@
+"""Every error that vitshrink raises on purpose.
+
+    VitshrinkError              1   something failed; the message says what to do
+    ├── CheckpointError         1   a model directory that cannot be read, trusted or supported
+    ├── DataError               1   calibration or evaluation data that cannot be used
+    ├── NumericsError           1   non-finite values, a decomposition that fails
+    ├── OutputError             1   the output directory cannot be written, verified or published
+    ├── DependencyError         1   an optional package is missing or does not fit
+    ├── UsageError              2   flags or a recipe that make no sense
+    │   └── TargetError         2   a size that cannot be reached
+    └── GateError               3   a bound the user set (``--min-accuracy`` …) is not met
+
+The number is the exit code of the command line.
+"""
+
+
+class VitshrinkError(Exception):
+    """Base of all: catch this one to catch everything vitshrink raises on purpose."""
+
+    exit_code = 1
+
+
+class CheckpointError(VitshrinkError):
+    """A checkpoint is missing, damaged, unsafe or of an unsupported kind."""
+
+
+class DataError(VitshrinkError):
+    """A data set is missing, empty, mislabelled or unreadable."""
+
+
+class NumericsError(VitshrinkError):
+    """Non-finite weights or activations, or a decomposition that does not converge."""
+
+
+class OutputError(VitshrinkError):
+    """The output cannot be written, or does not say after writing what it said before."""
+
+
+class DependencyError(VitshrinkError):
+    """An optional package is missing or does not match the installed torch."""
+
+
+class UsageError(VitshrinkError):
+    """A flag or recipe entry is unknown, out of range or contradicts another."""
+
+    exit_code = 2
+
+
+class TargetError(UsageError):
+    """The requested size cannot be reached; the message says what can."""
+
+
+class GateError(VitshrinkError):
+    """A quality bound set by the user is not met."""
+
+    exit_code = 3

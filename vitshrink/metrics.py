@@ -1,0 +1,162 @@
+"""The arithmetic of evaluation: hits, divergences, correlations, intervals and tests, in torch alone.
+
+Functions of logits return one value a row, so that a caller can stream batches and keep scalars only.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_Z95 = 1.959963984540054
+_RESAMPLES = 2000
+_CHUNK = 1 << 22  # numbers held at a time where a result is built in pieces
+
+Interval = tuple[float, float]
+
+
+def top_k_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether the label (n,) is among the ``k`` largest of logits (n, classes); bool (n,)."""
+    return (logits.topk(k, dim=-1).indices == labels.unsqueeze(-1)).any(-1)
+
+
+def top_k_overlap(dense: Tensor, compressed: Tensor, k: int) -> Tensor:
+    """Fraction of the dense top ``k`` that the compressed top ``k`` names too; logits (n, classes), result (n,)."""
+    ours, theirs = dense.topk(k, dim=-1).indices, compressed.topk(k, dim=-1).indices
+    return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).double().mean(-1)
+
+
+def kl_divergence(dense: Tensor, compressed: Tensor) -> Tensor:
+    """KL(dense ‖ compressed) in nats of logits (n, classes), computed in float64; result (n,)."""
+    rows = max(1, _CHUNK // dense.shape[-1])
+    pieces = []
+    for p, q in zip(dense.split(rows), compressed.split(rows), strict=True):
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        # equal distributions may come out at -1e-17: a divergence is never negative
+        pieces.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
+    return torch.cat(pieces)
+
+
+def masked_mean(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real tokens: features (n, tokens, width), mask (n, tokens) or None for all; result (n, width)."""
+    if mask is None:
+        return features.mean(1)
+    weight = mask.to(features.dtype).unsqueeze(-1)
+    return (features * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 of values (n,), ties sharing their mean rank; float64 (n,)."""
+    _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[inverse]
+
+
+def pearson(first: Tensor, second: Tensor) -> float:
+    """Linear correlation of two (n,); NaN where one of them is constant."""
+    a, b = first.double() - first.double().mean(), second.double() - second.double().mean()
+    scale = a.norm() * b.norm()
+    return float("nan") if scale == 0 else float((a @ b / scale).clamp(-1, 1))
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Rank correlation of two (n,); NaN where one of them is constant."""
+    return pearson(ranks(first), ranks(second))
+
+
+def wilson_interval(successes: float, trials: int) -> Interval:
+    """95 % interval of a proportion (Wilson, 1927): honest at 0, at 1 and for few trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    rate, z2 = successes / trials, _Z95**2
+    centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z95 / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2))
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return low, high
+
+
+def rank_correlation_interval(correlation: float, samples: int) -> Interval:
+    """95 % interval of a Spearman correlation by Fisher's z, with the variance of Fieller, Hartley and Pearson (1957)."""
+    if samples < 4 or not -1 < correlation < 1:
+        return -1.0, 1.0
+    half = _Z95 * math.sqrt(1.06 / (samples - 3))
+    z = math.atanh(correlation)
+    return math.tanh(z - half), math.tanh(z + half)
+
+
+def mcnemar_p_value(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that two classifiers are equally good.
+
+    ``only_first`` and ``only_second`` count the samples that one of them alone has right.
+    """
+    trials, few = only_first + only_second, min(only_first, only_second)
+    if trials == 0:
+        return 1.0
+    log_terms = [
+        math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1) - trials * math.log(2)
+        for i in range(few + 1)
+    ]
+    return min(1.0, 2 * math.fsum(map(math.exp, log_terms)))
+
+
+def bootstrap_ratio(numerator: Tensor, denominator: Tensor, seed: int) -> Interval:
+    """95 % percentile interval of Σ numerator / Σ denominator when samples, (n,) each, are drawn again.
+
+    With a denominator of ones it is the interval of a mean; with token counts, that of a rate over tokens whose
+    tokens come in sentences. Paired differences in, interval of the difference out.
+    """
+    pairs = torch.stack([numerator.double(), denominator.double()]).cpu()
+    count = pairs.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, _CHUNK // count)
+    ratios = []
+    for start in range(0, _RESAMPLES, rows):
+        drawn = torch.randint(count, (min(rows, _RESAMPLES - start), count), generator=generator)
+        sums = pairs[:, drawn].sum(-1)
+        ratios.append(sums[0] / sums[1])
+    return _percentiles(torch.cat(ratios))
+
+
+def bootstrap_correlation_drop(
+    target: Tensor, dense: Tensor, compressed: Tensor, seed: int
+) -> tuple[Interval, float]:
+    """95 % interval of Spearman(dense, target) − Spearman(compressed, target), and its two-sided p-value; (n,) each."""
+    target, dense, compressed = target.cpu(), dense.cpu(), compressed.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    drops = []
+    for _ in range(_RESAMPLES):
+        drawn = torch.randint(len(target), (len(target),), generator=generator)
+        truth = ranks(target[drawn])
+        drops.append(pearson(ranks(dense[drawn]), truth) - pearson(ranks(compressed[drawn]), truth))
+    drop = torch.tensor(drops, dtype=torch.float64)
+    drop = drop[drop.isfinite()]  # a draw of one sample n times has no correlation
+    if not len(drop):
+        return (-2.0, 2.0), 1.0
+    beyond = min(int((drop <= 0).sum()), int((drop >= 0).sum()))
+    return _percentiles(drop), min(1.0, 2 * (beyond + 1) / (len(drop) + 1))
+
+
+def sign_flip_p_value(differences: Tensor, seed: int) -> float:
+    """Two-sided p-value that paired per-sample differences (n,) are as often for one side as for the other.
+
+    A Monte-Carlo permutation test: each sample's sign is flipped at random, whole samples at a time, so tokens of one
+    sentence count as one observation.
+    """
+    values = differences.double().cpu()
+    values = values[values != 0]
+    if not len(values):
+        return 1.0
+    observed = values.sum().abs() * (1 - 1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    rows, beyond = max(1, _CHUNK // len(values)), 0
+    for start in range(0, _RESAMPLES, rows):
+        shape = (min(rows, _RESAMPLES - start), len(values))
+        signs = torch.randint(2, shape, generator=generator).double() * 2 - 1
+        beyond += int(((signs @ values).abs() >= observed).sum())
+    return (beyond + 1) / (_RESAMPLES + 1)
+
+
+def _percentiles(values: Tensor) -> Interval:
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
