@@ -21,7 +21,7 @@ def top_k_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def top_k_overlap(dense: Tensor, compressed: Tensor, k: int) -> Tensor:
-    """Fraction of the dense top ``k`` that the compressed top ``k`` names too; logits (n, classes), result (n,)."""
+    """Share of the dense top ``k`` that the compressed top ``k`` has too; logits (n, classes) to (n,)."""
     ours, theirs = dense.topk(k, dim=-1).indices, compressed.topk(k, dim=-1).indices
     return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).double().mean(-1)
 
@@ -30,7 +30,7 @@ def kl_divergence(dense: Tensor, compressed: Tensor) -> Tensor:
     """KL(dense ‖ compressed) in nats of logits (n, classes), computed in float64; result (n,)."""
     rows = max(1, _CHUNK // dense.shape[-1])
     pieces = []
-    for p, q in zip(dense.split(rows), compressed.split(rows), strict=True):
+    for p, q in zip(torch.split(dense, rows), torch.split(compressed, rows), strict=True):
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         # equal distributions may come out at -1e-17: a divergence is never negative
         pieces.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
@@ -38,7 +38,7 @@ def kl_divergence(dense: Tensor, compressed: Tensor) -> Tensor:
 
 
 def masked_mean(features: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the real tokens: features (n, tokens, width), mask (n, tokens) or None for all; result (n, width)."""
+    """Mean over the real tokens of features (n, tokens, width), mask (n, tokens) or None, to (n, width)."""
     if mask is None:
         return features.mean(1)
     weight = mask.to(features.dtype).unsqueeze(-1)
@@ -47,9 +47,10 @@ def masked_mean(features: Tensor, mask: Tensor | None) -> Tensor:
 
 def ranks(values: Tensor) -> Tensor:
     """Ranks from 1 of values (n,), ties sharing their mean rank; float64 (n,)."""
-    _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+    inverse: Tensor
+    _, inverse, counts = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
+    middle: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    return middle[inverse]
 
 
 def pearson(first: Tensor, second: Tensor) -> float:
@@ -77,7 +78,7 @@ def wilson_interval(successes: float, trials: int) -> Interval:
 
 
 def rank_correlation_interval(correlation: float, samples: int) -> Interval:
-    """95 % interval of a Spearman correlation by Fisher's z, with the variance of Fieller, Hartley and Pearson (1957)."""
+    """95 % interval of a Spearman correlation: Fisher's z, variance of Fieller and others (1957)."""
     if samples < 4 or not -1 < correlation < 1:
         return -1.0, 1.0
     half = _Z95 * math.sqrt(1.06 / (samples - 3))
@@ -103,8 +104,8 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
 def bootstrap_ratio(numerator: Tensor, denominator: Tensor, seed: int) -> Interval:
     """95 % percentile interval of Σ numerator / Σ denominator when samples, (n,) each, are drawn again.
 
-    With a denominator of ones it is the interval of a mean; with token counts, that of a rate over tokens whose
-    tokens come in sentences. Paired differences in, interval of the difference out.
+    With a denominator of ones it is the interval of a mean; with token counts, that of a rate over tokens
+    that come in sentences. Paired differences in, interval of the difference out.
     """
     pairs = torch.stack([numerator.double(), denominator.double()]).cpu()
     count = pairs.shape[1]
@@ -121,7 +122,7 @@ def bootstrap_ratio(numerator: Tensor, denominator: Tensor, seed: int) -> Interv
 def bootstrap_correlation_drop(
     target: Tensor, dense: Tensor, compressed: Tensor, seed: int
 ) -> tuple[Interval, float]:
-    """95 % interval of Spearman(dense, target) − Spearman(compressed, target), and its two-sided p-value; (n,) each."""
+    """95 % interval and two-sided p-value of the fall in Spearman correlation with the target; (n,) each."""
     target, dense, compressed = target.cpu(), dense.cpu(), compressed.cpu()
     generator = torch.Generator().manual_seed(seed)
     drops = []
@@ -138,10 +139,10 @@ def bootstrap_correlation_drop(
 
 
 def sign_flip_p_value(differences: Tensor, seed: int) -> float:
-    """Two-sided p-value that paired per-sample differences (n,) are as often for one side as for the other.
+    """Two-sided p-value that paired per-sample differences (n,) have no preferred sign.
 
-    A Monte-Carlo permutation test: each sample's sign is flipped at random, whole samples at a time, so tokens of one
-    sentence count as one observation.
+    A Monte-Carlo permutation test: each sample's sign is flipped at random, whole samples at a time, so that
+    the tokens of one sentence count as one observation.
     """
     values = differences.double().cpu()
     values = values[values != 0]
