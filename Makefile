@@ -1,0 +1,44 @@
+# make demo    train, compress, evaluate, reload and report a small ViT; offline once installed
+# make test    lint, types and tests
+# Each sets up its own environment in .venv first; PYTHON=python3.12 make test picks the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUTPUT ?= demo-output
+
+.DELETE_ON_ERROR:
+.PHONY: help venv demo check test clean
+
+help:
+	@echo "make demo   the whole job on an embedded example, into $(OUTPUT)/"
+	@echo "make test   lint, types and tests"
+	@echo "make check  lint and types only"
+	@echo "make venv   only the environment, in $(VENV)/"
+	@echo "make clean  remove the environment, caches and demo output"
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "vitshrink needs Python 3.11 or newer; point to one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "setting up $(VENV) (once; torch is a large download where it is not cached)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	@touch $@
+
+demo: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/vitshrink demo --output $(OUTPUT)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

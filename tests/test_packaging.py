@@ -1,0 +1,87 @@
+"""The wheel and the source distribution hold everything that the package reads at run time."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tracked(pattern: str) -> list[Path]:
+    """Files of the package that are not Python and not caches."""
+    return [file.relative_to(ROOT) for file in sorted(ROOT.glob(pattern)) if file.is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built without a network: the build backend is one of the development dependencies."""
+    offline = ("--no-index", "--no-build-isolation", "--no-deps")
+    folder = tmp_path_factory.mktemp("wheel")
+    _run("pip", "wheel", "--quiet", *offline, "--wheel-dir", folder, ROOT)
+    (file,) = folder.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+def _run(*arguments: str | Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> None:
+    expected = {
+        file.as_posix()
+        for file in tracked("vitshrink/**/*")
+        if "__pycache__" not in file.parts and file.suffix != ".pyc"
+    }
+    assert "vitshrink/py.typed" in expected
+    assert expected <= set(wheel.namelist())
+
+
+def test_wheel_holds_the_calibration_recipes(wheel: zipfile.ZipFile) -> None:
+    recipes = [file.relative_to("calibration").as_posix() for file in tracked("calibration/**/*.yaml")]
+    assert recipes
+    assert {f"vitshrink/calibration_recipes/{name}" for name in recipes} <= set(wheel.namelist())
+
+
+def test_wheel_holds_the_license_and_nothing_foreign(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"vitshrink"}
+
+
+def test_wheel_names_the_command(wheel: zipfile.ZipFile) -> None:
+    (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "vitshrink = vitshrink.cli:main" in wheel.read(entry_points).decode()
+
+
+def test_source_distribution_can_build_and_test_itself(tmp_path: Path) -> None:
+    _run("hatchling", "build", "--target", "sdist", "--directory", tmp_path)
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "Makefile",
+        "constraints.txt",
+        "tests/conftest.py",
+    } <= names
+    assert not {name for name in names if name.startswith((".venv", "demo-output"))}
+
+
+def test_constraints_pin_exact_versions_and_name_no_host() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert "torch==2.13.0" in pins
+    for pin in pins:
+        name, _, version = pin.partition("==")
+        assert name, pin
+        assert version, f"{pin!r} is not an exact version"
+        assert not set(pin) & set("+@/ "), f"{pin!r} names a build or a place"
