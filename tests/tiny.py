@@ -1,6 +1,6 @@
 """Tiny models of the real architectures, with random but reproducible weights, and the files beside them.
 
-``build(name)`` gives a model in memory, ``write(name, directory)`` a complete Hugging Face directory. The names
+``build(name)`` gives a model in memory, ``write(name, directory)`` a complete Hugging Face directory. Names
 are the architectures' class names, as in ``config.json``.
 """
 

@@ -1,0 +1,165 @@
+"""Compressed checkpoints on disk: saved in the source's form, loaded strictly, verified after writing."""
+
+import copy
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.errors import CheckpointError, NumericsError, OutputError
+from vitshrink.hf_quantizer import VitshrinkConfig, base_prefix
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.models import LoadedModel, load_source, quiet_transformers
+from vitshrink.source import examine, resolve
+
+
+def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The low-rank layers of a model, by module name in memory."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def replace_layers(model: PreTrainedModel, layers: Mapping[str, LowRankLinear]) -> None:
+    """Put low-rank layers in the place of the modules of these names, and say so in the model's config."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer, strict=True)
+    _describe(model)
+
+
+def save(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    source: LoadedModel,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> None:
+    """Write the model as a checkpoint directory that ``from_pretrained`` loads once vitshrink is imported.
+
+    The weights are cast to ``dtype`` (the source's, if none is given), tensors are named as in the source's
+    files, and the source's processor or tokenizer files are copied. ``metadata`` (JSON) goes into the config,
+    ``extra_files`` (by names relative to the directory) beside the weights. The model itself is not changed.
+    Writing is not atomic: give a staging directory, see ``publication.publish``.
+
+    Raises:
+        NumericsError: a value does not fit the type it is saved in.
+        OutputError: the directory cannot be written.
+    """
+    dtype = dtype or source.source_dtype
+    saved = cast(model, dtype)
+    _describe(saved, metadata)
+    try:
+        with quiet_transformers():
+            saved.save_pretrained(directory)
+        for companion in examine(source.directory).companions:
+            (directory / companion).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.directory / companion, directory / companion)
+        for name, content in (extra_files or {}).items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write the checkpoint to {directory}: {error}. Is the disk full?") from error
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of the model on the CPU, in ``dtype``. Raises NumericsError where a value is not finite."""
+    copied = copy.deepcopy(model).to("cpu", dtype)
+    for name, tensor in copied.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            largest = model.state_dict()[name].abs().max().item()
+            if not math.isfinite(largest):
+                raise NumericsError(f"{name} has values that are NaN or infinite: the model is not saved.")
+            raise NumericsError(
+                f"{name} cannot be saved as {str(dtype).removeprefix('torch.')}: its largest value is "
+                f"{largest:.3g}, the type ends at {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
+            )
+    return copied
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    offline: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a compressed (or dense) checkpoint strictly, in evaluation mode.
+
+    Unlike ``from_pretrained``, this raises on any weight that is missing, left over, of another shape or not
+    finite. ``dtype`` is that of the files if none is given.
+
+    Raises CheckpointError.
+    """
+    source = examine(resolve(path_or_id, offline=offline, revision=revision))
+    return load_source(source, dtype=dtype or source.dtype).model.to(device or "cpu")
+
+
+@torch.no_grad()
+def verify(directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, Tensor]) -> None:
+    """Load what was saved, and compare it with the model in memory, cast to the type it was saved in.
+
+    Tensors, their number and bytes, and the outputs for ``sample_inputs`` must agree exactly.
+
+    Raises OutputError naming what differs.
+    """
+    source = examine(directory)
+    try:
+        reloaded = load_source(source, dtype=source.dtype).model
+    except CheckpointError as error:
+        raise OutputError(f"the checkpoint just written does not load: {error}") from error
+    expected = cast(model, source.dtype).eval()
+    # Into fresh memory: tensors of a mapped file lie anywhere, and sums may be ordered by the alignment.
+    reloaded = copy.deepcopy(reloaded).eval()
+
+    there, here = expected.state_dict(), reloaded.state_dict()
+    different = sorted(there.keys() ^ here.keys()) or [
+        name for name in there if not torch.equal(there[name], here[name])
+    ]
+    if different:
+        raise OutputError(f"{directory} does not hold the weights in memory: {', '.join(different[:6])} differ.")
+    nbytes = sum(parameter.nbytes for parameter in expected.parameters())
+    stored = sum(tensor.nbytes for tensor in source.tensors.values())
+    if nbytes != stored:
+        raise OutputError(f"{directory} holds {stored} bytes of tensors, the model has {nbytes}.")
+
+    inputs = {
+        name: tensor.to("cpu", source.dtype if tensor.is_floating_point() else None)
+        for name, tensor in sample_inputs.items()
+    }
+    before, after = (outputs(**inputs)[0] for outputs in (expected, reloaded))
+    if not torch.isfinite(after).all():
+        raise OutputError(f"{directory}: the outputs of the reloaded model are not finite.")
+    if not torch.equal(before, after):
+        difference = (before - after).abs().max().item()
+        raise OutputError(f"{directory}: the outputs of the reloaded model differ by up to {difference:.3g}.")
+
+
+def file_bytes(directory: Path) -> int:
+    """Bytes of the weight files that a checkpoint directory is loaded from."""
+    return sum(file.stat().st_size for file in examine(directory).weights)
+
+
+def _describe(model: PreTrainedModel, metadata: Mapping[str, Any] | None = None) -> None:
+    """Make the model's config list its low-rank layers, so that whatever saves the model saves it whole."""
+    prefix = base_prefix(model)
+    layers: dict[str, dict[str, Any]] = {}
+    for name, layer in compressed_layers(model).items():
+        if not name.startswith(prefix):
+            raise CheckpointError(f"{name} is outside the base model ({prefix}): it cannot be stored as low-rank.")
+        if layer.weight.shape == (layer.out_features, layer.in_features):
+            # It is the wrong shape of this tensor that stops transformers without vitshrink from loading it.
+            raise CheckpointError(f"{name} has rank {layer.rank}, its full rank: leave it dense.")
+        layers[name.removeprefix(prefix)] = layer.spec.to_dict()
+    if layers:
+        if metadata is None:
+            metadata = getattr(getattr(model.config, "quantization_config", None), "metadata", {})
+        model.config.quantization_config = VitshrinkConfig(layers, metadata=dict(metadata))
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

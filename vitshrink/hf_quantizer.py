@@ -1,0 +1,117 @@
+"""The hook by which transformers loads compressed checkpoints, through its registry of quantisation methods.
+
+transformers builds the dense model on the meta device, calls the hook, which puts low-rank layers where the
+checkpoint's ``quantization_config`` lists them, and then fills the model from the files as it always does.
+
+Layers are listed by their module names relative to the base model (``layers.0.attention.q_proj``), so that a
+classifier's checkpoint also opens without its head.
+"""
+
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from vitshrink import __version__
+from vitshrink.errors import CheckpointError
+from vitshrink.lowrank import LayerSpec, LowRankLinear
+
+QUANT_METHOD = "vitshrink"
+FORMAT_VERSION = 1
+
+# Importing this module again (importlib.reload) must not fail: the new classes take the place of the old.
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+
+
+def base_prefix(model: PreTrainedModel) -> str:
+    """What a model's module names have before those of its base model: ``"vit."``; nothing for the base."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+@register_quantization_config(QUANT_METHOD)
+class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a compressed checkpoint: which layers are low-rank, and how.
+
+    Args:
+        layers: module name relative to the base model -> ``LayerSpec.to_dict()``.
+        metadata: anything JSON about how the checkpoint came about; not needed to load it.
+
+    Raises CheckpointError for an entry this version cannot read.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]],
+        *,
+        metadata: dict[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        format_version: int = FORMAT_VERSION,
+        vitshrink_version: str = __version__,
+        transformers_version: str = transformers.__version__,
+        **unknown: Any,
+    ) -> None:
+        if type(format_version) is not int or format_version > FORMAT_VERSION or unknown:
+            raise CheckpointError(
+                f"the checkpoint was written by vitshrink {vitshrink_version} in format {format_version!r}; "
+                f"this is vitshrink {__version__}, which reads formats up to {FORMAT_VERSION}"
+                f"{f' (unknown entries: {sorted(unknown)})' if unknown else ''}. Upgrade vitshrink."
+            )
+        if not isinstance(layers, dict):
+            raise CheckpointError("the quantization_config of the checkpoint lists no layers: it is damaged.")
+        for spec in layers.values():
+            LayerSpec.from_dict(spec)
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.vitshrink_version = vitshrink_version
+        self.transformers_version = transformers_version
+        self.layers = layers
+        self.metadata = metadata or {}
+
+
+@register_quantizer(QUANT_METHOD)
+class VitshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts empty low-rank layers where the config lists them, before the weights are read."""
+
+    quantization_config: VitshrinkConfig
+    is_qat_trainable = True
+    is_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        prefix = base_prefix(model)
+        for name, entry in self.quantization_config.layers.items():
+            module = dict(model.named_modules()).get(prefix + name)
+            if not isinstance(module, nn.Linear):
+                found = "no such module" if module is None else f"a {type(module).__name__} there"
+                raise CheckpointError(
+                    f"the checkpoint lists a low-rank layer {name!r}; {type(model).__name__} has {found}. "
+                    f"It was written with transformers {self.quantization_config.transformers_version}, and "
+                    f"this is {transformers.__version__}, whose modules may have other names: install that "
+                    "version, or open the checkpoint with the architecture it was made from."
+                )
+            layer = LowRankLinear(
+                module.in_features,
+                module.out_features,
+                LayerSpec.from_dict(entry),
+                bias=module.bias is not None,
+                device=module.weight.device,
+                dtype=module.weight.dtype,
+            )
+            model.set_submodule(prefix + name, layer)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        model.is_quantized = False  # the layers are plain floating point: .half(), .float() and training all work
+        return model

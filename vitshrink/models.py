@@ -1,0 +1,328 @@
+"""The model families that vitshrink knows, their linear layers that may be factorised, and loading them."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from vitshrink.errors import CheckpointError, UsageError, VitshrinkError
+from vitshrink.hf_quantizer import QUANT_METHOD, base_prefix
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.source import Source, examine, resolve
+
+Role = Literal["query", "key", "value", "output", "fc1", "fc2"]
+Task = Literal["image-classification", "text-classification", "masked-lm", "features"]
+Layers = Literal["attention", "mlp", "all"]
+
+_ROLES: dict[str, tuple[Role, ...]] = {
+    "attention": ("query", "key", "value", "output"),
+    "mlp": ("fc1", "fc2"),
+    "all": get_args(Role),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type`` of transformers: its classes, and where the linear layers of a block are."""
+
+    model_type: str
+    modality: Literal["image", "text"]
+    tasks: Mapping[str, Task]
+    """Supported architectures (class names), and what each is for."""
+    blocks: str
+    """The list of transformer blocks, relative to the base model."""
+    modules: Mapping[Role, str]
+    """The linear layers of a block, relative to the block."""
+
+
+_VIT_BLOCK: dict[Role, str] = {
+    "query": "attention.q_proj",
+    "key": "attention.k_proj",
+    "value": "attention.v_proj",
+    "output": "attention.o_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+_BERT_BLOCK: dict[Role, str] = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+
+FAMILIES = (
+    Family(
+        "vit",
+        "image",
+        {"ViTForImageClassification": "image-classification", "ViTModel": "features"},
+        "layers",
+        _VIT_BLOCK,
+    ),
+    Family(
+        "deit",
+        "image",
+        {
+            "DeiTForImageClassification": "image-classification",
+            "DeiTForImageClassificationWithTeacher": "image-classification",
+            "DeiTModel": "features",
+        },
+        "layers",
+        _VIT_BLOCK,
+    ),
+    Family(
+        "bert",
+        "text",
+        {
+            "BertForSequenceClassification": "text-classification",
+            "BertForMaskedLM": "masked-lm",
+            "BertModel": "features",
+        },
+        "encoder.layer",
+        _BERT_BLOCK,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear layer that may be factorised."""
+
+    name: str
+    """Module name in memory, such as ``vit.layers.0.attention.q_proj``."""
+    block: int
+    role: Role
+    shape: tuple[int, int]
+    """(out, in)"""
+    input_group: str
+    """Layers of the same group read the same input tensor: query, key and value of a block."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory and where it came from."""
+
+    model: PreTrainedModel
+    directory: Path
+    source_dtype: torch.dtype
+    """Type of the weights on disk; in memory they are float32."""
+    family: Family
+    ignored: tuple[str, ...] = ()
+    """Tensors of the checkpoint, outside the blocks, that the architecture does not use (a pooler, say)."""
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The family of a model. Raises CheckpointError when its class is not supported."""
+    return _find_family(model.config.model_type, type(model).__name__, "this model")
+
+
+def task_of(model: PreTrainedModel) -> Task:
+    """What the head of a model is for. Raises CheckpointError when its class is not supported."""
+    return family_of(model).tasks[type(model).__name__]
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks of a model, in order."""
+    blocks = model.base_model.get_submodule(family_of(model).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def find_targets(
+    model: PreTrainedModel,
+    *,
+    layers: Layers = "all",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[Target]:
+    """The dense linear layers of the blocks that may be factorised, block by block.
+
+    Embeddings, poolers, heads and tied weights are never among them. ``include`` and ``exclude`` are regular
+    expressions searched in the layers' names; with ``include``, only layers that match one of them are kept.
+
+    Raises:
+        UsageError: an expression is invalid or matches nothing, or no layer is left.
+    """
+    targets = [target for target in _block_targets(model) if target.role in _ROLES[layers]]
+    if not targets:
+        raise UsageError("the model has no dense linear layer to factorise: it is already compressed.")
+    names = [target.name for target in targets]
+    included = _matching(names, include, "include") if include else set(names)
+    kept = included - _matching(names, exclude, "exclude")
+    if not kept:
+        raise UsageError("no layer is left to factorise: the exclude expressions match every included layer.")
+    return [target for target in targets if target.name in kept]
+
+
+def _block_targets(model: PreTrainedModel) -> Iterator[Target]:
+    family = family_of(model)
+    path = base_prefix(model) + family.blocks
+    for index, block in enumerate(blocks_of(model)):
+        for role, module_path in family.modules.items():
+            module = block.get_submodule(module_path)
+            name = f"{path}.{index}.{module_path}"
+            if isinstance(module, LowRankLinear):
+                continue
+            if not isinstance(module, nn.Linear):
+                raise CheckpointError(f"{name} is a {type(module).__name__}, not a linear layer: cannot be factorised.")
+            group = f"{path}.{index}.attention" if role in ("query", "key", "value") else name
+            yield Target(name, index, role, (module.out_features, module.in_features), group)
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str], flag: str) -> set[str]:
+    matching: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise UsageError(f"{flag}: {pattern!r} is not a valid regular expression ({error}).") from error
+        if not found:
+            examples = ", ".join(names[:6])
+            raise UsageError(
+                f"{flag}: {pattern!r} matches none of the {len(names)} layers. They are called {examples} …"
+            )
+        matching |= found
+    return matching
+
+
+def load_dense(
+    path_or_id: str | Path,
+    *,
+    offline: bool = False,
+    revision: str | None = None,
+    allow_compressed: bool = False,
+) -> LoadedModel:
+    """Load a checkpoint in float32 on the CPU, in evaluation mode, with the class that its config names.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, unsafe, unsupported, incomplete or compressed.
+        UsageError: a revision was given for a local folder.
+    """
+    source = examine(resolve(path_or_id, offline=offline, revision=revision))
+    if is_compressed(source) and not allow_compressed:
+        raise CheckpointError(f"{source.directory} is already compressed by vitshrink: start from the original model.")
+    return load_source(source, dtype=torch.float32)
+
+
+def is_compressed(source: Source) -> bool:
+    """Whether vitshrink wrote it. Raises CheckpointError when something else quantised it."""
+    quantization = source.config.get("quantization_config")
+    if not quantization:
+        return False
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != QUANT_METHOD:
+        raise CheckpointError(
+            f"{source.directory} is already quantised ({method or quantization!r}): start from the original checkpoint."
+        )
+    return True
+
+
+def load_source(source: Source, *, dtype: torch.dtype) -> LoadedModel:
+    """Load a checked checkpoint strictly: every weight of the model comes from the files, and is finite.
+
+    Raises:
+        CheckpointError: the architecture is not supported, or weights are missing, of another shape, left
+            over or not finite.
+    """
+    where = f"{source.directory / 'config.json'}"
+    architectures = source.config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise CheckpointError(f"{where} names no architecture. Supported are {_supported()}.")
+    family = _find_family(source.config["model_type"], str(architectures[0]), where)
+    options: dict[str, Any] = {}
+    if family.tasks[architectures[0]] == "features" and not any("pooler." in name for name in source.tensors):
+        options["add_pooling_layer"] = False  # saved without one: transformers would add a random pooler
+    try:
+        with quiet_transformers():
+            model, info = getattr(transformers, architectures[0]).from_pretrained(
+                source.directory,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=source.safetensors,
+                weights_only=True,
+                attn_implementation="sdpa",  # otherwise the config may name a kernel to be fetched and run
+                ignore_mismatched_sizes=True,  # reported below, with names and shapes
+                output_loading_info=True,
+                **options,
+            )
+    except (VitshrinkError, MemoryError):
+        raise
+    except Exception as error:  # from_pretrained raises whatever a contradictory config leads to
+        raise CheckpointError(f"transformers cannot load {source.directory}: {error}") from error
+    _check_complete(source, info, strict=is_compressed(source))
+    check_finite(model, f"{source.directory}")
+    return LoadedModel(model.eval(), source.directory, source.dtype, family, tuple(sorted(info["unexpected_keys"])))
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Raises CheckpointError naming the first parameter or buffer with NaN or Inf, and how many."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if wrong:
+            raise CheckpointError(
+                f"{where}: {name} has {wrong} of {tensor.numel()} values that are NaN or infinite. "
+                "The model was damaged in training or conversion: use another checkpoint."
+            )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the progress bars and load reports of transformers: what matters is raised as an error."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_complete(source: Source, info: Mapping[str, Any], *, strict: bool) -> None:
+    problems = []
+    if info["missing_keys"]:
+        problems.append(
+            f"it has no weights for {_listing(info['missing_keys'])}: it was saved from another kind of "
+            f"model than {source.config['architectures'][0]}, or its head was never trained"
+        )
+    if info["mismatched_keys"]:
+        shapes = (f"{name} ({list(there)} instead of {list(here)})" for name, there, here in info["mismatched_keys"])
+        problems.append(f"shapes do not fit its config: {_listing(shapes)}")
+    # A head or pooler that this architecture lacks may be left over. A tensor within the blocks may not: they
+    # would compute something else than they were trained for.
+    left = [name for name in info["unexpected_keys"] if strict or re.search(r"(^|\.)layers?\.\d+\.", name)]
+    if left:
+        problems.append(f"it has weights for which the model has no place: {_listing(left)}")
+    problems += info["error_msgs"]
+    if problems:
+        raise CheckpointError(f"cannot use {source.directory}: {'; '.join(problems)}.")
+
+
+def _find_family(model_type: str, architecture: str, where: str) -> Family:
+    for family in FAMILIES:
+        if family.model_type == model_type and architecture in family.tasks:
+            return family
+    raise CheckpointError(
+        f"{where}: the architecture {architecture} (model type {model_type!r}) is not supported. "
+        f"Supported are {_supported()}."
+    )
+
+
+def _supported() -> str:
+    return ", ".join(architecture for family in FAMILIES for architecture in family.tasks)
+
+
+def _listing(names: Any, most: int = 6) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")

@@ -1,0 +1,209 @@
+"""An output directory that appears complete or not at all.
+
+Everything is written to a staging directory beside the target, which is renamed when it is done. The staging
+directory is locked while its process lives: a second run for the same target meets the lock and stops, and a
+directory without a lock is what a killed run left and is removed. No result depends on the locks.
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vitshrink.errors import CheckpointError, OutputError
+from vitshrink.hf_quantizer import QUANT_METHOD
+from vitshrink.source import CONFIG, read_json
+
+REPORT = "report.json"
+
+
+@contextmanager
+def publish(target: Path, *, overwrite: bool = False, protect: Path | None = None) -> Iterator[Path]:
+    """Yield a staging directory; when the body ends without an exception, it becomes ``target``.
+
+    With ``overwrite``, a directory that vitshrink wrote before is replaced. Anything else that exists is
+    refused, except an empty directory, and so is what is, holds or lies in ``protect``, the source model. After
+    an exception, an interruption included, the staging directory is gone and the target is as it was.
+
+    Raises:
+        OutputError: the target may not or cannot be written, or another process is writing it.
+    """
+    target = _absolute(target)
+    with _explaining(target):
+        _check_target(target, overwrite=overwrite, protect=protect)
+        created = _make_parents(target.parent)
+    try:
+        with _staging(target) as staging:
+            yield staging
+            with _explaining(target):
+                _settle(staging)
+                _check_target(target, overwrite=overwrite, protect=protect)
+                _swap(staging, target)
+    except BaseException:
+        for parent in created:
+            with suppress(OSError):
+                parent.rmdir()  # fails if something else was put there in the meantime
+        raise
+
+
+def check_space(directory: Path, bytes_needed: int) -> None:
+    """Raises OutputError when there is too little space for ``directory``, which need not exist yet."""
+    directory = _absolute(directory)
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < bytes_needed:
+        raise OutputError(
+            f"{existing} has {free / 1e6:.1f} MB free, but about {bytes_needed / 1e6:.1f} MB are needed: "
+            "free some space or choose another output."
+        )
+
+
+@contextmanager
+def _explaining(target: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error} ({error.filename}).") from error
+
+
+def _absolute(target: Path) -> Path:
+    # The last part stays as it is: a link there must be seen as one.
+    target = Path(target).expanduser()
+    return target.resolve() if target.name in ("", "..") else target.parent.resolve() / target.name
+
+
+def _check_target(target: Path, *, overwrite: bool, protect: Path | None) -> None:
+    if target.is_symlink():
+        raise OutputError(f"{target} is a link: give the directory itself.")
+    if protect is not None:
+        source = protect.resolve()
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise OutputError(f"{target} is, holds or lies in the source model {protect}: choose another output.")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file: choose another output.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{target} exists and is not empty: choose another output, or pass --overwrite.")
+    if not _is_ours(target):
+        raise OutputError(f"{target} was not written by vitshrink, so it is kept: choose another output.")
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether vitshrink wrote a directory: its config names the format, or its report an entry "vitshrink"."""
+    with suppress(CheckpointError, KeyError, TypeError):
+        return bool(read_json(directory / CONFIG)["quantization_config"]["quant_method"] == QUANT_METHOD)
+    with suppress(CheckpointError, KeyError, TypeError):
+        return bool(read_json(directory / REPORT)["vitshrink"])
+    return False
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Make the missing parents; return those made, innermost first."""
+    missing = [directory for directory in (parent, *parent.parents) if not directory.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    token = f"{time.time_ns():x}{secrets.token_hex(2)}"
+    newborn = target.parent / f".{target.name}.new-{token}"
+    staging = target.parent / f".{target.name}.vitshrink-{os.getpid()}-{token}"
+    with _explaining(target):
+        newborn.mkdir()
+        lock = os.open(newborn, os.O_RDONLY)
+    try:
+        with _explaining(target):
+            _try_lock(lock)
+            newborn.rename(staging)  # it gets the name by which others find it only now that it is locked
+            _clear_leftovers(target, staging)
+        yield staging
+    finally:
+        for directory in (newborn, staging):
+            shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Whether the lock was free and is now ours; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno == errno.EWOULDBLOCK else None
+    return True
+
+
+def _clear_leftovers(target: Path, own: Path) -> None:
+    """Remove what killed runs left, put back what they had moved aside; stop where another run is alive."""
+    for other in sorted(target.parent.iterdir()):
+        if other == own or not other.name.startswith(f".{target.name}.vitshrink-"):
+            continue
+        try:
+            lock = os.open(other, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # its run ended just now
+        try:
+            free = _try_lock(lock)
+            if free is False and _older(other, own):
+                raise OutputError(
+                    f"another vitshrink run is writing {target} (in {other.name}): wait for it, or choose "
+                    "another output."
+                )
+            if free and other.name.startswith(_aside(target)) and not target.exists():
+                other.rename(target)
+            elif free:
+                shutil.rmtree(other)
+        finally:
+            os.close(lock)
+
+
+def _older(other: Path, own: Path) -> bool:
+    """By the times in their names: of two runs that start at once and see each other, exactly one goes on."""
+    return other.name.rpartition("-")[2] < own.name.rpartition("-")[2]
+
+
+def _aside(target: Path) -> str:
+    return f".{target.name}.vitshrink-old-"
+
+
+def _settle(staging: Path) -> None:
+    """Give every file the mode that the umask asks for, and have it written to the disk."""
+    mode = staging.stat().st_mode & 0o777  # mkdir applied the umask
+    for path in (*staging.rglob("*"), staging):
+        # safetensors creates files that only their owner can read
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    """Rename the staging directory to the target; a directory that is there is moved aside, then removed."""
+    old = target.parent / f"{_aside(target)}{secrets.token_hex(4)}"
+    replaced = target.exists() and any(target.iterdir())
+    try:
+        if replaced:
+            target.rename(old)
+        staging.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)

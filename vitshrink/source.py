@@ -1,0 +1,377 @@
+"""A foreign checkpoint directory, found and checked before transformers opens it.
+
+transformers follows shard names and links out of the directory, takes code and file names from config.json
+and fails on damaged files with messages that name none. So every file that will be read is looked at here
+first: it must lie in the directory, hold what its name says, and bring no code.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from vitshrink.errors import CheckpointError, UsageError
+
+CONFIG = "config.json"
+COMPANIONS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "vocab*.txt",
+    "vocab*.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "modules.json",
+    "1_Pooling/config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files beside the weights that a compressed copy needs: image processor, tokenizer, pooling, licence."""
+
+# In the order in which transformers looks for them.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_CODE_KEYS = ("auto_map", "custom_pipelines", "transformers_weights", "fusion_config", "kernel_config")
+_MAX_JSON_BYTES = 64 * 2**20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_AGAIN = "The file is damaged or incomplete: download or copy it again."
+
+
+class StoredTensor(NamedTuple):
+    """What a weight file says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint directory whose files were checked; no weight has been read yet."""
+
+    directory: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    """Tensors of the weight files, by their names on disk."""
+    companions: tuple[Path, ...]
+    """Processor, tokenizer and licence files, relative to the directory."""
+
+    @property
+    def safetensors(self) -> bool:
+        return self.weights[0].suffix == ".safetensors"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type that holds most of the weights."""
+        numbers: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            if tensor.dtype.is_floating_point:
+                numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel
+        return max(numbers, key=lambda dtype: numbers[dtype])
+
+
+def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint: the folder itself, or the snapshot of a Hub model.
+
+    Only configuration, tokenizer and weight files are downloaded, never code.
+
+    Raises:
+        CheckpointError: there is no such folder or model, it is gated, or the Hub cannot be reached.
+        UsageError: a revision was given for a local folder.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"{path} is a local folder: a revision ({revision!r}) only makes sense for a Hub id.")
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file: give the directory that holds it and its {CONFIG}.")
+    name = str(path_or_id)
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1 or not name.strip():
+        raise CheckpointError(f"no such folder: {name!r}. Check the path.")
+    return _download(name, offline=offline or constants.HF_HUB_OFFLINE, revision=revision)
+
+
+def _download(name: str, *, offline: bool, revision: str | None) -> Path:
+    absent = f"no such folder: {name!r}, and"
+    try:
+        if offline:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        files = HfApi().list_repo_files(name, revision=revision)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_wanted(files))))
+    except HFValidationError as error:
+        raise CheckpointError(f"{absent} it is not the id of a Hub model either. Check the path.") from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"the Hub model {name!r} is gated: accept its terms at https://huggingface.co/{name} and log in "
+            "with 'hf auth login', or give a local folder."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"the Hub model {name!r} has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{absent} no such model on the Hub. Check the spelling; for a private model log in with 'hf auth login'."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise CheckpointError(
+            f"{absent} no such model in the local Hub cache{', and offline mode is on' if offline else ''}. "
+            "Give a local folder, or run once with a network connection."
+        ) from error
+    except OSError as error:  # every network error of huggingface_hub is one
+        raise CheckpointError(
+            f"{absent} the Hub could not be asked for it ({error.__class__.__name__}: {_first_line(error)}). "
+            "Check the network and the token, or give a local folder."
+        ) from error
+
+
+def _wanted(files: Iterable[str]) -> Iterator[str]:
+    """Of all files of a Hub model those to download: one form of the weights, and what belongs to it."""
+    present = set(files)
+    weights = next((name for name in _WEIGHTS if name in present), "")
+    if weights.endswith(".index.json"):
+        stem, suffix = weights.removesuffix(".index.json").split(".")
+        shard = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
+        yield from (name for name in present if shard.fullmatch(name))
+    yield from (name for name in present if name in (weights, CONFIG) or _is_companion(name))
+
+
+def _is_companion(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in COMPANIONS)
+
+
+def examine(directory: Path) -> Source:
+    """Check all files of a checkpoint directory that will be read.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of unknown kind, outside the directory, or brings code.
+    """
+    config = _read_config(directory)
+    weights, tensors = _read_weights(directory)
+    if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
+        raise CheckpointError(f"{weights[0]} holds no floating-point tensor: it is no checkpoint of a model.")
+    names = (file.relative_to(directory).as_posix() for file in (*directory.glob("*"), *directory.glob("*/*")))
+    companions = tuple(sorted(Path(name) for name in names if _is_companion(name)))
+    for name in companions:
+        _check_regular(directory / name, directory)
+        if name.name.endswith("_config.json"):
+            _refuse_code(read_json(directory / name), directory / name)
+    return Source(directory, config, weights, tensors, companions)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises CheckpointError naming the file when it is unreadable, too large or not JSON."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES // 2**20} MB: this is no configuration.")
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise CheckpointError(f"{path} is not valid JSON ({_first_line(error)}). {_AGAIN}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return entries
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not path.exists() and not path.is_symlink():
+        raise CheckpointError(
+            f"{directory} has no {CONFIG}: it is no Hugging Face model directory. "
+            f"It holds {_listing(directory)}. Give the folder with {CONFIG} and the weights."
+        )
+    _check_regular(path, directory)
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} does not say a model_type: it is no configuration of a transformers model.")
+    _refuse_code(config, path)
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} holds a PEFT adapter (adapter_config.json): merge it into its base model first "
+            "(merge_and_unload) and save the result."
+        )
+    return config
+
+
+def _refuse_code(config: Any, path: Path) -> None:
+    if isinstance(config, dict):
+        for key in _CODE_KEYS:
+            if config.get(key):
+                raise CheckpointError(
+                    f"{path} has an entry {key!r}, which makes transformers run code or open files of the "
+                    "checkpoint's choice; vitshrink never does. If the weights are those of a standard "
+                    "architecture, remove the entry in a copy."
+                )
+
+
+def _read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTensor]]:
+    entry = next((directory / name for name in _WEIGHTS if (directory / name).exists()), None)
+    if entry is None:
+        raise CheckpointError(
+            f"{directory} has no weights that can be read: expected {', '.join(_WEIGHTS[:3])}. "
+            f"It holds {_listing(directory)}. Convert the weights to safetensors, or download them as well."
+        )
+    _check_regular(entry, directory)
+    if entry.suffix != ".json":
+        return (entry,), _stored_tensors(entry)
+    weight_map = _read_index(entry)
+    shards = tuple(directory / name for name in sorted(set(weight_map.values())))
+    tensors: dict[str, StoredTensor] = {}
+    holder: dict[str, Path] = {}
+    for shard in shards:
+        if not shard.exists():
+            raise CheckpointError(f"{shard} is missing, but {entry.name} lists it: download or copy it as well.")
+        _check_regular(shard, directory)
+        for name, tensor in _stored_tensors(shard).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{directory}: the tensor {name!r} is in two shards, {holder[name].name} and {shard.name}. {_AGAIN}"
+                )
+            tensors[name], holder[name] = tensor, shard
+    for name, shard_name in weight_map.items():
+        if name not in tensors or holder[name].name != shard_name:
+            raise CheckpointError(f"{entry} says that {name!r} is in {shard_name}, but it is not. {_AGAIN}")
+    return shards, tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map: it is no index of a sharded checkpoint. {_AGAIN}")
+    suffix = ".safetensors" if ".safetensors" in path.name else ".bin"
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(suffix) or re.search(r"[/\\\0]", shard):
+            raise CheckpointError(
+                f"{path} places {tensor!r} in {shard!r}, which is no *{suffix} file of this directory: "
+                "refused. Do not use this checkpoint unless you know why it says so."
+            )
+    return weight_map
+
+
+def _check_regular(path: Path, directory: Path) -> None:
+    """A file of the directory or a link within it; the Hub cache links snapshots to the blobs beside them."""
+    root = directory.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a link that leads nowhere ({_first_line(error)}).") from error
+    if not target.is_relative_to(root):
+        raise CheckpointError(
+            f"{path} is a link that leads out of the checkpoint, to {target}: refused. "
+            "If this is meant, put a copy of the file in its place."
+        )
+    if not target.is_file():
+        raise CheckpointError(f"{path} is not a file{' (a dangling link)' if path.is_symlink() else ''}.")
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    with _opened(path) as file:
+        start = file.read(64)
+    if not start:
+        raise CheckpointError(f"{path} is empty. {_AGAIN}")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its repository.")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not weights: the download was answered by a login or error page.")
+    return _safetensors_header(path) if path.suffix == ".safetensors" else _pickled_tensors(path)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, safe_open is no mapping
+                entry = file.get_slice(name)
+                dtype = entry.get_dtype()
+                if dtype not in _DTYPES:
+                    raise CheckpointError(
+                        f"{path}: the tensor {name!r} is of type {dtype}, as quantised checkpoints have. "
+                        "Start from the float32, float16 or bfloat16 checkpoint."
+                    )
+                tensors[name] = StoredTensor(_DTYPES[dtype], tuple(entry.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({_first_line(error)}). {_AGAIN}") from error
+    return tensors
+
+
+def _pickled_tensors(path: Path) -> dict[str, StoredTensor]:
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # The message of torch is left out: it advises to switch the protection off.
+        raise CheckpointError(
+            f"{path} holds more than tensors (a whole pickled module, or code): refused, nothing was run. "
+            "Ask the publisher for a safetensors file or a plain state dict."
+        ) from error
+    except Exception as error:  # a damaged archive fails in many ways, depending on where
+        raise CheckpointError(f"{path} is not a readable PyTorch file ({_first_line(error)}). {_AGAIN}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} is not a state dict (tensors by name): save model.state_dict() alone.")
+    return {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def _listing(directory: Path, most: int = 8) -> str:
+    names = sorted(entry.name for entry in directory.iterdir())
+    return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "nothing"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), error.__class__.__name__)
