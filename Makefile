@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "vitshrink needs Python 3.11 or newer; point to one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "setting up $(VENV) (once; torch is a large download where it is not cached)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
 	@touch $@
 
 demo: $(INSTALLED)
