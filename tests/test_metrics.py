@@ -26,9 +26,7 @@ def test_overlap_ignores_the_order_inside_the_top_k() -> None:
 def test_kl_is_zero_for_equal_logits_and_matches_the_definition() -> None:
     dense, compressed = torch.randn(5, 7), torch.randn(5, 7)
     assert metrics.kl_divergence(dense, dense + 3).max() < 1e-12
-    expected = scipy_stats.entropy(
-        dense.double().softmax(-1).numpy(), compressed.double().softmax(-1).numpy(), axis=1
-    )
+    expected = scipy_stats.entropy(dense.double().softmax(-1).numpy(), compressed.double().softmax(-1).numpy(), axis=1)
     assert metrics.kl_divergence(dense, compressed).tolist() == pytest.approx(expected.tolist())
 
 
@@ -66,9 +64,7 @@ def test_correlations_match_scipy_with_ties(pairs: list[tuple[int, int]]) -> Non
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (529, 650), (1, 3)])
 def test_wilson_matches_scipy(successes: int, trials: int) -> None:
     expected = scipy_stats.binomtest(successes, trials).proportion_ci(method="wilson")
-    assert metrics.wilson_interval(successes, trials) == pytest.approx(
-        (expected.low, expected.high), abs=1e-9
-    )
+    assert metrics.wilson_interval(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_no_trials_say_nothing() -> None:

@@ -119,9 +119,7 @@ def bootstrap_ratio(numerator: Tensor, denominator: Tensor, seed: int) -> Interv
     return _percentiles(torch.cat(ratios))
 
 
-def bootstrap_correlation_drop(
-    target: Tensor, dense: Tensor, compressed: Tensor, seed: int
-) -> tuple[Interval, float]:
+def bootstrap_correlation_drop(target: Tensor, dense: Tensor, compressed: Tensor, seed: int) -> tuple[Interval, float]:
     """95 % interval and two-sided p-value of the fall in Spearman correlation with the target; (n,) each."""
     target, dense, compressed = target.cpu(), dense.cpu(), compressed.cpu()
     generator = torch.Generator().manual_seed(seed)

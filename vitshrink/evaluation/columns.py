@@ -1,0 +1,228 @@
+"""One batch through the models: what is kept of it, a row of scalars a sample."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vitshrink import metrics
+from vitshrink.errors import DataError, NumericsError
+from vitshrink.evaluation.masking import Masking
+
+
+class Batch(Protocol):
+    """Encoded samples, as ``vitshrink.data`` yields them."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]: ...
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(batch, tokens), True for real tokens; None when all are."""
+
+    @property
+    def labels(self) -> list[Any]: ...
+
+    @property
+    def keys(self) -> list[str]: ...
+
+
+Columns = dict[str, Tensor]
+"""Named columns of one value a sample, each (samples,).
+
+``dense.top1`` and the like belong to one model, ``kl`` and the like compare the two. ``units`` counts what a sample
+contributes to a proportion: 1, or its hidden tokens.
+"""
+
+Models = Mapping[str, nn.Module]
+"""``dense`` and ``compressed``, or one of the two."""
+
+LabelOf = Callable[[Any], Any]
+"""From the label of a sample to a class index, or to a number for a regression."""
+
+B = TypeVar("B", bound=Batch, contravariant=True)
+Step = Callable[[Models, B], Columns]
+
+
+def classification_step(label_of: LabelOf | None) -> Step[Batch]:
+    """For models with a classification head, or a regression head of one output."""
+
+    def step(models: Models, batch: Batch) -> Columns:
+        logits = {role: _finite(role, _forward(model, batch.inputs).logits, batch) for role, model in models.items()}
+        width, device = next((rows.shape[-1], rows.device) for rows in logits.values())
+        if width == 1:
+            columns = {f"{role}.prediction": rows.squeeze(-1) for role, rows in logits.items()}
+            return columns | ({} if label_of is None else {"target": _scores(batch, label_of)})
+        labels = None if label_of is None else _classes(batch, label_of, width).to(device)
+        columns = {f"{role}.class": rows.argmax(-1) for role, rows in logits.items()}
+        columns |= _hits(logits, labels)
+        columns["units"] = torch.ones(len(batch.keys), dtype=torch.long)
+        return columns | ({} if labels is None else {"label": labels})
+
+    return step
+
+
+def masked_lm_step(masking: Masking) -> Step[Batch]:
+    """For masked language models: the hidden tokens are the labels."""
+
+    def step(models: Models, batch: Batch) -> Columns:
+        tokens = batch.inputs["input_ids"]
+        hidden = masking.positions(tokens, batch.mask, batch.keys)
+        inputs = {**batch.inputs, "input_ids": tokens.masked_fill(hidden, masking.mask_token)}
+        logits = {role: _finite(role, _masked_logits(model, inputs, hidden), batch) for role, model in models.items()}
+        device = next(iter(logits.values())).device
+        owner = hidden.nonzero()[:, 0].to(device)
+        sums = torch.zeros(len(batch.keys), dtype=torch.float64, device=device)
+        rows = _hits(logits, tokens[hidden].to(device))
+        columns = {name: sums.index_add(0, owner, values.double()) for name, values in rows.items()}
+        return columns | {"units": hidden.sum(1)}
+
+    return step
+
+
+def features_step(models: Models, batch: Batch) -> Columns:
+    """For two headless models: how alike their last hidden states are."""
+    return _cosines({role: _features(role, model, batch) for role, model in models.items()}, batch.mask)
+
+
+def pair_step(score_of: LabelOf | None) -> Step["PairBatch"]:
+    """For headless text models: the cosine of two sentences, each the mean of its real tokens."""
+
+    def step(models: Models, batch: "PairBatch") -> Columns:
+        columns: Columns = {} if score_of is None else {"target": _scores(batch, score_of)}
+        sides = (batch.first, batch.second)
+        states = [{role: _features(role, model, side) for role, model in models.items()} for side in sides]
+        for role in models:
+            one, other = (
+                metrics.masked_mean(features[role], side.mask) for features, side in zip(states, sides, strict=True)
+            )
+            columns[f"{role}.prediction"] = torch.cosine_similarity(one, other, dim=-1)
+        if len(models) == 2:
+            first, second = (_cosines(features, side.mask) for features, side in zip(states, sides, strict=True))
+            columns |= {name: (first[name] + second[name]) / 2 for name in first}
+        return columns
+
+    return step
+
+
+class PairBatch:
+    """Two batches whose samples belong together; the score of a pair is the label of the first."""
+
+    def __init__(self, first: Batch, second: Batch) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return self.first.inputs
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.first.mask
+
+    @property
+    def labels(self) -> list[Any]:
+        return self.first.labels
+
+    @property
+    def keys(self) -> list[str]:
+        return self.first.keys
+
+
+def _forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    parameter = next(model.parameters())
+    return model(
+        **{
+            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+    )
+
+
+def _masked_logits(model: nn.Module, inputs: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    """Logits (hidden tokens, vocabulary). The head works token by token, so it is given the hidden ones alone."""
+
+    def select(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        states = output.last_hidden_state
+        output.last_hidden_state = states[hidden.to(states.device)].unsqueeze(0)
+        return output
+
+    base = model.base_model
+    assert isinstance(base, nn.Module)
+    handle = base.register_forward_hook(select)
+    try:
+        logits: Tensor = _forward(model, inputs).logits.squeeze(0)
+    finally:
+        handle.remove()
+    return logits
+
+
+def _features(role: str, model: nn.Module, batch: Batch) -> Tensor:
+    return _finite(role, _forward(model, batch.inputs).last_hidden_state.double(), batch).cpu()
+
+
+def _finite(role: str, values: Tensor, batch: Batch) -> Tensor:
+    rows = values.flatten(1).isfinite().all(1)
+    if not rows.all():
+        first = int((~rows).nonzero()[0]) if len(rows) == len(batch.keys) else 0
+        raise NumericsError(
+            f"the {role} model gives NaN or infinite outputs in the batch of {batch.keys[first]} "
+            f"({int((~rows).sum())} of {len(rows)} rows). Evaluate in float32, or check the checkpoint's weights."
+        )
+    return values
+
+
+def _hits(logits: Mapping[str, Tensor], labels: Tensor | None) -> Columns:
+    """From logits (rows, classes): right or wrong for each model and, where there are two, how far apart they are."""
+    columns: Columns = {}
+    wide = next(iter(logits.values())).shape[-1] > 5
+    for role, rows in logits.items():
+        if labels is not None:
+            columns[f"{role}.top1"] = rows.argmax(-1) == labels
+            if wide:
+                columns[f"{role}.top5"] = metrics.top_k_hits(rows, labels, 5)
+    if len(logits) == 2:
+        dense, compressed = logits["dense"], logits["compressed"].to(logits["dense"].device)
+        columns["agreement"] = dense.argmax(-1) == compressed.argmax(-1)
+        columns["kl"] = metrics.kl_divergence(dense, compressed)
+        if wide:
+            columns["top5_overlap"] = metrics.top_k_overlap(dense, compressed, 5)
+    return columns
+
+
+def _cosines(features: Mapping[str, Tensor], mask: Tensor | None) -> Columns:
+    """Cosines between two models' features (batch, tokens, width): mean over real tokens, and of the pooled vectors."""
+    dense, compressed = features["dense"], features["compressed"]
+    tokens = torch.cosine_similarity(dense, compressed, dim=-1)
+    pooled = torch.cosine_similarity(metrics.masked_mean(dense, mask), metrics.masked_mean(compressed, mask), dim=-1)
+    return {
+        "feature_cosine": metrics.masked_mean(tokens.unsqueeze(-1), mask).squeeze(-1),
+        "pooled_cosine": pooled,
+    }
+
+
+def _classes(batch: Batch, label_of: LabelOf, num_labels: int) -> Tensor:
+    classes = _mapped(batch, label_of)
+    for key, label, index in zip(batch.keys, batch.labels, classes, strict=True):
+        if type(index) is not int or not 0 <= index < num_labels:
+            raise DataError(
+                f"{key}: its label {label!r} stands for class {index!r}, and the model knows 0 to {num_labels - 1}."
+            )
+    return torch.tensor(classes, dtype=torch.long)
+
+
+def _scores(batch: Batch, score_of: LabelOf) -> Tensor:
+    scores = torch.tensor(_mapped(batch, score_of), dtype=torch.float64)
+    if not scores.isfinite().all():
+        raise DataError(f"{batch.keys[int((~scores.isfinite()).nonzero()[0])]}: its score is not a finite number.")
+    return scores
+
+
+def _mapped(batch: Batch, of: LabelOf) -> list[Any]:
+    mapped = []
+    for key, label in zip(batch.keys, batch.labels, strict=True):
+        try:
+            mapped.append(of(label))
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{key}: its label {label!r} cannot be used: correct or remove the sample.") from error
+    return mapped

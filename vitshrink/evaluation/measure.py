@@ -1,0 +1,246 @@
+"""Run models over batches and collect the figures.
+
+Memory stays bounded: a batch leaves one row of scalars a sample. With ``torch.distributed`` initialised each process
+passes its own share of the samples, and every one of them returns the figures of the whole.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitshrink.errors import DataError, UsageError, VitshrinkError
+from vitshrink.evaluation.columns import (
+    B,
+    Batch,
+    Columns,
+    LabelOf,
+    Models,
+    PairBatch,
+    Step,
+    classification_step,
+    features_step,
+    masked_lm_step,
+    pair_step,
+)
+from vitshrink.evaluation.masking import Masking
+from vitshrink.evaluation.scores import Evaluation, summarise
+from vitshrink.lowrank import LowRankLinear
+
+OnBatch = Callable[[int], None]
+"""Told how many samples were done since its last call."""
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    task: str,
+    label_of: LabelOf | None = None,
+    baseline: nn.Module | None = None,
+    masking: Masking | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    on_batch: OnBatch | None = None,
+) -> Evaluation:
+    """Measure ``model`` and, on the same batches, its difference from the dense ``baseline``.
+
+    ``task`` is one that ``vitshrink.models`` gives a model. ``label_of`` turns the label of a sample into a class
+    index, or into a number for a regression head; without it only the fidelity to the baseline is measured. The task
+    ``masked-lm`` needs ``masking`` and no labels. ``seed`` drives the resampling of the intervals. The models are
+    moved to ``device`` and get their training mode back.
+
+    Raises:
+        UsageError: there is nothing to measure: neither labels nor a baseline.
+        DataError: no sample at all, or a label that the model does not know.
+        NumericsError: outputs that are not finite.
+        VitshrinkError: one sample alone does not fit into the device's memory.
+    """
+    models = _by_role(model, baseline)
+    if task in ("image-classification", "text-classification"):
+        _require(label_of is not None or baseline is not None, "the data have no labels")
+        step = classification_step(label_of)
+    elif task == "masked-lm":
+        if masking is None:
+            raise ValueError("the task 'masked-lm' needs masking=Masking.from_tokenizer(tokenizer)")
+        step = masked_lm_step(masking)
+    elif task == "features":
+        _require(baseline is not None, "the model has no head")
+        step = features_step
+    else:
+        raise ValueError(f"unknown task {task!r}")
+    with _inference(models, device):
+        keys, columns = _rows(step, models, batches, on_batch)
+    return summarise(task, keys, columns, _class_names(model), seed)
+
+
+def evaluate_pairs(
+    model: nn.Module,
+    first: Iterable[Batch],
+    second: Iterable[Batch],
+    *,
+    score_of: LabelOf | None = float,
+    baseline: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    on_batch: OnBatch | None = None,
+) -> Evaluation:
+    """Sentence similarity of a headless text model: mean of the real tokens, cosine, Spearman with the scores.
+
+    ``first`` and ``second`` hold the two sentences of the pairs in the same order and batch size; the score is the
+    label of the first. Without ``score_of`` only the fidelity to the baseline is measured. Otherwise as ``evaluate``.
+    """
+    models = _by_role(model, baseline)
+    _require(score_of is not None or baseline is not None, "the pairs have no scores")
+    with _inference(models, device):
+        keys, columns = _rows(pair_step(score_of), models, _pairs(first, second), on_batch)
+    return summarise("similarity", keys, columns, {}, seed)
+
+
+def check_labels(evaluation: Evaluation, num_labels: int) -> None:
+    """Stop where the dense model does no better than chance: the labels are then not the model's.
+
+    "No better" is below three times chance and less than ten points above it, with enough samples to tell it from
+    ten points more. Raises DataError.
+    """
+    scores = evaluation.dense
+    if evaluation.metric != "top1" or evaluation.task == "masked-lm" or scores is None:
+        return
+    chance = 1 / num_labels
+    limit = min(3 * chance, chance + 0.1)
+    if scores["top1"] < limit and scores["interval"][1] < limit + 0.1:
+        raise DataError(
+            f"labels look permuted: the dense model has {scores['correct']} of {evaluation.samples} samples "
+            f"right ({scores['top1']:.1%}), and guessing among {num_labels} classes gives {chance:.1%}. "
+            "Check which class each label or folder stands for, or say it with --class-map FILE."
+        )
+
+
+def _by_role(model: nn.Module, baseline: nn.Module | None) -> dict[str, nn.Module]:
+    if baseline is not None:
+        return {"dense": baseline, "compressed": model}
+    compressed = any(isinstance(module, LowRankLinear) for module in model.modules())
+    return {"compressed" if compressed else "dense": model}
+
+
+def _require(measurable: bool, why: str) -> None:
+    if not measurable:
+        raise UsageError(
+            f"nothing to measure: {why} and there is no model to compare with. "
+            "Name the dense model with --baseline, or use labelled data."
+        )
+
+
+@contextmanager
+def _inference(models: Models, device: torch.device | str | None) -> Iterator[None]:
+    training = {role: model.training for role, model in models.items()}
+    try:
+        for model in models.values():
+            model.eval()
+            if device is not None:
+                model.to(device)
+        with torch.inference_mode():
+            yield
+    finally:
+        for role, model in models.items():
+            model.train(training[role])
+
+
+def _class_names(model: nn.Module) -> dict[int, str]:
+    names: Mapping[Any, Any] = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return {int(index): str(name) for index, name in names.items()}
+
+
+def _pairs(first: Iterable[Batch], second: Iterable[Batch]) -> Iterator[PairBatch]:
+    one_by_one, other_by_other = iter(first), iter(second)
+    for one in one_by_one:
+        other = next(other_by_other, None)
+        if other is None or len(one.keys) != len(other.keys):
+            raise _unpaired(one.keys[0])
+        yield PairBatch(one, other)
+    if (other := next(other_by_other, None)) is not None:
+        raise _unpaired(other.keys[0])
+
+
+def _unpaired(key: str) -> DataError:
+    return DataError(
+        f"the sentences do not come in pairs from {key} on: one side has fewer texts than the other. "
+        "Remove rows where a sentence is empty."
+    )
+
+
+def _rows(step: Step[B], models: Models, batches: Iterable[B], on_batch: OnBatch | None) -> tuple[list[str], Columns]:
+    """The keys of all samples, sorted, and their columns."""
+    keys: list[str] = []
+    pieces: list[Columns] = []
+    limit: int | None = None
+    for whole in batches:
+        waiting = _parts(whole, limit)
+        while waiting:
+            batch = waiting.pop(0)
+            columns = _run(step, models, batch)
+            if columns is None:
+                limit = len(batch.keys) // 2
+                waiting = [part for left in (batch, *waiting) for part in _parts(left, limit)]
+                continue
+            keys += batch.keys
+            pieces.append(columns)
+            if on_batch is not None:
+                on_batch(len(batch.keys))
+    keys, pieces = _gather(keys, pieces)
+    if not keys:
+        raise DataError("there is no sample to evaluate on: the data are empty or every sample was unreadable.")
+    # sorted, so that sums and resamples depend neither on the number of processes nor on the order of the batches
+    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+    columns = {name: torch.cat([piece[name] for piece in pieces])[order] for name in pieces[0]}
+    return sorted(keys), columns
+
+
+def _run(step: Step[B], models: Models, batch: B) -> Columns | None:
+    """The columns of the batch on the CPU, or None when it does not fit into memory."""
+    try:
+        return {name: values.cpu() for name, values in step(models, batch).items()}
+    except torch.OutOfMemoryError as error:
+        if len(batch.keys) == 1:
+            raise VitshrinkError(
+                f"out of memory with a batch of one sample, {batch.keys[0]}. "
+                "Free the device, or use --device cpu or a smaller --dtype."
+            ) from error
+    # only here, where the exception no longer holds the tensors of the failed batch
+    torch.cuda.empty_cache()
+    return None
+
+
+@dataclass(frozen=True)
+class _Part:
+    inputs: dict[str, Tensor]
+    mask: Tensor | None
+    labels: list[Any]
+    keys: list[str]
+
+
+def _parts(batch: Any, size: int | None) -> list[Any]:
+    if size is None or len(batch.keys) <= size:
+        return [batch]
+    if isinstance(batch, PairBatch):
+        return [PairBatch(*sides) for sides in zip(_parts(batch.first, size), _parts(batch.second, size), strict=True)]
+    return [
+        _Part(
+            inputs={name: value[start : start + size] for name, value in batch.inputs.items()},
+            mask=None if batch.mask is None else batch.mask[start : start + size],
+            labels=batch.labels[start : start + size],
+            keys=batch.keys[start : start + size],
+        )
+        for start in range(0, len(batch.keys), size)
+    ]
+
+
+def _gather(keys: list[str], pieces: list[Columns]) -> tuple[list[str], list[Columns]]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return keys, pieces
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, (keys, pieces))
+    return [key for share in shares for key in share[0]], [piece for share in shares for piece in share[1]]

@@ -1,0 +1,193 @@
+"""From the rows of all samples to the figures of an evaluation."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vitshrink import metrics
+from vitshrink.evaluation.columns import Columns
+
+SIGNIFICANCE = 0.05
+_SHOWN_DISAGREEMENTS = 24
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: fractions in [0, 1], divergences in nats, intervals at 95 %.
+
+    ``metric`` names the entry of ``dense`` and ``compressed`` that ``difference`` compares: ``top1`` or
+    ``spearman``. A model that was not run and a comparison that could not be made are None.
+    """
+
+    task: str
+    metric: str | None
+    samples: int
+    dense: dict[str, Any] | None
+    compressed: dict[str, Any] | None
+    fidelity: dict[str, Any] | None
+    difference: dict[str, Any] | None
+    classes: list[dict[str, Any]]
+    """Accuracy class by class, the worst drop first; without labels the dense model's choice is the class."""
+    disagreements: list[dict[str, Any]]
+    """Samples that the two models classify differently, the largest divergence first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, str], seed: int) -> Evaluation:
+    """The figures of rows, one a key; ``names`` are those of the classes, ``seed`` drives the resampling."""
+    scores = {role: _scores(role, columns, seed) for role in ("dense", "compressed")}
+    measured = [entry for entry in scores.values() if entry]
+    metric = next((name for name in ("top1", "spearman") if measured and name in measured[0]), None)
+    return Evaluation(
+        task=task,
+        metric=metric,
+        samples=len(keys),
+        dense=scores["dense"],
+        compressed=scores["compressed"],
+        fidelity=_fidelity(columns, seed),
+        difference=_difference(columns, seed) if len(measured) == 2 else None,
+        classes=_classes(columns, names),
+        disagreements=_disagreements(keys, columns, names),
+    )
+
+
+def _scores(role: str, columns: Columns, seed: int) -> dict[str, Any] | None:
+    if f"{role}.top1" in columns:
+        return _accuracy(role, columns, seed)
+    if f"{role}.prediction" in columns and "target" in columns:
+        prediction, target = columns[f"{role}.prediction"], columns["target"]
+        rank = metrics.spearman(prediction, target)
+        return {
+            "spearman": _number(rank),
+            "pearson": _number(metrics.pearson(prediction, target)),
+            "interval": list(metrics.rank_correlation_interval(rank, len(target))),
+        }
+    return None
+
+
+def _accuracy(role: str, columns: Columns, seed: int) -> dict[str, Any]:
+    units, top1 = columns["units"], columns[f"{role}.top1"]
+    scores = {
+        "top1": _proportion(top1, units),
+        "correct": int(top1.sum()),
+        "interval": _interval(top1, units, seed),
+    }
+    if f"{role}.top5" in columns:
+        top5 = columns[f"{role}.top5"]
+        scores |= {
+            "top5": _proportion(top5, units),
+            "top5_correct": int(top5.sum()),
+            "top5_interval": _interval(top5, units, seed),
+        }
+    return scores if _one_each(units) else scores | {"tokens": int(units.sum())}
+
+
+def _fidelity(columns: Columns, seed: int) -> dict[str, Any] | None:
+    fidelity: dict[str, Any] = {}
+    if "agreement" in columns:
+        units = columns["units"]
+        fidelity = {
+            "agreement": _proportion(columns["agreement"], units),
+            "agreement_interval": _interval(columns["agreement"], units, seed),
+            "kl": _proportion(columns["kl"], units),
+            "kl_interval": list(metrics.bootstrap_ratio(columns["kl"], units, seed)),
+        }
+        if "top5_overlap" in columns:
+            fidelity["top5_overlap"] = _proportion(columns["top5_overlap"], units)
+    for name in ("feature_cosine", "pooled_cosine"):
+        if name in columns:
+            fidelity[name] = float(columns[name].mean())
+    if "dense.prediction" in columns and "compressed.prediction" in columns:
+        dense, compressed = columns["dense.prediction"].double(), columns["compressed.prediction"].double()
+        fidelity["prediction_spearman"] = _number(metrics.spearman(dense, compressed))
+        fidelity["mean_absolute_difference"] = float((dense - compressed).abs().mean())
+    return fidelity or None
+
+
+def _difference(columns: Columns, seed: int) -> dict[str, Any]:
+    """Dense against compressed on the same samples: the drop in the metric, its interval, and whether it is real."""
+    if "target" in columns:
+        target, dense, compressed = (columns[name] for name in ("target", "dense.prediction", "compressed.prediction"))
+        drop = metrics.spearman(dense, target) - metrics.spearman(compressed, target)
+        interval, p_value = metrics.bootstrap_correlation_drop(target, dense, compressed, seed)
+        test = "paired bootstrap"
+    else:
+        units = columns["units"]
+        worse = columns["dense.top1"].double() - columns["compressed.top1"].double()
+        drop = _proportion(worse, units)
+        interval = metrics.bootstrap_ratio(worse, units, seed)
+        if _one_each(units):
+            p_value = metrics.mcnemar_p_value(int((worse > 0).sum()), int((worse < 0).sum()))
+            test = "McNemar, exact"
+        else:
+            p_value = metrics.sign_flip_p_value(worse, seed)
+            test = "sign flips, sentence by sentence"
+    return {
+        "drop": _number(drop),
+        "drop_interval": list(interval),
+        "p_value": p_value,
+        "significant": p_value < SIGNIFICANCE,
+        "test": test,
+    }
+
+
+def _classes(columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    roles = [role for role in ("dense", "compressed") if f"{role}.class" in columns]
+    group = columns.get("label", columns.get("dense.class") if len(roles) == 2 else None)
+    if group is None:
+        return []
+    rows = []
+    for index in sorted(set(group.tolist())):
+        members = group == index
+        row: dict[str, Any] = {"class": names.get(index, str(index)), "samples": int(members.sum())}
+        row |= {role: float((columns[f"{role}.class"][members] == index).double().mean()) for role in roles}
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.get("compressed", 0.0) - row.get("dense", 0.0))
+
+
+def _disagreements(keys: list[str], columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    if "agreement" not in columns or "dense.class" not in columns:
+        return []
+    differing = (~columns["agreement"]).nonzero().squeeze(1)
+    order = differing[columns["kl"][differing].argsort(descending=True, stable=True)][:_SHOWN_DISAGREEMENTS]
+
+    def name(column: str, row: int) -> str | None:
+        if column not in columns:
+            return None
+        index = int(columns[column][row])
+        return names.get(index, str(index))
+
+    return [
+        {
+            "sample": keys[row],
+            "label": name("label", row),
+            "dense": name("dense.class", row),
+            "compressed": name("compressed.class", row),
+            "kl": float(columns["kl"][row]),
+        }
+        for row in order.tolist()
+    ]
+
+
+def _proportion(sums: Tensor, units: Tensor) -> float:
+    return float(sums.double().sum() / units.double().sum())
+
+
+def _interval(hits: Tensor, units: Tensor, seed: int) -> list[float]:
+    """Wilson's for independent samples; tokens of one sentence are not, so whole sentences are drawn again."""
+    if _one_each(units):
+        return list(metrics.wilson_interval(int(hits.sum()), len(hits)))
+    return list(metrics.bootstrap_ratio(hits, units, seed))
+
+
+def _one_each(units: Tensor) -> bool:
+    return bool((units == 1).all())
+
+
+def _number(value: float) -> float | None:
+    """None for NaN: a correlation with a constant is no number, and JSON has no word for it."""
+    return None if value != value else value
