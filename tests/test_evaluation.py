@@ -261,10 +261,22 @@ def test_sentence_pairs_are_pooled_over_their_own_tokens() -> None:
     assert found["task"] == "similarity"
     assert found["fidelity"]["pooled_cosine"] == pytest.approx(1)
     assert found["difference"]["drop"] == pytest.approx(0)
-    with pytest.raises(DataError, match="fewer texts"):
-        evaluate_pairs(model, first, second[:1])
-    with pytest.raises(DataError, match="fewer texts"):
-        evaluate_pairs(model, first[:1], second)
+    with pytest.raises(DataError, match="has a partner"):
+        evaluate_pairs(model, first[:1], second[1:])
+
+
+def test_sentence_pairs_are_joined_by_key_whatever_the_order_and_the_batches() -> None:
+    model = tiny.build("BertModel")
+    first, second = batches("BertModel", 9, 4, list(range(9))), batches("BertModel", 9, 2)
+    for batch in second:
+        batch.inputs["input_ids"] = batch.inputs["input_ids"].roll(1, 1)
+    whole = evaluate_pairs(model, first, second).dense
+    assert whole is not None
+    shuffled = evaluate_pairs(model, first[::-1], second[2:] + second[:2]).dense
+    assert shuffled is not None
+    assert shuffled["pearson"] == pytest.approx(whole["pearson"], abs=1e-5)
+    fewer = evaluate_pairs(model, first, second[:3])
+    assert fewer.samples == 6
 
 
 def test_pair_similarity_is_the_cosine_of_the_two_sentences() -> None:
@@ -359,7 +371,7 @@ def test_out_of_memory_with_one_sample_says_so() -> None:
         evaluate(Cramped(one_hot([0, 1], 3), room=0), numbered([0, 1]), task="image-classification", label_of=int)
 
 
-def test_out_of_memory_splits_pairs_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_splits_pairs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("BertModel")
     first, second = batches("BertModel", 6, 6, list(range(6))), batches("BertModel", 6, 6)
     second[0].inputs["input_ids"] = second[0].inputs["input_ids"].roll(1, 0)

@@ -1,7 +1,7 @@
 """One batch through the models: what is kept of it, a row of scalars a sample."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Batch(Protocol):
 
 
 Columns = dict[str, Tensor]
-"""Named columns of one value a sample, each (samples,).
+"""Named columns of one value a sample, each (samples,) unless said otherwise.
 
 ``dense.top1`` and the like belong to one model, ``kl`` and the like compare the two. ``units`` counts what a sample
 contributes to a proportion: 1, or its hidden tokens.
@@ -41,11 +41,10 @@ Models = Mapping[str, nn.Module]
 LabelOf = Callable[[Any], Any]
 """From the label of a sample to a class index, or to a number for a regression."""
 
-B = TypeVar("B", bound=Batch, contravariant=True)
-Step = Callable[[Models, B], Columns]
+Step = Callable[[Models, Batch], Columns]
 
 
-def classification_step(label_of: LabelOf | None) -> Step[Batch]:
+def classification_step(label_of: LabelOf | None) -> Step:
     """For models with a classification head, or a regression head of one output."""
 
     def step(models: Models, batch: Batch) -> Columns:
@@ -63,7 +62,7 @@ def classification_step(label_of: LabelOf | None) -> Step[Batch]:
     return step
 
 
-def masked_lm_step(masking: Masking) -> Step[Batch]:
+def masked_lm_step(masking: Masking) -> Step:
     """For masked language models: the hidden tokens are the labels."""
 
     def step(models: Models, batch: Batch) -> Columns:
@@ -86,47 +85,29 @@ def features_step(models: Models, batch: Batch) -> Columns:
     return _cosines({role: _features(role, model, batch) for role, model in models.items()}, batch.mask)
 
 
-def pair_step(score_of: LabelOf | None) -> Step["PairBatch"]:
-    """For headless text models: the cosine of two sentences, each the mean of its real tokens."""
+def sentence_step(score_of: LabelOf | None) -> Step:
+    """For headless text models: the mean of a sentence's real tokens, columns ``dense.pooled`` (samples, width)."""
 
-    def step(models: Models, batch: "PairBatch") -> Columns:
-        columns: Columns = {} if score_of is None else {"target": _scores(batch, score_of)}
-        sides = (batch.first, batch.second)
-        states = [{role: _features(role, model, side) for role, model in models.items()} for side in sides]
-        for role in models:
-            one, other = (
-                metrics.masked_mean(features[role], side.mask) for features, side in zip(states, sides, strict=True)
-            )
-            columns[f"{role}.prediction"] = torch.cosine_similarity(one, other, dim=-1)
-        if len(models) == 2:
-            first, second = (_cosines(features, side.mask) for features, side in zip(states, sides, strict=True))
-            columns |= {name: (first[name] + second[name]) / 2 for name in first}
-        return columns
+    def step(models: Models, batch: Batch) -> Columns:
+        states = {role: _features(role, model, batch) for role, model in models.items()}
+        columns = {f"{role}.pooled": metrics.masked_mean(tokens, batch.mask) for role, tokens in states.items()}
+        if score_of is not None:
+            columns["target"] = _scores(batch, score_of)
+        return columns | (_cosines(states, batch.mask) if len(models) == 2 else {})
 
     return step
 
 
-class PairBatch:
-    """Two batches whose samples belong together; the score of a pair is the label of the first."""
-
-    def __init__(self, first: Batch, second: Batch) -> None:
-        self.first, self.second = first, second
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return self.first.inputs
-
-    @property
-    def mask(self) -> Tensor | None:
-        return self.first.mask
-
-    @property
-    def labels(self) -> list[Any]:
-        return self.first.labels
-
-    @property
-    def keys(self) -> list[str]:
-        return self.first.keys
+def pair_columns(first: Columns, second: Columns) -> Columns:
+    """From the columns of the two sentences of each pair, in the same order: ``dense.prediction`` is their cosine."""
+    columns = {name: first[name] for name in ("target",) if name in first}
+    for name in first.keys() & second.keys():
+        if name.endswith(".pooled"):
+            similarity = torch.cosine_similarity(first[name], second[name], dim=-1)
+            columns[name.replace(".pooled", ".prediction")] = similarity
+        elif name != "target":
+            columns[name] = (first[name] + second[name]) / 2
+    return columns
 
 
 def _forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:

@@ -1,7 +1,8 @@
 """Run models over batches and collect the figures.
 
-Memory stays bounded: a batch leaves one row of scalars a sample. With ``torch.distributed`` initialised each process
-passes its own share of the samples, and every one of them returns the figures of the whole.
+Memory stays bounded: a batch leaves one row of scalars a sample (for sentence pairs, one vector a sentence).
+With ``torch.distributed`` initialised each process passes its own share of the samples, and every one of them
+returns the figures of the whole.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,17 +15,16 @@ from torch import Tensor, nn
 
 from vitshrink.errors import DataError, UsageError, VitshrinkError
 from vitshrink.evaluation.columns import (
-    B,
     Batch,
     Columns,
     LabelOf,
     Models,
-    PairBatch,
     Step,
     classification_step,
     features_step,
     masked_lm_step,
-    pair_step,
+    pair_columns,
+    sentence_step,
 )
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.scores import Evaluation, summarise
@@ -90,13 +90,19 @@ def evaluate_pairs(
 ) -> Evaluation:
     """Sentence similarity of a headless text model: mean of the real tokens, cosine, Spearman with the scores.
 
-    ``first`` and ``second`` hold the two sentences of the pairs in the same order and batch size; the score is the
-    label of the first. Without ``score_of`` only the fidelity to the baseline is measured. Otherwise as ``evaluate``.
+    ``first`` and ``second`` hold the two sentences of the pairs, in any order, under the same keys; a pair of which
+    one sentence was unusable is left out. The score is the label of the first. Without ``score_of`` only the
+    fidelity to the baseline is measured. ``on_batch`` counts sentences. Otherwise as ``evaluate``.
     """
     models = _by_role(model, baseline)
     _require(score_of is not None or baseline is not None, "the pairs have no scores")
     with _inference(models, device):
-        keys, columns = _rows(pair_step(score_of), models, _pairs(first, second), on_batch)
+        first_keys, first_columns = _rows(sentence_step(score_of), models, first, on_batch)
+        second_keys, second_columns = _rows(sentence_step(None), models, second, on_batch)
+    keys = sorted(set(first_keys) & set(second_keys))
+    if not keys:
+        raise DataError("no sentence has a partner: the two sides of the pairs share no key.")
+    columns = pair_columns(_select(first_columns, first_keys, keys), _select(second_columns, second_keys, keys))
     return summarise("similarity", keys, columns, {}, seed)
 
 
@@ -154,25 +160,13 @@ def _class_names(model: nn.Module) -> dict[int, str]:
     return {int(index): str(name) for index, name in names.items()}
 
 
-def _pairs(first: Iterable[Batch], second: Iterable[Batch]) -> Iterator[PairBatch]:
-    one_by_one, other_by_other = iter(first), iter(second)
-    for one in one_by_one:
-        other = next(other_by_other, None)
-        if other is None or len(one.keys) != len(other.keys):
-            raise _unpaired(one.keys[0])
-        yield PairBatch(one, other)
-    if (other := next(other_by_other, None)) is not None:
-        raise _unpaired(other.keys[0])
+def _select(columns: Columns, keys: list[str], wanted: list[str]) -> Columns:
+    row = {key: i for i, key in enumerate(keys)}
+    rows = torch.tensor([row[key] for key in wanted])
+    return {name: values[rows] for name, values in columns.items()}
 
 
-def _unpaired(key: str) -> DataError:
-    return DataError(
-        f"the sentences do not come in pairs from {key} on: one side has fewer texts than the other. "
-        "Remove rows where a sentence is empty."
-    )
-
-
-def _rows(step: Step[B], models: Models, batches: Iterable[B], on_batch: OnBatch | None) -> tuple[list[str], Columns]:
+def _rows(step: Step, models: Models, batches: Iterable[Batch], on_batch: OnBatch | None) -> tuple[list[str], Columns]:
     """The keys of all samples, sorted, and their columns."""
     keys: list[str] = []
     pieces: list[Columns] = []
@@ -194,12 +188,12 @@ def _rows(step: Step[B], models: Models, batches: Iterable[B], on_batch: OnBatch
     if not keys:
         raise DataError("there is no sample to evaluate on: the data are empty or every sample was unreadable.")
     # sorted, so that sums and resamples depend neither on the number of processes nor on the order of the batches
-    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
-    columns = {name: torch.cat([piece[name] for piece in pieces])[order] for name in pieces[0]}
-    return sorted(keys), columns
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    columns = {name: torch.cat([piece[name] for piece in pieces])[torch.tensor(order)] for name in pieces[0]}
+    return [keys[i] for i in order], columns
 
 
-def _run(step: Step[B], models: Models, batch: B) -> Columns | None:
+def _run(step: Step, models: Models, batch: Batch) -> Columns | None:
     """The columns of the batch on the CPU, or None when it does not fit into memory."""
     try:
         return {name: values.cpu() for name, values in step(models, batch).items()}
@@ -222,11 +216,9 @@ class _Part:
     keys: list[str]
 
 
-def _parts(batch: Any, size: int | None) -> list[Any]:
+def _parts(batch: Batch, size: int | None) -> list[Batch]:
     if size is None or len(batch.keys) <= size:
         return [batch]
-    if isinstance(batch, PairBatch):
-        return [PairBatch(*sides) for sides in zip(_parts(batch.first, size), _parts(batch.second, size), strict=True)]
     return [
         _Part(
             inputs={name: value[start : start + size] for name, value in batch.inputs.items()},
