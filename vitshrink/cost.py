@@ -1,0 +1,132 @@
+"""What a model costs: numbers stored, bytes, multiplications, time and memory."""
+
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def layers_parameters(model: nn.Module, names: Iterable[str]) -> int:
+    """Number of parameters of the named layers, biases left out: what a low-rank method can change."""
+    return sum(
+        parameter.numel()
+        for name in names
+        for kind, parameter in model.get_submodule(name).named_parameters()
+        if kind.rpartition(".")[2] != "bias"
+    )
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers in memory; tied ones count once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Multiply-accumulate operations of one forward pass of ``inputs``, attention included.
+
+    Half of the floating-point operations that torch counts; normalisations, activations and additions are left out,
+    as usual. Pass one sample for the MACs of a sample.
+    """
+    # torch counts nothing for the fused attention of the CPU, so that the plain one is run; and under inference_mode
+    # linear layers are not taken apart into the operations that it counts
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**_on_device_of(model, inputs))
+    return int(counter.get_total_flops()) // 2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a forward pass of ``batch_size`` samples: the median of ``repeats``, and its quartiles."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    throughput: float
+    """Samples a second, at the median."""
+    batch_size: int
+    repeats: int
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def latency(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20, warmup: int = 3
+) -> dict[str, Latency]:
+    """Time the models in turn, A B A B, so that a machine that warms up or slows down does so for all of them."""
+    if repeats < 1:
+        raise ValueError("repeats must be at least 1")
+    prepared = {name: _on_device_of(model, inputs) for name, model in models.items()}
+    batch_size = len(next(iter(inputs.values())))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    training = {name: model.training for name, model in models.items()}
+    try:
+        for model in models.values():
+            model.eval()
+        with torch.inference_mode():
+            for i in range(warmup + repeats):
+                for name, model in models.items():
+                    elapsed = _time(model, prepared[name])
+                    if i >= warmup:
+                        seconds[name].append(elapsed)
+    finally:
+        for name, model in models.items():
+            model.train(training[name])
+    return {name: _summary(times, batch_size) for name, times in seconds.items()}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far (Linux and macOS)."""
+    import resource  # does not exist elsewhere, where everything but this must work
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kibibytes
+
+
+def _time(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+    device = next(model.parameters()).device
+    _synchronise(device)
+    start = time.perf_counter()
+    model(**inputs)
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(seconds: list[float], batch_size: int) -> Latency:
+    lower, median, upper = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    return Latency(
+        median=float(median),
+        lower_quartile=float(lower),
+        upper_quartile=float(upper),
+        throughput=batch_size / float(median),
+        batch_size=batch_size,
+        repeats=len(seconds),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _on_device_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parameter = next(model.parameters())
+    return {
+        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
