@@ -15,6 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("demo",),
     ("pipeline",),
+    ("sequential",),
     ("report",),
     (
         "models",
@@ -26,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "publication",
         "finetune",
         "evaluation",
+        "cost",
     ),
     ("methods", "allocation", "compensation", "hf_quantizer"),
     ("lowrank", "stats", "ranks", "metrics", "config"),
