@@ -260,6 +260,10 @@ def load_source(source: Source, *, dtype: torch.dtype) -> LoadedModel:
     except Exception as error:  # from_pretrained raises whatever a contradictory config leads to
         raise CheckpointError(f"transformers cannot load {source.directory}: {error}") from error
     _check_complete(source, info, strict=is_compressed(source))
+    for parameter in model.parameters():
+        # Out of the mapped file, which may be replaced while the model lives, and into aligned memory, on which
+        # the order of summation may depend.
+        parameter.data = parameter.data.clone()
     check_finite(model, f"{source.directory}")
     return LoadedModel(model.eval(), source.directory, source.dtype, family, tuple(sorted(info["unexpected_keys"])))
 

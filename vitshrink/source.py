@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -138,12 +136,19 @@ def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | No
 def _download(name: str, *, offline: bool, revision: str | None) -> Path:
     absent = f"no such folder: {name!r}, and"
     try:
-        if offline:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        files = HfApi().list_repo_files(name, revision=revision)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_wanted(files))))
+        cached = try_to_load_from_cache(name, CONFIG, revision=revision)
     except HFValidationError as error:
         raise CheckpointError(f"{absent} it is not the id of a Hub model either. Check the path.") from error
+    if offline:
+        if isinstance(cached, str):
+            return Path(cached).parent
+        raise CheckpointError(
+            f"{absent} no such model in the local Hub cache, and offline mode is on. "
+            "Give a local folder, or run once with a network connection."
+        )
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_wanted(files))))
     except GatedRepoError as error:
         raise CheckpointError(
             f"the Hub model {name!r} is gated: accept its terms at https://huggingface.co/{name} and log in "
@@ -155,15 +160,11 @@ def _download(name: str, *, offline: bool, revision: str | None) -> Path:
         raise CheckpointError(
             f"{absent} no such model on the Hub. Check the spelling; for a private model log in with 'hf auth login'."
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CheckpointError(
-            f"{absent} no such model in the local Hub cache{', and offline mode is on' if offline else ''}. "
-            "Give a local folder, or run once with a network connection."
-        ) from error
-    except OSError as error:  # every network error of huggingface_hub is one
+    except Exception as error:  # the errors of whichever HTTP library huggingface_hub is built on
         raise CheckpointError(
             f"{absent} the Hub could not be asked for it ({error.__class__.__name__}: {_first_line(error)}). "
-            "Check the network and the token, or give a local folder."
+            "Check the network and the token, or "
+            + ("use the copy in the local cache (offline)." if isinstance(cached, str) else "give a local folder.")
         ) from error
 
 
@@ -231,7 +232,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     _check_regular(path, directory)
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path} does not say a model_type: it is no configuration of a transformers model.")
+        raise CheckpointError(f"{path} names no model_type: it is no configuration of a transformers model.")
     _refuse_code(config, path)
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
