@@ -1,0 +1,32 @@
+"""Images and texts: found, selected, decoded, preprocessed as the checkpoint says, and their labels aligned."""
+
+from vitshrink.data.batches import BadSamples, Batch
+from vitshrink.data.image_encoder import ImageEncoder
+from vitshrink.data.images import ImageError, ImageSource, decode_image
+from vitshrink.data.labels import align_labels
+from vitshrink.data.preprocessing import Preprocessor
+from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_names
+from vitshrink.data.samples import Label, Sample, SampleSet, overlap
+from vitshrink.data.sources import open_samples
+from vitshrink.data.text_encoder import TextEncoder
+
+__all__ = [
+    "BadSamples",
+    "Batch",
+    "ImageEncoder",
+    "ImageError",
+    "ImageSource",
+    "Kind",
+    "Label",
+    "Preprocessor",
+    "Recipe",
+    "Sample",
+    "SampleSet",
+    "TextEncoder",
+    "align_labels",
+    "decode_image",
+    "load_recipe",
+    "open_samples",
+    "overlap",
+    "recipe_names",
+]

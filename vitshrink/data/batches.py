@@ -1,0 +1,54 @@
+"""What preprocessing yields, and the account of samples that it cannot use."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from torch import Tensor
+
+from vitshrink.data.samples import Label, Sample, SampleSet
+from vitshrink.errors import DataError
+
+
+@dataclass
+class Batch:
+    """``inputs`` of the model: ``pixel_values`` (batch, channels, height, width), or token tensors (batch, tokens).
+
+    ``mask`` (batch, tokens) is True at real tokens, None for images. ``truncated`` counts texts cut to the
+    maximum length.
+    """
+
+    inputs: dict[str, Tensor]
+    mask: Tensor | None
+    labels: list[Label]
+    keys: list[str]
+    truncated: int = 0
+
+
+@dataclass
+class BadSamples:
+    """Samples that could not be used, and how many are put up with: ``limit``, or else 1 % of them and at least one.
+
+    ``reasons`` says why, by key: passing over the same set twice counts a sample once.
+    """
+
+    limit: int | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, key: str, reason: str, samples: SampleSet) -> None:
+        """Raises DataError when this is one too many."""
+        self.reasons[key] = reason
+        limit = max(1, len(samples) // 100) if self.limit is None else self.limit
+        if len(self.reasons) > limit:
+            listed = "; ".join(f"{name} {why}" for name, why in islice(self.reasons.items(), 5))
+            raise DataError(
+                f"{samples.source}: {len(self.reasons)} of {len(samples)} samples cannot be used, {limit} may be bad: "
+                f"{listed}. Repair or remove them, or allow more with --max-bad-samples."
+            )
+
+
+def batched(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Lists of ``size`` samples, the last one shorter. (`itertools.batched` came with Python 3.12.)"""
+    iterator = iter(samples)
+    while batch := list(islice(iterator, size)):
+        yield batch

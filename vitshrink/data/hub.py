@@ -1,0 +1,278 @@
+"""Data sets read by the `datasets` library: from the Hub, or local parquet and webdataset shards.
+
+Images stay encoded (``decode=False``), so that one broken image can be counted and named instead of ending the reading.
+The library is imported where it is used: it takes a second that a folder of images need not pay.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+from vitshrink.data.columns import Columns, find_columns
+from vitshrink.data.images import ImageSource
+from vitshrink.data.recipes import Kind, recipe_names, suggestion
+from vitshrink.data.samples import LabelsAre, Sample, SampleSet
+from vitshrink.errors import DataError
+
+SHUFFLE_BUFFER = 1000
+"""Streamed rows from which the next is drawn, besides a shuffled order of the shards: about 110 MB of ImageNet."""
+
+SHARD_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
+
+
+@dataclass(frozen=True)
+class Address:
+    """A split of a data set: ``path`` is an id on the Hub, a local folder of shards, or one local shard."""
+
+    path: str
+    config: str | None = None
+    split: str | None = None
+
+    def __str__(self) -> str:
+        return self.path + (f"/{self.config}" if self.config else "") + (f":{self.split}" if self.split else "")
+
+
+def open_shards(address: Address, kind: Kind, wanted: Columns) -> SampleSet:
+    """All samples of a local split; `datasets` keeps an Arrow copy in its cache, from which any row can be read.
+
+    Raises:
+        DataError: unreadable shards, no such split, or columns that cannot be told.
+    """
+    with _explained(address):
+        split = _Split(address)
+        dataset = split.download()
+    columns, label_names, labels_are = _schema(split.address, kind, dataset.features, wanted)
+    return SampleSet(str(split.address), kind, _stored_samples(dataset, columns), label_names, labels_are)
+
+
+def open_hub(address: Address, kind: Kind, wanted: Columns, *, offline: bool = False) -> SampleSet:
+    """Samples of a split on the Hub: streamed where some are selected, downloaded once where all are used.
+
+    ``offline`` takes what an earlier download left in the cache of `datasets`.
+
+    Raises:
+        DataError: gated, unknown or unreachable; no such configuration, split or column.
+    """
+    if offline:
+        with _explained(address), _offline_mode():
+            dataset = _cached(address)
+        columns, label_names, labels_are = _schema(address, kind, dataset.features, wanted)
+        return SampleSet(str(address), kind, _stored_samples(dataset, columns), label_names, labels_are)
+    with _explained(address):
+        split = _Split(address)
+        features = split.stream.features
+    columns, label_names, labels_are = _schema(split.address, kind, features, wanted)
+    return SampleSet(str(split.address), kind, _HubSamples(split, columns), label_names, labels_are)
+
+
+class _Split:
+    """One split, found but not read yet."""
+
+    def __init__(self, address: Address) -> None:
+        from datasets import load_dataset_builder
+
+        path = Path(address.path)
+        self.format = SHARD_FORMATS[path.suffix] if path.is_file() else address.path
+        if path.is_file():
+            self.builder = load_dataset_builder(self.format, data_files=str(path.resolve()))
+        else:
+            self.builder = load_dataset_builder(address.path, address.config)
+        self.files: Mapping[str, list[str]] = self.builder.config.data_files
+        splits = list(self.files)
+        if address.split is None and len(splits) > 1:
+            raise DataError(f"{address} has the splits {', '.join(splits)}: choose one with --split.")
+        if address.split is not None and address.split not in splits:
+            raise DataError(f"{address.path} has no split {address.split!r}.{suggestion(address.split, splits)}")
+        self.name = address.split or splits[0]
+        self.address = address if path.is_file() else replace(address, split=self.name)
+
+    @cached_property
+    def stream(self) -> Any:
+        """An IterableDataset."""
+        stream = self.builder.as_streaming_dataset(split=self.name)
+        return _undecoded(stream if stream.features is not None else stream._resolve_features())
+
+    def download(self) -> Any:
+        """A Dataset on disk. Only this split is fetched: beside ImageNet's 6 GB for validation lie 140 of training."""
+        from datasets import load_dataset
+
+        files = {self.name: list(self.files[self.name])}
+        features = self.builder.info.features
+        return _undecoded(load_dataset(self.format, data_files=files, features=features, split=self.name))
+
+
+class _HubSamples(Sequence[Sample]):
+    """Samples of a Hub split: drawn from a stream, or downloaded at the first need for length or index."""
+
+    def __init__(self, split: _Split, columns: Columns) -> None:
+        self._split = split
+        self._columns = columns
+
+    @cached_property
+    def _all(self) -> list[Sample]:
+        with _explained(self._split.address):
+            return _stored_samples(self._split.download(), self._columns)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        return self._all[index]
+
+    def draw(self, count: int, seed: int, skip: int) -> list[Sample]:
+        """``count`` samples of the stream shuffled by ``seed``, after its first ``skip``."""
+        shuffled = self._split.stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        with _explained(self._split.address):
+            return list(islice(_streamed_samples(shuffled, self._columns), skip, skip + count))
+
+
+def _stored_samples(dataset: Any, columns: Columns) -> list[Sample]:
+    def column(name: str | None) -> list[Any]:
+        return [None] * len(dataset) if name is None else list(dataset[name])
+
+    images: list[ImageSource | None] = [None] * len(dataset)
+    if columns.image is not None:
+        encoded = dataset.select_columns([columns.image])
+        images = [partial(_fetch, encoded, columns.image, row) for row in range(len(dataset))]
+    rows = zip(images, column(columns.text), column(columns.text_pair), column(columns.label), strict=True)
+    samples = (Sample(f"row {number}", *row) for number, row in enumerate(rows, start=1))
+    return [sample for sample in samples if not _is_spacing(sample, columns)]
+
+
+def _streamed_samples(stream: Any, columns: Columns) -> Iterator[Sample]:
+    for number, row in enumerate(stream, start=1):
+        image = None if columns.image is None else _encoded(row[columns.image])
+        text, pair, label = (
+            None if name is None else row[name] for name in (columns.text, columns.text_pair, columns.label)
+        )
+        sample = Sample(f"streamed row {number}", image, text, pair, label)
+        if not _is_spacing(sample, columns):
+            yield sample
+
+
+def _is_spacing(sample: Sample, columns: Columns) -> bool:
+    """Blank rows of running text (as in WikiText) separate paragraphs; with labels they would be broken samples."""
+    return columns.text is not None and columns.label is None and not (sample.text or "").strip()
+
+
+def _fetch(dataset: Any, column: str, row: int) -> bytes:
+    return _encoded(dataset[row][column])
+
+
+def _encoded(value: Any) -> bytes:
+    """The bytes of an undecoded image: of a struct of bytes and path, or of a plain binary column."""
+    content = value.get("bytes") if isinstance(value, Mapping) else value
+    path = value.get("path") if isinstance(value, Mapping) else None
+    if content is None and path is not None:
+        content = Path(path).read_bytes()
+    return content if isinstance(content, bytes) else b""  # an empty image is counted and named where it is decoded
+
+
+def _undecoded(dataset: Any) -> Any:
+    from datasets import Image
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+    return dataset
+
+
+def _schema(
+    address: Address, kind: Kind, features: Mapping[str, Any], wanted: Columns
+) -> tuple[Columns, list[str] | None, LabelsAre | None]:
+    """The columns to use, the class names, and what the labels are."""
+    from datasets import ClassLabel, Image, Value
+
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if kind == "image" and wanted.image is None and len(images) == 1:
+        wanted = replace(wanted, image=images[0])
+    columns = find_columns(str(address), kind, list(features), wanted)
+    if columns.label is None:
+        return columns, None, None
+    label = features[columns.label]
+    if isinstance(label, ClassLabel):
+        return columns, list(label.names), "names"
+    dtype = label.dtype if isinstance(label, Value) else ""
+    if dtype.startswith(("int", "uint", "bool")):
+        return columns, None, "integers"
+    if dtype.startswith(("float", "double")):
+        return columns, None, "scores"
+    if "string" in dtype:
+        return columns, None, "names"
+    raise DataError(f"{address}: column {columns.label!r} holds {label}, which is not one class or score a row.")
+
+
+def _cached(address: Address) -> Any:
+    from datasets import load_dataset
+
+    return _undecoded(load_dataset(address.path, address.config, split=address.split))
+
+
+@contextmanager
+def _offline_mode() -> Iterator[None]:
+    """Both libraries read their environment variable at import only, so the flags themselves are set."""
+    import datasets
+    import huggingface_hub
+
+    modules = (datasets.config, huggingface_hub.constants)
+    before = [vars(module)["HF_HUB_OFFLINE"] for module in modules]
+    for module in modules:
+        vars(module)["HF_HUB_OFFLINE"] = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            vars(module)["HF_HUB_OFFLINE"] = value
+
+
+@contextmanager
+def _explained(address: Address) -> Iterator[None]:
+    """Turns what goes wrong inside `datasets` into a DataError that says what to do; quiet where nobody watches."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # the library lets errors of HTTP, file systems, Arrow and its own pass through
+        raise DataError(_explanation(address, error)) from error
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _explanation(address: Address, error: Exception) -> str:
+    from datasets.exceptions import DatasetNotFoundError
+
+    text = str(error) or type(error).__name__
+    page = f"https://huggingface.co/datasets/{address.path}"
+    if Path(address.path).exists():
+        return f"{address}: cannot be read ({text})."
+    if "gated" in text:
+        return (
+            f"{address} is gated: accept the terms at {page} and log in with `hf auth login`, "
+            "or pass a local folder or parquet file of the same data."
+        )
+    if isinstance(error, DatasetNotFoundError):
+        return (
+            f"there is no data set {address.path!r} on the Hub, or it is private (then log in with `hf auth login`); "
+            f"nor is it a local path or a recipe.{suggestion(address.path, recipe_names())}"
+        )
+    if isinstance(error, ConnectionError):
+        return (
+            f"cannot reach the Hub for {address} ({text}), and there is no such local path: "
+            f"pass a local folder or file where there is no network.{suggestion(address.path, recipe_names())}"
+        )
+    return f"{address}: {text}"

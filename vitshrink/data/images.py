@@ -1,0 +1,82 @@
+"""Decoding of images from anywhere, of any mode, to upright RGB."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vitshrink.errors import DataError
+
+ImageSource = Path | bytes | Image.Image | Callable[[], bytes]
+"""Where the bytes of an image are: a file, memory, an open image, or a function that fetches them."""
+
+MAX_ASPECT_RATIO = 200
+"""Longer and thinner than this, resizing the short side to 224 pixels would need gigabytes."""
+
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+
+
+class ImageError(DataError):
+    """One image that cannot be decoded; the message says why, the caller says which."""
+
+
+def read_image_bytes(source: ImageSource) -> bytes:
+    """The encoded bytes, or for an open image its mode, size and pixels. Raises OSError."""
+    if isinstance(source, Path):
+        return source.read_bytes()
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, Image.Image):
+        return f"{source.mode} {source.size} ".encode() + source.tobytes()
+    return source()
+
+
+def decode_image(source: ImageSource) -> Image.Image:
+    """An upright RGB image with 8 bits a channel.
+
+    The EXIF orientation is applied, transparency dropped, and 16-bit grey scaled by 1/257 (Pillow would clip it).
+
+    Raises:
+        ImageError: empty, truncated, not an image, too large or too thin, or samples without a defined range.
+    """
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    try:
+        content = read_image_bytes(source)
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror or error})") from error
+    if not content:
+        raise ImageError("is empty (0 bytes)")
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return _upright_rgb(image)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("is not an image that Pillow can read") from error
+    except Exception as error:  # decoders meet hostile bytes with any exception there is
+        raise ImageError(f"cannot be decoded ({error or type(error).__name__})") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice this
+    if limit is not None and width * height > limit:
+        raise ImageError(f"has {width} x {height} pixels, more than the {limit} allowed (decompression bomb?)")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(f"has {width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"has 32-bit samples (mode {image.mode}), whose range is not defined: convert it to 8 or 16 bits"
+        )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns when it goes to RGB in one step
+    return image.convert("RGB")

@@ -1,0 +1,244 @@
+"""From the labels of a data set to the class indices of a model: matched by meaning, never by chance of order."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from vitshrink.data.samples import Label, SampleSet
+from vitshrink.errors import DataError
+
+_WNID = re.compile(r"n\d{8}")
+_PLACEHOLDER = re.compile(r"label[ _]?\d+", re.IGNORECASE)
+_REMEDY = "Pass --class-map FILE with one line `name index` for each class."
+
+
+def align_labels(
+    samples: SampleSet, id2label: Mapping[int, str], num_labels: int, class_map: Path | None = None
+) -> tuple[dict[Label, int], str]:
+    """The model's class index for every label that occurs, and the rule by which it was found.
+
+    In this order: the class map where one is given; class names against ``id2label`` (any one of the comma-separated
+    synonyms, case and punctuation ignored); WordNet ids against the 1000 classes of ImageNet; whole numbers by value.
+
+    Raises:
+        DataError: no labels, scores, labels out of range, or names that no rule assigns; the message says what to pass.
+    """
+    keys = _first_keys(samples)
+    names = {label: _name(label, samples, key) for label, key in keys.items()}
+    model_names = [id2label.get(index, f"LABEL_{index}") for index in range(num_labels)]
+    try:
+        if class_map is not None:
+            classes, rule = _by_class_map(names, class_map), f"class map {class_map}"
+        else:
+            classes, rule = _by_meaning(names, samples, model_names)
+    except _UnassignedError as problem:
+        raise DataError(f"{samples.source}: {problem} {_REMEDY}") from problem
+    for label, index in classes.items():
+        if not 0 <= index < num_labels:
+            raise DataError(
+                f"{samples.source}: {keys[label]} has the label {names[label]!r}, class {index}, but the model has the "
+                f"classes 0 to {num_labels - 1}. If the numbers are not the model's own: {_REMEDY}"
+            )
+    return classes, f"{rule}; {len(set(classes.values()))} of {num_labels} classes occur"
+
+
+class _UnassignedError(Exception):
+    """Why no rule gives every label a class."""
+
+
+def _by_meaning(
+    names: Mapping[Label, str], samples: SampleSet, model_names: Sequence[str]
+) -> tuple[dict[Label, int], str]:
+    """The first rule that fits labels with ``names`` and a model with ``model_names``."""
+    if samples.labels_are == "integers":
+        return _by_value(names), "integers taken as class indices (the data set has no class names to check them by)"
+    placeholders = all(_PLACEHOLDER.fullmatch(name) for name in model_names)
+    in_order = samples.label_names is not None and _agreement(samples.label_names, model_names) == len(model_names)
+    if in_order and all(isinstance(label, int) for label in names):
+        # Position goes before the name: ImageNet has two classes called "crane".
+        return {label: int(str(label)) for label in names}, "class names, which are those of the model in its order"
+    if all(map(_WNID.fullmatch, names.values())):
+        return _by_wordnet_id(names, model_names, placeholders)
+    if all(name.isdecimal() for name in names.values()) and not set(names.values()) <= set(model_names):
+        return _by_value(names), "class names that are integers, by value"
+    if placeholders:
+        raise _UnassignedError(
+            f"the classes are called {_some(names.values())}, but the model only knows {_some(model_names)}: "
+            "which is which cannot be told."
+        )
+    return _by_name(names, names, model_names), "class names"
+
+
+def _by_value(names: Mapping[Label, str]) -> dict[Label, int]:
+    return {label: int(name) for label, name in names.items()}
+
+
+def _by_wordnet_id(
+    names: Mapping[Label, str], model_names: Sequence[str], placeholders: bool
+) -> tuple[dict[Label, int], str]:
+    if set(names.values()) <= set(model_names):
+        return _by_name(names, names, model_names), "WordNet ids, which are the model's class names"
+    imagenet = imagenet_classes()
+    unknown = [name for name in names.values() if name not in imagenet]
+    if unknown:
+        raise _UnassignedError(f"{_some(unknown)} is not among the 1000 classes of ImageNet.")
+    # Other spellings of the same classes are common, another order of them is not: half is far from both.
+    standard = placeholders or _agreement(list(imagenet.values()), model_names) > len(imagenet) // 2
+    if len(model_names) == len(imagenet) and standard:
+        order = {wnid: index for index, wnid in enumerate(imagenet)}
+        return {label: order[name] for label, name in names.items()}, "WordNet ids in the standard order of ImageNet"
+    if placeholders:
+        raise _UnassignedError(
+            f"the classes are WordNet ids, but the model has {len(model_names)} without names ({model_names[0]} …)."
+        )
+    meanings = {label: imagenet[name] for label, name in names.items()}
+    return _by_name(names, meanings, model_names), "names of the WordNet ids"
+
+
+def _by_name(names: Mapping[Label, str], meanings: Mapping[Label, str], model_names: Sequence[str]) -> dict[Label, int]:
+    """The one class whose full name is the same, else the one that shares a synonym."""
+    full: dict[str, set[int]] = {}
+    partial: dict[str, set[int]] = {}
+    for index, name in enumerate(model_names):
+        full.setdefault(_normalised(name), set()).add(index)
+        for synonym in _synonyms(name):
+            partial.setdefault(synonym, set()).add(index)
+    classes: dict[Label, int] = {}
+    for label, meaning in meanings.items():
+        found = full.get(_normalised(meaning)) or set().union(*(partial.get(s, set()) for s in _synonyms(meaning)))
+        if len(found) != 1:
+            known = f"could be {_some(model_names[i] for i in sorted(found))}" if found else "is none of them"
+            raise _UnassignedError(
+                f"{_shown(names[label], meaning)} {known}. The model's classes are {_some(model_names)}."
+            )
+        classes[label] = found.pop()
+    taken: dict[int, Label] = {}
+    for label, index in classes.items():
+        if index in taken:
+            raise _UnassignedError(
+                f"{names[taken[index]]!r} and {names[label]!r} both look like the model's class {model_names[index]!r}."
+            )
+        taken[index] = label
+    return classes
+
+
+def _by_class_map(names: Mapping[Label, str], file: Path) -> dict[Label, int]:
+    table = read_class_map(file)
+    by_spelling = {_normalised(name): index for name, index in table.items()}
+    classes = {label: table.get(name, by_spelling.get(_normalised(name))) for label, name in names.items()}
+    missing = [names[label] for label, index in classes.items() if index is None]
+    if missing:
+        raise _UnassignedError(f"the class map {file} says nothing about {_some(missing)}.")
+    return {label: index for label, index in classes.items() if index is not None}
+
+
+def read_class_map(file: Path) -> dict[str, int]:
+    """Class indices by name.
+
+    JSON holds ``{"name": index}``, ``{"index": "name"}``, ``{"index": ["wnid", "name"]}`` or a list of names. A text
+    file holds lines of ``name index`` (separated by a tab, a comma or blanks), or one name a line, the first being
+    class 0; a line that starts with a WordNet id is named by it.
+
+    Raises:
+        DataError: unreadable, empty, of another form, or with a name on two lines.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        entries = _json_entries(json.loads(text)) if file.suffix == ".json" else _line_entries(text.splitlines())
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot read the class map {file}: {error}") from error
+    table: dict[str, int] = {}
+    for name, index in entries:
+        if table.setdefault(name, index) != index:
+            raise DataError(f"the class map {file} gives {name!r} the classes {table[name]} and {index}.")
+    if not table:
+        raise DataError(f"the class map {file} is empty.")
+    return table
+
+
+def _json_entries(content: object) -> list[tuple[str, int]]:
+    if isinstance(content, list):
+        return [(str(name), index) for index, name in enumerate(content)]
+    if not isinstance(content, dict):
+        raise ValueError("a JSON object or list was expected")
+    entries: list[tuple[str, int]] = []
+    for key, value in content.items():
+        if type(value) is int:
+            entries.append((key, value))
+        else:  # {"0": "tench"} or {"0": ["n01440764", "tench"]}
+            names = value if isinstance(value, list) else [value]
+            entries += [(str(name), int(key)) for name in names]
+    return entries
+
+
+def _line_entries(lines: Iterable[str]) -> list[tuple[str, int]]:
+    filled = [line.strip() for line in lines if line.strip()]
+    indexed = [re.fullmatch(r"(?P<name>.*\S)(?:\t|,|\s)\s*(?P<index>-?\d+)", line) for line in filled]
+    if all(indexed):
+        return [(match["name"].strip("\"' ,\t"), int(match["index"])) for match in indexed if match]
+    if all(line.isdecimal() for line in filled):
+        raise ValueError("its lines hold numbers without names")
+    wnids = [_WNID.match(line) for line in filled]
+    return [(wnid[0] if wnid else line, index) for index, (line, wnid) in enumerate(zip(filled, wnids, strict=True))]
+
+
+@cache
+def imagenet_classes() -> dict[str, str]:
+    """The WordNet ids of ImageNet-1k in the standard (sorted) order, with the comma-separated names of each."""
+    table = resources.files("vitshrink.data").joinpath("imagenet_classes.tsv").read_text(encoding="utf-8")
+    return dict(line.split("\t", 1) for line in table.splitlines())
+
+
+def _first_keys(samples: SampleSet) -> dict[Label, str]:
+    """The distinct labels, each with the key of the first sample that has it."""
+    if samples.labels_are is None:
+        raise DataError(f"{samples.source} has no labels: pass --label-column, class folders or a labelled split.")
+    if samples.labels_are == "scores":
+        raise DataError(f"{samples.source} has scores, not classes: they are for a regression, or for text similarity.")
+    keys: dict[Label, str] = {}
+    for sample in samples.samples:
+        keys.setdefault(sample.label, sample.key)
+    missing = [label for label in (None, -1) if label in keys]
+    if missing and len(keys) == len(missing):
+        raise DataError(f"{samples.source}: every label is {missing[0]}, as in test splits: use a labelled split.")
+    if missing:
+        raise DataError(f"{samples.source}: {keys[missing[0]]} has no label ({missing[0]}), while others have one.")
+    return keys
+
+
+def _name(label: Label, samples: SampleSet, key: str) -> str:
+    if isinstance(label, int) and samples.label_names is not None:
+        if not 0 <= label < len(samples.label_names):
+            raise DataError(
+                f"{samples.source}: {key} has the label {label}, but there are {len(samples.label_names)} class names."
+            )
+        return samples.label_names[label]
+    return str(label)
+
+
+def _agreement(some: Sequence[str], others: Sequence[str]) -> int:
+    """At how many places two equally long lists of class names share a synonym (0 if they differ in length)."""
+    if len(some) != len(others):
+        return 0
+    return sum(not _synonyms(a).isdisjoint(_synonyms(b)) for a, b in zip(some, others, strict=True))
+
+
+def _synonyms(name: str) -> set[str]:
+    return {_normalised(synonym) for synonym in name.split(",")}
+
+
+def _normalised(name: str) -> str:
+    """Lower case, and one blank for any run of other characters; names of punctuation alone stay as they are."""
+    return re.sub(r"[\W_]+", " ", name).strip().casefold() or name.strip()
+
+
+def _shown(name: str, meaning: str) -> str:
+    return repr(name) if name == meaning else f"{name!r} ({meaning})"
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    listed = list(names)
+    return ", ".join(map(repr, listed[:limit])) + (f" … ({len(listed)} in all)" if len(listed) > limit else "")

@@ -1,0 +1,132 @@
+"""A checkpoint's own preprocessing: found, described, and applied to samples batch by batch."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+from vitshrink.data.batches import BadSamples, Batch
+from vitshrink.data.image_encoder import ImageEncoder
+from vitshrink.data.recipes import Kind
+from vitshrink.data.samples import SampleSet
+from vitshrink.data.text_encoder import TextEncoder
+from vitshrink.errors import CheckpointError, DataError, UsageError
+
+_IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
+
+class Preprocessor:
+    """The image processor or tokenizer of a checkpoint; never a default one.
+
+    ``description`` says what it does to a sample: figures of two evaluations can be compared only where it is the same.
+    """
+
+    def __init__(self, encoder: ImageEncoder | TextEncoder) -> None:
+        self._encoder = encoder
+        self.kind: Kind = "image" if isinstance(encoder, ImageEncoder) else "text"
+        self.processor: Any = encoder.processor
+        self.description: dict[str, Any] = encoder.description
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, kind: Kind, *, max_length: int | None = None, offline: bool = False
+    ) -> "Preprocessor":
+        """The preprocessing that lies beside the weights, in a directory or on the Hub.
+
+        ``max_length`` in tokens lowers that of the tokenizer and the model. Code in a checkpoint is never run.
+
+        Raises:
+            CheckpointError: the files are missing, damaged, need code of the checkpoint, or do not fit the model.
+            UsageError: ``max_length`` is not one that the model can take.
+        """
+        if kind == "image":
+            _require(path, _IMAGE_PROCESSOR_FILES, "image processor")
+            return cls(ImageEncoder(_load(AutoImageProcessor.from_pretrained, path, offline, "image processor")))
+        _require(path, _VOCABULARY_FILES, "tokenizer")
+        tokenizer = _load(AutoTokenizer.from_pretrained, path, offline, "tokenizer")
+        config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
+        _check_vocabulary(path, tokenizer, config)
+        return cls(TextEncoder(tokenizer, _length(path, tokenizer, config, max_length)))
+
+    def batches(
+        self,
+        samples: SampleSet,
+        batch_size: int,
+        *,
+        bad: BadSamples | None = None,
+        workers: int | None = None,
+        in_order: bool = False,
+    ) -> Iterator[Batch]:
+        """Batches of at most ``batch_size`` samples on the CPU.
+
+        Samples that cannot be used go to ``bad``; without it the first one ends the reading, so that none is left out
+        unseen. ``workers`` threads decode images ahead of the caller (as many as there are cores; 0: none). Texts come
+        sorted by length in windows of some batches unless ``in_order``; keys and labels stay with their samples.
+
+        Raises:
+            DataError: more bad samples than allowed, no usable sample, or samples of the other kind.
+        """
+        if samples.kind != self.kind:
+            raise DataError(f"{samples.source} holds {samples.kind} samples, but the model takes {self.kind}.")
+        if batch_size < 1:
+            raise UsageError(f"the batch size must be at least 1, not {batch_size}.")
+        bad = BadSamples(limit=0) if bad is None else bad
+        empty = True
+        encoder = self._encoder
+        if isinstance(encoder, ImageEncoder):
+            batches = encoder.batches(samples, batch_size, bad, workers)
+        else:
+            batches = encoder.batches(samples, batch_size, bad, in_order)
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            reasons = "".join(f" {key} {reason}." for key, reason in bad.reasons.items())
+            raise DataError(f"{samples.source}: there is no usable sample.{reasons}")
+
+
+def _require(path: str | Path, names: tuple[str, ...], what: str) -> None:
+    """transformers builds a tokenizer without vocabulary from nothing but a config.json, so this looks first."""
+    directory = Path(path)
+    if directory.is_dir() and not any((directory / name).is_file() for name in names):
+        raise CheckpointError(
+            f"{path} has no {what}: there is no {' or '.join(names)}. "
+            f"Copy the {what} files of the model it was fine-tuned from into it; a guess could be wrong unnoticed."
+        )
+
+
+def _load(loader: Callable[..., Any], path: str | Path, offline: bool, what: str) -> Any:
+    try:
+        return loader(str(path), local_files_only=offline, trust_remote_code=False)
+    except Exception as error:  # damaged files end in any exception: JSON, attributes, the tokenizers library's own
+        reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error) or "custom code" in reason:
+            reason = "it needs code that lies in the checkpoint, which vitshrink never runs"
+        raise CheckpointError(f"cannot read the {what} of {path}: {reason}") from error
+
+
+def _check_vocabulary(path: str | Path, tokenizer: Any, config: Any) -> None:
+    size = getattr(config, "vocab_size", None)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CheckpointError(f"the tokenizer of {path} has no words: its vocabulary file is missing or empty.")
+    if size is not None and len(tokenizer) > size:
+        raise CheckpointError(
+            f"the tokenizer of {path} has {len(tokenizer)} tokens, the model {size}: they do not belong together."
+        )
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"the tokenizer of {path} has no padding token: name it in tokenizer_config.json.")
+
+
+def _length(path: str | Path, tokenizer: Any, config: Any, wanted: int | None) -> int:
+    """The maximum number of tokens, special ones included."""
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if wanted is None:
+        if longest > 10**9:  # what transformers puts where nothing is known
+            raise UsageError(f"{path} does not say how long a text may be: pass --max-length.")
+        return int(longest)
+    if not tokenizer.num_special_tokens_to_add(pair=True) < wanted <= longest:
+        raise UsageError(f"--max-length {wanted} is not possible: {path} takes up to {longest} tokens.")
+    return wanted

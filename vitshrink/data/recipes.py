@@ -1,0 +1,122 @@
+"""Recipes: a data set with everything needed to read it, written down in YAML.
+
+The recipes shipped with vitshrink lie in ``calibration/`` of the repository.
+"""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vitshrink.errors import DataError, UsageError
+
+Kind = Literal["image", "text"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One data set: ``id`` on the Hub, or a local ``path`` (relative ones start at the recipe's folder)."""
+
+    name: str
+    folder: Path
+    kind: Kind
+    description: str = ""
+    id: str | None = None
+    path: str | None = None
+    config: str | None = None
+    """Configuration of a Hub data set, e.g. ``sst2`` of ``nyu-mll/glue``."""
+    split: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of a file that has none of its own; goes with ``header: false``."""
+    header: bool = True
+    delimiter: str | None = None
+    quoting: Literal["minimal", "none"] | None = None
+    labels: str | None = None
+    """File with one class name a line for a flat folder of images, in the order of the file names."""
+    samples: int | None = None
+    seed: int = 0
+
+    @property
+    def location(self) -> Path | None:
+        """The local file or folder, None for a data set on the Hub."""
+        return None if self.path is None else self.folder / Path(self.path).expanduser()
+
+
+def recipe_folder() -> Path:
+    """The folder of the shipped recipes: inside the wheel, or ``calibration/`` beside the package in a checkout."""
+    package = Path(str(resources.files("vitshrink")))
+    installed = package / "calibration_recipes"
+    return installed if installed.is_dir() else package.parent / "calibration"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(file.stem for file in recipe_folder().glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a shipped recipe by its name, or any by the path of its ``.yaml`` file.
+
+    Raises:
+        UsageError: no such recipe, an unknown key, or a value of the wrong type.
+        DataError: the file cannot be read or is not YAML.
+    """
+    file = Path(name_or_path).expanduser()
+    if file.suffix not in (".yaml", ".yml"):
+        names = recipe_names()
+        if str(name_or_path) not in names:
+            raise UsageError(f"no recipe is called {name_or_path!r}.{suggestion(str(name_or_path), names)}")
+        file = recipe_folder() / f"{name_or_path}.yaml"
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read the recipe {file}: {error}") from error
+    if not isinstance(entries, dict):
+        raise UsageError(f"{file}: a recipe is a list of `key: value` lines, this is {type(entries).__name__}.")
+    return _checked(file, entries)
+
+
+def suggestion(name: str, available: list[str], limit: int = 20) -> str:
+    """`` Did you mean …? Available: …`` for an error about a wrong name."""
+    shown = ", ".join(available[:limit]) + (f" … ({len(available)} in all)" if len(available) > limit else "")
+    close = get_close_matches(name, available, n=1)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Available: {shown or 'none'}."
+
+
+_TEXT, _NUMBER = (str,), (int,)
+_TYPES: dict[str, tuple[type, ...]] = {"columns": (list,), "header": (bool,), "samples": _NUMBER, "seed": _NUMBER}
+_CHOICES = {"kind": ("image", "text"), "quoting": ("minimal", "none")}
+_NAMED_DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";"}
+
+
+def _checked(file: Path, entries: dict[Any, Any]) -> Recipe:
+    known = [field.name for field in fields(Recipe) if field.name not in ("name", "folder")]
+    for key, value in entries.items():
+        if key not in known:
+            raise UsageError(f"{file}: unknown key {key!r}.{suggestion(str(key), known)}")
+        expected = _TYPES.get(key, _TEXT)
+        if type(value) not in expected:  # not isinstance: YAML's `true` would pass for an integer
+            raise UsageError(f"{file}: `{key}` must be {expected[0].__name__}, not {value!r}.")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise UsageError(f"{file}: `{key}` must be one of {', '.join(_CHOICES[key])}, not {value!r}.")
+    if "kind" not in entries:
+        raise UsageError(f"{file}: `kind` is missing: image or text.")
+    if ("id" in entries) == ("path" in entries):
+        raise UsageError(f"{file}: give either `id` (on the Hub) or `path` (a local file or folder).")
+    values = dict(entries)
+    if "columns" in values:
+        if values.get("header", True):
+            raise UsageError(f"{file}: `columns` names the columns of a file without a header: add `header: false`.")
+        values["columns"] = tuple(map(str, values["columns"]))
+    if "delimiter" in values:
+        values["delimiter"] = _NAMED_DELIMITERS.get(values["delimiter"], values["delimiter"])
+        if len(values["delimiter"]) != 1:
+            raise UsageError(f"{file}: `delimiter` must be one character, or tab, comma or semicolon.")
+    return Recipe(name=file.stem, folder=file.parent, **values)

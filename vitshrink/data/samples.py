@@ -1,0 +1,110 @@
+"""A set of samples, none of them decoded yet."""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+from vitshrink.data.images import ImageSource, read_image_bytes
+from vitshrink.data.recipes import Kind, Recipe
+from vitshrink.errors import DataError, UsageError
+
+Label = int | str | float | None
+LabelsAre = Literal["names", "integers", "scores"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One undecoded sample.
+
+    ``key`` names it in messages: the path relative to the source, or ``row 17`` (counted from 1). ``label`` is what
+    the source says: a name, an integer (an index into ``SampleSet.label_names`` where there are such), or a score.
+    """
+
+    key: str
+    image: ImageSource | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: Label = None
+
+
+@runtime_checkable
+class Drawable(Protocol):
+    """Samples that can be drawn at random without reading all of them (a stream)."""
+
+    def draw(self, count: int, seed: int, skip: int) -> list[Sample]: ...
+
+
+@dataclass(eq=False)
+class SampleSet:
+    """Samples of one source, in a fixed order.
+
+    ``labels_are`` says what ``Sample.label`` holds: ``names`` (strings, or indices into ``label_names``), ``integers``
+    without names, ``scores`` of a regression, or None where the source has no labels.
+    """
+
+    source: str
+    kind: Kind
+    samples: Sequence[Sample]
+    label_names: list[str] | None = None
+    labels_are: LabelsAre | None = None
+    recipe: Recipe | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def select(self, count: int | None, seed: int, skip: int = 0) -> "SampleSet":
+        """``count`` samples of the order shuffled by ``seed``, after leaving out its first ``skip``.
+
+        Calls with one seed and disjoint ranges give disjoint samples. ``count=None`` takes all that follow, and with
+        ``skip=0`` keeps the source's order. Fewer come back where the source has fewer.
+
+        Raises:
+            UsageError: ``count`` below 1 or ``skip`` below 0.
+            DataError: nothing is left.
+        """
+        if (count is not None and count < 1) or skip < 0:
+            raise UsageError(
+                f"cannot select {count} samples after skipping {skip}: ask for at least 1, skip at least 0."
+            )
+        chosen: Sequence[Sample]
+        if count is None and skip == 0:
+            chosen = self.samples
+        elif count is not None and isinstance(self.samples, Drawable):
+            chosen = self.samples.draw(count, seed, skip)
+        else:
+            order = list(range(len(self.samples)))
+            random.Random(seed).shuffle(order)
+            chosen = [self.samples[i] for i in order[skip : None if count is None else skip + count]]
+        if not len(chosen):
+            raise DataError(f"{self.source}: no sample is left after skipping {skip}.")
+        return replace(self, samples=chosen)
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """SHA-256 of the content of each sample, labels and names left out."""
+        return [_digest(sample) for sample in self.samples]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the contents in order, in hexadecimal; reads every file once."""
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()
+
+
+def overlap(a: SampleSet, b: SampleSet) -> int:
+    """How many samples of ``b`` have the same content as a sample of ``a``."""
+    counts = Counter(b.digests)
+    return sum(counts[digest] for digest in set(a.digests))
+
+
+def _digest(sample: Sample) -> bytes:
+    if sample.image is not None:
+        try:
+            content = read_image_bytes(sample.image)
+        except OSError:  # counted and named when it is decoded; here it only has to differ from the others
+            content = f"unreadable {sample.key}".encode()
+        return hashlib.sha256(content).digest()
+    texts = f"{sample.text}\x00{sample.text_pair}"  # the separator keeps ("ab", "c") apart from ("a", "bc")
+    return hashlib.sha256(texts.encode(errors="surrogatepass")).digest()

@@ -1,0 +1,154 @@
+"""``open_samples``: from what a user writes on the command line to a set of samples."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from vitshrink.data.columns import Columns, find_columns, typed_labels
+from vitshrink.data.folders import open_image_folder, split_folder
+from vitshrink.data.hub import SHARD_FORMATS, Address, open_hub, open_shards
+from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_names, suggestion
+from vitshrink.data.samples import Sample, SampleSet
+from vitshrink.data.tables import TABLE_SUFFIXES, Table, read_table
+from vitshrink.errors import DataError, UsageError
+
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.]+))?")
+
+
+def open_samples(
+    spec: str | Path,
+    kind: Kind,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    offline: bool = False,
+) -> SampleSet:
+    """Find the samples that ``spec`` names, without decoding any.
+
+    ``spec`` is one of
+
+    * a folder of class folders, a flat folder of images, a folder of parquet or webdataset shards, each also below a
+      folder for the split;
+    * a file: ``.parquet``, ``.tar``, ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``;
+    * a recipe: the name of a shipped one, or the path of a ``.yaml`` file;
+    * a data set on the Hub: ``owner/name``, ``owner/name:split`` or ``owner/name/config:split``.
+
+    Columns and split given here go before those of a recipe. Columns that nobody names are guessed from usual names.
+
+    Raises:
+        DataError: nothing there, no samples, or a split or column that is missing or cannot be told.
+        UsageError: a recipe that makes no sense, or one of the other kind.
+    """
+    wanted = Columns(image_column, text_column, text_pair_column, label_column)
+    name, path = str(spec), Path(spec).expanduser()
+    if path.suffix in (".yaml", ".yml") or name in recipe_names():
+        if path.is_dir():
+            raise UsageError(f"{name!r} is a folder here and a recipe: write ./{name} for the folder.")
+        samples = _open_recipe(load_recipe(spec), kind, split, wanted, offline)
+    elif path.exists():
+        samples = _open_path(path, kind, split, wanted)
+    else:
+        match = _HUB_ID.fullmatch(name)
+        if match is None or _looks_like_a_path(name):
+            raise DataError(_nothing_there(name, path))
+        address = Address(match["id"], match["config"], _one_split(name, match["split"], split))
+        samples = open_hub(address, kind, wanted, offline=offline)
+    return replace(samples, source=name)
+
+
+def _open_recipe(recipe: Recipe, kind: Kind, split: str | None, wanted: Columns, offline: bool) -> SampleSet:
+    if recipe.kind != kind:
+        raise UsageError(f"the recipe {recipe.name} is of the kind {recipe.kind}, but {kind} samples are needed here.")
+    split = split or recipe.split
+    wanted = Columns(
+        wanted.image or recipe.image_column,
+        wanted.text or recipe.text_column,
+        wanted.text_pair or recipe.text_pair_column,
+        wanted.label or recipe.label_column,
+    )
+    if recipe.id is not None:
+        samples = open_hub(Address(recipe.id, recipe.config, split), kind, wanted, offline=offline)
+    else:
+        assert recipe.location is not None
+        if not recipe.location.exists():
+            raise DataError(f"the recipe {recipe.name} reads {recipe.location}, which does not exist.")
+        samples = _open_path(recipe.location, kind, split, wanted, recipe)
+    return replace(samples, recipe=recipe)
+
+
+def _open_path(path: Path, kind: Kind, split: str | None, wanted: Columns, recipe: Recipe | None = None) -> SampleSet:
+    if path.is_dir():
+        samples = _open_folder(path, kind, split, wanted, recipe)
+    elif path.suffix in SHARD_FORMATS:
+        samples = open_shards(Address(str(path)), kind, wanted)
+    elif path.suffix in TABLE_SUFFIXES:
+        table = read_table(path) if recipe is None else _read_by_recipe(path, recipe)
+        samples = _table_samples(table, path, kind, wanted)
+    else:
+        known = ", ".join((*SHARD_FORMATS, *TABLE_SUFFIXES, ".yaml"))
+        raise DataError(f"{path} is not a data file that vitshrink reads: pass a folder or one of {known}.")
+    if not len(samples):
+        raise DataError(f"{path} holds no samples.")
+    return samples
+
+
+def _open_folder(folder: Path, kind: Kind, split: str | None, wanted: Columns, recipe: Recipe | None) -> SampleSet:
+    if any(file.suffix in SHARD_FORMATS for pattern in ("*", "*/*") for file in folder.glob(pattern)):
+        return open_shards(Address(str(folder), split=split), kind, wanted)
+    if kind == "text":
+        tables = [file.name for file in sorted(folder.iterdir()) if file.suffix in TABLE_SUFFIXES]
+        raise DataError(
+            f"{folder} holds no parquet or tar shards: pass one file of text."
+            + (f" There are: {', '.join(tables)}." if tables else "")
+        )
+    labels = None if recipe is None or recipe.labels is None else recipe.folder / Path(recipe.labels).expanduser()
+    return open_image_folder(split_folder(folder, split), str(folder), labels)
+
+
+def _read_by_recipe(path: Path, recipe: Recipe) -> Table:
+    return read_table(
+        path,
+        delimiter=recipe.delimiter,
+        header=recipe.header,
+        quoting=recipe.quoting,
+        columns=recipe.columns,
+    )
+
+
+def _table_samples(table: Table, path: Path, kind: Kind, wanted: Columns) -> SampleSet:
+    """Rows of a table; images are named by paths, which start at the table's folder."""
+    columns = find_columns(str(path), kind, table.columns, wanted)
+
+    def column(name: str | None) -> list[object]:
+        return [None] * len(table.rows) if name is None else [row[table.columns.index(name)] for row in table.rows]
+
+    def string(value: object) -> str | None:
+        return None if value is None else str(value)
+
+    labels, labels_are = typed_labels(columns.label or "", column(columns.label))
+    names = sorted({str(label) for label in labels if label is not None}) if labels_are == "names" else None
+    images = [None if value is None else path.parent / str(value) for value in column(columns.image)]
+    rows = zip(images, column(columns.text), column(columns.text_pair), labels, strict=True)
+    samples = [
+        Sample(f"row {number}", image, string(text), string(pair), label)
+        for number, (image, text, pair, label) in enumerate(rows, start=1)
+    ]
+    return SampleSet(str(path), kind, samples, names, labels_are)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).suffix in (*SHARD_FORMATS, *TABLE_SUFFIXES)
+
+
+def _nothing_there(name: str, path: Path) -> str:
+    beside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    return f"there is no file or folder {name}.{suggestion(path.name, beside)} Recipes: {', '.join(recipe_names())}."
+
+
+def _one_split(name: str, inside: str | None, option: str | None) -> str | None:
+    if inside is not None and option is not None and inside != option:
+        raise UsageError(f"{name} asks for the split {inside!r} and --split for {option!r}: give one.")
+    return inside or option

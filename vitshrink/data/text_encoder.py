@@ -1,0 +1,83 @@
+"""Texts to token tensors by the checkpoint's own tokenizer."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vitshrink.data.batches import BadSamples, Batch, batched
+from vitshrink.data.samples import Sample, SampleSet
+
+SORTED_BATCHES = 64
+"""Texts of so many batches are sorted by length together, which saves most of the padding."""
+
+
+class TextEncoder:
+    """Tokenizes single texts or pairs, cuts them to ``max_length`` tokens, and pads each batch to its longest."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.processor = tokenizer
+        self.max_length = max_length
+        self.description: dict[str, Any] = {
+            "kind": "text",
+            "tokenizer": type(tokenizer).__name__,
+            "vocabulary": len(tokenizer),
+            "max_length": max_length,
+        }
+
+    def batches(self, samples: SampleSet, batch_size: int, bad: BadSamples, in_order: bool) -> Iterator[Batch]:
+        """Batches of texts of similar length, or in the order of the samples."""
+        for window in batched(samples.samples, batch_size * SORTED_BATCHES):
+            usable = []
+            for sample in window:
+                problem = _problem(sample)
+                if problem is None:
+                    usable.append(sample)
+                else:
+                    bad.add(sample.key, problem, samples)
+            if not usable:
+                continue
+            tokens, truncated = self._tokenize(usable)
+            order = list(range(len(usable)))
+            if not in_order:
+                order.sort(key=lambda row: len(tokens[row]["input_ids"]))
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                inputs = dict(self.processor.pad([tokens[row] for row in rows], return_tensors="pt"))
+                yield Batch(
+                    inputs,
+                    inputs["attention_mask"].bool(),
+                    [usable[row].label for row in rows],
+                    [usable[row].key for row in rows],
+                    sum(truncated[row] for row in rows),
+                )
+
+    def _tokenize(self, samples: Sequence[Sample]) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """The tokens of each sample by input name, and which samples were cut."""
+        tokens = self._call(samples, truncation=False)
+        truncated = [len(row["input_ids"]) > self.max_length for row in tokens]
+        long = [index for index, cut in enumerate(truncated) if cut]
+        for index, row in zip(long, self._call([samples[i] for i in long], truncation=True), strict=True):
+            tokens[index] = row
+        return tokens, truncated
+
+    def _call(self, samples: Sequence[Sample], *, truncation: bool) -> list[dict[str, list[int]]]:
+        if not samples:
+            return []
+        texts = [sample.text for sample in samples]
+        pairs = [sample.text_pair for sample in samples] if samples[0].text_pair is not None else None
+        encoded = self.processor(
+            texts,
+            pairs,
+            truncation=truncation,
+            max_length=self.max_length if truncation else None,
+            return_attention_mask=True,
+            verbose=False,
+        )
+        return [{name: rows[index] for name, rows in encoded.items()} for index in range(len(samples))]
+
+
+def _problem(sample: Sample) -> str | None:
+    if not (sample.text or "").strip():
+        return "has no text"
+    if sample.text_pair is not None and not sample.text_pair.strip():
+        return "has no second text"
+    return None
