@@ -64,7 +64,9 @@ def save(
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write the checkpoint to {directory}: {error}. Is the disk full?") from error
+        raise OutputError(
+            f"cannot write the checkpoint to {directory}: {error}. Check free space and permissions."
+        ) from error
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -109,8 +111,8 @@ def verify(directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, 
 
     Raises OutputError naming what differs.
     """
-    source = examine(directory)
     try:
+        source = examine(directory)
         reloaded = load_source(source, dtype=source.dtype).model
     except CheckpointError as error:
         raise OutputError(f"the checkpoint just written does not load: {error}") from error

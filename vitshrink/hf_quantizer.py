@@ -51,7 +51,7 @@ class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        layers: dict[str, dict[str, Any]],
+        layers: dict[str, dict[str, Any]] | None = None,
         *,
         metadata: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,

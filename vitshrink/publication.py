@@ -8,6 +8,7 @@ directory without a lock is what a killed run left and is removed. No result dep
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import time
@@ -144,8 +145,9 @@ def _try_lock(descriptor: int) -> bool | None:
 
 def _clear_leftovers(target: Path, own: Path) -> None:
     """Remove what killed runs left, put back what they had moved aside; stop where another run is alive."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.vitshrink-(\d+|old)-[0-9a-f]+")
     for other in sorted(target.parent.iterdir()):
-        if other == own or not other.name.startswith(f".{target.name}.vitshrink-"):
+        if other == own or not name.fullmatch(other.name) or other.is_symlink() or not other.is_dir():
             continue
         try:
             lock = os.open(other, os.O_RDONLY)
