@@ -1,0 +1,414 @@
+import copy
+import html.parser
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vitshrink import report as reports
+from vitshrink.errors import DataError
+from vitshrink.report import Report, figures, headline, summary_rows
+
+PLACES = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
+
+
+def layer(block: int, place: str) -> dict[str, Any]:
+    outputs, inputs = {"mlp.fc1": (768, 192), "mlp.fc2": (192, 768)}.get(place, (192, 192))
+    rank = None if block == 0 and place == "attention.v_proj" else 24 + 6 * block + 20 * place.startswith("mlp")
+    return {
+        "name": f"vit.layers.{block}.{place}",
+        "shape": [outputs, inputs],
+        "rank": rank,
+        "parameters": outputs * inputs if rank is None else rank * (outputs + inputs),
+        "relative_error": 0.0 if rank is None else 0.4 - 0.02 * block,
+        "reason": "the plan spends its parameters best on the whole layer" if rank is None else None,
+    }
+
+
+EVALUATION = {
+    "task": "image-classification",
+    "metric": "top1",
+    "samples": 650,
+    "dense": {"top1": 0.8138, "correct": 529, "interval": [0.782, 0.842], "top5": 0.95, "top5_interval": [0.93, 0.96]},
+    "compressed": {"top1": 0.62, "correct": 403, "interval": [0.58, 0.656], "top5": 0.8, "top5_interval": [0.77, 0.83]},
+    "fidelity": {"agreement": 0.68, "agreement_interval": [0.64, 0.71], "kl": 0.51, "kl_interval": [0.47, 0.56]},
+    "difference": {
+        "drop": 0.1938,
+        "drop_interval": [0.16, 0.23],
+        "p_value": 1e-20,
+        "significant": True,
+        "test": "McNemar, exact",
+    },
+    "classes": [
+        {"class": "tench, Tinca tinca", "samples": 2, "dense": 1.0, "compressed": 0.0},
+        {"class": "goldfish", "samples": 1, "dense": 1.0, "compressed": 1.0},
+    ],
+    "disagreements": [
+        {"sample": "n01440764/x.jpg", "label": "tench", "dense": "tench", "compressed": "goldfish", "kl": 3.2}
+    ],
+    "source": "imagenet-val",
+    "fingerprint": "ab12",
+    "label_rule": "WordNet ids",
+    "bad_samples": {},
+    "preprocessing": {"resize": [224, 224]},
+}
+
+
+def made(**changes: Any) -> Report:
+    entries: dict[str, Any] = {
+        "vitshrink": "0.1.0",
+        "model": "facebook/deit-tiny-patch16-224",
+        "task": "image-classification",
+        "method": "whitened",
+        "allocation": "uniform-ratio",
+        "compensation": "none",
+        "parameters": reports.before_after(5_717_416, 4_116_539),
+        "layers_parameters": reports.before_after(5_308_416, 3_707_539),
+        "bytes": reports.before_after(22_878_656, 16_480_000),
+        "macs": reports.before_after(1_258_000_000, 905_000_000),
+        "evaluation": copy.deepcopy(EVALUATION),
+        "layers": [layer(block, place) for block in range(12) for place in PLACES],
+        "calibration": {
+            "source": "imagenet-unlabelled",
+            "samples": 500,
+            "tokens": None,
+            "seed": 0,
+            "fingerprint": "cd",
+        },
+        "timings": {"load": 0.4, "calibrate": 21.0, "evaluate": 75.2},
+        "environment": {"python": "3.11.2", "torch": "2.13.0", "device": "cpu", "threads": 2, "peak_memory": 10**9},
+        "command": "vitshrink compress deit-tiny out --method whitened --keep 0.72",
+        "recipe": {"method": "whitened", "keep": [0.72]},
+        "warnings": ["imagenet-unlabelled has 500 samples; --samples asked for 512."],
+    }
+    return Report(**(entries | changes))
+
+
+def changed(path: str, value: Any) -> Report:
+    """The report with one entry of its evaluation set, or with ``...`` removed."""
+    evaluation = copy.deepcopy(EVALUATION)
+    *groups, name = path.split(".")
+    group: dict[str, Any] = evaluation
+    for part in groups:
+        group = group[part]
+    if value is ...:
+        del group[name]
+    else:
+        group[name] = value
+    return made(evaluation=evaluation)
+
+
+def cells(report: Report) -> dict[str, tuple[str, str, str]]:
+    return {row.name: (row.dense, row.compressed, row.change) for row in summary_rows(report)}
+
+
+UNLABELLED = made(evaluation=EVALUATION | {"metric": None, "dense": None, "compressed": None, "difference": None})
+BARE = made(
+    evaluation=None,
+    bytes={},
+    macs={},
+    calibration=None,
+    timings={},
+    environment={},
+    command=None,
+    recipe=None,
+    warnings=[],
+)
+HEADLESS = made(
+    task="features",
+    evaluation={
+        "task": "features",
+        "metric": None,
+        "samples": 64,
+        "fidelity": {"feature_cosine": 0.97, "pooled_cosine": 0.99},
+    },
+)
+SIMILARITY = made(
+    task="features",
+    evaluation={
+        "task": "similarity",
+        "metric": "spearman",
+        "samples": 1379,
+        "dense": {"spearman": 0.8203, "interval": [0.8, 0.84]},
+        "compressed": {"spearman": None, "interval": [-1, 1]},
+        "fidelity": {"feature_cosine": 0.97, "pooled_cosine": 0.99, "prediction_spearman": None},
+        "difference": {"drop": None, "drop_interval": [-2, 2], "p_value": 1.0, "significant": False, "test": "b"},
+        "classes": [],
+        "disagreements": [],
+    },
+)
+ONE_MODEL = made(evaluation=EVALUATION | {"dense": None, "difference": None, "fidelity": None})
+every_kind = pytest.mark.parametrize(
+    "report",
+    [made(), UNLABELLED, BARE, HEADLESS, SIMILARITY, ONE_MODEL, made(layers=[])],
+    ids=["full", "unlabelled", "bare", "headless", "similarity", "one-model", "no-layers"],
+)
+
+
+@every_kind
+def test_json_gives_the_same_report_back(report: Report) -> None:
+    again = Report.from_json(report.to_json())
+    assert again.to_dict() == report.to_dict()
+    assert again.to_json() == report.to_json()
+
+
+def test_json_is_strict_and_its_keys_keep_their_order() -> None:
+    text = made(timings={"load": math.nan, "save": math.inf}, environment={"device": Path("cpu")}).to_json()
+    entries = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert entries["timings"] == {"load": None, "save": None}
+    assert entries["environment"] == {"device": "cpu"}
+    assert list(entries)[:4] == ["vitshrink", "model", "task", "method"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a report"),
+        ('{"vitshrink": "0.1"}', "it has no .*model"),
+        (made().to_json().replace('"layers": [', '"layers": 3, "x": ['), "'layers' cannot be 3"),
+        (
+            made().to_json().replace('"task": "image-classification",\n  "method"', '"task": null,\n  "method"'),
+            "'task'",
+        ),
+    ],
+)
+def test_what_is_no_report_is_named(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        Report.from_json(text, "out/report.json")
+    assert "out/report.json" in str(raised.value)
+
+
+def test_a_missing_report_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="vitshrink compress has written"):
+        Report.read(tmp_path)
+
+
+def test_entries_of_a_newer_version_are_left_out() -> None:
+    text = json.dumps(made().to_dict() | {"energy": 3})
+    assert Report.from_json(text).to_dict() == made().to_dict()
+
+
+def test_write_leaves_json_markdown_page_and_card(tmp_path: Path) -> None:
+    reports.write(made(), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "report.html", "report.json", "report.md"]
+    assert Report.read(tmp_path).to_dict() == made().to_dict()
+
+
+def test_rows_carry_units_and_the_change() -> None:
+    rows = cells(made())
+    assert rows["Parameters"] == ("5.72 M", "4.12 M", "72.0 % kept")
+    assert rows["Weight files"] == ("22.9 MB", "16.5 MB", "72.0 % kept")
+    assert rows["MACs a sample"] == ("1.26 G", "905 M", "71.9 % kept")
+    assert rows["Top-1"] == ("81.4 %", "62.0 %", "−19.4 points")
+    assert rows["95 % interval"][2] == "−23.0 points to −16.0 points"
+    assert rows["KL(dense ‖ compressed), nats"][1] == "0.510"
+
+
+def test_latency_is_shown_where_it_was_measured() -> None:
+    timing = {"median": 0.02, "batch_size": 8}
+    rows = cells(made(latency={"dense": timing, "compressed": timing | {"median": 0.016}}))
+    assert rows["Latency, batch of 8"] == ("20.0 ms", "16.0 ms", "1.25× as fast")
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (made(), "−19.4 points top-1 (81.4 % → 62.0 % on 650 samples); a real drop"),
+        (changed("difference.significant", False), "within noise"),
+        (changed("difference.drop", -0.02), "a real gain"),
+        (UNLABELLED, "68.0 % same predictions"),
+        (HEADLESS, "0.970 cosine to dense features"),
+        (ONE_MODEL, "the dense model was not run"),
+        (BARE, "not measured"),
+    ],
+)
+def test_the_headline_says_no_more_than_was_measured(report: Report, said: str) -> None:
+    assert said in headline(report)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (999.6, "1.00 k"),
+        (1000, "1.00 k"),
+        (22_050_000, "22.1 M"),
+        (999_999, "1.00 M"),
+        (None, "–"),
+    ],
+)
+def test_counts_have_three_digits(value: float | None, text: str) -> None:
+    assert reports.summary.count(value) == text
+
+
+def test_small_figures_are_not_rounded_to_zero() -> None:
+    assert reports.summary.number(0.0001) == "<0.001"
+    assert reports.summary.number(0) == "0.000"
+
+
+@every_kind
+def test_markdown_has_whole_tables(report: Report) -> None:
+    for text in (reports.render_markdown(report), reports.render_card(report)):
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+            assert len(widths) == 1
+        assert "None" not in text
+
+
+def test_markdown_keeps_hostile_names_as_text() -> None:
+    name = "a|b <script>alert(1)</script> `x` *y*\n# z"
+    report = made(model=name, warnings=[name], command="echo ```\n# not a heading")
+    text = reports.render_markdown(report)
+    assert "<script>" not in text
+    assert "\n# z" not in text
+    assert "````\necho ```" in text
+
+
+def test_the_card_has_front_matter_and_says_how_to_load() -> None:
+    text = reports.render_card(made())
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["base_model"] == "facebook/deit-tiny-patch16-224"
+    assert front["pipeline_tag"] == "image-classification"
+    assert "import vitshrink" in text
+    assert "AutoModelForImageClassification.from_pretrained" in text
+    assert "| Top-1 |" in text
+
+
+@pytest.mark.parametrize("model", ["/home/me/deit", "./deit", "deit", "a/b/c"])
+def test_the_card_names_no_base_model_that_the_hub_does_not_have(model: str) -> None:
+    assert "base_model" not in reports.render_card(made(model=model)).split("---\n")[1]
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags nest, and collects addresses and scripts."""
+
+    EMPTY = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.EMPTY:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@every_kind
+def test_the_page_is_self_contained(report: Report) -> None:
+    page = Page(reports.render_html(report))
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert "url(http" not in reports.render_html(report)
+    assert "None" not in page.text
+
+
+def test_the_page_opens_with_the_answers_and_ends_with_how_to_repeat_it() -> None:
+    text = Page(reports.render_html(made())).text
+    order = ["28.0 % smaller", "28.1 % fewer operations", "−19.4 points top-1", "a real drop", "Before and after"]
+    order += ["Rank plan", "Error by layer", "Classes that lost most", "Layers", "Calibration", "vitshrink compress"]
+    places = [text.index(piece) for piece in order]
+    assert places == sorted(places)
+    assert "imagenet-unlabelled has 500 samples" in text
+
+
+def test_the_page_escapes_every_name() -> None:
+    attack = '<img src=x onerror=alert(1)>"&'
+    evaluation = copy.deepcopy(EVALUATION) | {"source": attack, "label_rule": attack, "bad_samples": {attack: attack}}
+    evaluation["classes"][0]["class"] = attack  # type: ignore[index]
+    evaluation["disagreements"][0] |= {"sample": attack, "label": attack, "dense": attack}  # type: ignore[index]
+    bad_layer = layer(1, "mlp.fc1") | {"name": f"vit.layers.1.{attack}", "reason": attack}
+    report = made(
+        model=attack,
+        method=attack,
+        warnings=[attack],
+        command=attack,
+        recipe={attack: attack},
+        environment={attack: attack},
+        calibration={attack: attack},
+        evaluation=evaluation,
+        layers=[bad_layer],
+    )
+    for text in (reports.render_html(report), reports.render_comparison_html([report, report])):
+        assert "img" not in Page(text).tags
+        assert "onerror" in Page(text).text
+
+
+def test_thumbnails_stand_in_the_page() -> None:
+    address = "data:image/png;base64,AAAA"
+    page = Page(reports.render_html(made(), {"n01440764/x.jpg": address}))
+    assert page.addresses.count(address) == 1
+
+
+def test_pictures_are_valid_svg_in_the_colours_of_the_page() -> None:
+    pytest.importorskip("matplotlib")
+    drawn = [figures.rank_plan(made()), figures.error_by_layer(made()), figures.trade_off([made(), smaller()])]
+    for svg in drawn:
+        assert svg is not None
+        ElementTree.fromstring(svg)
+        assert "currentColor" in svg
+        assert "DejaVu" not in svg
+        assert figures._INK not in svg
+    assert ">dense<" in str(drawn[0])
+    assert figures.rank_plan(made()) == drawn[0]
+
+
+def test_without_matplotlib_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    for text in (reports.render_html(made()), reports.render_comparison_html([made(), smaller()])):
+        page = Page(text)
+        assert "matplotlib is not installed" in page.text
+        assert "svg" not in page.tags
+
+
+def smaller() -> Report:
+    evaluation = copy.deepcopy(EVALUATION)
+    evaluation["compressed"] |= {"top1": 0.3, "interval": [0.26, 0.34]}  # type: ignore[operator]
+    return made(parameters=reports.before_after(5_717_416, 2_858_708), evaluation=evaluation)
+
+
+def test_comparison_has_a_line_a_model_and_no_empty_columns() -> None:
+    lines = reports.comparison_markdown([made(), smaller()]).splitlines()
+    assert len(lines) == 4
+    assert "latency" not in lines[0]
+    assert "72.0 %" in lines[2]
+    assert "50.0 %" in lines[3]
+    assert "30.0 %" in lines[3]
+
+
+def test_comparison_page_warns_of_scores_from_different_samples() -> None:
+    warning = "cannot be compared"
+    assert warning not in reports.render_comparison_html([made(), smaller()])
+    assert warning in reports.render_comparison_html([made(), changed("fingerprint", "ff")])
+
+
+@every_kind
+def test_comparison_takes_every_kind_of_report(report: Report) -> None:
+    page = Page(reports.render_comparison_html([report, made()]))
+    assert "None" not in page.text
+    assert reports.comparison_markdown([report]).count("\n") == 3

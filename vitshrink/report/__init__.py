@@ -1,0 +1,26 @@
+"""What there is to say of a compressed model: one record, written as JSON, Markdown, a model card and a web page."""
+
+from vitshrink.report.record import Report, before_after
+from vitshrink.report.render import (
+    comparison_markdown,
+    render_card,
+    render_comparison_html,
+    render_html,
+    render_markdown,
+    write,
+)
+from vitshrink.report.summary import Row, headline, summary_rows
+
+__all__ = [
+    "Report",
+    "Row",
+    "before_after",
+    "comparison_markdown",
+    "headline",
+    "render_card",
+    "render_comparison_html",
+    "render_html",
+    "render_markdown",
+    "summary_rows",
+    "write",
+]

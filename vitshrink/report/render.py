@@ -1,0 +1,199 @@
+"""A report as Markdown, as a model card and as a web page: the same record through templates."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vitshrink.report import figures, summary
+from vitshrink.report.layers import layers
+from vitshrink.report.record import FILE_NAME, Report
+
+SHOWN_CLASSES = 15
+SHOWN_DISAGREEMENTS = 12
+
+
+def write(report: Report, directory: Path) -> None:
+    """Write ``report.json``, ``report.md``, ``report.html`` and the model card ``README.md``. Raises OSError."""
+    for name, text in (
+        (FILE_NAME, report.to_json()),
+        ("report.md", render_markdown(report)),
+        ("report.html", render_html(report)),
+        ("README.md", render_card(report)),
+    ):
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def render_markdown(report: Report) -> str:
+    """The report for reading in a terminal, a pull request or an issue."""
+    return _markdown("report.md", report)
+
+
+def render_card(report: Report) -> str:
+    """The model card: front matter for the Hub, the before/after table, and how to load the model."""
+    return _markdown("card.md", report, front_matter=_front_matter(report))
+
+
+def render_html(report: Report, thumbnails: Mapping[str, str] | None = None) -> str:
+    """One self-contained page; it says so where matplotlib is missing and its pictures are left out.
+
+    ``thumbnails`` are ``data:`` addresses of small images of samples that the two models disagree on, by sample.
+    """
+    drawn = figures.available()
+    return _page(
+        "report.html",
+        report=report,
+        title=f"{report.model}, compressed",
+        figures_available=drawn,
+        rank_plan=_picture(figures.rank_plan(report)) if drawn else None,
+        error_by_layer=_picture(figures.error_by_layer(report)) if drawn else None,
+        disagreements=((report.evaluation or {}).get("disagreements") or [])[:SHOWN_DISAGREEMENTS],
+        thumbnails=thumbnails or {},
+        **_view(report),
+    )
+
+
+def comparison_markdown(reports: Sequence[Report]) -> str:
+    """One Markdown table, a line a report."""
+    columns = comparison_columns(reports)
+    lines = [list(columns), [":--" if i < 2 else "--:" for i in range(len(columns))]]
+    lines += [[_cell(column[i]) for column in columns.values()] for i in range(len(reports))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def render_comparison_html(reports: Sequence[Report]) -> str:
+    """One page that compares several compressed models."""
+    drawn = figures.available()
+    return _page(
+        "comparison.html",
+        title="Compressed models compared",
+        columns=comparison_columns(reports),
+        reports=reports,
+        figures_available=drawn,
+        trade_off=_picture(figures.trade_off(reports)) if drawn else None,
+        rank_plans=[_picture(figures.rank_plan(report)) for report in reports] if drawn else [],
+        same_data=len({_data_of(report) for report in reports}) == 1,
+    )
+
+
+def comparison_columns(reports: Sequence[Report]) -> dict[str, list[str]]:
+    """The columns of a comparison, those that nothing was measured for left out; one text a report."""
+    metrics = [(report.evaluation or {}).get("metric") for report in reports]
+    name = next((summary.metric_name(r) for r, metric in zip(reports, metrics, strict=True) if metric), "accuracy")
+
+    def entry(report: Report, *path: str) -> Any:
+        value: Any = report.to_dict()
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    def scored(report: Report, role: str) -> str:
+        metric = entry(report, "evaluation", "metric")
+        return summary.score(metric, entry(report, "evaluation", role, metric)) if metric else summary.UNKNOWN
+
+    def change(report: Report) -> str:
+        drop = entry(report, "evaluation", "difference", "drop")
+        return summary.UNKNOWN if drop is None else summary.signed(entry(report, "evaluation", "metric"), -drop)
+
+    def real(report: Report) -> str:
+        significant = entry(report, "evaluation", "difference", "significant")
+        return summary.UNKNOWN if significant is None else "yes" if significant else "no"
+
+    columns = {
+        "model": [report.model for report in reports],
+        "method": [" + ".join((r.method, r.allocation, r.compensation)) for r in reports],
+        "kept": [summary.percent(entry(report, "parameters", "kept")) for report in reports],
+        "parameters": [summary.count(entry(report, "parameters", "compressed")) for report in reports],
+        "files": [summary.size(entry(report, "bytes", "compressed")) for report in reports],
+        "MACs": [summary.count(entry(report, "macs", "compressed")) for report in reports],
+        "latency": [summary.duration(entry(report, "latency", "compressed", "median")) for report in reports],
+        f"dense {name}": [scored(report, "dense") for report in reports],
+        name: [scored(report, "compressed") for report in reports],
+        "change": [change(report) for report in reports],
+        "real": [real(report) for report in reports],
+        "same as dense": [summary.percent(entry(report, "evaluation", "fidelity", "agreement")) for report in reports],
+        "KL": [summary.number(entry(report, "evaluation", "fidelity", "kl")) for report in reports],
+        "cosine": [summary.number(entry(report, "evaluation", "fidelity", "feature_cosine")) for report in reports],
+    }
+    return {name: texts for name, texts in columns.items() if set(texts) != {summary.UNKNOWN}}
+
+
+def _view(report: Report) -> dict[str, Any]:
+    evaluation = report.evaluation or {}
+    classes = evaluation.get("classes") or []
+    damaged = [row for row in classes if row.get("compressed", 0) < row.get("dense", 0)]
+    return {
+        "rows": summary.summary_rows(report),
+        "facts": summary.facts(report),
+        "headline": summary.headline(report),
+        "layers": layers(report),
+        "evaluation": evaluation,
+        "damaged": damaged[:SHOWN_CLASSES],
+        "number_of_classes": len(classes),
+        "number_of_damaged": len(damaged),
+        "auto_class": summary.auto_class(report),
+        "recipe": yaml.safe_dump(report.to_dict()["recipe"], sort_keys=False, allow_unicode=True)
+        if report.recipe
+        else "",
+    }
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("vitshrink.report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for name in ("count", "size", "percent", "duration", "number"):
+        environment.filters[name] = getattr(summary, name)
+    environment.filters["cell"] = _cell
+    environment.filters["code"] = _code
+    return environment
+
+
+def _markdown(template: str, report: Report, **more: Any) -> str:
+    environment = _environment(autoescape=False)
+    text = environment.get_template(template).render(report=report, **_view(report), **more)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _page(template: str, **values: Any) -> str:
+    return _environment(autoescape=True).get_template(template).render(**values)
+
+
+def _picture(svg: str | None) -> Markup | None:
+    """Mark a picture as one that must not be escaped: matplotlib has escaped the names in it."""
+    return None if svg is None else Markup(svg)
+
+
+def _cell(text: Any) -> str:
+    """Text that stays text in a Markdown table, whatever a layer, class or file is called."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: Any) -> str:
+    """A fenced block that the text cannot close."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", str(text))), default=0))
+    return f"{fence}\n{str(text).rstrip()}\n{fence}"
+
+
+def _front_matter(report: Report) -> str:
+    entries: dict[str, Any] = {"library_name": "transformers", "tags": ["vitshrink", "low-rank", "compression"]}
+    if report.task in summary.PIPELINES:
+        entries["pipeline_tag"] = summary.PIPELINES[report.task]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", report.model) and not report.model.startswith("."):
+        entries |= {"base_model": report.model, "base_model_relation": "quantized"}  # the Hub's word for compressed
+    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+
+
+def _data_of(report: Report) -> str:
+    evaluation = report.evaluation or {}
+    return json.dumps([evaluation.get("fingerprint"), evaluation.get("samples"), evaluation.get("task")])

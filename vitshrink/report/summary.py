@@ -1,0 +1,251 @@
+"""The first answers anyone wants, from a report: how much smaller, how much faster, how much worse, is it real."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vitshrink.report.record import Report
+
+UNKNOWN = "–"
+AUTO_CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+}
+PIPELINES = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "masked-lm": "fill-mask",
+    "features": "feature-extraction",
+}
+METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "spearman": "Spearman"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the before/after table; each cell is text with its unit, or "–" where nothing was measured."""
+
+    name: str
+    dense: str
+    compressed: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One of the first answers: a question, the figure that answers it, and what it rests on."""
+
+    question: str
+    answer: str
+    detail: str
+    tone: str = "neutral"
+    """``good``, ``bad`` or ``neutral``."""
+
+
+def summary_rows(report: Report) -> list[Row]:
+    """The before/after table: sizes, operations, time, accuracy."""
+    rows = [
+        _size_row("Parameters", report.parameters, count),
+        _size_row("Parameters of the compressible layers", report.layers_parameters, count),
+        _size_row("Weight files", report.bytes, size),
+        _size_row("MACs a sample", report.macs, count),
+    ]
+    dense, compressed = (report.latency.get(role) or {} for role in ("dense", "compressed"))
+    if dense and compressed:
+        ratio = dense["median"] / compressed["median"]
+        label = f"Latency, batch of {dense['batch_size']}"
+        rows.append(Row(label, duration(dense["median"]), duration(compressed["median"]), f"{ratio:.2f}× as fast"))
+    return [*(row for row in rows if row), *_accuracy_rows(report)]
+
+
+def facts(report: Report) -> list[Fact]:
+    """The four answers that a report opens with."""
+    return [_smaller(report), _faster(report), _worse(report), _real(report)]
+
+
+def headline(report: Report) -> str:
+    """The same in one sentence."""
+    parts = [f"{percent(report.parameters.get('kept'))} of the parameters"]
+    if report.macs.get("kept") is not None:
+        parts.append(f"{percent(report.macs['kept'])} of the operations")
+    worse, real = _worse(report), _real(report)
+    return f"{' and '.join(parts)}; {worse.answer} ({worse.detail}); {real.answer}."
+
+
+def metric_name(report: Report) -> str:
+    evaluation = report.evaluation or {}
+    name = METRIC_NAMES.get(str(evaluation.get("metric")), "accuracy")
+    return f"masked-token {name}" if evaluation.get("task") == "masked-lm" else name
+
+
+def auto_class(report: Report) -> str:
+    """The class of transformers that loads the model."""
+    return AUTO_CLASSES.get(report.task, "AutoModel")
+
+
+def count(number: float | None) -> str:
+    """5717416 -> ``5.72 M``."""
+    return _scaled(number, 1000, ("", " k", " M", " G", " T"))
+
+
+def size(number: float | None) -> str:
+    """Bytes in decimal units, as file managers and model hubs show them."""
+    return _scaled(number, 1000, (" B", " kB", " MB", " GB", " TB"))
+
+
+def percent(fraction: float | None) -> str:
+    return UNKNOWN if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms" if seconds < 0.1 else f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A plain figure: ``0.451``, and ``<0.001`` rather than a misleading zero."""
+    if value is None:
+        return UNKNOWN
+    if 0 < abs(value) < 10**-digits / 2:
+        return f"{'>-' if value < 0 else '<'}{10**-digits:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def p_value(value: float | None) -> str:
+    return UNKNOWN if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def score(metric: str | None, value: float | None) -> str:
+    return number(value) if metric == "spearman" else percent(value)
+
+
+def signed(metric: str | None, value: float) -> str:
+    """A change in a score: points of a percentage, or the plain figure of a correlation."""
+    if metric == "spearman":
+        return f"{value:+.3f}".replace("-", "−")
+    return f"{100 * value:+.1f} points".replace("-", "−")
+
+
+def interval(metric: str | None, bounds: Any) -> str:
+    return UNKNOWN if not bounds else f"{score(metric, bounds[0])} to {score(metric, bounds[1])}"
+
+
+def _scaled(number: float | None, base: int, units: tuple[str, ...]) -> str:
+    if number is None:
+        return UNKNOWN
+    value, power = float(number), 0
+    while abs(value) >= 999.5 and power < len(units) - 1:
+        value, power = value / base, power + 1
+    digits = 0 if power == 0 else max(0, 3 - len(f"{abs(value):.0f}"))
+    return f"{value:.{digits}f}{units[power]}"
+
+
+def _size_row(name: str, group: Mapping[str, Any], show: Callable[[float | None], str]) -> Row | None:
+    if group.get("dense") is None:
+        return None
+    return Row(name, show(group["dense"]), show(group.get("compressed")), f"{percent(group.get('kept'))} kept")
+
+
+def _accuracy_rows(report: Report) -> list[Row]:
+    evaluation = report.evaluation or {}
+    dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
+    fidelity, metric = evaluation.get("fidelity") or {}, evaluation.get("metric")
+    rows = []
+    for name in ("top1", "top5", "spearman"):
+        if compressed.get(name) is None and dense.get(name) is None:
+            continue
+        before, after = dense.get(name), compressed.get(name)
+        change = UNKNOWN if before is None or after is None else signed(name, after - before)
+        label = METRIC_NAMES[name]
+        label = f"Masked-token {label}" if evaluation.get("task") == "masked-lm" else label[0].upper() + label[1:]
+        rows.append(Row(label, score(name, before), score(name, after), change))
+        if name == metric:
+            before, after = (interval(name, scores.get("interval")) for scores in (dense, compressed))
+            drop = (evaluation.get("difference") or {}).get("drop_interval")
+            change = f"{signed(name, -drop[1])} to {signed(name, -drop[0])}" if drop else UNKNOWN
+            rows.append(Row("95 % interval", before, after, change))
+    shown: dict[str, tuple[str, Callable[[float | None], str]]] = {
+        "agreement": ("Same prediction as dense", percent),
+        "top5_overlap": ("Top-5 in common with dense", percent),
+        "kl": ("KL(dense ‖ compressed), nats", number),
+        "feature_cosine": ("Cosine to dense features, token by token", number),
+        "pooled_cosine": ("Cosine to dense features, pooled", number),
+        "prediction_spearman": ("Rank correlation with dense predictions", number),
+    }
+    for name, (label, show) in shown.items():
+        if name in fidelity:
+            rows.append(Row(label, "", show(fidelity[name]), ""))
+    return rows
+
+
+def _smaller(report: Report) -> Fact:
+    kept = report.parameters.get("kept")
+    detail = f"{count(report.parameters.get('dense'))} → {count(report.parameters.get('compressed'))} parameters"
+    if report.bytes.get("dense") is not None:
+        detail += f", {size(report.bytes['dense'])} → {size(report.bytes.get('compressed'))}"
+    answer = UNKNOWN if kept is None else f"{percent(1 - kept)} smaller" if kept <= 1 else f"{percent(kept - 1)} larger"
+    return Fact("How much smaller?", answer, detail, "good" if kept is not None and kept < 1 else "neutral")
+
+
+def _faster(report: Report) -> Fact:
+    dense, compressed = (report.latency.get(role) or {} for role in ("dense", "compressed"))
+    macs = report.macs
+    counted = f"{count(macs['dense'])} → {count(macs.get('compressed'))} MACs" if macs.get("dense") else ""
+    if dense and compressed:
+        ratio = dense["median"] / compressed["median"]
+        measured = (
+            f"measured: {duration(dense['median'])} → {duration(compressed['median'])} "
+            f"for a batch of {dense['batch_size']}"
+        )
+        detail = f"{measured}; {counted}" if counted else measured
+        return Fact("How much faster?", f"{ratio:.2f}× as fast", detail, "good" if ratio > 1.02 else "neutral")
+    if counted and macs.get("kept") is not None:
+        answer = f"{percent(1 - macs['kept'])} fewer operations"
+        return Fact("How much faster?", answer, f"{counted} a sample; time not measured", "good")
+    return Fact("How much faster?", "not measured", "neither operations nor time were counted")
+
+
+def _worse(report: Report) -> Fact:
+    question = "How much worse?"
+    evaluation = report.evaluation
+    if not evaluation:
+        return Fact(question, "not measured", "there were no data to measure it on")
+    metric, samples = evaluation.get("metric"), evaluation.get("samples")
+    dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
+    difference, fidelity = evaluation.get("difference") or {}, evaluation.get("fidelity") or {}
+    if difference.get("drop") is not None:
+        drop = difference["drop"]
+        detail = f"{score(metric, dense[metric])} → {score(metric, compressed[metric])} on {samples:,} samples"
+        tone = ("bad" if drop > 0 else "good") if difference.get("significant") else "neutral"
+        return Fact(question, f"{signed(metric, -drop)} {metric_name(report)}", detail, tone)
+    if "agreement" in fidelity:
+        detail = f"{samples:,} samples without labels; KL {number(fidelity.get('kl'))} nats"
+        return Fact(question, f"{percent(fidelity['agreement'])} same predictions", detail)
+    if "feature_cosine" in fidelity:
+        detail = f"token by token on {samples:,} samples; pooled {number(fidelity.get('pooled_cosine'))}"
+        return Fact(question, f"{number(fidelity['feature_cosine'])} cosine to dense features", detail)
+    if metric and compressed.get(metric) is not None:
+        detail = f"on {samples:,} samples; the dense model was not run"
+        return Fact(question, f"{score(metric, compressed[metric])} {metric_name(report)}", detail)
+    return Fact(question, "not measured", f"nothing comparable on {samples} samples")
+
+
+def _real(report: Report) -> Fact:
+    question = "Is the drop real?"
+    evaluation = report.evaluation or {}
+    difference = evaluation.get("difference") or {}
+    if difference.get("drop") is None:
+        return Fact(question, "cannot be told", "needs labelled samples for both models")
+    metric, drop, bounds = evaluation.get("metric"), difference["drop"], difference.get("drop_interval")
+    test = f"{p_value(difference.get('p_value'))} ({difference.get('test', 'paired')})"
+    detail = (
+        test if not bounds else f"95 % interval {signed(metric, -bounds[1])} to {signed(metric, -bounds[0])}; {test}"
+    )
+    if not difference.get("significant"):
+        return Fact(question, "within noise", detail)
+    if drop > 0:
+        return Fact(question, "a real drop", detail, "bad")
+    return Fact(question, "a real gain", detail, "good")
