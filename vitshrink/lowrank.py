@@ -82,4 +82,4 @@ class LowRankLinear(nn.Module):
         return self.weight @ self.down
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"

@@ -1,0 +1,185 @@
+"""The contract that every registered method meets by existing."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitshrink.errors import NumericsError, UsageError
+from vitshrink.methods import Factorisation, Needs, available_methods, get_method
+from vitshrink.stats import LinearStats
+
+SHAPES = [(12, 12), (8, 20), (20, 8)]
+every_method = pytest.mark.parametrize("name", available_methods())
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def layer(shape: tuple[int, int], tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight (m, n) and correlated inputs (tokens, n) with a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    m, n = shape
+    weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(n, n, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, n, dtype=torch.float64)
+    x = torch.randn(tokens, n, generator=generator, dtype=torch.float64) @ mixing.T
+    return weight, x + torch.randn(n, generator=generator, dtype=torch.float64)
+
+
+def factorise(name: str, weight: Tensor, x: Tensor, *, centred: bool = False) -> Factorisation:
+    return get_method(name).factorise(weight, LinearStats.from_inputs(x), centred=centred)
+
+
+def output_error(weight: Tensor, factors: Factorisation, rank: int, x: Tensor) -> float:
+    difference = weight - factors.up[:, :rank] @ factors.down[:rank]
+    return float((x @ difference.T).square().sum(1).mean())
+
+
+@every_method
+@every_shape
+def test_full_rank_reproduces_the_weight(name: str, shape: tuple[int, int]) -> None:
+    weight, x = layer(shape)
+    factors = factorise(name, weight, x)
+    torch.testing.assert_close(factors.up @ factors.down, weight, rtol=1e-7, atol=1e-7)
+
+
+@every_method
+@every_shape
+def test_losses_fall_to_zero_and_the_first_is_the_largest(name: str, shape: tuple[int, int]) -> None:
+    weight, x = layer(shape)
+    loss = factorise(name, weight, x).loss
+    assert len(loss) == min(shape) + 1
+    assert (loss[:-1] >= loss[1:]).all()
+    assert loss[-1] <= 1e-9 * loss[0]
+
+
+@every_method
+@every_shape
+def test_inputs_are_left_untouched_and_the_result_is_deterministic(name: str, shape: tuple[int, int]) -> None:
+    weight, x = layer(shape)
+    stats = LinearStats.from_inputs(x)
+    assert stats.gram is not None
+    before = weight.clone(), stats.gram.clone(), stats.mean.clone(), stats.abs_mean.clone()
+    first = get_method(name).factorise(weight, stats, centred=True)
+    second = get_method(name).factorise(weight, stats, centred=True)
+    for was, now in zip(before, (weight, stats.gram, stats.mean, stats.abs_mean), strict=True):
+        assert torch.equal(was, now)
+    assert torch.equal(first.up, second.up)
+    assert torch.equal(first.down, second.down)
+
+
+@every_method
+@every_shape
+@pytest.mark.parametrize("damage", ["dead channel", "few tokens", "one token", "zero weight", "rank-one weight"])
+def test_finite_where_the_statistics_are_degenerate(name: str, shape: tuple[int, int], damage: str) -> None:
+    weight, x = layer(shape)
+    if damage == "dead channel":
+        x[:, 2] = 0
+    elif damage == "few tokens":
+        x = x[: shape[1] // 2]
+    elif damage == "one token":
+        x = x[:1]
+    elif damage == "zero weight":
+        weight = torch.zeros_like(weight)
+    else:
+        weight = weight[:, :1] @ weight[:1]
+    for centred in (False, True):
+        factors = factorise(name, weight, x, centred=centred).check_finite()
+        scale = output_error(weight, factors, 0, x)
+        assert output_error(weight, factors, min(shape), x) <= 1e-9 * scale + 1e-20
+
+
+@every_method
+@every_shape
+def test_every_slice_is_the_best_of_its_rank_in_the_methods_own_metric(name: str, shape: tuple[int, int]) -> None:
+    """Nestedness: the loss curve says what slicing really loses, relative to losing everything."""
+    weight, x = layer(shape)
+    factors = factorise(name, weight, x)
+    stats = LinearStats.from_inputs(x)
+    metrics = {
+        Needs.WEIGHTS: torch.eye(shape[1], dtype=torch.float64),
+        Needs.SCALES: stats.abs_mean.diag(),
+        Needs.COVARIANCE: stats.covariance(centred=False),
+    }
+    metric = metrics[get_method(name).needs]
+    for rank in (0, 1, 3, min(shape)):
+        difference = weight - factors.up[:, :rank] @ factors.down[:rank]
+        measured = ((difference @ metric) * difference).sum()
+        torch.testing.assert_close(measured, factors.loss[rank], rtol=1e-6, atol=1e-9 * float(factors.loss[0]))
+
+
+@every_shape
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_whitened_has_the_least_output_error_on_its_calibration_set(shape: tuple[int, int], rank: int) -> None:
+    weight, x = layer(shape)
+    errors = {name: output_error(weight, factorise(name, weight, x), rank, x) for name in available_methods()}
+    assert errors["whitened"] <= min(errors.values()) * (1 + 1e-9)
+    generator = torch.Generator().manual_seed(1)
+    best = factorise("whitened", weight, x)
+    for _ in range(20):  # and no small change of the factors is better
+        up = best.up[:, :rank] * (1 + 1e-3 * torch.randn(shape[0], rank, generator=generator, dtype=torch.float64))
+        changed = Factorisation(up, best.down[:rank], best.loss)
+        assert output_error(weight, changed, rank, x) >= errors["whitened"] * (1 - 1e-9)
+
+
+@every_shape
+def test_the_output_gram_gives_the_same_factors_as_the_input_gram(shape: tuple[int, int]) -> None:
+    weight, x = layer(shape)
+    if shape[0] > shape[1]:
+        pytest.skip("tall layers are observed at their input")
+    stats = LinearStats.from_inputs(x)
+    z = x @ weight.T
+    observed = LinearStats(stats.tokens, stats.mean, stats.abs_mean, stats.abs_max, None, z.T @ z / len(x))
+    for centred in (False, True):
+        one = get_method("whitened").factorise(weight, stats, centred=centred)
+        other = get_method("whitened").factorise(weight, observed, centred=centred)
+        torch.testing.assert_close(one.up[:, :3] @ one.down[:3], other.up[:, :3] @ other.down[:3])
+
+
+def test_taking_the_mean_out_is_never_worse() -> None:
+    weight, x = layer((10, 14))
+    mean = x.mean(0)
+    plain, centred = (factorise("whitened", weight, x, centred=centred) for centred in (False, True))
+    for rank in range(1, 10):
+        assert output_error(weight, centred, rank, x - mean) <= output_error(weight, plain, rank, x) * (1 + 1e-9)
+
+
+def test_asvd_scales_by_the_chosen_statistic() -> None:
+    weight, x = layer((8, 8))
+    stats = LinearStats.from_inputs(x)
+    asvd, svd = get_method("asvd"), get_method("svd")
+    flat = asvd.factorise(weight, stats, centred=False, alpha=0.0)
+    plain = svd.factorise(weight, None, centred=False)
+    torch.testing.assert_close(flat.up[:, :3] @ flat.down[:3], plain.up[:, :3] @ plain.down[:3])
+    largest = asvd.factorise(weight, stats, centred=False, scaling="abs-max")
+    torch.testing.assert_close(largest.loss[0], (weight.square() * stats.abs_max).sum())
+    with pytest.raises(UsageError, match="unknown scaling 'abs_men'"):
+        asvd.factorise(weight, stats, centred=False, scaling="abs_men")
+
+
+@every_method
+def test_not_finite_is_an_error_and_not_a_result(name: str) -> None:
+    weight, x = layer((6, 6))
+    weight[1, 1] = float("inf")
+    with pytest.raises(NumericsError, match="NaN or Inf"):
+        factorise(name, weight, x).check_finite()
+
+
+@every_method
+def test_methods_that_need_data_say_so(name: str) -> None:
+    method = get_method(name)
+    weight, _ = layer((6, 6))
+    if method.needs is Needs.WEIGHTS:
+        assert method.factorise(weight, None, centred=False).up.shape == (6, 6)
+    else:
+        with pytest.raises(NumericsError, match="needs calibration"):
+            method.factorise(weight, None, centred=False)
+
+
+@every_method
+def test_every_method_names_its_paper_or_its_origin(name: str) -> None:
+    method = get_method(name)
+    assert method.summary.endswith((").", "."))
+    assert len(method.factorise.__doc__ or "") > 100
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"unknown method 'whitend'. Did you mean 'whitened'\?"):
+        get_method("whitend")

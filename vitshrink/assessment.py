@@ -1,0 +1,141 @@
+"""``evaluate_checkpoint``: one model, dense or compressed, measured on a data set, alone or beside its baseline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitshrink import cost
+from vitshrink.checkpoint import file_bytes
+from vitshrink.config import DataConfig
+from vitshrink.data import Preprocessor
+from vitshrink.errors import GateError, UsageError
+from vitshrink.measurement import Measurement, measure, open_data
+from vitshrink.models import load_dense, task_of
+from vitshrink.observer import Job, Observer, Silent
+from vitshrink.pipeline import find_device
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Bounds that the user sets; None is no bound."""
+
+    min_accuracy: float | None = None
+    """Percent."""
+    max_drop: float | None = None
+    """Percentage points below the baseline (hundredths of a correlation)."""
+    max_kl: float | None = None
+    """Nats from the baseline."""
+
+    def check(self, evaluation: Mapping[str, Any]) -> None:
+        """Raises GateError naming the bound and by how much it is missed, UsageError where it cannot be judged."""
+        metric = evaluation["metric"]
+        compressed = (evaluation["compressed"] or {}).get(metric)
+        drop = (evaluation["difference"] or {}).get("drop")
+        kl = (evaluation["fidelity"] or {}).get("kl")
+        missed = []
+        for flag, bound, value, sign in (
+            ("--min-accuracy", self.min_accuracy, None if compressed is None else 100 * compressed, 1),
+            ("--max-drop", self.max_drop, None if drop is None else 100 * drop, -1),
+            ("--max-kl", self.max_kl, kl, -1),
+        ):
+            if bound is None:
+                continue
+            if value is None:
+                raise UsageError(f"{flag} cannot be judged: it needs labels, and a --baseline to compare with.")
+            if sign * value < sign * bound:
+                missed.append(f"{flag} {bound:g} is missed by {abs(value - bound):.3g} ({value:.4g})")
+        if missed:
+            raise GateError("; ".join(missed) + ".")
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What ``vitshrink eval`` found."""
+
+    model: str
+    baseline: str | None
+    measurement: Measurement
+    preprocessing: Mapping[str, Any]
+    parameters: int
+    bytes: int
+    timings: Mapping[str, float]
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "baseline": self.baseline,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "evaluation": self.measurement.evaluation.to_dict(),
+            "source": self.measurement.source,
+            "fingerprint": self.measurement.fingerprint,
+            "label_rule": self.measurement.label_rule,
+            "bad_samples": dict(self.measurement.bad.reasons),
+            "preprocessing": dict(self.preprocessing),
+            "timings": dict(self.timings),
+            "warnings": self.warnings,
+        }
+
+
+def evaluate_checkpoint(
+    model: str,
+    data: DataConfig,
+    *,
+    baseline: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    class_map: Path | None = None,
+    max_bad_samples: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+    observer: Observer | None = None,
+) -> Assessment:
+    """Measure a model on ``data`` and, with a ``baseline``, its difference from that on the same samples.
+
+    ``limit`` samples are drawn by ``seed``. Weights are read in the type they are stored in and computed in float32.
+
+    Raises:
+        CheckpointError, DataError, UsageError: as the parts that read the model and the data.
+    """
+    job = Job(observer or Silent())
+    with job.stage("load", "Loading"):
+        loaded = load_dense(model, offline=offline, allow_compressed=True)
+        reference = load_dense(baseline, offline=offline, allow_compressed=True) if baseline else None
+    if reference is not None and task_of(reference.model) != task_of(loaded.model):
+        raise UsageError(
+            f"{baseline} is a model for {task_of(reference.model)}, {model} for {task_of(loaded.model)}: "
+            "they cannot be compared."
+        )
+    preprocessor = Preprocessor.from_checkpoint(
+        loaded.directory, loaded.family.modality, max_length=max_length, offline=offline
+    )
+    samples = open_data(data, loaded, offline=offline)
+    if limit is not None and limit < len(samples):
+        samples = samples.select(limit, seed)
+    measurement = measure(
+        loaded.model,
+        samples,
+        preprocessor,
+        job,
+        task=task_of(loaded.model),
+        baseline=None if reference is None else reference.model,
+        device=find_device(device),
+        batch_size=batch_size,
+        seed=seed,
+        class_map=class_map,
+        max_bad_samples=max_bad_samples,
+    )
+    return Assessment(
+        model,
+        baseline,
+        measurement,
+        preprocessor.description,
+        cost.parameters(loaded.model),
+        file_bytes(loaded.directory),
+        job.timings,
+        job.warnings,
+    )

@@ -1,0 +1,49 @@
+"""The ``vitshrink`` command and its options for all commands."""
+
+from typing import Annotated
+
+import typer
+
+from vitshrink import __version__
+from vitshrink.cli import console
+from vitshrink.cli.compress import compress_command
+from vitshrink.cli.demo import demo_command
+from vitshrink.cli.evaluate import evaluate_command
+from vitshrink.cli.inspect import inspect_command
+from vitshrink.cli.methods import methods_command
+from vitshrink.cli.report import report_command
+
+app = typer.Typer(
+    name="vitshrink",
+    help="Make a ViT, DeiT or BERT checkpoint smaller, and measure what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("compress")(compress_command)
+app.command("eval")(evaluate_command)
+app.command("inspect")(inspect_command)
+app.command("report")(report_command)
+app.command("methods")(methods_command)
+app.command("demo")(demo_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.output.print(f"vitshrink {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that go before the command."""
+    console.debug = debug
+
+
+def main() -> None:
+    app()

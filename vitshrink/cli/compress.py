@@ -1,0 +1,158 @@
+"""``vitshrink compress``: flags, or a recipe, to a config; results to a table."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitshrink.cli import console
+from vitshrink.cli.tables import plan_table, results_table
+from vitshrink.config import CompressConfig, read_recipe
+from vitshrink.errors import UsageError
+from vitshrink.pipeline import compress
+
+SIZE, DATA, LAYERS, RUN = "Size", "Data", "Layers and method", "Run"
+
+
+@console.reported
+def compress_command(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="A checkpoint directory, or a Hub id.")] = None,
+    output: Annotated[str | None, typer.Argument(help="The directory to write; must not exist.")] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Fraction of the whole model's parameters to keep; repeat it for several outputs.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    target_params: Annotated[
+        str | None, typer.Option(help="Parameters of the result, e.g. 22M.", rich_help_panel=SIZE)
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Bytes of the weight files, e.g. 90MB.", rich_help_panel=SIZE)
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="One rank for every layer.", rich_help_panel=SIZE)] = None,
+    method: Annotated[
+        str, typer.Option(help="See `vitshrink methods`.", rich_help_panel=LAYERS)
+    ] = CompressConfig.method,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How ranks are shared out: uniform-rank, uniform-ratio, energy; the method's own if not given.",
+            rich_help_panel=LAYERS,
+        ),
+    ] = None,
+    compensation: Annotated[
+        str | None,
+        typer.Option(
+            help="Repair after truncation: none, bias, residual; the method's own if not given.", rich_help_panel=LAYERS
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the method, e.g. alpha=0.3.", rich_help_panel=LAYERS)
+    ] = None,
+    rank_multiple: Annotated[
+        int, typer.Option(help="Ranks are multiples of this.", rich_help_panel=LAYERS)
+    ] = CompressConfig.rank_multiple,
+    layers: Annotated[str, typer.Option(help="attention, mlp or all.", rich_help_panel=LAYERS)] = "all",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only layers whose name matches this.", rich_help_panel=LAYERS)
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="No layer whose name matches this.", rich_help_panel=LAYERS)
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Unlabelled samples: a folder, a file, a recipe or a Hub data set.", rich_help_panel=DATA),
+    ] = None,
+    calibration_split: Annotated[str | None, typer.Option(help="Its split.", rich_help_panel=DATA)] = None,
+    samples: Annotated[int, typer.Option(help="How many to use.", rich_help_panel=DATA)] = CompressConfig.samples,
+    holdout: Annotated[
+        int, typer.Option(help="How many others measure the fidelity where --eval is not given.", rich_help_panel=DATA)
+    ] = CompressConfig.holdout,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a text at most.", rich_help_panel=DATA)] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval", help="Samples to evaluate on.", rich_help_panel=DATA)
+    ] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Its split.", rich_help_panel=DATA)] = None,
+    eval_limit: Annotated[int | None, typer.Option(help="Evaluate on this many at most.", rich_help_panel=DATA)] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the images.", rich_help_panel=DATA)] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts.", rich_help_panel=DATA)] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of the second texts.", rich_help_panel=DATA)
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels.", rich_help_panel=DATA)] = None,
+    class_map: Annotated[
+        str | None, typer.Option(help="File that maps class names to indices.", rich_help_panel=DATA)
+    ] = None,
+    max_bad_samples: Annotated[
+        int | None, typer.Option(help="Unreadable samples to put up with; 1 % if not given.", rich_help_panel=DATA)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.", rich_help_panel=RUN)] = CompressConfig.seed,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.", rich_help_panel=RUN)] = CompressConfig.batch_size,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = CompressConfig.device,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type to save in; that of the source if not given.", rich_help_panel=RUN)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Recipe with any of these as entries; flags go before.", rich_help_panel=RUN)
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.", rich_help_panel=RUN)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that vitshrink wrote.", rich_help_panel=RUN)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.", rich_help_panel=RUN)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.", rich_help_panel=RUN)] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on stdout.", rich_help_panel=RUN)
+    ] = False,
+) -> None:
+    """Compress MODEL into OUTPUT and report what it cost.
+
+    Example: vitshrink compress ./my-vit ./my-vit-small --keep 0.6 --calibration ./photos --eval ./val
+    """
+    flags: dict[str, Any] = {
+        name: value
+        for name, value in context.params.items()
+        if (given := context.get_parameter_source(name)) is not None and given.name == "COMMANDLINE"
+    }
+    for own in ("config", "quiet", "as_json"):
+        flags.pop(own, None)
+    if "eval_data" in flags:
+        flags["eval"] = flags.pop("eval_data")
+    if option:
+        flags["options"] = dict(_parse_option(text) for text in flags.pop("option"))
+    recipe = read_recipe(config) if config else {}
+    if any(name in flags for name in ("keep", "target_params", "target_size", "rank")):
+        for name in ("keep", "target_params", "target_size", "rank"):
+            recipe.pop(name, None)  # a size on the command line replaces the recipe's
+    job = CompressConfig.from_mapping(recipe | flags, str(config) if config else "the command line")
+    results = compress(job, console.TerminalObserver(quiet=quiet or as_json))
+    if as_json:
+        documents = [result.report.to_dict() for result in results]
+        json.dump(documents[0] if len(documents) == 1 else documents, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+        return
+    if dry_run:
+        for result in results:
+            console.output.print(plan_table(result.report))
+    if not quiet:
+        console.output.print(results_table([result.report for result in results]))
+        for result in results:
+            if result.directory is not None:
+                console.output.print(f"{result.directory}  (report.md, report.json beside the weights)", soft_wrap=True)
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--option {text!r}: write name=value.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

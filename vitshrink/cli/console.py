@@ -1,0 +1,99 @@
+"""What the user sees while a job runs and when it fails: progress on stderr, errors in a sentence, exit codes."""
+
+import functools
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from vitshrink.errors import VitshrinkError
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+errors = Console(stderr=True, highlight=False)
+output = Console(highlight=False)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception: so that staging directories are removed on the way out."""
+
+
+def on_sigterm(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+class TerminalObserver:
+    """Bars on a terminal, a plain line for every stage elsewhere, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        if self.quiet:
+            yield lambda _steps: None
+        elif errors.is_terminal:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            shown = columns if total else columns[:2]
+            with Progress(*shown, TimeElapsedColumn(), console=errors, transient=True) as progress:
+                task = progress.add_task(title, total=total)
+                yield lambda steps: progress.update(task, advance=steps)
+        else:
+            errors.print(Text(title if total is None else f"{title} ({total})"), soft_wrap=True)
+            yield lambda _steps: None
+
+    def warn(self, message: str) -> None:
+        if not self.quiet:
+            errors.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+
+
+def reported(command: Command) -> Command:
+    """Turn what a command raises into one sentence on stderr and an exit code; a traceback only with ``--debug``."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        signal.signal(signal.SIGTERM, on_sigterm)
+        try:
+            return command(*args, **kwargs)
+        except VitshrinkError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written.", INTERRUPTED)
+        except Terminated:
+            _fail("terminated; nothing was written.", TERMINATED)
+        except BrokenPipeError:  # the reader of stdout has gone: nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except MemoryError:
+            _fail("out of memory: lower --batch-size or --samples.", 1)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            _fail(
+                f"unexpected {type(error).__name__}: {error}. Run again with --debug for the place, and report it.", 1
+            )
+
+    return wrapper  # type: ignore[return-value]
+
+
+debug = False
+"""Set by the ``--debug`` option, before a command runs."""
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    raise typer.Exit(code)

@@ -1,0 +1,18 @@
+"""``vitshrink demo``: the main job on an embedded example."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitshrink.cli import console
+from vitshrink.demo import run_demo
+
+
+@console.reported
+def demo_command(
+    output: Annotated[Path, typer.Option(help="Where the model, the images and the results go.")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="Of the training and the samples.")] = 0,
+) -> None:
+    """Train a small ViT on scanned digits, compress it with every method, evaluate, reload and report. Offline."""
+    run_demo(output, lambda line: console.output.print(line, soft_wrap=True, markup=False), seed=seed)

@@ -1,0 +1,64 @@
+"""``vitshrink eval``: a model measured on a data set."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitshrink.assessment import Gates, evaluate_checkpoint
+from vitshrink.cli import console
+from vitshrink.cli.tables import evaluation_table
+from vitshrink.config import DataConfig
+
+
+@console.reported
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A checkpoint, dense or compressed: a directory or a Hub id.")],
+    data: Annotated[str, typer.Option(help="Samples: a folder, a file, a recipe or a Hub data set.")],
+    baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="This many samples at most, drawn by seed.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text at most.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the images.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
+    text_pair_column: Annotated[str | None, typer.Option(help="Column of the second texts.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    class_map: Annotated[Path | None, typer.Option(help="File that maps class names to indices.")] = None,
+    max_bad_samples: Annotated[int | None, typer.Option(min=0, help="Unreadable samples to put up with.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy, in percent.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Exit with 3 when more points are lost.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when the divergence is larger.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the samples, the masks and the intervals.")] = 0,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+) -> None:
+    """Measure MODEL on a data set: accuracy where there are labels, fidelity to a baseline where there is one.
+
+    Example: vitshrink eval ./my-vit-small --baseline ./my-vit --data ./val
+    """
+    found = evaluate_checkpoint(
+        model,
+        DataConfig(data, split, image_column, text_column, text_pair_column, label_column),
+        baseline=baseline,
+        limit=limit,
+        batch_size=batch_size,
+        max_length=max_length,
+        class_map=class_map,
+        max_bad_samples=max_bad_samples,
+        device=device,
+        seed=seed,
+        offline=offline,
+        observer=console.TerminalObserver(quiet=quiet or as_json),
+    )
+    document = found.to_dict()
+    if as_json:
+        json.dump(document, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+    else:
+        console.output.print(evaluation_table(document))
+    Gates(min_accuracy, max_drop, max_kl).check(document["evaluation"])

@@ -1,0 +1,86 @@
+"""``vitshrink inspect``: the layers of a model before anything is done to them."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Literal, cast
+
+import typer
+from rich.table import Table
+
+from vitshrink.calibration import collect
+from vitshrink.cli import console
+from vitshrink.config import DataConfig
+from vitshrink.data import Preprocessor
+from vitshrink.inspection import LayerInspection, inspect_layers
+from vitshrink.measurement import read_calibration
+from vitshrink.methods import Needs
+from vitshrink.models import find_targets, load_dense
+from vitshrink.observer import Job
+from vitshrink.pipeline import find_device
+
+FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)
+
+
+@console.reported
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="A dense checkpoint: a directory or a Hub id.")],
+    calibration: Annotated[str | None, typer.Option(help="Samples that weight the spectra.")] = None,
+    calibration_split: Annotated[str | None, typer.Option(help="Their split.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many to use.")] = 128,
+    layers: Annotated[str, typer.Option(help="attention, mlp or all.")] = "all",
+    include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches this.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No layer whose name matches this.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+) -> None:
+    """List the layers of MODEL that can be factorised: shape, break-even rank, effective rank, energy by rank.
+
+    With --calibration the spectra are those of the layers' outputs on real samples, which is what counts.
+    """
+    job = Job(console.TerminalObserver(quiet=as_json))
+    with job.stage("load", "Loading the model"):
+        source = load_dense(model, offline=offline)
+        dense = source.model.to(find_device(device))
+    kind = cast(Literal["attention", "mlp", "all"], layers)
+    targets = find_targets(dense, layers=kind, include=include or (), exclude=exclude or ())
+    stats = {}
+    if calibration is not None:
+        data = read_calibration(
+            DataConfig(calibration, calibration_split),
+            source,
+            Preprocessor.from_checkpoint(source.directory, source.family.modality, offline=offline),
+            job,
+            samples=samples,
+            holdout=0,
+            seed=seed,
+            batch_size=batch_size,
+            offline=offline,
+        )
+        with job.stage("calibrate", "Calibrating", len(data.samples)) as advance:
+            stats = collect(dense, targets, data.batches, Needs.COVARIANCE, on_batch=advance)
+    with job.stage("inspect", "Decomposing"):
+        found = inspect_layers(dense, targets, stats, FRACTIONS)
+    if as_json:
+        json.dump([asdict(layer) for layer in found], sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+    else:
+        console.output.print(_table(found, weighted=bool(stats)))
+
+
+def _table(layers: list[LayerInspection], *, weighted: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    headings = ["shape", "parameters", "break-even", "effective rank"]
+    for heading in (*headings, *(f"{fraction:.1%} rank" for fraction in FRACTIONS)):
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        figures = [f"{layer.parameters:,}", str(layer.break_even), f"{layer.effective_rank:.1f}"]
+        energies = [f"{energy:.1%}" for energy in layer.energy.values()]
+        table.add_row(layer.name, "{} × {}".format(*layer.shape), *figures, *energies)
+    kind = "activation-weighted" if weighted else "plain"
+    table.caption = f"the last columns: share of the {kind} squared spectrum kept at that fraction of the full rank"
+    return table

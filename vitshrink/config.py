@@ -1,0 +1,209 @@
+"""What a job is: frozen, checked where it is built, read from flags or YAML, and written beside the result."""
+
+import difflib
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, get_args, get_origin
+
+import yaml
+
+from vitshrink.errors import UsageError
+
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse_quantity(text: str, flag: str) -> int:
+    """``22M`` parameters or ``90MB`` bytes as a whole number. Raises UsageError."""
+    match = _SIZE.fullmatch(str(text))
+    if not match or float(match[1]) == 0:
+        raise UsageError(f"{flag}: cannot read {text!r}; write a number with k, M or G, such as 22M or 90MB.")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match[2] else int(float(match[1]))
+
+
+def _did_you_mean(name: str, available: list[str]) -> str:
+    near = difflib.get_close_matches(name, available, n=1)
+    return (f"Did you mean {near[0]!r}? " if near else "") + f"Available: {', '.join(available)}."
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, and how to read them."""
+
+    source: str
+    split: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Everything ``compress`` needs to know; the field names are the flags and the keys of a recipe.
+
+    Exactly one size: ``keep`` (fractions of the whole model's parameters; several give several outputs),
+    ``target_params``, ``target_size`` or ``rank``.
+    """
+
+    model: str
+    output: str
+    method: str = "whitened"
+    allocation: str | None = None
+    compensation: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keep: tuple[float, ...] = ()
+    target_params: str | None = None
+    target_size: str | None = None
+    rank: int | None = None
+    rank_multiple: int = 1
+    layers: Literal["attention", "mlp", "all"] = "all"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    calibration: str | None = None
+    calibration_split: str | None = None
+    samples: int = 512
+    holdout: int = 64
+    max_length: int | None = None
+    batch_size: int = 32
+    eval: str | None = None
+    eval_split: str | None = None
+    eval_limit: int | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    class_map: str | None = None
+    max_bad_samples: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None
+    offline: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = [name for name in ("keep", "target_params", "target_size", "rank") if getattr(self, name)]
+        if len(sizes) != 1:
+            given = (
+                f"{' and '.join('--' + name.replace('_', '-') for name in sizes)} were given" if sizes else "none was"
+            )
+            raise UsageError(f"say how small: exactly one of --keep, --target-params, --target-size, --rank; {given}.")
+        for keep in self.keep:
+            if not (math.isfinite(keep) and 0 < keep < 1):
+                raise UsageError(
+                    f"--keep {keep}: give the fraction of the model's parameters to keep, above 0 and below 1."
+                )
+        if len(set(self.keep)) != len(self.keep):
+            raise UsageError("--keep: the same fraction was given twice.")
+        for name in ("rank", "rank_multiple", "samples", "batch_size", "eval_limit", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+        for name in ("holdout", "max_bad_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must not be negative.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype}: {_did_you_mean(self.dtype, list(DTYPES))}")
+        if self.layers not in ("attention", "mlp", "all"):
+            raise UsageError(f"--layers {self.layers}: {_did_you_mean(self.layers, ['attention', 'mlp', 'all'])}")
+
+    @property
+    def calibration_data(self) -> DataConfig | None:
+        return self._data(self.calibration, self.calibration_split)
+
+    @property
+    def eval_data(self) -> DataConfig | None:
+        return self._data(self.eval, self.eval_split)
+
+    def _data(self, source: str | None, split: str | None) -> DataConfig | None:
+        if source is None:
+            return None
+        return DataConfig(source, split, self.image_column, self.text_column, self.text_pair_column, self.label_column)
+
+    @classmethod
+    def from_mapping(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Self:
+        """Build from flags or YAML keys. Raises UsageError that names the entry, and the nearest known one."""
+        known = {f.name: f for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in entries.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise UsageError(f"{where}: unknown entry {key!r}. {_did_you_mean(name, list(known))}")
+            values[name] = _fitting(value, known[name].type, f"{where}: {key}")
+        for required in ("model", "output"):
+            if not values.get(required):
+                raise UsageError(f"{where}: {required!r} is missing.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every entry as plain data, so that a later version with other defaults does the same."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """The recipe: what ``--config`` reads."""
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def command(self) -> str:
+        """The command line that does the same: what differs from the defaults, as flags."""
+        words = ["vitshrink", "compress", self.model, self.output]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("model", "output") or value in (f.default, (), {}):
+                continue
+            flag = "--" + f.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(flag)
+            elif isinstance(value, Mapping):
+                words += [word for key, entry in value.items() for word in ("--option", f"{key}={entry}")]
+            else:
+                items = value if isinstance(value, tuple) else (value,)
+                words += [
+                    word for item in items for word in (flag, f"{item:g}" if isinstance(item, float) else str(item))
+                ]
+        return shlex.join(words)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The entries of a YAML recipe. Raises UsageError when it is missing or not a mapping."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the recipe {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(entries, dict):
+        raise UsageError(f"{path} must hold entries such as 'method: whitened', one a line.")
+    return entries
+
+
+def _fitting(value: Any, kind: Any, where: str) -> Any:
+    """``value`` in the type of its field; YAML and flags give lists for tuples and numbers for strings."""
+    allowed = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    if value is None and NoneType in allowed:
+        return None
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_fitting(item, get_args(kind)[0], where) for item in items)
+    if get_origin(kind) is Mapping and isinstance(value, Mapping):
+        return dict(value)
+    if bool in allowed or isinstance(value, bool):
+        if isinstance(value, bool) and bool in allowed:
+            return value
+    elif int in allowed:
+        if isinstance(value, int):
+            return value
+    elif float in allowed:
+        if isinstance(value, int | float):
+            return float(value)
+    elif isinstance(value, str | int | float):
+        return str(value)
+    raise UsageError(f"{where}: {value!r} does not fit; expected {getattr(kind, '__name__', None) or kind}.")

@@ -1,0 +1,158 @@
+"""The report of a job, built from what the job knows at its end."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vitshrink import __version__, cost
+from vitshrink.allocation import Plan
+from vitshrink.checkpoint import file_bytes
+from vitshrink.config import CompressConfig
+from vitshrink.measurement import CalibrationData, Measurement
+from vitshrink.methods import Factorisation
+from vitshrink.models import LoadedModel, Target, task_of
+from vitshrink.observer import Job
+from vitshrink.ranks import dense_cost, rank_cost
+from vitshrink.report import Report, before_after
+
+TEXT_TOKENS = 128
+"""Length of the text for which operations and latency of a text model are given."""
+
+
+def example_inputs(model: PreTrainedModel, batch_size: int = 1) -> dict[str, Tensor]:
+    """Inputs of the usual shape, the same every time: to count operations and compare outputs, not to judge a model."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width, generator=generator)}
+    length = min(TEXT_TOKENS, config.max_position_embeddings)
+    tokens = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What stays the same in the reports of all sizes of a job."""
+
+    config: CompressConfig
+    source: LoadedModel
+    targets: Sequence[Target]
+    allocation: str
+    compensation: str
+    factors: Mapping[str, Factorisation]
+    failures: Mapping[str, str]
+    calibration: CalibrationData | None
+    preprocessing: Mapping[str, Any] | None
+
+    def planned(self, plan: Plan, job: Job) -> Report:
+        """The report of a dry run: sizes, and nothing that only a written model has."""
+        total = cost.parameters(self.source.model)
+        before, after = self._layer_costs(plan)
+        return self._report(plan, job, parameters=before_after(total, total - before + after))
+
+    def written(
+        self, plan: Plan, job: Job, model: PreTrainedModel, directory: Path, measurement: Measurement | None
+    ) -> Report:
+        """The report of a model that was written to ``directory``."""
+        dense = self.source.model
+        inputs = example_inputs(dense)
+        with job.stage("cost", "Measuring cost"):
+            macs = before_after(cost.macs(dense, inputs), cost.macs(model, inputs))
+            latency = cost.latency({"dense": dense, "compressed": model}, inputs, repeats=10, warmup=2)
+        evaluation = None
+        if measurement is not None:
+            evaluation = measurement.evaluation.to_dict() | {
+                "source": measurement.source,
+                "fingerprint": measurement.fingerprint,
+                "label_rule": measurement.label_rule,
+                "bad_samples": dict(measurement.bad.reasons),
+                "preprocessing": self.preprocessing,
+            }
+        return self._report(
+            plan,
+            job,
+            parameters=before_after(cost.parameters(dense), cost.parameters(model)),
+            bytes=before_after(file_bytes(self.source.directory), file_bytes(directory)),
+            macs=macs,
+            latency={role: asdict(timing) for role, timing in latency.items()},
+            evaluation=evaluation,
+        )
+
+    def _layer_costs(self, plan: Plan) -> tuple[int, int]:
+        before = sum(dense_cost(*target.shape) for target in self.targets)
+        return before, sum(_cost(target, plan[target.name]) for target in self.targets)
+
+    def _report(self, plan: Plan, job: Job, **measured: Any) -> Report:
+        device = next(self.source.model.parameters()).device
+        return Report(
+            vitshrink=__version__,
+            model=self.config.model,
+            task=task_of(self.source.model),
+            method=self.config.method,
+            allocation=self.allocation,
+            compensation=self.compensation,
+            layers_parameters=before_after(*self._layer_costs(plan)),
+            layers=[self._layer(target, plan[target.name]) for target in self.targets],
+            calibration=self._calibration(),
+            timings=dict(job.timings),
+            environment={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "platform": platform.platform(),
+                "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+                "threads": torch.get_num_threads(),
+                "peak_memory": cost.peak_memory_bytes(),
+            },
+            recipe=self.config.to_dict(),
+            command=self.config.command(),
+            warnings=list(job.warnings),
+            **measured,
+        )
+
+    def _layer(self, target: Target, rank: int | None) -> dict[str, Any]:
+        return {
+            "name": target.name,
+            "shape": list(target.shape),
+            "rank": rank,
+            "parameters": _cost(target, rank),
+            "relative_error": 0.0 if rank is None else self._relative_error(target, rank),
+            "reason": self._reason(target) if rank is None else None,
+        }
+
+    def _relative_error(self, target: Target, rank: int) -> float:
+        """Square root of the share of the loss, in the method's own metric, that is left at this rank."""
+        loss = self.factors[target.name].loss
+        return float((loss[rank] / loss[0]).sqrt()) if loss[0] > 0 else 0.0
+
+    def _reason(self, target: Target) -> str:
+        return self.failures.get(target.name) or (
+            "the plan spends its parameters best on the whole layer"
+            if self.config.rank is None
+            else "this rank would not make the layer smaller"
+        )
+
+    def _calibration(self) -> dict[str, Any] | None:
+        if self.calibration is None:
+            return None
+        return {
+            "source": self.calibration.samples.source,
+            "samples": len(self.calibration.samples),
+            "tokens": self.calibration.tokens,
+            "seed": self.config.seed,
+            "fingerprint": self.calibration.samples.fingerprint(),
+            "preprocessing": self.preprocessing,
+        }
+
+
+def _cost(target: Target, rank: int | None) -> int:
+    return dense_cost(*target.shape) if rank is None else rank_cost(*target.shape, rank)

@@ -1,0 +1,184 @@
+"""Opening the data of a job, and measuring a model on them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitshrink.config import DataConfig
+from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet, align_labels, open_samples
+from vitshrink.errors import DataError
+from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate, evaluate_pairs
+from vitshrink.models import LoadedModel
+from vitshrink.observer import Job
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Samples to calibrate on, preprocessed, and others of the same source to measure the fidelity on."""
+
+    samples: SampleSet
+    batches: list[Batch]
+    held_out: SampleSet | None
+
+    @property
+    def tokens(self) -> int | None:
+        """Unmasked tokens of texts; None for images, where the model decides how many there are."""
+        masks = [batch.mask for batch in self.batches]
+        return (
+            None if any(mask is None for mask in masks) else sum(int(mask.sum()) for mask in masks if mask is not None)
+        )
+
+
+def open_data(data: DataConfig, model: LoadedModel, *, offline: bool) -> SampleSet:
+    """The samples that ``data`` names, of the kind that the model reads."""
+    return open_samples(
+        data.source,
+        model.family.modality,
+        split=data.split,
+        image_column=data.image_column,
+        text_column=data.text_column,
+        text_pair_column=data.text_pair_column,
+        label_column=data.label_column,
+        offline=offline,
+    )
+
+
+def read_calibration(
+    data: DataConfig,
+    model: LoadedModel,
+    preprocessor: Preprocessor,
+    job: Job,
+    *,
+    samples: int,
+    holdout: int,
+    seed: int,
+    batch_size: int,
+    max_bad_samples: int | None = None,
+    offline: bool = False,
+) -> CalibrationData:
+    """Select ``samples`` by seed and preprocess them, and set ``holdout`` others aside. Warns where there are fewer."""
+    source = open_data(data, model, offline=offline)
+    chosen = source.select(samples, seed)
+    held_out = None
+    if holdout:
+        try:
+            held_out = source.select(holdout, seed, skip=len(chosen))
+        except DataError:
+            job.warn(
+                f"{data.source}: all {len(chosen)} samples were calibrated on, so the fidelity was not measured. "
+                "Pass --eval, or fewer --samples."
+            )
+    if len(chosen) < samples:
+        job.warn(f"{data.source} has {len(chosen)} samples; --samples asked for {samples}.")
+    bad = BadSamples(limit=max_bad_samples)
+    with job.stage("preprocess", "Reading calibration data", len(chosen)) as advance:
+        batches = []
+        for batch in preprocessor.batches(chosen, batch_size, bad=bad):
+            batches.append(batch)
+            advance(len(batch.keys))
+    warn_of_bad(bad, data.source, job)
+    return CalibrationData(chosen, batches, held_out)
+
+
+def warn_of_bad(bad: BadSamples, source: str, job: Job) -> None:
+    """Name the samples that were left out."""
+    if bad.reasons:
+        named = "; ".join(f"{key} {reason}" for key, reason in list(bad.reasons.items())[:5])
+        job.warn(f"{source}: {len(bad.reasons)} unusable samples were left out: {named}.")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An evaluation and how its data were read."""
+
+    evaluation: Evaluation
+    source: str
+    fingerprint: str
+    label_rule: str | None
+    bad: BadSamples
+
+
+def measure(
+    model: nn.Module,
+    samples: SampleSet,
+    preprocessor: Preprocessor,
+    job: Job,
+    *,
+    task: str,
+    baseline: nn.Module | None,
+    device: torch.device,
+    batch_size: int,
+    seed: int = 0,
+    labelled: bool = True,
+    class_map: Path | None = None,
+    max_bad_samples: int | None = None,
+) -> Measurement:
+    """Measure ``model``, and its difference from ``baseline``, on the samples; labels are used where there are any.
+
+    Raises:
+        UsageError: neither labels nor a baseline.
+        DataError: labels that cannot be aligned, or look permuted; more unusable samples than allowed.
+    """
+    bad = BadSamples(limit=max_bad_samples)
+    pairs = task == "features" and any(sample.text_pair is not None for sample in samples.samples[:1])
+    label_of, rule = None, None
+    if labelled and samples.labels_are is not None and task not in ("masked-lm", "features"):
+        label_of, rule = _labels(model, samples, class_map)
+    with job.stage("evaluate", "Evaluating", len(samples)) as advance:
+        if pairs:
+            sides = [_side(samples, first=first) for first in (True, False)]
+            evaluation = evaluate_pairs(
+                model,
+                *(preprocessor.batches(side, batch_size, in_order=True) for side in sides),
+                score_of=_number if labelled and samples.labels_are is not None else None,
+                baseline=baseline,
+                device=device,
+                seed=seed,
+                on_batch=advance,
+            )
+        else:
+            evaluation = evaluate(
+                model,
+                preprocessor.batches(samples, batch_size, bad=bad),
+                task=task,
+                label_of=label_of,
+                baseline=baseline,
+                masking=Masking.from_tokenizer(preprocessor.processor, seed) if task == "masked-lm" else None,
+                device=device,
+                seed=seed,
+                on_batch=advance,
+            )
+    warn_of_bad(bad, samples.source, job)
+    if label_of is not None and _num_labels(model) > 1:
+        check_labels(evaluation, _num_labels(model))
+    return Measurement(evaluation, samples.source, samples.fingerprint(), rule, bad)
+
+
+def _num_labels(model: nn.Module) -> int:
+    return int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+
+
+def _labels(model: nn.Module, samples: SampleSet, class_map: Path | None) -> tuple[Callable[[Any], Any], str]:
+    if _num_labels(model) == 1:
+        return _number, "scores of a regression"
+    mapping, rule = align_labels(samples, model.config.id2label, _num_labels(model), class_map)  # type: ignore[union-attr, arg-type]
+    return mapping.__getitem__, rule
+
+
+def _number(label: Any) -> float:
+    try:
+        return float(label)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the label {label!r} is not a score: pass --label-column.") from error
+
+
+def _side(samples: SampleSet, *, first: bool) -> SampleSet:
+    """The first or the second sentences of the pairs."""
+    sentences = [
+        replace(sample, text=sample.text if first else sample.text_pair, text_pair=None) for sample in samples.samples
+    ]
+    return replace(samples, samples=sentences)

@@ -1,0 +1,18 @@
+"""Methods: one file each, found by existing. Adding a file adds a method to the command line and to the tests."""
+
+import importlib
+import pkgutil
+
+from vitshrink.methods.registry import (
+    Factorisation,
+    Method,
+    Needs,
+    available_methods,
+    choose,
+    get_method,
+)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Factorisation", "Method", "Needs", "available_methods", "choose", "get_method"]

@@ -1,0 +1,29 @@
+"""ASVD: channels that carry large activations are kept more exactly."""
+
+from torch import Tensor
+
+from vitshrink.errors import NumericsError, UsageError
+from vitshrink.methods.registry import Factorisation, Needs, full_svd, method
+from vitshrink.stats import LinearStats
+
+
+@method("asvd", needs=Needs.SCALES)
+def asvd(
+    weight: Tensor, stats: LinearStats | None, *, centred: bool = False, alpha: float = 0.5, scaling: str = "abs-mean"
+) -> Factorisation:
+    """SVD of W S with S = diag(E|x_j|^α) (ASVD, Yuan et al. 2023, arXiv 2312.05821).
+
+    Ŵ = P_r(W S) S⁻¹; ``loss`` is ‖(W − Ŵ) S‖_F². After a LayerNorm the channel scales are nearly equal, and the result
+    is then close to plain SVD. ``scaling`` is ``abs-mean`` or ``abs-max``. Dead channels get the smallest scale that
+    still inverts, since nothing is known of them.
+    """
+    if stats is None:
+        raise NumericsError("asvd needs calibration statistics.")
+    scales = {"abs-mean": stats.abs_mean, "abs-max": stats.abs_max}.get(scaling)
+    if scales is None:
+        raise UsageError(f"unknown scaling {scaling!r}. Available: abs-mean, abs-max.")
+    largest = scales.max().clamp_min(1e-300)
+    S = (scales / largest).clamp_min(1e-6) ** alpha
+    U, values, Vh = full_svd(weight * S)
+    unit = largest**alpha
+    return Factorisation.from_spectrum(U * values, Vh / S, (values * unit).square())

@@ -1,0 +1,121 @@
+"""The table of methods. A method is a pure function in a file of its own, entered here by its decorator."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from vitshrink.errors import NumericsError, UsageError
+
+
+class Needs(Enum):
+    """What a method wants to know of a layer's inputs."""
+
+    WEIGHTS = "weights"
+    SCALES = "scales"
+    COVARIANCE = "covariance"
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """Nested factors of one layer: the best rank-r form is a slice.
+
+    Attributes:
+        up: (m, k); down: (k, n); Ŵ at rank r is ``up[:, :r] @ down[:r]``.
+        loss: (k + 1,), ``loss[r]`` is what rank r loses in the method's own metric; it never rises, and ends near zero.
+    """
+
+    up: Tensor
+    down: Tensor
+    loss: Tensor
+
+    @classmethod
+    def from_spectrum(cls, up: Tensor, down: Tensor, energies: Tensor) -> "Factorisation":
+        """``energies`` (k,): the loss that each component in turn takes away."""
+        tail = energies.flip(0).cumsum(0).flip(0)
+        return cls(up, down, torch.cat([tail, tail.new_zeros(1)]))
+
+    def check_finite(self) -> "Factorisation":
+        for part, name in ((self.up, "up"), (self.down, "down"), (self.loss, "loss")):
+            if not torch.isfinite(part).all():
+                raise NumericsError(f"the factorisation gave NaN or Inf in its {name!r} part.")
+        return self
+
+
+Entry = TypeVar("Entry")
+
+Factorise = Callable[..., Factorisation]
+"""``f(weight (m, n), stats, *, centred, **options)``: weight and stats in float64, neither changed.
+
+``centred`` says that the bias will absorb (W − Ŵ) μ, so only what varies around the mean μ of x has to be kept."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method, with the allocation and compensation that its source uses."""
+
+    name: str
+    factorise: Factorise
+    needs: Needs
+    allocation: str
+    compensation: str
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (self.factorise.__doc__ or "").strip().splitlines()[0]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str, *, needs: Needs, allocation: str = "uniform-ratio", compensation: str = "none"
+) -> Callable[[Factorise], Factorise]:
+    """Enter the decorated function as method ``name``."""
+
+    def enter(function: Factorise) -> Factorise:
+        if name in _METHODS:
+            raise ValueError(f"two methods are called {name!r}")
+        _METHODS[name] = Method(name, function, needs, allocation, compensation)
+        return function
+
+    return enter
+
+
+def available_methods() -> list[str]:
+    """Names of all registered methods."""
+    return sorted(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """Look a method up. Raises UsageError with the nearest name."""
+    return choose(name, _METHODS, "method")
+
+
+def choose(name: str, table: Mapping[str, Entry], kind: str) -> Entry:
+    """An entry of a table of choices. Raises UsageError that names the nearest and all available ones."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"unknown {kind} {name!r}.{hint} Available: {', '.join(sorted(table))}.")
+
+
+def full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD, U (m, k), S (k,), Vh (k, n).
+
+    Raises:
+        NumericsError: a non-finite matrix (LAPACK may answer Inf with NaN and no error) or no convergence.
+    """
+    if not torch.isfinite(matrix).all():
+        raise NumericsError("the matrix to decompose holds NaN or Inf.")
+    try:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    except RuntimeError as error:
+        raise NumericsError(f"the singular value decomposition did not converge ({error}).") from error
+    return U, S, Vh

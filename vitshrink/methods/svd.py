@@ -1,0 +1,16 @@
+"""Plain truncated SVD: the best rank-r matrix, whatever goes through it."""
+
+from torch import Tensor
+
+from vitshrink.methods.registry import Factorisation, Needs, full_svd, method
+from vitshrink.stats import LinearStats
+
+
+@method("svd", needs=Needs.WEIGHTS)
+def svd(weight: Tensor, stats: LinearStats | None, *, centred: bool = False) -> Factorisation:
+    """Truncated SVD of the weights alone (Eckart and Young, 1936); needs no data.
+
+    Minimises ‖W − Ŵ‖_F; ``loss`` is that error squared.
+    """
+    U, S, Vh = full_svd(weight)
+    return Factorisation.from_spectrum(U * S, Vh, S.square())

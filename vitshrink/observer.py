@@ -1,0 +1,48 @@
+"""How a job is followed from outside: stages, progress, warnings, and the seconds that each stage took."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Observer(Protocol):
+    """How the command line follows a job; the library itself is silent."""
+
+    def stage(self, title: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
+        """Enter a stage of ``total`` steps; the callable it gives is told how many more are done."""
+
+    def warn(self, message: str) -> None:
+        """Something the user should know, but that stops nothing."""
+
+
+class Silent:
+    """Observes nothing."""
+
+    @contextmanager
+    def stage(self, _title: str, _total: int | None = None) -> Iterator[Callable[[int], None]]:
+        yield lambda _steps: None
+
+    def warn(self, _message: str) -> None:
+        pass
+
+
+@dataclass
+class Job:
+    """What a running job keeps beside its result: warnings and the seconds spent in every stage."""
+
+    observer: Observer
+    timings: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.observer.warn(message)
+
+    @contextmanager
+    def stage(self, key: str, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        started = time.perf_counter()
+        with self.observer.stage(title, total) as advance:
+            yield advance
+        self.timings[key] = self.timings.get(key, 0.0) + time.perf_counter() - started

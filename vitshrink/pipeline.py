@@ -1,0 +1,354 @@
+"""The algorithm, told once from top to bottom: ``compress`` and ``evaluate_checkpoint``."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from vitshrink import cost
+from vitshrink.allocation import ALLOCATIONS, Curve, Plan, allocate, fixed_rank, least_cost
+from vitshrink.calibration import collect
+from vitshrink.checkpoint import load, replace_layers, save, verify
+from vitshrink.compensation import COMPENSATIONS, shifted_bias
+from vitshrink.config import CompressConfig, parse_quantity
+from vitshrink.data import Preprocessor, SampleSet, overlap
+from vitshrink.description import Description, example_inputs
+from vitshrink.errors import NumericsError, TargetError, UsageError
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.measurement import CalibrationData, Measurement, measure, open_data, read_calibration
+from vitshrink.methods import Factorisation, Method, Needs, choose, get_method
+from vitshrink.models import LoadedModel, Target, blocks_of, find_targets, load_dense, task_of
+from vitshrink.observer import Job, Observer, Silent
+from vitshrink.publication import check_space, publish
+from vitshrink.report import Report, write
+from vitshrink.sequential import compensate_residuals
+from vitshrink.stats import LinearStats
+
+HEADER_BYTES_A_TENSOR = 200
+"""Room for one entry of a safetensors header; real ones take about 120 bytes."""
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """One compressed model: where it lies (None after a dry run) and what there is to say of it."""
+
+    directory: Path | None
+    report: Report
+
+
+@dataclass(frozen=True)
+class Size:
+    """One requested size."""
+
+    label: str
+    """Name of the output below the given one, where there are several."""
+    budget: int
+    """Parameters of the whole model that may be stored."""
+
+
+@dataclass
+class Factors:
+    """The factorisations of a model's layers, and why those that are missing are."""
+
+    layers: dict[str, Factorisation] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def compress(config: CompressConfig, observer: Observer | None = None) -> list[CompressionResult]:
+    """Compress a checkpoint to every requested size, from one calibration, and publish what was verified.
+
+    All outputs appear whole at the end, or none does.
+
+    Raises:
+        UsageError, TargetError: before any work where that can be known.
+        CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
+    """
+    job = Job(observer or Silent())
+    method = get_method(config.method)
+    allocation_name = config.allocation or method.allocation
+    allocation = choose(allocation_name, ALLOCATIONS, "allocation")
+    compensation = choose(config.compensation or method.compensation, {c: c for c in COMPENSATIONS}, "compensation")
+    _require_calibration(config, method, compensation)
+
+    with job.stage("load", "Loading the model"):
+        source = load_dense(config.model, offline=config.offline)
+        device = find_device(config.device)
+        dense = source.model.to(device)
+    targets = find_targets(dense, layers=config.layers, include=config.include, exclude=config.exclude)
+    dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
+    sizes = _sizes(config, dense, targets, dtype)
+    directories = _directories(config, sizes)
+
+    with ExitStack() as outputs:
+        staging: list[Path] = []
+        if not config.dry_run:
+            check_space(Path(config.output), 2 * sum(size.budget for size in sizes) * dtype.itemsize)
+            staging = [
+                outputs.enter_context(publish(path, overwrite=config.overwrite, protect=source.directory))
+                for path in directories
+            ]
+        preprocessor, calibration, evaluation_samples = _data(config, source, job)
+        stats = _statistics(dense, targets, method, compensation, calibration, job)
+        factors = _factorise(dense, targets, method, config, stats, compensation, job)
+        description = Description(
+            config,
+            source,
+            targets,
+            allocation_name if config.rank is None else "fixed rank",
+            compensation,
+            factors.layers,
+            factors.failures,
+            calibration,
+            preprocessor.description if preprocessor else None,
+        )
+        plans = [_plan(config, dense, targets, factors, size, allocation) for size in sizes]
+        if config.dry_run:
+            return [CompressionResult(None, description.planned(plan, job)) for plan in plans]
+        results = []
+        for plan, stage, directory in zip(plans, staging, directories, strict=True):
+            model = _build(dense, targets, factors.layers, plan, stats, compensation)
+            if compensation == "residual" and calibration is not None:
+                _compensate(model, dense, targets, calibration, job)
+            with job.stage("save", "Saving and verifying"):
+                save(model, stage, source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
+                verify(stage, model, example_inputs(dense))
+                reloaded = load(stage, dtype=torch.float32, device=device)
+            measurement = _measure(config, reloaded, dense, evaluation_samples, preprocessor, job)
+            report = description.written(plan, job, reloaded, stage, measurement)
+            write(report, stage)
+            results.append(CompressionResult(directory, report))
+    return results
+
+
+def _require_calibration(config: CompressConfig, method: Method, compensation: str) -> None:
+    if config.calibration is not None or (method.needs is Needs.WEIGHTS and compensation == "none"):
+        return
+    what = f"method {method.name!r}" if method.needs is not Needs.WEIGHTS else f"compensation {compensation!r}"
+    raise UsageError(
+        f"{what} needs calibration data: pass --calibration with a folder, a file, a recipe or a Hub data set "
+        "(a few hundred unlabelled samples do), or use --method svd --compensation none."
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one. Raises UsageError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _directories(config: CompressConfig, sizes: Sequence[Size]) -> list[Path]:
+    output = Path(config.output)
+    return [output] if len(sizes) == 1 else [output / size.label for size in sizes]
+
+
+def _sizes(config: CompressConfig, dense: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype) -> list[Size]:
+    """The requested sizes as budgets of the whole model. Raises TargetError for what no rank can reach."""
+    total = cost.parameters(dense)
+    least = _fixed_parameters(dense, targets) + least_cost(_empty_curves(config, targets))
+    if config.keep:
+        sizes = [Size(f"keep-{keep:g}", int(keep * total)) for keep in config.keep]
+    elif config.target_params:
+        sizes = [Size("", parse_quantity(config.target_params, "--target-params"))]
+    elif config.target_size:
+        room = parse_quantity(config.target_size, "--target-size")
+        header = HEADER_BYTES_A_TENSOR * (len(dense.state_dict()) + len(targets))
+        sizes = [Size("", (room - header) // dtype.itemsize)]
+    else:
+        sizes = [Size("", total)]  # --rank: no budget but the dense model itself
+    for size in sizes:
+        if size.budget < least:
+            raise TargetError(
+                f"cannot reach {max(size.budget, 0):,} parameters: what is not factorised, and rank "
+                f"{config.rank_multiple} everywhere else, need {least:,}, that is --keep {_up(least / total)} of {total:,}"
+                f" or {least * dtype.itemsize / 1e6:.2f} MB as {str(dtype).removeprefix('torch.')}."
+                + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
+            )
+    return sizes
+
+
+def _up(fraction: float) -> str:
+    """Rounded up to three digits, so that what a message calls reachable is."""
+    return f"{-(-fraction * 1000 // 1) / 1000:g}"
+
+
+def _fixed_parameters(model: nn.Module, targets: Sequence[Target]) -> int:
+    """Parameters that no plan changes: embeddings, norms, biases, heads, and layers that are not targets."""
+    return cost.parameters(model) - sum(target.shape[0] * target.shape[1] for target in targets)
+
+
+def _empty_curves(config: CompressConfig, targets: Sequence[Target]) -> list[Curve]:
+    nothing = torch.zeros(1, dtype=torch.float64)
+    return [Curve(target.name, target.shape, nothing, multiple=config.rank_multiple) for target in targets]
+
+
+def _data(
+    config: CompressConfig, source: LoadedModel, job: Job
+) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None]:
+    """What to calibrate on and what to evaluate on; the preprocessing is always the checkpoint's own."""
+    if config.calibration_data is None and config.eval_data is None:
+        job.warn("the result is not evaluated: pass --eval or --calibration.")
+        return None, None, None
+    preprocessor = Preprocessor.from_checkpoint(
+        source.directory, source.family.modality, max_length=config.max_length, offline=config.offline
+    )
+    calibration, samples = None, None
+    if config.calibration_data is not None:
+        calibration = read_calibration(
+            config.calibration_data,
+            source,
+            preprocessor,
+            job,
+            samples=config.samples,
+            holdout=0 if config.eval or config.dry_run else config.holdout,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            max_bad_samples=config.max_bad_samples,
+            offline=config.offline,
+        )
+        samples = calibration.held_out
+    if config.eval_data is not None and not config.dry_run:
+        samples = open_data(config.eval_data, source, offline=config.offline)
+        if config.eval_limit is not None and config.eval_limit < len(samples):
+            samples = samples.select(config.eval_limit, config.seed)
+        shared = overlap(calibration.samples, samples) if calibration is not None else 0
+        if shared:
+            job.warn(f"{shared} of the {len(samples)} evaluation samples were also calibrated on: figures may flatter.")
+    return preprocessor, calibration, samples
+
+
+def _measure(
+    config: CompressConfig,
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    samples: SampleSet | None,
+    preprocessor: Preprocessor | None,
+    job: Job,
+) -> Measurement | None:
+    if samples is None or preprocessor is None:
+        return None
+    return measure(
+        model,
+        samples,
+        preprocessor,
+        job,
+        task=task_of(dense),
+        baseline=dense,
+        device=next(dense.parameters()).device,
+        batch_size=config.batch_size,
+        labelled=config.eval is not None,
+        class_map=Path(config.class_map) if config.class_map else None,
+        max_bad_samples=config.max_bad_samples,
+    )
+
+
+def _statistics(
+    dense: PreTrainedModel,
+    targets: Sequence[Target],
+    method: Method,
+    compensation: str,
+    calibration: CalibrationData | None,
+    job: Job,
+) -> dict[str, LinearStats]:
+    needed = method.needs is not Needs.WEIGHTS or compensation == "bias"
+    if calibration is None or not needed:
+        return {}
+    with job.stage("calibrate", "Calibrating", len(calibration.samples)) as advance:
+        return collect(dense, targets, calibration.batches, method.needs, on_batch=advance)
+
+
+def _factorise(
+    model: nn.Module,
+    targets: Sequence[Target],
+    method: Method,
+    config: CompressConfig,
+    stats: Mapping[str, LinearStats],
+    compensation: str,
+    job: Job,
+) -> Factors:
+    """Nested factors of every target; a layer whose decomposition fails is left out, stays dense and is reported."""
+    factors = Factors()
+    with job.stage("factorise", "Factorising", len(targets)) as advance, torch.no_grad():
+        for target in targets:
+            layer = model.get_submodule(target.name)
+            assert isinstance(layer, nn.Linear)
+            centred = compensation != "none" and layer.bias is not None
+            try:
+                factors.layers[target.name] = method.factorise(
+                    layer.weight.double(), stats.get(target.name), centred=centred, **config.options
+                ).check_finite()
+            except NumericsError as error:
+                factors.failures[target.name] = str(error)
+                job.warn(f"{target.name} stays dense: {error}")
+            except TypeError as error:
+                raise UsageError(f"--option: method {method.name!r} does not take it ({error}).") from error
+            advance(1)
+    if not factors.layers:
+        raise NumericsError("no layer could be factorised; the warnings say why.")
+    return factors
+
+
+def _plan(
+    config: CompressConfig,
+    model: nn.Module,
+    targets: Sequence[Target],
+    factors: Factors,
+    size: Size,
+    allocation: Callable[[Sequence[Curve], int], Plan],
+) -> Plan:
+    ready = [target for target in targets if target.name in factors.layers]
+    curves = [
+        Curve(target.name, target.shape, factors.layers[target.name].loss, multiple=config.rank_multiple)
+        for target in ready
+    ]
+    if config.rank is not None:
+        plan = fixed_rank(curves, config.rank)
+    else:
+        plan = allocate(curves, size.budget - _fixed_parameters(model, ready), allocation)
+    return plan | dict.fromkeys(factors.failures)
+
+
+@torch.no_grad()
+def _build(
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    factors: Mapping[str, Factorisation],
+    plan: Plan,
+    stats: Mapping[str, LinearStats],
+    compensation: str,
+) -> PreTrainedModel:
+    """A copy of the model with the planned layers replaced."""
+    layers = {}
+    for target in targets:
+        rank = plan[target.name]
+        if rank is None:
+            continue
+        dense = model.get_submodule(target.name)
+        assert isinstance(dense, nn.Linear)
+        up, down = factors[target.name].up[:, :rank], factors[target.name].down[:rank]
+        bias = None if dense.bias is None else dense.bias.double()
+        if bias is not None and compensation == "bias":
+            bias = shifted_bias(bias, dense.weight.double(), up @ down, stats[target.name].mean)
+        layers[target.name] = LowRankLinear.from_factors(up, down, bias, dtype=dense.weight.dtype)
+    compressed = copy.deepcopy(model)
+    replace_layers(compressed, layers)
+    return compressed
+
+
+def _compensate(
+    model: PreTrainedModel, dense: PreTrainedModel, targets: Sequence[Target], calibration: CalibrationData, job: Job
+) -> None:
+    low_rank = [target for target in targets if isinstance(model.get_submodule(target.name), LowRankLinear)]
+    layers = {target.name: dense.get_submodule(target.name) for target in low_rank}
+    with job.stage("compensate", "Fitting residuals", len(low_rank)) as advance:
+        compensate_residuals(
+            model, blocks_of(model), targets, layers, calibration.batches, on_layer=lambda _name: advance(1)
+        )

@@ -1,0 +1,94 @@
+"""What calibration leaves behind for one linear layer y = W x + b, and the damping of it.
+
+All tensors are float64. ``n`` is the number of inputs, ``m`` the number of outputs; expectations are over the
+unmasked calibration tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitshrink.errors import NumericsError
+
+RELATIVE_CUTOFF = 1e-12
+"""Eigenvalues below this fraction of the largest are treated as zero when a square root is inverted."""
+
+
+@dataclass(frozen=True)
+class LinearStats:
+    """Statistics of one layer; which are there depends on what the method asked for.
+
+    Attributes:
+        tokens: number of tokens seen.
+        mean: E[x], (n,).
+        abs_mean: E|x|, (n,).
+        abs_max: max |x|, (n,).
+        gram: E[x xᵀ], (n, n); None where only ``output_gram`` was needed.
+        output_gram: E[(Wx)(Wx)ᵀ], (m, m): all that a layer with m < n needs, at a fraction of the cost.
+    """
+
+    tokens: int
+    mean: Tensor
+    abs_mean: Tensor
+    abs_max: Tensor
+    gram: Tensor | None = None
+    output_gram: Tensor | None = None
+
+    @classmethod
+    def from_inputs(cls, x: Tensor) -> "LinearStats":
+        """Statistics of inputs x (tokens, n), all at once."""
+        x = x.double()
+        return cls(
+            tokens=x.shape[0],
+            mean=x.mean(0),
+            abs_mean=x.abs().mean(0),
+            abs_max=x.abs().amax(0),
+            gram=x.T @ x / x.shape[0],
+        )
+
+    def covariance(self, *, centred: bool) -> Tensor:
+        """E[x xᵀ], less μμᵀ when ``centred``; (n, n)."""
+        if self.gram is None:
+            raise NumericsError("the input Gram of this layer was not collected.")
+        return self.gram - torch.outer(self.mean, self.mean) if centred else self.gram
+
+    def output_covariance(self, weight: Tensor, *, centred: bool) -> Tensor:
+        """W C Wᵀ, (m, m), without ever forming C where the outputs were collected instead."""
+        if self.output_gram is None:
+            return weight @ self.covariance(centred=centred) @ weight.T
+        if not centred:
+            return self.output_gram
+        shift = weight @ self.mean
+        return self.output_gram - torch.outer(shift, shift)
+
+
+def damp(matrix: Tensor, relative: float) -> Tensor:
+    """Add ``relative`` × the mean eigenvalue to the diagonal of a positive semidefinite matrix."""
+    scale = matrix.diagonal().mean() * relative
+    return matrix + scale * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,) in descending order, clamped at zero, and eigenvectors (k, k) of a positive semidefinite matrix.
+
+    Raises:
+        NumericsError: the matrix is not finite, or LAPACK does not converge. (``torch.linalg.eigh`` of a matrix with
+            NaN returns NaN without an error.)
+    """
+    if not torch.isfinite(matrix).all():
+        raise NumericsError("a statistic holds NaN or Inf.")
+    try:
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    except RuntimeError as error:
+        raise NumericsError(f"the eigendecomposition did not converge ({error}).") from error
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a positive semidefinite matrix and its pseudo-inverse, both (k, k)."""
+    values, vectors = eigh(matrix)
+    root = values.sqrt()
+    kept = values > RELATIVE_CUTOFF * values[0]
+    inverse = torch.where(kept, root, 1).reciprocal() * kept
+    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
