@@ -13,9 +13,9 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def few_threads() -> None:
-    """The models are tiny: more threads only cost time."""
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """The models are tiny: more threads only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

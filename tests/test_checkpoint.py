@@ -165,11 +165,14 @@ def test_tied_weights_are_stored_once(written: Callable[..., tuple[LoadedModel, 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
 def test_processor_and_tokenizer_come_along(name: str, written: Callable[..., tuple[LoadedModel, Path]]) -> None:
     loaded, directory = written(name)
-    companions = source.examine(loaded.directory).companions
-    assert companions
-    for companion in companions:
+    assert loaded.companions == source.examine(loaded.directory).companions != ()
+    for companion in loaded.companions:
         assert (directory / companion).read_bytes() == (loaded.directory / companion).read_bytes()
-    assert {file.name for file in directory.iterdir()} == {"config.json", "model.safetensors", *map(str, companions)}
+    assert {file.name for file in directory.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        *map(str, loaded.companions),
+    }
 
 
 def test_pipelines_open_it(written: Callable[..., tuple[LoadedModel, Path]], flat_images: Path) -> None:

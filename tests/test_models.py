@@ -238,6 +238,7 @@ def test_tied_weights_stay_tied(checkpoint: Callable[[str], Path]) -> None:
         ({"hidden_size": "wide"}, "cannot load"),
         ({"num_hidden_layers": 1}, "no place: .*layers?.1"),
         ({"num_hidden_layers": 3}, "no weights for .*layers.2"),
+        ({"num_hidden_layers": 10**9}, "promises 1000000000 blocks"),
     ],
 )
 def test_unsupported_and_contradictory_configs(

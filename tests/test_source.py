@@ -99,6 +99,7 @@ def test_files_of_sentence_encoders_and_licences_belong_to_the_checkpoint(direct
     for name in ("1_Pooling/config.json", "modules.json", "LICENSE.txt", "special_tokens_map.json"):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text("{}")
+    (directory / "LICENSES").mkdir()
     for name in ("README.md", "evil.py", "optimizer.pt", "deep/tokenizer.json", "tokenizer.py"):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text("{}")
@@ -301,6 +302,19 @@ def test_weights_chosen_by_the_config_are_refused(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
     refused(directory, "'transformers_weights'")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take rights away from itself and get them back")
+@pytest.mark.parametrize("name", [".", "config.json", WEIGHTS, "preprocessor_config.json"])
+def test_unreadable_files_are_named(name: str, directory: Path) -> None:
+    for parent in (directory.parent, *directory.parent.parents[:2]):
+        parent.chmod(0o755)
+    (directory / name).chmod(0)
+    try:
+        os.seteuid(65534)
+        refused(directory, str(directory), "Permission denied")
+    finally:
+        os.seteuid(0)
 
 
 def test_adapters_are_refused(directory: Path) -> None:

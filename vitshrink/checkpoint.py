@@ -57,7 +57,7 @@ def save(
     try:
         with quiet_transformers():
             saved.save_pretrained(directory)
-        for companion in examine(source.directory).companions:
+        for companion in source.companions:
             (directory / companion).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.directory / companion, directory / companion)
         for name, content in (extra_files or {}).items():
@@ -124,7 +124,9 @@ def verify(directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, 
     ]
     if different:
         raise OutputError(f"{directory} does not hold the weights in memory: {', '.join(different[:6])} differ.")
-    nbytes = sum(parameter.nbytes for parameter in expected.parameters())
+    parameters = dict(expected.named_parameters(remove_duplicate=False))
+    nbytes = sum(parameter.nbytes for parameter in expected.parameters())  # tied ones once
+    nbytes += sum(buffer.nbytes for name, buffer in there.items() if name not in parameters)
     stored = sum(tensor.nbytes for tensor in source.tensors.values())
     if nbytes != stored:
         raise OutputError(f"{directory} holds {stored} bytes of tensors, the model has {nbytes}.")

@@ -116,6 +116,8 @@ class LoadedModel:
     source_dtype: torch.dtype
     """Type of the weights on disk; in memory they are float32."""
     family: Family
+    companions: tuple[Path, ...] = ()
+    """Processor, tokenizer and licence files beside the weights, relative to the directory."""
     ignored: tuple[str, ...] = ()
     """Tensors of the checkpoint, outside the blocks, that the architecture does not use (a pooler, say)."""
 
@@ -238,6 +240,9 @@ def load_source(source: Source, *, dtype: torch.dtype) -> LoadedModel:
     if not isinstance(architectures, list) or not architectures:
         raise CheckpointError(f"{where} names no architecture. Supported are {_supported()}.")
     family = _find_family(source.config["model_type"], str(architectures[0]), where)
+    depth = source.config.get("num_hidden_layers")
+    if isinstance(depth, int) and depth > len(source.tensors):  # would be built before anything is compared
+        raise CheckpointError(f"{where} promises {depth} blocks, more than the checkpoint has tensors: it is damaged.")
     options: dict[str, Any] = {}
     if family.tasks[architectures[0]] == "features" and not any("pooler." in name for name in source.tensors):
         options["add_pooling_layer"] = False  # saved without one: transformers would add a random pooler
@@ -265,7 +270,14 @@ def load_source(source: Source, *, dtype: torch.dtype) -> LoadedModel:
         # the order of summation may depend.
         parameter.data = parameter.data.clone()
     check_finite(model, f"{source.directory}")
-    return LoadedModel(model.eval(), source.directory, source.dtype, family, tuple(sorted(info["unexpected_keys"])))
+    return LoadedModel(
+        model.eval(),
+        source.directory,
+        source_dtype=source.dtype,
+        family=family,
+        companions=source.companions,
+        ignored=tuple(sorted(info["unexpected_keys"])),
+    )
 
 
 def check_finite(model: nn.Module, where: str) -> None:

@@ -121,11 +121,15 @@ def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | No
         UsageError: a revision was given for a local folder.
     """
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    try:
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
+    if is_directory:
         if revision is not None:
             raise UsageError(f"{path} is a local folder: a revision ({revision!r}) only makes sense for a Hub id.")
         return path
-    if path.exists():
+    if is_file:
         raise CheckpointError(f"{path} is a file: give the directory that holds it and its {CONFIG}.")
     name = str(path_or_id)
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1 or not name.strip():
@@ -189,17 +193,26 @@ def examine(directory: Path) -> Source:
     Raises:
         CheckpointError: a file is missing, damaged, of unknown kind, outside the directory, or brings code.
     """
+    try:
+        return _examine(directory)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or directory}: {error.strerror}.") from error
+
+
+def _examine(directory: Path) -> Source:
     config = _read_config(directory)
     weights, tensors = _read_weights(directory)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
         raise CheckpointError(f"{weights[0]} holds no floating-point tensor: it is no checkpoint of a model.")
-    names = (file.relative_to(directory).as_posix() for file in (*directory.glob("*"), *directory.glob("*/*")))
-    companions = tuple(sorted(Path(name) for name in names if _is_companion(name)))
-    for name in companions:
-        _check_regular(directory / name, directory)
-        if name.name.endswith("_config.json"):
-            _refuse_code(read_json(directory / name), directory / name)
-    return Source(directory, config, weights, tensors, companions)
+    companions = []
+    for file in sorted((*directory.glob("*"), *directory.glob("*/*"))):
+        name = file.relative_to(directory)
+        if _is_companion(name.as_posix()) and not file.is_dir():
+            _check_regular(file, directory)
+            if name.name.endswith("_config.json"):
+                _refuse_code(read_json(file), file)
+            companions.append(name)
+    return Source(directory, config, weights, tensors, tuple(companions))
 
 
 def read_json(path: Path) -> Any:
@@ -317,7 +330,7 @@ def _check_regular(path: Path, directory: Path) -> None:
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    with _opened(path) as file:
+    with path.open("rb") as file:
         start = file.read(64)
     if not start:
         raise CheckpointError(f"{path} is empty. {_AGAIN}")
@@ -326,13 +339,6 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page, not weights: the download was answered by a login or error page.")
     return _safetensors_header(path) if path.suffix == ".safetensors" else _pickled_tensors(path)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
 
 
 def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
