@@ -63,11 +63,15 @@ def rank_plan(report: Report) -> str | None:
 
 
 def error_by_layer(report: Report) -> str | None:
-    """Relative error of each layer over the blocks, a line a place in the block."""
-    shown = [layer for layer in layers(report) if layer.block is not None and layer.relative_error is not None]
+    """Relative error of each low-rank layer over the blocks, a line a place in the block."""
+    shown = [
+        layer
+        for layer in layers(report)
+        if layer.block is not None and layer.rank is not None and layer.relative_error is not None
+    ]
     if not shown:
         return None
-    figure, axes = _figure(7.6, 3.4)
+    figure, axes = _figure(9.6, 3.4)
     for i, place in enumerate(_places(shown)):
         line = sorted((layer.block or 0, layer.relative_error or 0.0) for layer in shown if layer.place == place)
         axes.plot(*zip(*line, strict=True), color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, label=place)
@@ -101,7 +105,7 @@ def trade_off(reports: Sequence[Report]) -> str | None:
         points.setdefault(report.method, []).append((report.parameters["kept"], value, *bounds))
     if sum(map(len, points.values())) < 2:
         return None
-    figure, axes = _figure(7.6, 3.8)
+    figure, axes = _figure(9.6, 3.8)
     for i, (method, line) in enumerate(sorted(points.items())):
         kept, value, low, high = zip(*sorted(line), strict=True)
         spread = [

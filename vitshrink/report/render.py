@@ -69,10 +69,13 @@ def comparison_markdown(reports: Sequence[Report]) -> str:
 def render_comparison_html(reports: Sequence[Report]) -> str:
     """One page that compares several compressed models."""
     drawn = figures.available()
+    columns = comparison_columns(reports)
+    one_model = reports[0].model if len(set(columns["model"])) == 1 else None
     return _page(
         "comparison.html",
         title="Compressed models compared",
-        columns=comparison_columns(reports),
+        columns={name: texts for name, texts in columns.items() if name != "model" or not one_model},
+        one_model=one_model,
         reports=reports,
         figures_available=drawn,
         trade_off=_picture(figures.trade_off(reports)) if drawn else None,
@@ -106,7 +109,7 @@ def comparison_columns(reports: Sequence[Report]) -> dict[str, list[str]]:
 
     columns = {
         "model": [report.model for report in reports],
-        "method": [" + ".join((r.method, r.allocation, r.compensation)) for r in reports],
+        "method": [_method(report) for report in reports],
         "kept": [summary.percent(entry(report, "parameters", "kept")) for report in reports],
         "parameters": [summary.count(entry(report, "parameters", "compressed")) for report in reports],
         "files": [summary.size(entry(report, "bytes", "compressed")) for report in reports],
@@ -116,11 +119,16 @@ def comparison_columns(reports: Sequence[Report]) -> dict[str, list[str]]:
         name: [scored(report, "compressed") for report in reports],
         "change": [change(report) for report in reports],
         "real": [real(report) for report in reports],
-        "same as dense": [summary.percent(entry(report, "evaluation", "fidelity", "agreement")) for report in reports],
+        "agreement": [summary.percent(entry(report, "evaluation", "fidelity", "agreement")) for report in reports],
         "KL": [summary.number(entry(report, "evaluation", "fidelity", "kl")) for report in reports],
         "cosine": [summary.number(entry(report, "evaluation", "fidelity", "feature_cosine")) for report in reports],
     }
     return {name: texts for name, texts in columns.items() if set(texts) != {summary.UNKNOWN}}
+
+
+def _method(report: Report) -> str:
+    parts = [report.method, report.allocation, *([] if report.compensation == "none" else [report.compensation])]
+    return ", ".join(parts)
 
 
 def _view(report: Report) -> dict[str, Any]:
@@ -152,10 +160,11 @@ def _environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("count", "size", "percent", "duration", "number"):
+    for name in ("count", "size", "percent", "duration", "number", "plain"):
         environment.filters[name] = getattr(summary, name)
     environment.filters["cell"] = _cell
     environment.filters["code"] = _code
+    environment.filters["unbroken"] = _unbroken
     return environment
 
 
@@ -177,6 +186,11 @@ def _picture(svg: str | None) -> Markup | None:
 def _cell(text: Any) -> str:
     """Text that stays text in a Markdown table, whatever a layer, class or file is called."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+
+
+def _unbroken(text: str) -> str:
+    """Keep a figure with its unit, and ``top-1`` whole, where a line is too short."""
+    return re.sub(r"(?<=[\d<=]) (?=[\d%kMGTmsB])", "\u00a0", text.replace("-", "\u2011"))
 
 
 def _code(text: Any) -> str:

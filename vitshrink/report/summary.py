@@ -129,6 +129,23 @@ def signed(metric: str | None, value: float) -> str:
     return f"{100 * value:+.1f} points".replace("-", "−")
 
 
+def signed_range(metric: str | None, low: float, high: float) -> str:
+    return f"{signed(metric, low).removesuffix(' points')} to {signed(metric, high)}"
+
+
+def plain(value: Any) -> str:
+    """Nested plain data on one line: ``resize: 224, 224, rescale: no``."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(key).replace('_', ' ')}: {plain(entry)}" for key, entry in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "none"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def interval(metric: str | None, bounds: Any) -> str:
     return UNKNOWN if not bounds else f"{score(metric, bounds[0])} to {score(metric, bounds[1])}"
 
@@ -165,7 +182,7 @@ def _accuracy_rows(report: Report) -> list[Row]:
         if name == metric:
             before, after = (interval(name, scores.get("interval")) for scores in (dense, compressed))
             drop = (evaluation.get("difference") or {}).get("drop_interval")
-            change = f"{signed(name, -drop[1])} to {signed(name, -drop[0])}" if drop else UNKNOWN
+            change = signed_range(name, -drop[1], -drop[0]) if drop else UNKNOWN
             rows.append(Row("95 % interval", before, after, change))
     shown: dict[str, tuple[str, Callable[[float | None], str]]] = {
         "agreement": ("Same prediction as dense", percent),
@@ -241,9 +258,7 @@ def _real(report: Report) -> Fact:
         return Fact(question, "cannot be told", "needs labelled samples for both models")
     metric, drop, bounds = evaluation.get("metric"), difference["drop"], difference.get("drop_interval")
     test = f"{p_value(difference.get('p_value'))} ({difference.get('test', 'paired')})"
-    detail = (
-        test if not bounds else f"95 % interval {signed(metric, -bounds[1])} to {signed(metric, -bounds[0])}; {test}"
-    )
+    detail = test if not bounds else f"95 % interval {signed_range(metric, -bounds[1], -bounds[0])}; {test}"
     if not difference.get("significant"):
         return Fact(question, "within noise", detail)
     if drop > 0:
