@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from vitshrink.errors import DependencyError
+from vitshrink.models import quiet_transformers
 
 CLASSES = tuple("0123456789")
 IMAGE_SIZE = 8
@@ -81,8 +82,9 @@ def train_digits_model(images: Path, output: Path, *, seed: int = 0, epochs: int
             )
         )
         _train(model, pixels, labels, epochs=epochs)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    with quiet_transformers():
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
 
 
 def read_images(folder: Path, processor: ViTImageProcessorPil) -> tuple[Tensor, Tensor]:
