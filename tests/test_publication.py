@@ -299,6 +299,16 @@ def test_of_two_runs_at_once_one_goes_on(tmp_path: Path) -> None:
         second.rmdir()
 
 
+def test_a_run_killed_before_it_had_its_lock_leaves_nothing_for_long(tmp_path: Path) -> None:
+    young, aged = tmp_path / ".out.new-abc", tmp_path / ".out.new-def"
+    young.mkdir()
+    aged.mkdir()
+    os.utime(aged, (0, 0))
+    write(tmp_path / "out")
+    assert young.exists()
+    assert not aged.exists()
+
+
 def test_what_only_looks_like_a_leftover_is_kept(tmp_path: Path) -> None:
     (tmp_path / ".out.vitshrink-notes").mkdir()
     (tmp_path / "real").mkdir()

@@ -145,11 +145,14 @@ def _try_lock(descriptor: int) -> bool | None:
 
 def _clear_leftovers(target: Path, own: Path) -> None:
     """Remove what killed runs left, put back what they had moved aside; stop where another run is alive."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.vitshrink-(\d+|old)-[0-9a-f]+")
+    name = re.compile(rf"\.{re.escape(target.name)}\.(vitshrink-(\d+|old)|new)-[0-9a-f]+")
     for other in sorted(target.parent.iterdir()):
         if other == own or not name.fullmatch(other.name) or other.is_symlink() or not other.is_dir():
             continue
         try:
+            newborn = other.name.startswith(f".{target.name}.new-")
+            if newborn and time.time() - other.stat().st_mtime < 60:
+                continue  # its run is just about to lock it
             lock = os.open(other, os.O_RDONLY)
         except FileNotFoundError:
             continue  # its run ended just now
