@@ -210,10 +210,39 @@ def test_rows_carry_units_and_the_change() -> None:
     assert rows["KL(dense ‖ compressed), nats"][1] == "0.510"
 
 
-def test_latency_is_shown_where_it_was_measured() -> None:
-    timing = {"median": 0.02, "batch_size": 8}
-    rows = cells(made(latency={"dense": timing, "compressed": timing | {"median": 0.016}}))
-    assert rows["Latency, batch of 8"] == ("20.0 ms", "16.0 ms", "1.25× as fast")
+def timed(dense: float, compressed: float) -> Report:
+    timings = {
+        role: {"median": t, "lower_quartile": 0.95 * t, "upper_quartile": 1.05 * t, "batch_size": 8}
+        for role, t in (("dense", dense), ("compressed", compressed))
+    }
+    return made(latency=timings)
+
+
+@pytest.mark.parametrize(
+    ("dense", "compressed", "change"),
+    [
+        (0.02, 0.016, "1.25× as fast"),
+        (0.02, 0.025, "0.80× as fast"),
+        (0.02, 0.0195, "no clear difference in time"),
+    ],
+)
+def test_a_difference_in_latency_is_claimed_only_beyond_the_spread(
+    dense: float, compressed: float, change: str
+) -> None:
+    report = timed(dense, compressed)
+    assert cells(report)["Latency, batch of 8"][2] == change
+    assert change in Page(reports.render_html(report)).text
+
+
+def test_titles_and_cards_do_not_tell_local_paths() -> None:
+    evaluation = EVALUATION | {"source": "/home/me/val"}
+    report = made(
+        model="/home/me/my-vit", evaluation=evaluation, calibration={"source": "/home/me/photos/", "samples": 9}
+    )
+    card = reports.render_card(report)
+    assert "# my-vit, compressed" in card
+    assert "photos" in card
+    assert "/home" not in card
 
 
 @pytest.mark.parametrize(
@@ -268,6 +297,8 @@ def test_markdown_keeps_hostile_names_as_text() -> None:
     text = reports.render_markdown(report)
     assert "<script>" not in text
     assert "\n# z" not in text
+    assert r"\`x\`" in text
+    assert "attention.q_proj" in text
     assert "````\necho ```" in text
 
 

@@ -29,7 +29,7 @@ class Evaluation:
     fidelity: dict[str, Any] | None
     difference: dict[str, Any] | None
     classes: list[dict[str, Any]]
-    """Accuracy class by class, the worst drop first; without labels the dense model's choice is the class."""
+    """Accuracy class by class, the most samples lost first; without labels the dense model's choice is the class."""
     disagreements: list[dict[str, Any]]
     """Samples that the two models classify differently, the largest divergence first."""
 
@@ -146,7 +146,7 @@ def _classes(columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]
         row: dict[str, Any] = {"class": names.get(index, str(index)), "samples": int(members.sum())}
         row |= {role: float((columns[f"{role}.class"][members] == index).double().mean()) for role in roles}
         rows.append(row)
-    return sorted(rows, key=lambda row: row.get("compressed", 0.0) - row.get("dense", 0.0))
+    return sorted(rows, key=lambda row: row["samples"] * (row.get("compressed", 0.0) - row.get("dense", 0.0)))
 
 
 def _disagreements(keys: list[str], columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def render_html(report: Report, thumbnails: Mapping[str, str] | None = None) -> 
     return _page(
         "report.html",
         report=report,
-        title=f"{report.model}, compressed",
+        title=f"{summary.model_name(report)}, compressed",
         figures_available=drawn,
         rank_plan=_picture(figures.rank_plan(report)) if drawn else None,
         error_by_layer=_picture(figures.error_by_layer(report)) if drawn else None,
@@ -70,7 +70,7 @@ def render_comparison_html(reports: Sequence[Report]) -> str:
     """One page that compares several compressed models."""
     drawn = figures.available()
     columns = comparison_columns(reports)
-    one_model = reports[0].model if len(set(columns["model"])) == 1 else None
+    one_model = columns["model"][0] if len(set(columns["model"])) == 1 else None
     return _page(
         "comparison.html",
         title="Compressed models compared",
@@ -108,7 +108,7 @@ def comparison_columns(reports: Sequence[Report]) -> dict[str, list[str]]:
         return summary.UNKNOWN if significant is None else "yes" if significant else "no"
 
     columns = {
-        "model": [report.model for report in reports],
+        "model": [summary.model_name(report) for report in reports],
         "method": [_method(report) for report in reports],
         "kept": [summary.percent(entry(report, "parameters", "kept")) for report in reports],
         "parameters": [summary.count(entry(report, "parameters", "compressed")) for report in reports],
@@ -136,6 +136,7 @@ def _view(report: Report) -> dict[str, Any]:
     classes = evaluation.get("classes") or []
     damaged = [row for row in classes if row.get("compressed", 0) < row.get("dense", 0)]
     return {
+        "name": summary.model_name(report),
         "rows": summary.summary_rows(report),
         "facts": summary.facts(report),
         "headline": summary.headline(report),
@@ -160,7 +161,7 @@ def _environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("count", "size", "percent", "duration", "number", "plain"):
+    for name in ("count", "size", "percent", "duration", "number", "plain", "base_name"):
         environment.filters[name] = getattr(summary, name)
     environment.filters["cell"] = _cell
     environment.filters["code"] = _code
@@ -185,7 +186,8 @@ def _picture(svg: str | None) -> Markup | None:
 
 def _cell(text: Any) -> str:
     """Text that stays text in a Markdown table, whatever a layer, class or file is called."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+    line = re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])|^(?=[#+-])", lambda match: "\\" + match[0], line)
 
 
 def _unbroken(text: str) -> str:
@@ -203,7 +205,7 @@ def _front_matter(report: Report) -> str:
     entries: dict[str, Any] = {"library_name": "transformers", "tags": ["vitshrink", "low-rank", "compression"]}
     if report.task in summary.PIPELINES:
         entries["pipeline_tag"] = summary.PIPELINES[report.task]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", report.model) and not report.model.startswith("."):
+    if summary.is_hub_id(report.model):
         entries |= {"base_model": report.model, "base_model_relation": "quantized"}  # the Hub's word for compressed
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 

@@ -1,5 +1,6 @@
 """The first answers anyone wants, from a report: how much smaller, how much faster, how much worse, is it real."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,11 +51,8 @@ def summary_rows(report: Report) -> list[Row]:
         _size_row("Weight files", report.bytes, size),
         _size_row("MACs a sample", report.macs, count),
     ]
-    dense, compressed = (report.latency.get(role) or {} for role in ("dense", "compressed"))
-    if dense and compressed:
-        ratio = dense["median"] / compressed["median"]
-        label = f"Latency, batch of {dense['batch_size']}"
-        rows.append(Row(label, duration(dense["median"]), duration(compressed["median"]), f"{ratio:.2f}× as fast"))
+    if (timing := _timing(report)) is not None:
+        rows.append(Row(f"Latency, batch of {timing.batch_size}", timing.dense, timing.compressed, timing.change))
     return [*(row for row in rows if row), *_accuracy_rows(report)]
 
 
@@ -70,6 +68,20 @@ def headline(report: Report) -> str:
         parts.append(f"{percent(report.macs['kept'])} of the operations")
     worse, real = _worse(report), _real(report)
     return f"{' and '.join(parts)}; {worse.answer} ({worse.detail}); {real.answer}."
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether ``owner/name`` is meant, and no folder."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source))
+
+
+def model_name(report: Report) -> str:
+    """The Hub id, or the last part of a local path: a title, and nobody else's business where it lay."""
+    return report.model if is_hub_id(report.model) else base_name(report.model)
+
+
+def base_name(source: str) -> str:
+    return re.split(r"[\\/]", source.rstrip("\\/"))[-1] or source
 
 
 def metric_name(report: Report) -> str:
@@ -198,6 +210,32 @@ def _accuracy_rows(report: Report) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class _Timing:
+    dense: str
+    compressed: str
+    change: str
+    tone: str
+    batch_size: int
+
+
+def _timing(report: Report) -> _Timing | None:
+    """The measured latency; where the middle halves of the two models' times overlap, no difference is claimed."""
+    dense, compressed = (report.latency.get(role) or {} for role in ("dense", "compressed"))
+    if not dense or not compressed:
+        return None
+    ratio = dense["median"] / compressed["median"]
+    change, tone = f"{ratio:.2f}× as fast", "good" if ratio > 1 else "bad"
+    if _overlap(dense, compressed):
+        change, tone = "no clear difference in time", "neutral"
+    return _Timing(duration(dense["median"]), duration(compressed["median"]), change, tone, dense["batch_size"])
+
+
+def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    low, high = (max(t["lower_quartile"] for t in (one, other)), min(t["upper_quartile"] for t in (one, other)))
+    return bool(low <= high)
+
+
 def _smaller(report: Report) -> Fact:
     kept = report.parameters.get("kept")
     detail = f"{count(report.parameters.get('dense'))} → {count(report.parameters.get('compressed'))} parameters"
@@ -208,17 +246,12 @@ def _smaller(report: Report) -> Fact:
 
 
 def _faster(report: Report) -> Fact:
-    dense, compressed = (report.latency.get(role) or {} for role in ("dense", "compressed"))
-    macs = report.macs
+    macs, timing = report.macs, _timing(report)
     counted = f"{count(macs['dense'])} → {count(macs.get('compressed'))} MACs" if macs.get("dense") else ""
-    if dense and compressed:
-        ratio = dense["median"] / compressed["median"]
-        measured = (
-            f"measured: {duration(dense['median'])} → {duration(compressed['median'])} "
-            f"for a batch of {dense['batch_size']}"
-        )
-        detail = f"{measured}; {counted}" if counted else measured
-        return Fact("How much faster?", f"{ratio:.2f}× as fast", detail, "good" if ratio > 1.02 else "neutral")
+    if timing is not None:
+        detail = f"measured: {timing.dense} → {timing.compressed}, batch of {timing.batch_size}"
+        detail = f"{detail}; {counted}" if counted else detail
+        return Fact("How much faster?", timing.change, detail, timing.tone)
     if counted and macs.get("kept") is not None:
         answer = f"{percent(1 - macs['kept'])} fewer operations"
         return Fact("How much faster?", answer, f"{counted} a sample; time not measured", "good")
