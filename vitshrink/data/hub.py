@@ -4,9 +4,10 @@ Images stay encoded (``decode=False``), so that one broken image can be counted 
 The library is imported where it is used: it takes a second that a folder of images need not pay.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -46,23 +47,21 @@ def open_shards(address: Address, kind: Kind, wanted: Columns) -> SampleSet:
     with _explained(address):
         split = _Split(address)
         dataset = split.download()
-    columns, label_names, labels_are = _schema(split.address, kind, dataset.features, wanted)
-    return SampleSet(str(split.address), kind, _stored_samples(dataset, columns), label_names, labels_are)
+    return _sample_set(split.address, kind, wanted, dataset)
 
 
 def open_hub(address: Address, kind: Kind, wanted: Columns, *, offline: bool = False) -> SampleSet:
     """Samples of a split on the Hub: streamed where some are selected, downloaded once where all are used.
 
-    ``offline`` takes what an earlier download left in the cache of `datasets`.
+    ``offline`` (or ``HF_HUB_OFFLINE=1``) takes what an earlier download left in the cache.
 
     Raises:
         DataError: gated, unknown or unreachable; no such configuration, split or column.
     """
-    if offline:
-        with _explained(address), _offline_mode():
-            dataset = _cached(address)
-        columns, label_names, labels_are = _schema(address, kind, dataset.features, wanted)
-        return SampleSet(str(address), kind, _stored_samples(dataset, columns), label_names, labels_are)
+    import huggingface_hub
+
+    if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return _sample_set(address, kind, wanted, _downloaded_before(address))
     with _explained(address):
         split = _Split(address)
         features = split.stream.features
@@ -70,44 +69,76 @@ def open_hub(address: Address, kind: Kind, wanted: Columns, *, offline: bool = F
     return SampleSet(str(split.address), kind, _HubSamples(split, columns), label_names, labels_are)
 
 
+def _sample_set(address: Address, kind: Kind, wanted: Columns, dataset: Any) -> SampleSet:
+    columns, label_names, labels_are = _schema(address, kind, dataset.features, wanted)
+    return SampleSet(str(address), kind, _stored_samples(dataset, columns), label_names, labels_are)
+
+
 class _Split:
     """One split, found but not read yet."""
 
     def __init__(self, address: Address) -> None:
-        from datasets import load_dataset_builder
-
-        path = Path(address.path)
-        self.format = SHARD_FORMATS[path.suffix] if path.is_file() else address.path
-        if path.is_file():
-            self.builder = load_dataset_builder(self.format, data_files=str(path.resolve()))
-        else:
-            self.builder = load_dataset_builder(address.path, address.config)
-        self.files: Mapping[str, list[str]] = self.builder.config.data_files
-        splits = list(self.files)
+        splits = list(_builder(address).config.data_files)
         if address.split is None and len(splits) > 1:
             raise DataError(f"{address} has the splits {', '.join(splits)}: choose one with --split.")
         if address.split is not None and address.split not in splits:
             raise DataError(f"{address.path} has no split {address.split!r}.{suggestion(address.split, splits)}")
-        self.name = address.split or splits[0]
-        self.address = address if path.is_file() else replace(address, split=self.name)
+        self.address = replace(address, split=address.split or splits[0])
 
     @cached_property
     def stream(self) -> Any:
         """An IterableDataset."""
-        stream = self.builder.as_streaming_dataset(split=self.name)
+        stream = _builder(self.address).as_streaming_dataset(split=self.address.split)
         return _undecoded(stream if stream.features is not None else stream._resolve_features())
 
     def download(self) -> Any:
-        """A Dataset on disk. Only this split is fetched: beside ImageNet's 6 GB for validation lie 140 of training."""
-        from datasets import load_dataset
+        """A Dataset on disk.
 
-        files = {self.name: list(self.files[self.name])}
-        features = self.builder.info.features
-        return _undecoded(load_dataset(self.format, data_files=files, features=features, split=self.name))
+        Only this split is fetched, where `datasets` would fetch all: beside the 6 GB of ImageNet's validation split lie
+        140 GB of training. So the builder is told of no other, and works in a cache of its own.
+        """
+        split = self.address.split
+        builder = _builder(self.address, cache=_split_cache(self.address))
+        builder.config.data_files = {split: builder.config.data_files[split]}
+        for total in ("splits", "download_size", "dataset_size", "size_in_bytes"):
+            setattr(builder.info, total, None)
+        builder.download_and_prepare(verification_mode="no_checks")
+        return _undecoded(builder.as_dataset(split=split))
+
+
+def _builder(address: Address, cache: Path | None = None) -> Any:
+    from datasets import load_dataset_builder
+
+    path = Path(address.path)
+    if path.is_file():
+        return load_dataset_builder(SHARD_FORMATS[path.suffix], data_files=str(path.resolve()), cache_dir=cache)
+    return load_dataset_builder(address.path, address.config, cache_dir=cache)
+
+
+def _split_cache(address: Address) -> Path:
+    from datasets.config import HF_DATASETS_CACHE
+
+    return Path(HF_DATASETS_CACHE, "vitshrink", str(address.split))
+
+
+def _downloaded_before(address: Address) -> Any:
+    """The Dataset that this module, or else anyone with `datasets.load_dataset`, has downloaded."""
+    from datasets import load_dataset
+
+    if address.split is None:
+        raise DataError(f"{address}: name the split with --split, without the network they cannot be listed.")
+    with _offline_mode():
+        for cache in (_split_cache(address), None):
+            with suppress(Exception):  # whatever is wrong with one cache, the data are not to be had from it
+                return _undecoded(load_dataset(address.path, address.config, split=address.split, cache_dir=cache))
+    raise DataError(
+        f"{address} is not a local path, and offline there is no earlier download of it: pass a local folder or file, "
+        f"or download it where there is a network.{suggestion(address.path, recipe_names())}"
+    )
 
 
 class _HubSamples(Sequence[Sample]):
-    """Samples of a Hub split: drawn from a stream, or downloaded at the first need for length or index."""
+    """Samples of a Hub split: drawn from a stream, or all downloaded when the length or one by its index is needed."""
 
     def __init__(self, split: _Split, columns: Columns) -> None:
         self._split = split
@@ -128,11 +159,12 @@ class _HubSamples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         return self._all[index]
 
-    def draw(self, count: int, seed: int, skip: int) -> list[Sample]:
-        """``count`` samples of the stream shuffled by ``seed``, after its first ``skip``."""
+    def draw(self, count: int | None, seed: int, skip: int) -> list[Sample]:
+        """``count`` samples (None: all) of the stream shuffled by ``seed``, after its first ``skip``, in memory."""
         shuffled = self._split.stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         with _explained(self._split.address):
-            return list(islice(_streamed_samples(shuffled, self._columns), skip, skip + count))
+            end = None if count is None else skip + count
+            return list(islice(_streamed_samples(shuffled, self._columns), skip, end))
 
 
 def _stored_samples(dataset: Any, columns: Columns) -> list[Sample]:
@@ -211,12 +243,6 @@ def _schema(
     raise DataError(f"{address}: column {columns.label!r} holds {label}, which is not one class or score a row.")
 
 
-def _cached(address: Address) -> Any:
-    from datasets import load_dataset
-
-    return _undecoded(load_dataset(address.path, address.config, split=address.split))
-
-
 @contextmanager
 def _offline_mode() -> Iterator[None]:
     """Both libraries read their environment variable at import only, so the flags themselves are set."""
@@ -260,7 +286,7 @@ def _explanation(address: Address, error: Exception) -> str:
     page = f"https://huggingface.co/datasets/{address.path}"
     if Path(address.path).exists():
         return f"{address}: cannot be read ({text})."
-    if "gated" in text:
+    if re.search(r"\bgated\b", text.replace(address.path, "")):
         return (
             f"{address} is gated: accept the terms at {page} and log in with `hf auth login`, "
             "or pass a local folder or parquet file of the same data."

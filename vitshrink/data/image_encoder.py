@@ -1,5 +1,6 @@
 """Images to pixel tensors by the checkpoint's own image processor."""
 
+import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -129,7 +130,7 @@ def _available_cores() -> int:
 
 def _describe(processor: Any) -> dict[str, Any]:
     """The effective preprocessing, in the words of preprocessor_config.json."""
-    settings = processor.to_dict()
+    settings = json.loads(processor.to_json_string())  # plain values, as they are recorded
     switches = {"do_resize": ("size", "resample"), "do_center_crop": ("crop_size",), "do_rescale": ("rescale_factor",)}
     switches["do_normalize"] = ("image_mean", "image_std")
     described: dict[str, Any] = {

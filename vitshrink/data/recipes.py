@@ -110,6 +110,8 @@ def _checked(file: Path, entries: dict[Any, Any]) -> Recipe:
         raise UsageError(f"{file}: `kind` is missing: image or text.")
     if ("id" in entries) == ("path" in entries):
         raise UsageError(f"{file}: give either `id` (on the Hub) or `path` (a local file or folder).")
+    if entries.get("samples", 1) < 1:
+        raise UsageError(f"{file}: `samples` must be at least 1, not {entries['samples']}.")
     values = dict(entries)
     if "columns" in values:
         if values.get("header", True):

@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
@@ -35,7 +35,7 @@ class Sample:
 class Drawable(Protocol):
     """Samples that can be drawn at random without reading all of them (a stream)."""
 
-    def draw(self, count: int, seed: int, skip: int) -> list[Sample]: ...
+    def draw(self, count: int | None, seed: int, skip: int) -> list[Sample]: ...
 
 
 @dataclass(eq=False)
@@ -48,7 +48,7 @@ class SampleSet:
 
     source: str
     kind: Kind
-    samples: Sequence[Sample]
+    samples: Sequence[Sample] = field(repr=False)
     label_names: list[str] | None = None
     labels_are: LabelsAre | None = None
     recipe: Recipe | None = None
@@ -73,7 +73,7 @@ class SampleSet:
         chosen: Sequence[Sample]
         if count is None and skip == 0:
             chosen = self.samples
-        elif count is not None and isinstance(self.samples, Drawable):
+        elif isinstance(self.samples, Drawable):
             chosen = self.samples.draw(count, seed, skip)
         else:
             order = list(range(len(self.samples)))

@@ -25,10 +25,11 @@ class TextEncoder:
 
     def batches(self, samples: SampleSet, batch_size: int, bad: BadSamples, in_order: bool) -> Iterator[Batch]:
         """Batches of texts of similar length, or in the order of the samples."""
+        paired = any(sample.text_pair is not None for sample in samples.samples)
         for window in batched(samples.samples, batch_size * SORTED_BATCHES):
             usable = []
             for sample in window:
-                problem = _problem(sample)
+                problem = _problem(sample, paired)
                 if problem is None:
                     usable.append(sample)
                 else:
@@ -75,9 +76,9 @@ class TextEncoder:
         return [{name: rows[index] for name, rows in encoded.items()} for index in range(len(samples))]
 
 
-def _problem(sample: Sample) -> str | None:
+def _problem(sample: Sample, paired: bool) -> str | None:
     if not (sample.text or "").strip():
         return "has no text"
-    if sample.text_pair is not None and not sample.text_pair.strip():
+    if paired and not (sample.text_pair or "").strip():
         return "has no second text"
     return None
