@@ -11,7 +11,7 @@ from vitshrink.config import DataConfig
 from vitshrink.data import Preprocessor
 from vitshrink.errors import GateError, UsageError
 from vitshrink.measurement import Measurement, measure, open_data
-from vitshrink.models import load_dense, task_of
+from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.pipeline import find_device
 
@@ -27,26 +27,35 @@ class Gates:
     max_kl: float | None = None
     """Nats from the baseline."""
 
+    def require(self, *, baseline: str | None) -> None:
+        """Raises UsageError for a bound that needs a baseline, where there is none; before any work."""
+        for flag, bound in (("--max-drop", self.max_drop), ("--max-kl", self.max_kl)):
+            if bound is not None and baseline is None:
+                raise UsageError(f"{flag} compares with the dense model: pass it as --baseline.")
+
     def check(self, evaluation: Mapping[str, Any]) -> None:
         """Raises GateError naming the bound and by how much it is missed, UsageError where it cannot be judged."""
-        metric = evaluation["metric"]
-        compressed = (evaluation["compressed"] or {}).get(metric)
+        scores = evaluation["compressed"] or evaluation["dense"] or {}
+        accuracy = scores.get(evaluation["metric"])
         drop = (evaluation["difference"] or {}).get("drop")
-        kl = (evaluation["fidelity"] or {}).get("kl")
         missed = []
-        for flag, bound, value, sign in (
-            ("--min-accuracy", self.min_accuracy, None if compressed is None else 100 * compressed, 1),
-            ("--max-drop", self.max_drop, None if drop is None else 100 * drop, -1),
-            ("--max-kl", self.max_kl, kl, -1),
+        for flag, bound, value, sign, why in (
+            ("--min-accuracy", self.min_accuracy, _percent(accuracy), 1, "the data have no labels"),
+            ("--max-drop", self.max_drop, _percent(drop), -1, "the data have no labels"),
+            ("--max-kl", self.max_kl, (evaluation["fidelity"] or {}).get("kl"), -1, "the models give no probabilities"),
         ):
             if bound is None:
                 continue
             if value is None:
-                raise UsageError(f"{flag} cannot be judged: it needs labels, and a --baseline to compare with.")
+                raise UsageError(f"{flag} cannot be judged: {why}.")
             if sign * value < sign * bound:
                 missed.append(f"{flag} {bound:g} is missed by {abs(value - bound):.3g} ({value:.4g})")
         if missed:
             raise GateError("; ".join(missed) + ".")
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
 
 
 @dataclass(frozen=True)
@@ -105,11 +114,8 @@ def evaluate_checkpoint(
     with job.stage("load", "Loading"):
         loaded = load_dense(model, offline=offline, allow_compressed=True)
         reference = load_dense(baseline, offline=offline, allow_compressed=True) if baseline else None
-    if reference is not None and task_of(reference.model) != task_of(loaded.model):
-        raise UsageError(
-            f"{baseline} is a model for {task_of(reference.model)}, {model} for {task_of(loaded.model)}: "
-            "they cannot be compared."
-        )
+    if reference is not None:
+        _check_comparable(loaded, reference)
     preprocessor = Preprocessor.from_checkpoint(
         loaded.directory, loaded.family.modality, max_length=max_length, offline=offline
     )
@@ -139,3 +145,20 @@ def evaluate_checkpoint(
         job.timings,
         job.warnings,
     )
+
+
+def _check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
+    """Raises UsageError when the outputs of the two models do not stand for the same things."""
+    for what, of in (
+        ("task", lambda loaded: task_of(loaded.model)),
+        ("kind of input", lambda loaded: loaded.family.modality),
+        ("number of classes", lambda loaded: loaded.model.config.num_labels),
+        ("vocabulary size", lambda loaded: getattr(loaded.model.config, "vocab_size", None)),
+        ("width", lambda loaded: loaded.model.config.hidden_size if task_of(loaded.model) == "features" else None),
+        ("image size", lambda loaded: getattr(loaded.model.config, "image_size", None)),
+    ):
+        if of(model) != of(baseline):
+            raise UsageError(
+                f"{baseline.directory} cannot be the baseline of {model.directory}: the {what} differs, "
+                f"{of(baseline)} against {of(model)}."
+            )

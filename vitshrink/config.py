@@ -1,6 +1,7 @@
 """What a job is: frozen, checked where it is built, read from flags or YAML, and written beside the result."""
 
 import difflib
+import json
 import math
 import re
 import shlex
@@ -19,6 +20,16 @@ _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2*
 
 DTYPES = ("float32", "float16", "bfloat16")
 
+Layers = Literal["attention", "mlp", "all"]
+
+SIZES = ("keep", "target_params", "target_size", "rank")
+"""The entries that say how small; a job has exactly one of them."""
+
+
+def flag_of(name: str) -> str:
+    """The flag of an entry: ``--target-params`` for ``target_params``."""
+    return "--" + name.replace("_", "-")
+
 
 def parse_quantity(text: str, flag: str) -> int:
     """``22M`` parameters or ``90MB`` bytes as a whole number. Raises UsageError."""
@@ -29,7 +40,7 @@ def parse_quantity(text: str, flag: str) -> int:
 
 
 def _did_you_mean(name: str, available: list[str]) -> str:
-    near = difflib.get_close_matches(name, available, n=1)
+    near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
     return (f"Did you mean {near[0]!r}? " if near else "") + f"Available: {', '.join(available)}."
 
 
@@ -64,7 +75,7 @@ class CompressConfig:
     target_size: str | None = None
     rank: int | None = None
     rank_multiple: int = 1
-    layers: Literal["attention", "mlp", "all"] = "all"
+    layers: Layers = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     calibration: str | None = None
@@ -90,12 +101,14 @@ class CompressConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        sizes = [name for name in ("keep", "target_params", "target_size", "rank") if getattr(self, name)]
+        sizes = [flag_of(name) for name in SIZES if getattr(self, name) not in (None, ())]
         if len(sizes) != 1:
-            given = (
-                f"{' and '.join('--' + name.replace('_', '-') for name in sizes)} were given" if sizes else "none was"
-            )
-            raise UsageError(f"say how small: exactly one of --keep, --target-params, --target-size, --rank; {given}.")
+            given = f"{' and '.join(sizes)} were given" if sizes else "none was"
+            known = ", ".join(map(flag_of, SIZES))
+            raise UsageError(f"say how small: exactly one of {known}, such as --keep 0.6; {given}.")
+        for name in ("target_params", "target_size"):
+            if getattr(self, name) is not None:
+                parse_quantity(getattr(self, name), flag_of(name))
         for keep in self.keep:
             if not (math.isfinite(keep) and 0 < keep < 1):
                 raise UsageError(
@@ -106,15 +119,15 @@ class CompressConfig:
         for name in ("rank", "rank_multiple", "samples", "batch_size", "eval_limit", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+                raise UsageError(f"{flag_of(name)} {value}: must be at least 1.")
         for name in ("holdout", "max_bad_samples"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must not be negative.")
+                raise UsageError(f"{flag_of(name)} {value}: must not be negative.")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype}: {_did_you_mean(self.dtype, list(DTYPES))}")
-        if self.layers not in ("attention", "mlp", "all"):
-            raise UsageError(f"--layers {self.layers}: {_did_you_mean(self.layers, ['attention', 'mlp', 'all'])}")
+            raise UsageError(f"--dtype {self.dtype}: not a type to save in. {_did_you_mean(self.dtype, list(DTYPES))}")
+        if self.layers not in get_args(Layers):
+            raise UsageError(f"--layers {self.layers}: unknown. {_did_you_mean(self.layers, list(get_args(Layers)))}")
 
     @property
     def calibration_data(self) -> DataConfig | None:
@@ -139,9 +152,11 @@ class CompressConfig:
             if name not in known:
                 raise UsageError(f"{where}: unknown entry {key!r}. {_did_you_mean(name, list(known))}")
             values[name] = _fitting(value, known[name].type, f"{where}: {key}")
-        for required in ("model", "output"):
+        for required, what in (("model", "the checkpoint to compress"), ("output", "the directory to write")):
             if not values.get(required):
-                raise UsageError(f"{where}: {required!r} is missing.")
+                raise UsageError(
+                    f"{where}: {required!r}, {what}, is missing, as in `vitshrink compress ./model ./small --keep 0.6`."
+                )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,17 +174,27 @@ class CompressConfig:
             value = getattr(self, f.name)
             if f.name in ("model", "output") or value in (f.default, (), {}):
                 continue
-            flag = "--" + f.name.replace("_", "-")
             if isinstance(value, bool):
-                words.append(flag)
+                words.append(flag_of(f.name))
             elif isinstance(value, Mapping):
-                words += [word for key, entry in value.items() for word in ("--option", f"{key}={entry}")]
+                words += [word for key, entry in value.items() for word in ("--option", f"{key}={_option(entry)}")]
             else:
                 items = value if isinstance(value, tuple) else (value,)
-                words += [
-                    word for item in items for word in (flag, f"{item:g}" if isinstance(item, float) else str(item))
-                ]
+                words += [word for item in items for word in (flag_of(f.name), str(item))]
         return shlex.join(words)
+
+
+def _option(value: Any) -> str:
+    """As ``--option name=value`` reads it: JSON, a string as it is where that reads back as the same."""
+    return value if isinstance(value, str) and parse_option(value) == value else json.dumps(value)
+
+
+def parse_option(text: str) -> Any:
+    """The value in ``--option name=value``: JSON where it is, otherwise the string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -185,6 +210,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return entries
 
 
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
 def _fitting(value: Any, kind: Any, where: str) -> Any:
     """``value`` in the type of its field; YAML and flags give lists for tuples and numbers for strings."""
     allowed = get_args(kind) if get_origin(kind) is UnionType else (kind,)
@@ -193,8 +221,10 @@ def _fitting(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_fitting(item, get_args(kind)[0], where) for item in items)
-    if get_origin(kind) is Mapping and isinstance(value, Mapping):
-        return dict(value)
+    if get_origin(kind) is Mapping:
+        if isinstance(value, Mapping):
+            return {str(key): entry for key, entry in value.items()}
+        raise UsageError(f"{where}: {value!r} does not fit; expected entries of name and value.")
     if bool in allowed or isinstance(value, bool):
         if isinstance(value, bool) and bool in allowed:
             return value
@@ -206,4 +236,5 @@ def _fitting(value: Any, kind: Any, where: str) -> Any:
             return float(value)
     elif isinstance(value, str | int | float):
         return str(value)
-    raise UsageError(f"{where}: {value!r} does not fit; expected {getattr(kind, '__name__', None) or kind}.")
+    expected = " or ".join(_KINDS.get(entry, str(entry)) for entry in allowed if entry is not NoneType)
+    raise UsageError(f"{where}: {value!r} does not fit; expected {expected}.")

@@ -18,7 +18,7 @@ class LayerInspection:
 
     Attributes:
         effective_rank: exp of the entropy of the spectrum's shares (Roy and Vetterli, 2007); min(m, n) when it is flat.
-        energy: rank → share of the squared spectrum that this rank keeps.
+        energy: rank → share of the squared spectrum that this rank keeps; the ranks are in ascending order.
     """
 
     name: str
@@ -27,6 +27,11 @@ class LayerInspection:
     break_even: int
     effective_rank: float
     energy: dict[int, float]
+
+
+def rank_at(fraction: float, shape: tuple[int, int]) -> int:
+    """The rank that is this fraction of the full rank, at least 1."""
+    return max(1, round(fraction * min(shape)))
 
 
 def inspect_layers(
@@ -41,7 +46,7 @@ def inspect_layers(
         with torch.no_grad():
             loss = method.factorise(weight.double(), stats.get(target.name), centred=bool(stats)).loss
         shares = (loss[:-1] - loss[1:]).clamp_min(0) / loss[0].clamp_min(1e-300)
-        ranks = sorted({max(1, round(fraction * min(target.shape))) for fraction in fractions})
+        ranks = sorted({rank_at(fraction, target.shape) for fraction in fractions})
         found.append(
             LayerInspection(
                 target.name,

@@ -18,11 +18,10 @@ from vitshrink.observer import Job
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples to calibrate on, preprocessed, and others of the same source to measure the fidelity on."""
+    """Samples to calibrate on, preprocessed."""
 
     samples: SampleSet
     batches: list[Batch]
-    held_out: SampleSet | None
 
     @property
     def tokens(self) -> int | None:
@@ -48,40 +47,41 @@ def open_data(data: DataConfig, model: LoadedModel, *, offline: bool) -> SampleS
 
 
 def read_calibration(
-    data: DataConfig,
-    model: LoadedModel,
+    source: SampleSet,
     preprocessor: Preprocessor,
     job: Job,
     *,
     samples: int,
-    holdout: int,
     seed: int,
     batch_size: int,
     max_bad_samples: int | None = None,
-    offline: bool = False,
 ) -> CalibrationData:
-    """Select ``samples`` by seed and preprocess them, and set ``holdout`` others aside. Warns where there are fewer."""
-    source = open_data(data, model, offline=offline)
+    """Select ``samples`` by seed and preprocess them. Warns where there are fewer."""
     chosen = source.select(samples, seed)
-    held_out = None
-    if holdout:
-        try:
-            held_out = source.select(holdout, seed, skip=len(chosen))
-        except DataError:
-            job.warn(
-                f"{data.source}: all {len(chosen)} samples were calibrated on, so the fidelity was not measured. "
-                "Pass --eval, or fewer --samples."
-            )
     if len(chosen) < samples:
-        job.warn(f"{data.source} has {len(chosen)} samples; --samples asked for {samples}.")
+        job.warn(f"{source.source} has {len(chosen)} samples; --samples asked for {samples}.")
     bad = BadSamples(limit=max_bad_samples)
     with job.stage("preprocess", "Reading calibration data", len(chosen)) as advance:
         batches = []
         for batch in preprocessor.batches(chosen, batch_size, bad=bad):
             batches.append(batch)
             advance(len(batch.keys))
-    warn_of_bad(bad, data.source, job)
-    return CalibrationData(chosen, batches, held_out)
+    warn_of_bad(bad, source.source, job)
+    return CalibrationData(chosen, batches)
+
+
+def hold_out(source: SampleSet, job: Job, *, used: int, holdout: int, seed: int) -> SampleSet | None:
+    """``holdout`` samples after the ``used`` first that this seed selects. Warns, and gives None, when none is left."""
+    if not holdout:
+        return None
+    try:
+        return source.select(holdout, seed, skip=used)
+    except DataError:
+        job.warn(
+            f"{source.source}: all samples were calibrated on, so the fidelity was not measured. "
+            "Pass --eval, or fewer --samples."
+        )
+        return None
 
 
 def warn_of_bad(bad: BadSamples, source: str, job: Job) -> None:
@@ -128,12 +128,12 @@ def measure(
     label_of, rule = None, None
     if labelled and samples.labels_are is not None and task not in ("masked-lm", "features"):
         label_of, rule = _labels(model, samples, class_map)
-    with job.stage("evaluate", "Evaluating", len(samples)) as advance:
+    with job.stage("evaluate", "Evaluating", len(samples) * (2 if pairs else 1)) as advance:
         if pairs:
             sides = [_side(samples, first=first) for first in (True, False)]
             evaluation = evaluate_pairs(
                 model,
-                *(preprocessor.batches(side, batch_size, in_order=True) for side in sides),
+                *(preprocessor.batches(side, batch_size, bad=bad) for side in sides),
                 score_of=_number if labelled and samples.labels_are is not None else None,
                 baseline=baseline,
                 device=device,

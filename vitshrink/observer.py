@@ -40,6 +40,10 @@ class Job:
         self.warnings.append(message)
         self.observer.warn(message)
 
+    def branch(self) -> "Job":
+        """A job that knows what this one does so far, and keeps what follows to itself."""
+        return Job(self.observer, dict(self.timings), list(self.warnings))
+
     @contextmanager
     def stage(self, key: str, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         started = time.perf_counter()

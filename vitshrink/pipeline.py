@@ -1,10 +1,13 @@
 """The algorithm, told once from top to bottom: ``compress`` and ``evaluate_checkpoint``."""
 
 import copy
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +23,7 @@ from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.description import Description, example_inputs
 from vitshrink.errors import NumericsError, TargetError, UsageError
 from vitshrink.lowrank import LowRankLinear
-from vitshrink.measurement import CalibrationData, Measurement, measure, open_data, read_calibration
+from vitshrink.measurement import CalibrationData, Measurement, hold_out, measure, open_data, read_calibration
 from vitshrink.methods import Factorisation, Method, Needs, choose, get_method
 from vitshrink.models import LoadedModel, Target, blocks_of, find_targets, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
@@ -74,6 +77,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     allocation = choose(allocation_name, ALLOCATIONS, "allocation")
     compensation = choose(config.compensation or method.compensation, {c: c for c in COMPENSATIONS}, "compensation")
     _require_calibration(config, method, compensation)
+    check_options(method, config.options)
 
     with job.stage("load", "Loading the model"):
         source = load_dense(config.model, offline=config.offline)
@@ -92,7 +96,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
                 outputs.enter_context(publish(path, overwrite=config.overwrite, protect=source.directory))
                 for path in directories
             ]
-        preprocessor, calibration, evaluation_samples = _data(config, source, job)
+        calibrated = method.needs is not Needs.WEIGHTS or compensation != "none"
+        preprocessor, calibration, evaluation_samples = _data(config, source, job, calibrated=calibrated)
         stats = _statistics(dense, targets, method, compensation, calibration, job)
         factors = _factorise(dense, targets, method, config, stats, compensation, job)
         description = Description(
@@ -110,7 +115,9 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         if config.dry_run:
             return [CompressionResult(None, description.planned(plan, job)) for plan in plans]
         results = []
+        shared = job
         for plan, stage, directory in zip(plans, staging, directories, strict=True):
+            job = shared.branch()
             model = _build(dense, targets, factors.layers, plan, stats, compensation)
             if compensation == "residual" and calibration is not None:
                 _compensate(model, dense, targets, calibration, job)
@@ -135,14 +142,30 @@ def _require_calibration(config: CompressConfig, method: Method, compensation: s
     )
 
 
+def check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that the method does not have, or of another kind than its default."""
+    parameters = inspect.signature(method.factorise).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centred"}
+    for name, value in options.items():
+        if not defaults:
+            raise UsageError(f"--option {name}: method {method.name!r} has no options.")
+        default = choose(name, defaults, f"--option of method {method.name!r}:")
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds) or isinstance(value, bool) is not isinstance(default, bool):
+            raise UsageError(f"--option {name}={value}: give a value such as {name}={default}.")
+
+
 def find_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one. Raises UsageError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device "meta" exists, but holds nothing
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {name} cannot be used: choose auto, cpu, cuda or cuda:1 ({reason}).") from error
+    return probe.device
 
 
 def _directories(config: CompressConfig, sizes: Sequence[Size]) -> list[Path]:
@@ -154,30 +177,38 @@ def _sizes(config: CompressConfig, dense: PreTrainedModel, targets: Sequence[Tar
     """The requested sizes as budgets of the whole model. Raises TargetError for what no rank can reach."""
     total = cost.parameters(dense)
     least = _fixed_parameters(dense, targets) + least_cost(_empty_curves(config, targets))
+    header = HEADER_BYTES_A_TENSOR * (len(dense.state_dict()) + len(targets))
     if config.keep:
-        sizes = [Size(f"keep-{keep:g}", int(keep * total)) for keep in config.keep]
+        sizes = [Size(f"keep-{keep}", int(keep * total)) for keep in config.keep]
     elif config.target_params:
         sizes = [Size("", parse_quantity(config.target_params, "--target-params"))]
     elif config.target_size:
         room = parse_quantity(config.target_size, "--target-size")
-        header = HEADER_BYTES_A_TENSOR * (len(dense.state_dict()) + len(targets))
         sizes = [Size("", (room - header) // dtype.itemsize)]
     else:
-        sizes = [Size("", total)]  # --rank: no budget but the dense model itself
+        sizes = [Size("", total - 1)]  # --rank: any size but that of the dense model
     for size in sizes:
+        if least >= total:
+            raise TargetError(
+                f"no layer gets smaller at a rank that is a multiple of {config.rank_multiple}: "
+                "give a smaller --rank-multiple."
+            )
+        if size.budget >= total:
+            raise TargetError(f"{config.model} has only {total:,} parameters: ask for a smaller size than that.")
         if size.budget < least:
             raise TargetError(
                 f"cannot reach {max(size.budget, 0):,} parameters: what is not factorised, and rank "
-                f"{config.rank_multiple} everywhere else, need {least:,}, that is --keep {_up(least / total)} of {total:,}"
-                f" or {least * dtype.itemsize / 1e6:.2f} MB as {str(dtype).removeprefix('torch.')}."
+                f"{config.rank_multiple} everywhere else, need {least:,} of {total:,}. The least to ask for is "
+                f"--keep {_up(least / total)}, --target-params {least} or "
+                f"--target-size {_up((least * dtype.itemsize + header) / 1e6)}MB."
                 + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
             )
     return sizes
 
 
-def _up(fraction: float) -> str:
-    """Rounded up to three digits, so that what a message calls reachable is."""
-    return f"{-(-fraction * 1000 // 1) / 1000:g}"
+def _up(number: float) -> str:
+    """Rounded up to three decimals, so that what a message calls reachable is."""
+    return f"{math.ceil(number * 1000) / 1000:g}"
 
 
 def _fixed_parameters(model: nn.Module, targets: Sequence[Target]) -> int:
@@ -191,9 +222,9 @@ def _empty_curves(config: CompressConfig, targets: Sequence[Target]) -> list[Cur
 
 
 def _data(
-    config: CompressConfig, source: LoadedModel, job: Job
+    config: CompressConfig, source: LoadedModel, job: Job, *, calibrated: bool
 ) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None]:
-    """What to calibrate on and what to evaluate on; the preprocessing is always the checkpoint's own."""
+    """What to calibrate on, where that is needed, and what to evaluate on; preprocessed as the checkpoint says."""
     if config.calibration_data is None and config.eval_data is None:
         job.warn("the result is not evaluated: pass --eval or --calibration.")
         return None, None, None
@@ -202,19 +233,21 @@ def _data(
     )
     calibration, samples = None, None
     if config.calibration_data is not None:
-        calibration = read_calibration(
-            config.calibration_data,
-            source,
-            preprocessor,
-            job,
-            samples=config.samples,
-            holdout=0 if config.eval or config.dry_run else config.holdout,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            max_bad_samples=config.max_bad_samples,
-            offline=config.offline,
-        )
-        samples = calibration.held_out
+        unlabelled = open_data(config.calibration_data, source, offline=config.offline)
+        if calibrated:
+            calibration = read_calibration(
+                unlabelled,
+                preprocessor,
+                job,
+                samples=config.samples,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                max_bad_samples=config.max_bad_samples,
+            )
+        if config.eval_data is None and not config.dry_run:
+            # the same samples for every method, so that methods can be compared; where there are enough
+            used = config.samples if calibrated or config.samples < len(unlabelled) else 0
+            samples = hold_out(unlabelled, job, used=used, holdout=config.holdout, seed=config.seed)
     if config.eval_data is not None and not config.dry_run:
         samples = open_data(config.eval_data, source, offline=config.offline)
         if config.eval_limit is not None and config.eval_limit < len(samples):
@@ -288,8 +321,6 @@ def _factorise(
             except NumericsError as error:
                 factors.failures[target.name] = str(error)
                 job.warn(f"{target.name} stays dense: {error}")
-            except TypeError as error:
-                raise UsageError(f"--option: method {method.name!r} does not take it ({error}).") from error
             advance(1)
     if not factors.layers:
         raise NumericsError("no layer could be factorised; the warnings say why.")
@@ -311,6 +342,9 @@ def _plan(
     ]
     if config.rank is not None:
         plan = fixed_rank(curves, config.rank)
+        if all(rank is None for rank in plan.values()):
+            largest = max(rank for curve in curves for rank in curve.ranks)
+            raise TargetError(f"--rank {config.rank} makes no layer smaller: the largest that does is {largest}.")
     else:
         plan = allocate(curves, size.budget - _fixed_parameters(model, ready), allocation)
     return plan | dict.fromkeys(factors.failures)

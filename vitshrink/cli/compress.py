@@ -9,7 +9,7 @@ import typer
 
 from vitshrink.cli import console
 from vitshrink.cli.tables import plan_table, results_table
-from vitshrink.config import CompressConfig, read_recipe
+from vitshrink.config import SIZES, CompressConfig, parse_option, read_recipe
 from vitshrink.errors import UsageError
 from vitshrink.pipeline import compress
 
@@ -128,9 +128,8 @@ def compress_command(
     if option:
         flags["options"] = dict(_parse_option(text) for text in flags.pop("option"))
     recipe = read_recipe(config) if config else {}
-    if any(name in flags for name in ("keep", "target_params", "target_size", "rank")):
-        for name in ("keep", "target_params", "target_size", "rank"):
-            recipe.pop(name, None)  # a size on the command line replaces the recipe's
+    if any(name in flags for name in SIZES):  # a size on the command line replaces the recipe's
+        recipe = {name: value for name, value in recipe.items() if str(name).replace("-", "_") not in SIZES}
     job = CompressConfig.from_mapping(recipe | flags, str(config) if config else "the command line")
     results = compress(job, console.TerminalObserver(quiet=quiet or as_json))
     if as_json:
@@ -138,11 +137,11 @@ def compress_command(
         json.dump(documents[0] if len(documents) == 1 else documents, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
         return
-    if dry_run:
+    if job.dry_run:
         for result in results:
-            console.output.print(plan_table(result.report))
+            console.show(plan_table(result.report))
     if not quiet:
-        console.output.print(results_table([result.report for result in results]))
+        console.show(results_table([result.report for result in results]))
         for result in results:
             if result.directory is not None:
                 console.output.print(f"{result.directory}  (report.md, report.json beside the weights)", soft_wrap=True)
@@ -152,7 +151,4 @@ def _parse_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--option {text!r}: write name=value.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    return name, parse_option(value)

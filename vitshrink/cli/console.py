@@ -10,11 +10,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table as Grid
 from rich.text import Text
 
+from vitshrink.cli.tables import Table
 from vitshrink.errors import VitshrinkError
 
 INTERRUPTED = 130
@@ -23,7 +28,34 @@ TERMINATED = 143
 errors = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 
+UNBOUNDED = 10_000
+"""Columns of a terminal that is wide enough for anything."""
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def show(table: Table) -> None:
+    """Print a table: in columns where they fit, otherwise row by row, so that a narrow terminal loses nothing.
+
+    Nothing is known of the width behind a pipe: columns always fit there.
+    """
+    grid = Grid(box=None, pad_edge=False, header_style="bold", caption=table.caption, caption_justify="left")
+    for index, heading in enumerate(table.headings):
+        grid.add_column(heading, justify="left" if index < table.left else "right", no_wrap=True)
+    for row in table.rows:
+        grid.add_row(*map(escape, row))
+    bounded = output.is_terminal or "COLUMNS" in os.environ
+    needed = output.measure(grid, options=output.options.update(max_width=UNBOUNDED)).maximum
+    if needed <= output.width or not bounded:
+        output.print(grid, width=max(needed, output.width))
+        return
+    for row in table.rows:
+        output.print(Text(row[0] or " ", style="bold"))
+        for heading, cell in zip(table.headings[1:], row[1:], strict=True):
+            if cell:
+                output.print(Padding(Text(f"{heading}: {cell}" if heading else cell), (0, 0, 0, 2)))
+    if table.caption:
+        output.print(Text(table.caption))
 
 
 class Terminated(BaseException):
@@ -31,6 +63,7 @@ class Terminated(BaseException):
 
 
 def on_sigterm(_signal: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning up
     raise Terminated
 
 
@@ -76,13 +109,15 @@ def reported(command: Command) -> Command:
         except BrokenPipeError:  # the reader of stdout has gone: nobody is left to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except MemoryError:
-            _fail("out of memory: lower --batch-size or --samples.", 1)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            _fail(f"out of memory: lower --batch-size or --samples. {error}".strip(), 1)
         except typer.Exit:
             raise
         except Exception as error:
             _fail(
-                f"unexpected {type(error).__name__}: {error}. Run again with --debug for the place, and report it.", 1
+                f"unexpected {type(error).__name__}: {error}. This is a bug: run `vitshrink --debug …` for the place, "
+                "and report it.",
+                1,
             )
 
     return wrapper  # type: ignore[return-value]

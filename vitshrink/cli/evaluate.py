@@ -41,6 +41,8 @@ def evaluate_command(
 
     Example: vitshrink eval ./my-vit-small --baseline ./my-vit --data ./val
     """
+    gates = Gates(min_accuracy, max_drop, max_kl)
+    gates.require(baseline=baseline)
     found = evaluate_checkpoint(
         model,
         DataConfig(data, split, image_column, text_column, text_pair_column, label_column),
@@ -60,5 +62,5 @@ def evaluate_command(
         json.dump(document, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
     else:
-        console.output.print(evaluation_table(document))
-    Gates(min_accuracy, max_drop, max_kl).check(document["evaluation"])
+        console.show(evaluation_table(document))
+    gates.check(document["evaluation"])

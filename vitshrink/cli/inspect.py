@@ -3,17 +3,17 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from vitshrink.calibration import collect
 from vitshrink.cli import console
-from vitshrink.config import DataConfig
+from vitshrink.cli.tables import Table
+from vitshrink.config import DataConfig, Layers
 from vitshrink.data import Preprocessor
-from vitshrink.inspection import LayerInspection, inspect_layers
-from vitshrink.measurement import read_calibration
+from vitshrink.inspection import LayerInspection, inspect_layers, rank_at
+from vitshrink.measurement import open_data, read_calibration
 from vitshrink.methods import Needs
 from vitshrink.models import find_targets, load_dense
 from vitshrink.observer import Job
@@ -28,7 +28,7 @@ def inspect_command(
     calibration: Annotated[str | None, typer.Option(help="Samples that weight the spectra.")] = None,
     calibration_split: Annotated[str | None, typer.Option(help="Their split.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many to use.")] = 128,
-    layers: Annotated[str, typer.Option(help="attention, mlp or all.")] = "all",
+    layers: Annotated[Layers, typer.Option(help="Which layers of a block.")] = "all",
     include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches this.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No layer whose name matches this.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
@@ -45,20 +45,16 @@ def inspect_command(
     with job.stage("load", "Loading the model"):
         source = load_dense(model, offline=offline)
         dense = source.model.to(find_device(device))
-    kind = cast(Literal["attention", "mlp", "all"], layers)
-    targets = find_targets(dense, layers=kind, include=include or (), exclude=exclude or ())
+    targets = find_targets(dense, layers=layers, include=include or (), exclude=exclude or ())
     stats = {}
     if calibration is not None:
         data = read_calibration(
-            DataConfig(calibration, calibration_split),
-            source,
+            open_data(DataConfig(calibration, calibration_split), source, offline=offline),
             Preprocessor.from_checkpoint(source.directory, source.family.modality, offline=offline),
             job,
             samples=samples,
-            holdout=0,
             seed=seed,
             batch_size=batch_size,
-            offline=offline,
         )
         with job.stage("calibrate", "Calibrating", len(data.samples)) as advance:
             stats = collect(dense, targets, data.batches, Needs.COVARIANCE, on_batch=advance)
@@ -68,19 +64,23 @@ def inspect_command(
         json.dump([asdict(layer) for layer in found], sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
     else:
-        console.output.print(_table(found, weighted=bool(stats)))
+        console.show(_table(found, weighted=bool(stats)))
 
 
 def _table(layers: list[LayerInspection], *, weighted: bool) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", overflow="fold")
-    headings = ["shape", "parameters", "break-even", "effective rank"]
-    for heading in (*headings, *(f"{fraction:.1%} rank" for fraction in FRACTIONS)):
-        table.add_column(heading, justify="right")
-    for layer in layers:
-        figures = [f"{layer.parameters:,}", str(layer.break_even), f"{layer.effective_rank:.1f}"]
-        energies = [f"{energy:.1%}" for energy in layer.energy.values()]
-        table.add_row(layer.name, "{} × {}".format(*layer.shape), *figures, *energies)
     kind = "activation-weighted" if weighted else "plain"
-    table.caption = f"the last columns: share of the {kind} squared spectrum kept at that fraction of the full rank"
+    table = Table(
+        ["layer", "shape", "parameters", "break-even", "effective rank", *(f"{f:.1%} rank" for f in FRACTIONS)],
+        caption=f"the last columns: share of the {kind} squared spectrum kept at that fraction of the full rank",
+    )
+    for layer in layers:
+        energies = (layer.energy[rank_at(fraction, layer.shape)] for fraction in FRACTIONS)
+        table.add(
+            layer.name,
+            "{} × {}".format(*layer.shape),
+            f"{layer.parameters:,}",
+            str(layer.break_even),
+            f"{layer.effective_rank:.1f}",
+            *(f"{energy:.1%}" for energy in energies),
+        )
     return table
