@@ -1,16 +1,23 @@
+import base64
 import copy
 import html.parser
 import json
 import math
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
+from PIL import Image
 
 from vitshrink import report as reports
+from vitshrink.data import Sample, SampleSet
 from vitshrink.errors import DataError
 from vitshrink.report import Report, figures, headline, summary_rows
 
@@ -396,6 +403,23 @@ def test_thumbnails_stand_in_the_page() -> None:
     assert page.addresses.count(address) == 1
 
 
+def test_thumbnails_are_small_images_of_the_samples_asked_for(tmp_path: Path) -> None:
+    tiny.write_images(tmp_path, 2)
+    Image.new("L", (900, 300)).save(tmp_path / "wide.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    files = sorted(tmp_path.iterdir())
+    samples = SampleSet("here", "image", [Sample(file.name, image=file) for file in files])
+    made = reports.thumbnails(samples, ["wide.png", "000.png", "broken.png", "missing.png"])
+    assert sorted(made) == ["000.png", "wide.png"]
+    head, _, content = made["wide.png"].partition(",")
+    assert head == "data:image/jpeg;base64"
+    assert Image.open(BytesIO(base64.b64decode(content))).size == (160, 53)
+
+
+def test_texts_have_no_thumbnails() -> None:
+    assert reports.thumbnails(SampleSet("here", "text", [Sample("row 1", text="good film")]), ["row 1"]) == {}
+
+
 def test_pictures_are_valid_svg_in_the_colours_of_the_page() -> None:
     pytest.importorskip("matplotlib")
     drawn = [figures.rank_plan(made()), figures.error_by_layer(made()), figures.trade_off([made(), smaller()])]
@@ -443,3 +467,43 @@ def test_comparison_takes_every_kind_of_report(report: Report) -> None:
     page = Page(reports.render_comparison_html([report, made()]))
     assert "None" not in page.text
     assert reports.comparison_markdown([report]).count("\n") == 3
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PROBE = """<script>
+const style = getComputedStyle(document.body);
+const boxes = [...document.querySelectorAll(".scroll")];
+const tables = boxes.every((box) => box.getBoundingClientRect().right <= innerWidth);
+document.documentElement.innerHTML = JSON.stringify({
+  width: innerWidth, content: document.documentElement.scrollWidth, tables,
+  paper: style.backgroundColor, ink: style.color,
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (500, False)])
+def test_a_browser_shows_the_pages_without_overflow(tmp_path: Path, width: int, dark: bool) -> None:
+    thumbnails = {"n01440764/x.jpg": "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="}
+    long_name = made(warnings=["x" * 200], command="vitshrink " + "y" * 300)
+    for page in (reports.render_html(long_name, thumbnails), reports.render_comparison_html([made(), smaller()])):
+        file = tmp_path / "page.html"
+        file.write_text(page.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+        shown = browse(file, tmp_path / "profile", width, dark)
+        assert shown["width"] == width
+        assert shown["content"] <= width
+        assert shown["tables"]
+        light = sum(map(int, re.findall(r"\d+", shown["paper"])[:3])) > 384
+        assert light != dark
+        assert (sum(map(int, re.findall(r"\d+", shown["ink"])[:3])) > 384) == dark
+
+
+def browse(file: Path, profile: Path, width: int, dark: bool) -> dict[str, Any]:
+    """What the probe in the page found."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += ["--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}", f"--window-size={width},900"]
+    command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"\{.*\}", done.stdout)
+    assert found, done.stdout + done.stderr
+    return dict(json.loads(found[0]))

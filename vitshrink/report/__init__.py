@@ -10,6 +10,7 @@ from vitshrink.report.render import (
     write,
 )
 from vitshrink.report.summary import Row, headline, summary_rows
+from vitshrink.report.thumbnails import thumbnails
 
 __all__ = [
     "Report",
@@ -22,5 +23,6 @@ __all__ = [
     "render_html",
     "render_markdown",
     "summary_rows",
+    "thumbnails",
     "write",
 ]

@@ -18,12 +18,15 @@ SHOWN_CLASSES = 15
 SHOWN_DISAGREEMENTS = 12
 
 
-def write(report: Report, directory: Path) -> None:
-    """Write ``report.json``, ``report.md``, ``report.html`` and the model card ``README.md``. Raises OSError."""
+def write(report: Report, directory: Path, thumbnails: Mapping[str, str] | None = None) -> None:
+    """Write ``report.json``, ``report.md``, ``report.html`` and the model card ``README.md``. Raises OSError.
+
+    ``thumbnails``: see ``render_html``.
+    """
     for name, text in (
         (FILE_NAME, report.to_json()),
         ("report.md", render_markdown(report)),
-        ("report.html", render_html(report)),
+        ("report.html", render_html(report, thumbnails)),
         ("README.md", render_card(report)),
     ):
         (directory / name).write_text(text, encoding="utf-8")
