@@ -1,0 +1,200 @@
+"""A job's configuration: refused where it makes no sense, the same after a detour through YAML or a command line."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import vitshrink.cli.compress as command
+from vitshrink.cli.app import app
+from vitshrink.config import CompressConfig, parse_option, parse_quantity, read_recipe
+from vitshrink.errors import UsageError
+
+
+def config(**entries: Any) -> CompressConfig:
+    sizes = {"keep", "target_params", "target_size", "rank"}
+    return CompressConfig(
+        **({"model": "m", "output": "o"} | ({} if sizes & entries.keys() else {"keep": (0.5,)}) | entries)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("22M", 22_000_000),
+        ("90MB", 90_000_000),
+        ("1.5 GiB", 3 * 2**29),
+        ("12kb", 12_000),
+        ("64KiB", 65_536),
+        ("123456", 123_456),
+        (" 0.5m ", 500_000),
+    ],
+)
+def test_quantities_are_read_with_their_unit(text: str, expected: int) -> None:
+    assert parse_quantity(text, "--target-size") == expected
+
+
+@pytest.mark.parametrize("text", ["", "22X", "M", "-5M", "0", "0MB", "1e6", "12 12", "nan", "inf"])
+def test_a_quantity_that_cannot_be_read_names_the_flag(text: str) -> None:
+    with pytest.raises(UsageError, match="--target-params"):
+        parse_quantity(text, "--target-params")
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0, -0.5, 1.5, float("nan"), float("inf")])
+def test_a_fraction_outside_of_zero_and_one_is_refused(keep: float) -> None:
+    with pytest.raises(UsageError, match=r"--keep .*above 0 and below 1"):
+        config(keep=(keep,))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"keep": ()}, "none was"),
+        ({"keep": (0.5,), "rank": 3}, "--keep and --rank were given"),
+        ({"target_params": "1M", "target_size": "1MB"}, "--target-params and --target-size were given"),
+    ],
+)
+def test_exactly_one_size_is_needed(sizes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        config(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rank", 0),
+        ("rank", -1),
+        ("rank_multiple", 0),
+        ("samples", 0),
+        ("batch_size", 0),
+        ("eval_limit", 0),
+        ("max_length", 0),
+        ("holdout", -1),
+        ("max_bad_samples", -1),
+    ],
+)
+def test_a_number_out_of_range_names_its_flag(name: str, value: int) -> None:
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: must"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"dtype": "fp16"}, "--dtype fp16.*float16"),
+        ({"layers": "atention"}, "--layers atention.*Did you mean 'attention'"),
+        ({"keep": (0.5, 0.6, 0.5)}, "twice"),
+        ({"target_size": "9 bananas"}, "--target-size.*9 bananas"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_told_from_those_that_do(entries: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        config(**entries)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"kep": 0.5}, "unknown entry 'kep'. Did you mean 'keep'"),
+        ({"keep": "half"}, "keep: 'half' does not fit; expected a number"),
+        ({"keep": 0.5, "samples": 1.5}, "samples: 1.5 does not fit; expected a whole number"),
+        ({"keep": 0.5, "samples": True}, "samples: True does not fit"),
+        ({"keep": 0.5, "offline": "yes"}, "offline: 'yes' does not fit; expected true or false"),
+        ({"keep": 0.5, "calibration": ["a"]}, "calibration: .* expected text"),
+        ({"keep": 0.5, "options": "alpha"}, "options: 'alpha' does not fit"),
+        ({"keep": 0.5, "method": None}, "method: None does not fit"),
+    ],
+)
+def test_an_entry_of_a_recipe_that_does_not_fit_is_named(entries: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=f"r.yaml: {said}"):
+        CompressConfig.from_mapping({"model": "m", "output": "o"} | entries, "r.yaml")
+
+
+@pytest.mark.parametrize("missing", ["model", "output"])
+def test_a_missing_model_or_output_is_named(missing: str) -> None:
+    entries = {"model": "m", "output": "o", "keep": 0.5}
+    entries.pop(missing)
+    with pytest.raises(UsageError, match=f"'{missing}'.*is missing"):
+        CompressConfig.from_mapping(entries)
+
+
+def test_a_recipe_may_be_written_as_people_write_yaml() -> None:
+    text = "model: m\noutput: 7\nkeep: 0.5\ninclude: attention\ntarget-params:\nsamples: 3\noptions: {alpha: 1}"
+    found = CompressConfig.from_mapping(yaml.safe_load(text))
+    assert found == config(output="7", include=("attention",), samples=3, options={"alpha": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("- a\n- b", "must hold entries"),
+        ("", "must hold entries"),
+        ("a: [", "not valid YAML"),
+        (b"\xff\xfe\x00", "cannot"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(content: str | bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=said) as caught:
+        read_recipe(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml"):
+        read_recipe(tmp_path / "nowhere.yaml")
+
+
+words = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=12)
+plain = words.filter(lambda text: not text.startswith("-") and text.strip())
+fractions = st.floats(0, 1, exclude_min=True, exclude_max=True, width=64)
+jobs = st.builds(
+    config,
+    model=plain,
+    output=plain,
+    keep=st.lists(fractions, min_size=1, max_size=3, unique=True).map(tuple),
+    calibration=st.none() | plain,
+    include=st.lists(plain, max_size=2).map(tuple),
+    samples=st.integers(1, 10**6),
+    max_bad_samples=st.none() | st.integers(0, 5),
+    seed=st.integers(0, 2**40),
+    offline=st.booleans(),
+    overwrite=st.booleans(),
+    dtype=st.none() | st.sampled_from(["float32", "float16", "bfloat16"]),
+    options=st.dictionaries(
+        st.from_regex("[a-z]{1,5}", fullmatch=True),
+        st.integers() | fractions | st.booleans() | st.sampled_from(["abs-max", "1", "null", '"x"', "a=b"]),
+        max_size=2,
+    ),
+)
+
+
+@given(jobs)
+def test_a_recipe_written_and_read_is_the_same_job(job: CompressConfig) -> None:
+    assert CompressConfig.from_mapping(yaml.safe_load(job.to_yaml())) == job
+
+
+@given(jobs)
+def test_the_command_line_of_a_job_asks_for_the_same_job(job: CompressConfig) -> None:
+    seen: list[CompressConfig] = []
+
+    def take(wanted: CompressConfig, _observer: object) -> list[Any]:
+        seen.append(wanted)
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "compress", take)
+        result = CliRunner().invoke(app, [*shlex.split(job.command())[1:], "--quiet"])
+    assert result.exit_code == 0, result.stderr
+    assert seen == [job]
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.3", 0.3), ("abs-max", "abs-max"), ("true", True), ('"1"', "1")])
+def test_an_option_is_json_where_it_can_be(text: str, value: Any) -> None:
+    assert parse_option(text) == value
