@@ -1,13 +1,18 @@
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.distributed
+import torch.multiprocessing
 from torch import Tensor, nn
 
-from vitshrink import metrics
+from vitshrink import load, metrics
+from vitshrink.data import Preprocessor, align_labels, open_samples
 from vitshrink.errors import DataError, NumericsError, UsageError, VitshrinkError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate, evaluate_pairs
 from vitshrink.lowrank import LowRankLinear
@@ -435,3 +440,73 @@ def test_the_label_check_leaves_other_tasks_alone() -> None:
         tiny.build(name), batches(name, 40, 8), task="masked-lm", masking=Masking(MASK, SPECIAL, fraction=0.5)
     )
     check_labels(found, len(tiny.VOCABULARY))
+
+
+def share(rank: int, folder: str) -> None:
+    """What one of two processes does: every second batch, and the figures to a file."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    found = two_models(batches("BertForMaskedLM", 10, 2)[rank::2])
+    Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+def two_models(data: list[EncodedBatch]) -> dict[str, Any]:
+    name = "BertForMaskedLM"
+    masking = Masking(MASK, SPECIAL, fraction=0.4)
+    return evaluate(compressed(name), data, task="masked-lm", masking=masking, baseline=tiny.build(name)).to_dict()
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(share, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second == two_models(batches("BertForMaskedLM", 10, 2))
+
+
+def test_batches_of_images_from_disk_are_evaluated(vit_directory: Path, class_images: Path) -> None:
+    model = load(vit_directory)
+    samples = open_samples(str(class_images), "image")
+    classes, _ = align_labels(samples, model.config.id2label, 4)
+    batches = Preprocessor.from_checkpoint(vit_directory, "image").batches(samples, 6)
+    found = evaluate(model, batches, task="image-classification", label_of=classes.__getitem__)
+    assert found.samples == 32
+    assert {row["class"] for row in found.classes} == set(tiny.IMAGE_CLASSES)
+
+
+@pytest.mark.parametrize("batch_size", [3, 40])
+def test_masks_of_text_from_disk_do_not_depend_on_the_batch_size(
+    masked_lm_directory: Path, text_file: Path, batch_size: int
+) -> None:
+    model, preprocessor = load(masked_lm_directory), Preprocessor.from_checkpoint(masked_lm_directory, "text")
+    samples = open_samples(str(text_file), "text")
+    masking = Masking.from_tokenizer(preprocessor.processor)
+    found = evaluate(model, preprocessor.batches(samples, batch_size), task="masked-lm", masking=masking)
+    whole = evaluate(model, preprocessor.batches(samples, 1), task="masked-lm", masking=masking)
+    assert found.dense == whole.dense
+    assert found.samples == 40
+
+
+def real_accuracy(checkpoint: Path, data: Path, kind: Any) -> Evaluation:
+    model = load(checkpoint, dtype=torch.float32)
+    samples = open_samples(str(data), kind)
+    classes, _ = align_labels(samples, model.config.id2label, model.config.num_labels)
+    batches = Preprocessor.from_checkpoint(checkpoint, kind).batches(samples, 32)
+    task = "image-classification" if kind == "image" else "text-classification"
+    return evaluate(model, batches, task=task, label_of=classes.__getitem__)
+
+
+@pytest.mark.real
+def test_deit_tiny_has_its_known_accuracy_on_a_part_of_imagenet(real_folder: Path) -> None:
+    found = real_accuracy(real_folder / "deit-tiny", real_folder / "imagenet-val", "image")
+    assert found.dense is not None
+    assert (found.dense["correct"], found.samples) == (529, 650)
+    assert found.dense["interval"] == pytest.approx([0.782, 0.842], abs=0.001)
+    check_labels(found, 1000)
+
+
+@pytest.mark.real
+def test_a_sentiment_classifier_has_its_known_accuracy(real_folder: Path) -> None:
+    found = real_accuracy(real_folder / "minilm-sst2", real_folder / "text" / "sst2" / "test.tsv", "text")
+    assert found.dense is not None
+    assert (found.dense["correct"], found.samples) == (776, 872)
