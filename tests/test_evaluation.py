@@ -230,6 +230,22 @@ def test_a_sample_without_ordinary_tokens_has_none_hidden() -> None:
     assert one.tolist() == [[False, True, False]]
 
 
+def test_texts_of_special_tokens_alone_count_for_nothing() -> None:
+    model, masking = tiny.build("BertForMaskedLM"), Masking(MASK, SPECIAL, fraction=0.4)
+    nothing = torch.tensor([[2, 3, 0, 0, 0, 0, 0, 0, 0, 0]])
+    empty = EncodedBatch({"input_ids": nothing, "attention_mask": (nothing != 0).long()}, nothing != 0, [None], ["a"])
+    data = batches("BertForMaskedLM", 4, 2)
+    found = evaluate(model, [empty, *data], task="masked-lm", masking=masking, baseline=model)
+    without = evaluate(model, data, task="masked-lm", masking=masking, baseline=model)
+    assert found.dense is not None
+    assert without.dense is not None
+    assert found.dense["top1"] == without.dense["top1"]
+    assert found.fidelity is not None
+    assert found.fidelity["kl"] == 0
+    with pytest.raises(DataError, match="no token could be masked"):
+        evaluate(model, [empty], task="masked-lm", masking=masking)
+
+
 def test_a_tokenizer_without_a_mask_token_is_refused() -> None:
     class Plain:
         mask_token_id = None

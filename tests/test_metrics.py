@@ -125,3 +125,8 @@ def test_rank_correlation_interval_shrinks_with_samples() -> None:
     few, many = metrics.rank_correlation_interval(0.8, 20), metrics.rank_correlation_interval(0.8, 2000)
     assert few[0] < many[0] < 0.8 < many[1] < few[1]
     assert metrics.rank_correlation_interval(1.0, 20) == (-1, 1)
+
+
+def test_draws_without_a_token_do_not_spoil_the_interval() -> None:
+    low, high = metrics.bootstrap_ratio(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0]), seed=0)
+    assert (low, high) == (0.5, 0.5)

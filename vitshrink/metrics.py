@@ -116,7 +116,8 @@ def bootstrap_ratio(numerator: Tensor, denominator: Tensor, seed: int) -> Interv
         drawn = torch.randint(count, (min(rows, _RESAMPLES - start), count), generator=generator)
         sums = pairs[:, drawn].sum(-1)
         ratios.append(sums[0] / sums[1])
-    return _percentiles(torch.cat(ratios))
+    ratio = torch.cat(ratios)
+    return _percentiles(ratio[~ratio.isnan()])  # a draw of samples without a single token has no rate
 
 
 def bootstrap_correlation_drop(target: Tensor, dense: Tensor, compressed: Tensor, seed: int) -> tuple[Interval, float]:

@@ -48,7 +48,9 @@ def classification_step(label_of: LabelOf | None) -> Step:
     """For models with a classification head, or a regression head of one output."""
 
     def step(models: Models, batch: Batch) -> Columns:
-        logits = {role: _finite(role, _forward(model, batch.inputs).logits, batch) for role, model in models.items()}
+        logits = {
+            role: _finite(role, _forward(model, batch.inputs).logits, batch.keys) for role, model in models.items()
+        }
         width, device = next((rows.shape[-1], rows.device) for rows in logits.values())
         if width == 1:
             columns = {f"{role}.prediction": rows.squeeze(-1) for role, rows in logits.items()}
@@ -68,13 +70,14 @@ def masked_lm_step(masking: Masking) -> Step:
     def step(models: Models, batch: Batch) -> Columns:
         tokens = batch.inputs["input_ids"]
         hidden = masking.positions(tokens, batch.mask, batch.keys)
+        owner = hidden.nonzero()[:, 0]
+        keys = [batch.keys[row] for row in owner.tolist()]
         inputs = {**batch.inputs, "input_ids": tokens.masked_fill(hidden, masking.mask_token)}
-        logits = {role: _finite(role, _masked_logits(model, inputs, hidden), batch) for role, model in models.items()}
+        logits = {role: _finite(role, _masked_logits(model, inputs, hidden), keys) for role, model in models.items()}
         device = next(iter(logits.values())).device
-        owner = hidden.nonzero()[:, 0].to(device)
         sums = torch.zeros(len(batch.keys), dtype=torch.float64, device=device)
         rows = _hits(logits, tokens[hidden].to(device))
-        columns = {name: sums.index_add(0, owner, values.double()) for name, values in rows.items()}
+        columns = {name: sums.index_add(0, owner.to(device), values.double()) for name, values in rows.items()}
         return columns | {"units": hidden.sum(1)}
 
     return step
@@ -139,16 +142,16 @@ def _masked_logits(model: nn.Module, inputs: Mapping[str, Tensor], hidden: Tenso
 
 
 def _features(role: str, model: nn.Module, batch: Batch) -> Tensor:
-    return _finite(role, _forward(model, batch.inputs).last_hidden_state.double(), batch).cpu()
+    return _finite(role, _forward(model, batch.inputs).last_hidden_state.double(), batch.keys).cpu()
 
 
-def _finite(role: str, values: Tensor, batch: Batch) -> Tensor:
-    rows = values.flatten(1).isfinite().all(1)
-    if not rows.all():
-        first = int((~rows).nonzero()[0]) if len(rows) == len(batch.keys) else 0
+def _finite(role: str, values: Tensor, keys: list[str]) -> Tensor:
+    """The values unchanged, a row a key. Raises NumericsError naming the first sample with a NaN or an infinity."""
+    bad = ~values.flatten(1).isfinite().all(1)
+    if bad.any():
         raise NumericsError(
-            f"the {role} model gives NaN or infinite outputs in the batch of {batch.keys[first]} "
-            f"({int((~rows).sum())} of {len(rows)} rows). Evaluate in float32, or check the checkpoint's weights."
+            f"the {role} model gives NaN or infinite outputs for {keys[int(bad.nonzero()[0])]} "
+            f"({int(bad.sum())} of {len(bad)} in its batch). Evaluate in float32, or check the checkpoint's weights."
         )
     return values
 

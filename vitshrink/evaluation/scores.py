@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from vitshrink import metrics
+from vitshrink.errors import DataError
 from vitshrink.evaluation.columns import Columns
 
 SIGNIFICANCE = 0.05
@@ -38,7 +39,12 @@ class Evaluation:
 
 
 def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, str], seed: int) -> Evaluation:
-    """The figures of rows, one a key; ``names`` are those of the classes, ``seed`` drives the resampling."""
+    """The figures of rows, one a key; ``names`` are those of the classes, ``seed`` drives the resampling.
+
+    Raises DataError when the texts had no token to hide.
+    """
+    if "units" in columns and not columns["units"].any():
+        raise DataError("no token could be masked: the texts hold nothing but special tokens.")
     scores = {role: _scores(role, columns, seed) for role in ("dense", "compressed")}
     measured = [entry for entry in scores.values() if entry]
     metric = next((name for name in ("top1", "spearman") if measured and name in measured[0]), None)

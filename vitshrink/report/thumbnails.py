@@ -11,7 +11,10 @@ SIDE = 160
 
 
 def thumbnails(samples: SampleSet, keys: Collection[str]) -> dict[str, str]:
-    """JPEG thumbnails of the samples with these keys; texts and images that cannot be read have none."""
+    """JPEG thumbnails of the samples with these keys; texts and images that cannot be read have none.
+
+    A page with thumbnails publishes the samples: make one only when the user asks for it.
+    """
     wanted, made = set(keys), {}
     for sample in samples.samples:
         if sample.key in wanted and sample.image is not None:
