@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, DeiTImageProcessor, ViTImageProcessor
 
@@ -173,6 +174,26 @@ def test_threads_end_when_the_caller_stops_early(image_preprocessor: Preprocesso
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if "vitshrink" in thread.name]
+
+
+def test_rows_of_a_shard_can_be_read_by_several_threads(image_preprocessor: Preprocessor, tmp_path: Path) -> None:
+    tiny.write_images(tmp_path / "files", 40)
+    files = [file.read_bytes() for file in sorted((tmp_path / "files").iterdir())]
+    Dataset.from_dict({"image": files}).to_parquet(tmp_path / "x.parquet")
+    shard, folder = open_samples(tmp_path / "x.parquet", "image"), open_samples(tmp_path / "files", "image")
+    pixels = [
+        torch.cat([batch.inputs["pixel_values"] for batch in image_preprocessor.batches(samples, 7, workers=6)])
+        for samples in (shard, folder)
+    ]
+    assert torch.equal(*pixels)
+
+
+def test_images_that_keep_different_sizes_are_explained(tmp_path: Path) -> None:
+    for name, size in (("a", (8, 8)), ("b", (9, 8))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    preprocessor = Preprocessor(ImageEncoder(ViTImageProcessor(do_resize=False)))
+    with pytest.raises(CheckpointError, match=r"b\.png.*do_resize"):
+        list(preprocessor.batches(open_samples(tmp_path, "image"), 2))
 
 
 # Texts

@@ -13,7 +13,7 @@ import tiny
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.utils import disable_progress_bars
 
-from vitshrink.data import SampleSet, decode_image, open_samples
+from vitshrink.data import Kind, SampleSet, decode_image, open_samples
 from vitshrink.errors import DataError, UsageError
 
 disable_progress_bars()
@@ -209,7 +209,11 @@ def test_a_table_without_header_by_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", "body,label\na,1\n", r"no column looks like the text.*--text-column.*body, label.*header: false"),
+        (
+            "x.csv",
+            "body,label\na,1\n",
+            r"no column looks like the text.*--text-column.*a recipe that names.*body, label",
+        ),
         ("x.csv", "text,sentence,label\na,b,1\n", "text and sentence could each be the text"),
         ("x.csv", "text,label,score\na,1,2\n", "label and score could each be the label"),
         ("x.csv", "text,label\na,1\nb\n", "row 2: 1 fields where 2"),
@@ -327,6 +331,27 @@ def test_the_type_of_the_label_column_decides(
     assert (samples.labels_are, labels(samples)) == (labels_are, values)
 
 
+@pytest.mark.parametrize(
+    ("column", "kind", "message"),
+    [("number", "text", "holds .*int64.*, not text"), ("number", "image", "holds .*int64.*, not images")],
+)
+def test_columns_that_hold_something_else_are_refused(tmp_path: Path, column: str, kind: Kind, message: str) -> None:
+    Dataset.from_dict({"number": [1, 2]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=message):
+        open_samples(tmp_path / "x.parquet", kind, text_column=column, image_column=column)
+
+
+def test_an_archive_beside_its_unpacked_images_is_passed_over(tmp_path: Path) -> None:
+    tiny.write_images(tmp_path / "val" / "cat", 2)
+    (tmp_path / "val.tar").write_bytes(b"")
+    assert len(open_samples(tmp_path, "image", split="val")) == 2
+
+
+def test_a_picture_beside_shards_is_passed_over(shards: Path) -> None:
+    tiny.write_images(shards / "assets", 1)
+    assert len(open_samples(shards, "image", split="train")) == 4
+
+
 def test_lists_of_labels_are_refused(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["a"], "labels": [[1, 2]]}).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(DataError, match="not one class or score a row"):
@@ -360,7 +385,7 @@ def test_a_recipe_of_the_other_kind_is_refused() -> None:
 def test_a_folder_called_like_a_recipe_is_ambiguous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.write_images(tmp_path / "imagenette", 1)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"write \./imagenette"):
+    with pytest.raises(UsageError, match=r"write \./imagenette for that"):
         open_samples("imagenette", "image")
     assert len(open_samples("./imagenette", "image")) == 1
 

@@ -40,40 +40,38 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
     Raises:
         DataError: a wanted column does not exist, or the usual names give no column, or more than one choice.
     """
-    listed = f"Columns: {', '.join(map(_shortened, available))}."
+    listed = [name if len(name) <= 40 else name[:37] + "..." for name in available]
     for column in (wanted.image, wanted.text, wanted.text_pair, wanted.label):
         if column is not None and column not in available:
-            raise DataError(f"{source} has no column {column!r}.{suggestion(column, list(map(_shortened, available)))}")
+            raise DataError(f"{source} has no column {column!r}.{suggestion(column, listed)}")
 
-    image, text, pair, label = wanted.image, wanted.text, wanted.text_pair, wanted.label
+    def only(choices: Sequence[tuple[str, ...]], role: str, remedy: str) -> tuple[str, ...]:
+        if len(choices) == 1:
+            return choices[0]
+        found = " and ".join(" with ".join(choice) for choice in choices)
+        problem = f"{found} could each be the {role}." if found else f"no column looks like the {role}."
+        raise DataError(f"{source}: {problem} {remedy} Columns: {', '.join(listed)}.")
+
+    def present(usual: Sequence[str]) -> list[tuple[str, ...]]:
+        return [(name,) for name in usual if name in available]
+
+    labels = present(LABEL_COLUMNS)
+    label = wanted.label or (only(labels, "label", "Give --label-column.")[0] if labels else None)
     if kind == "image":
-        text = pair = None
-        if image is None:
-            images = [name for name in IMAGE_COLUMNS if name in available]
-            if len(images) != 1:
-                raise DataError(f"{source}: {_which(images, 'image')} Give --image-column. {listed}")
-            image = images[0]
-    elif text is None:
-        image = None
-        pairs = [names for names in TEXT_PAIR_COLUMNS if set(names) <= set(available)]
-        paired = {name for names in pairs for name in names}
-        singles = [(name, None) for name in TEXT_COLUMNS if name in available and name not in paired]
-        choices: list[tuple[str, str | None]] = [*pairs, *singles]
-        if not choices and len(available) == 1:
-            choices = [(available[0], None)]
-        if len(choices) != 1 or pair is not None:
-            found = [" + ".join(filter(None, choice)) for choice in choices]
-            raise DataError(
-                f"{source}: {_which(found, 'text')} Give --text-column (and --text-pair-column for pairs). {listed} "
-                "A file without a header line needs a recipe with `header: false` and `columns`."
-            )
-        text, pair = choices[0]
-    if label is None:
-        labels = [name for name in LABEL_COLUMNS if name in available]
-        if len(labels) > 1:
-            raise DataError(f"{source}: {_which(labels, 'label')} Give --label-column. {listed}")
-        label = labels[0] if labels else None
-    return Columns(image, text, pair, label)
+        image = wanted.image or only(present(IMAGE_COLUMNS), "image", "Give --image-column.")[0]
+        return Columns(image=image, label=label)
+    if wanted.text is not None:
+        return Columns(text=wanted.text, text_pair=wanted.text_pair, label=label)
+    pairs = [names for names in TEXT_PAIR_COLUMNS if set(names) <= set(available)]
+    singles = [name for name in present(TEXT_COLUMNS) if not any(name[0] in names for names in pairs)]
+    alone = [(available[0],)] if len(available) == 1 else []
+    text, *pair = only(
+        [*pairs, *singles] or alone,
+        "text",
+        "Give --text-column, and --text-pair-column for pairs; a file without a header line needs a recipe that names "
+        "its columns.",
+    )
+    return Columns(text=text, text_pair=wanted.text_pair or next(iter(pair), None), label=label)
 
 
 def typed_labels(column: str, values: Sequence[Any]) -> tuple[list[Label], LabelsAre | None]:
@@ -93,11 +91,3 @@ def typed_labels(column: str, values: Sequence[Any]) -> tuple[list[Label], Label
     if column not in SCORE_COLUMNS and all(number.is_integer() for number in numbers):
         return [None if value is None else int(float(value)) for value in present], "integers"
     return [None if value is None else float(value) for value in present], "scores"
-
-
-def _which(found: Sequence[str], role: str) -> str:
-    return f"{' and '.join(found)} could each be the {role}." if found else f"no column looks like the {role}."
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 40 else name[:37] + "..."

@@ -33,6 +33,11 @@ def split_folder(folder: Path, split: str | None) -> Path:
     return folder / names[0]
 
 
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image anywhere below ``folder``."""
+    return next(_images_below(folder), None) is not None
+
+
 def open_image_folder(folder: Path, source: str, labels: Path | None = None) -> SampleSet:
     """Images in the order of their paths; the label is the name of the folder directly below ``folder``.
 

@@ -7,6 +7,7 @@ The library is imported where it is used: it takes a second that a folder of ima
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,8 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+import fsspec  # type: ignore[import-untyped]
+
 from vitshrink.data.columns import Columns, find_columns
-from vitshrink.data.images import ImageSource
+from vitshrink.data.images import ImageSource, read_image_bytes
 from vitshrink.data.recipes import Kind, recipe_names, suggestion
 from vitshrink.data.samples import LabelsAre, Sample, SampleSet
 from vitshrink.errors import DataError
@@ -23,7 +26,19 @@ from vitshrink.errors import DataError
 SHUFFLE_BUFFER = 1000
 """Streamed rows from which the next is drawn, besides a shuffled order of the shards: about 110 MB of ImageNet."""
 
+PARALLEL_READS = 16
+"""Images of a Hub repository that holds them as single files are fetched so many at a time."""
+
 SHARD_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
+
+_LABEL_TYPES: dict[str, LabelsAre] = {
+    "int": "integers",
+    "uint": "integers",
+    "float": "scores",
+    "double": "scores",
+    "string": "names",
+    "large_string": "names",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,8 @@ class _Split:
     def stream(self) -> Any:
         """An IterableDataset."""
         stream = _builder(self.address).as_streaming_dataset(split=self.address.split)
-        return _undecoded(stream if stream.features is not None else stream._resolve_features())
+        # decode(), because cast_column() has no effect on the stream of a folder of images
+        return (stream if stream.features is not None else stream._resolve_features()).decode(False)
 
     def download(self) -> Any:
         """A Dataset on disk.
@@ -162,9 +178,12 @@ class _HubSamples(Sequence[Sample]):
     def draw(self, count: int | None, seed: int, skip: int) -> list[Sample]:
         """``count`` samples (None: all) of the stream shuffled by ``seed``, after its first ``skip``, in memory."""
         shuffled = self._split.stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        with _explained(self._split.address):
+        with _explained(self._split.address), ThreadPoolExecutor(PARALLEL_READS) as pool:
             end = None if count is None else skip + count
-            return list(islice(_streamed_samples(shuffled, self._columns), skip, end))
+            samples = list(islice(_streamed_samples(shuffled, self._columns), skip, end))
+            if self._columns.image is None:
+                return samples
+            return list(pool.map(_with_bytes, samples))
 
 
 def _stored_samples(dataset: Any, columns: Columns) -> list[Sample]:
@@ -182,13 +201,17 @@ def _stored_samples(dataset: Any, columns: Columns) -> list[Sample]:
 
 def _streamed_samples(stream: Any, columns: Columns) -> Iterator[Sample]:
     for number, row in enumerate(stream, start=1):
-        image = None if columns.image is None else _encoded(row[columns.image])
+        image = None if columns.image is None else partial(_encoded, row[columns.image])
         text, pair, label = (
             None if name is None else row[name] for name in (columns.text, columns.text_pair, columns.label)
         )
         sample = Sample(f"streamed row {number}", image, text, pair, label)
         if not _is_spacing(sample, columns):
             yield sample
+
+
+def _with_bytes(sample: Sample) -> Sample:
+    return sample if sample.image is None else replace(sample, image=read_image_bytes(sample.image))
 
 
 def _is_spacing(sample: Sample, columns: Columns) -> bool:
@@ -201,12 +224,12 @@ def _fetch(dataset: Any, column: str, row: int) -> bytes:
 
 
 def _encoded(value: Any) -> bytes:
-    """The bytes of an undecoded image: of a struct of bytes and path, or of a plain binary column."""
-    content = value.get("bytes") if isinstance(value, Mapping) else value
-    path = value.get("path") if isinstance(value, Mapping) else None
+    """The bytes of an undecoded image: in a struct, where its path leads (here or on the Hub), or as they are."""
+    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
     if content is None and path is not None:
-        content = Path(path).read_bytes()
-    return content if isinstance(content, bytes) else b""  # an empty image is counted and named where it is decoded
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+    return content or b""  # an empty image is counted and named where it is decoded
 
 
 def _undecoded(dataset: Any) -> Any:
@@ -228,18 +251,26 @@ def _schema(
     if kind == "image" and wanted.image is None and len(images) == 1:
         wanted = replace(wanted, image=images[0])
     columns = find_columns(str(address), kind, list(features), wanted)
+
+    def dtype(column: str) -> str:
+        return str(features[column].dtype) if isinstance(features[column], Value) else ""
+
+    if columns.image is not None:
+        image = features[columns.image]
+        struct = isinstance(image, Mapping) and "bytes" in image
+        if not (isinstance(image, Image) or struct or "binary" in dtype(columns.image)):
+            raise DataError(f"{address}: column {columns.image!r} holds {image}, not images.")
+    for text in filter(None, (columns.text, columns.text_pair)):
+        if "string" not in dtype(text):
+            raise DataError(f"{address}: column {text!r} holds {features[text]}, not text.")
     if columns.label is None:
         return columns, None, None
     label = features[columns.label]
     if isinstance(label, ClassLabel):
         return columns, list(label.names), "names"
-    dtype = label.dtype if isinstance(label, Value) else ""
-    if dtype.startswith(("int", "uint", "bool")):
-        return columns, None, "integers"
-    if dtype.startswith(("float", "double")):
-        return columns, None, "scores"
-    if "string" in dtype:
-        return columns, None, "names"
+    for prefix, labels_are in _LABEL_TYPES.items():
+        if dtype(columns.label).startswith(prefix):
+            return columns, None, labels_are
     raise DataError(f"{address}: column {columns.label!r} holds {label}, which is not one class or score a row.")
 
 

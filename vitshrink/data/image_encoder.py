@@ -17,6 +17,7 @@ from torch import Tensor
 from vitshrink.data.batches import BadSamples, Batch, batched
 from vitshrink.data.images import ImageError, decode_image
 from vitshrink.data.samples import Sample, SampleSet
+from vitshrink.errors import CheckpointError
 
 PREFETCHED_BATCHES = 3
 IMAGES_PER_JOB = 8
@@ -73,14 +74,16 @@ class ImageEncoder:
                 usable.append(sample)
             except ImageError as error:
                 failures.append((sample.key, str(error)))
-        return _Encoded(usable, self._pixels(images) if images else torch.empty(0), failures)
+        try:
+            return _Encoded(usable, self._pixels(images) if images else torch.empty(0), failures)
+        except ValueError as error:
+            raise _processor_error(usable, error) from error
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
         if self._levels is None:
             return torch.as_tensor(self.processor(images, return_tensors="pt")["pixel_values"])
-        levels = self._levels
         encoded = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-        return torch.from_numpy(_apply_levels(encoded, levels))
+        return torch.from_numpy(_apply_levels(encoded, self._levels))
 
 
 def _joined(parts: Sequence[_Encoded], bad: BadSamples, samples: SampleSet) -> Iterator[Batch]:
@@ -90,8 +93,18 @@ def _joined(parts: Sequence[_Encoded], bad: BadSamples, samples: SampleSet) -> I
             bad.add(key, reason, samples)
     usable = [sample for part in parts for sample in part.samples]
     if usable:
-        pixels = torch.cat([part.pixels for part in parts if part.samples])
+        try:
+            pixels = torch.cat([part.pixels for part in parts if part.samples])
+        except RuntimeError as error:
+            raise _processor_error(usable, error) from error
         yield Batch({"pixel_values": pixels}, None, [s.label for s in usable], [s.key for s in usable])
+
+
+def _processor_error(samples: Sequence[Sample], error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's image processor cannot make one batch of {', '.join(sample.key for sample in samples[:5])} "
+        f"({str(error).splitlines()[0]}). Images of different sizes need do_resize in preprocessor_config.json."
+    )
 
 
 def _levels(processor: Any) -> NDArray[np.float32] | None:

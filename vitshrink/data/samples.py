@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
@@ -86,7 +87,8 @@ class SampleSet:
     @cached_property
     def digests(self) -> list[bytes]:
         """SHA-256 of the content of each sample, labels and names left out."""
-        return [_digest(sample) for sample in self.samples]
+        with ThreadPoolExecutor() as pool:  # reading and hashing let go of the interpreter lock
+            return list(pool.map(_digest, self.samples))
 
     def fingerprint(self) -> str:
         """SHA-256 over the contents in order, in hexadecimal; reads every file once."""

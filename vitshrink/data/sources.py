@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitshrink.data.columns import Columns, find_columns, typed_labels
-from vitshrink.data.folders import open_image_folder, split_folder
+from vitshrink.data.folders import holds_images, open_image_folder, split_folder
 from vitshrink.data.hub import SHARD_FORMATS, Address, open_hub, open_shards
 from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_names, suggestion
 from vitshrink.data.samples import Sample, SampleSet
@@ -44,9 +44,9 @@ def open_samples(
     """
     wanted = Columns(image_column, text_column, text_pair_column, label_column)
     name, path = str(spec), Path(spec).expanduser()
+    if path.exists() and name in recipe_names():
+        raise UsageError(f"{name!r} is a recipe, and also lies in this folder: write ./{name} for that.")
     if path.suffix in (".yaml", ".yml") or name in recipe_names():
-        if path.is_dir():
-            raise UsageError(f"{name!r} is a folder here and a recipe: write ./{name} for the folder.")
         samples = _open_recipe(load_recipe(spec), kind, split, wanted, offline)
     elif path.exists():
         samples = _open_path(path, kind, split, wanted)
@@ -96,7 +96,9 @@ def _open_path(path: Path, kind: Kind, split: str | None, wanted: Columns, recip
 
 
 def _open_folder(folder: Path, kind: Kind, split: str | None, wanted: Columns, recipe: Recipe | None) -> SampleSet:
-    if any(file.suffix in SHARD_FORMATS for pattern in ("*", "*/*") for file in folder.glob(pattern)):
+    shards = {file.suffix for pattern in ("*", "*/*") for file in folder.glob(pattern)} & SHARD_FORMATS.keys()
+    # Beside unpacked images a .tar is what they came from; beside .parquet an image is only an illustration.
+    if ".parquet" in shards or (shards and not holds_images(folder)):
         return open_shards(Address(str(folder), split=split), kind, wanted)
     if kind == "text":
         tables = [file.name for file in sorted(folder.iterdir()) if file.suffix in TABLE_SUFFIXES]
