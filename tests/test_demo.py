@@ -49,7 +49,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 
 def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(OutputError, match="out"):
+    with pytest.raises(OutputError, match="is a file"):
         demo.run_demo(tmp_path / "out", lambda _: None)
 
 
@@ -76,3 +76,12 @@ def test_the_whole_demo_replaces_an_earlier_one(tmp_path: Path) -> None:
     for directory in result.reports:
         assert (directory / "report.md").is_file()
         assert (directory / "report.json").is_file()
+
+
+def test_a_warning_reaches_the_reader() -> None:
+    lines: list[str] = []
+    watcher = demo.WarningsOnly(lines.append)
+    with watcher.stage("Calibrating", 3) as advance:
+        advance(1)
+        watcher.warn("block 3 stays dense")
+    assert lines == ["  warning: block 3 stays dense"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -61,6 +62,19 @@ class DemoResult:
     comparison: Path
 
 
+@dataclass(frozen=True)
+class WarningsOnly:
+    """Follows a job for its warnings; the jobs are too short for progress."""
+
+    echo: Callable[[str], None]
+
+    def stage(self, _title: str, _total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
+        return nullcontext(lambda _steps: None)
+
+    def warn(self, message: str) -> None:
+        self.echo(f"  warning: {message}")
+
+
 def run_demo(
     output: Path,
     echo: Callable[[str], None],
@@ -97,7 +111,7 @@ def run_demo(
             seed=seed,
             offline=True,
         )
-        for result in compress(config):
+        for result in compress(config, WarningsOnly(echo)):
             assert result.directory is not None  # only a dry run has none
             reports[result.directory] = result.report
 
@@ -197,6 +211,8 @@ def _comparison_page(table: str, reports: Mapping[Path, Report]) -> str:
 
 def _prepare_output(output: Path) -> None:
     """Make ``output`` an empty demo folder; remove only what an earlier demo wrote."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file: choose another --output.")
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise OutputError(f"{output} is not empty and was not written by the demo: choose another --output.")
     try:
