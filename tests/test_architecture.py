@@ -17,15 +17,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "assessment"),
     ("description", "inspection"),
     ("report", "sequential", "measurement"),
-    ("models", "source", "data", "calibration", "checkpoint", "publication", "finetune", "evaluation", "digits"),
+    ("models", "source", "data", "calibration", "curvature", "checkpoint", "publication", "evaluation", "digits"),
     ("methods", "allocation", "compensation", "hf_quantizer"),
-    ("lowrank", "stats", "ranks", "metrics", "cost", "config", "observer"),
+    ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer"),
     ("errors",),
 )
 RANK = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
 # The mathematics: tensors in, tensors out.
-PURE = ("methods", "allocation", "compensation", "lowrank", "stats", "ranks", "metrics")
+PURE = ("methods", "allocation", "compensation", "lowrank", "gauge", "stats", "ranks", "metrics")
 
 SPEECH = {"print", "input", "exit", "quit", "breakpoint", "sys.exit", "os._exit", "sys.stdout.write"}
 
