@@ -6,10 +6,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+
+from vitshrink.config import CompressConfig
+from vitshrink.pipeline import CompressionResult, compress
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -69,6 +73,28 @@ def class_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 sentences, one a line."""
     return tiny.write_text(tmp_path_factory.mktemp("text") / "sentences.txt", 40)
+
+
+@pytest.fixture(scope="session")
+def compressed(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path], flat_images: Path, text_file: Path
+) -> Callable[..., CompressionResult]:
+    """``compressed("BertModel", method="svd")``: the result of a job on a tiny checkpoint. Equal jobs are run once."""
+    root = tmp_path_factory.mktemp("compressed")
+    results: dict[str, CompressionResult] = {}
+
+    def job(name: str, **entries: Any) -> CompressionResult:
+        data = text_file if name in tiny.TEXT_MODELS else flat_images
+        entries = {"calibration": str(data), "samples": 16, "holdout": 8, "batch_size": 7} | entries
+        if not entries.keys() & {"target_params", "target_size", "rank"}:
+            entries.setdefault("keep", (0.8,))
+        key = f"{name} {sorted(entries.items())}"
+        if key not in results:
+            output = str(root / f"{len(results)}-{name}")
+            (results[key],) = compress(CompressConfig(str(checkpoint(name)), output, **entries))
+        return results[key]
+
+    return job
 
 
 @pytest.fixture(scope="session")
