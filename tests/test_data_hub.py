@@ -248,12 +248,15 @@ results["offline, no split"] = attempt(lambda: open_samples("owner/reviews/films
         assert "imagenet-1k" in results[spec]
     assert "films" in results["owner/reviews:train"]
     assert "books" in results["owner/reviews:train"]
-    assert "has the splits train, validation: choose one with --split" in results["owner/reviews/films"]
+    assert (
+        "has the splits train, validation: choose one, such as owner/reviews/films:validation"
+        in results["owner/reviews/films"]
+    )
     assert "Did you mean 'validation'" in results["owner/reviews/films:validate"]
     assert "plays" in results["owner/reviews/plays:train"]
     assert "no column 'lable'. Did you mean 'label'" in results["column"]
     assert "offline there is no earlier download" in results["offline"]
-    assert "--split" in results["offline, no split"]
+    assert "name the split" in results["offline, no split"]
     assert results["broken"].startswith("DataError: owner/broken:train")
 
 

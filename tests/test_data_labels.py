@@ -145,6 +145,10 @@ def test_integers_without_names_go_by_value_and_the_rule_says_so() -> None:
     assert "no class names to check" in rule
 
 
+def test_truth_values_are_zero_and_one() -> None:
+    assert align_labels(labelled([True, False], "integers"), placeholders(2), 2)[0] == {True: 1, False: 0}
+
+
 def test_one_class_is_allowed_and_said() -> None:
     assert align_labels(labelled([1, 1], "integers"), placeholders(3), 3)[1].endswith("1 of 3 classes occur")
 

@@ -79,7 +79,8 @@ def test_a_split_is_a_folder_above_the_classes(tmp_path: Path) -> None:
     tiny.write_images(tmp_path / "val" / "cat", 2)
     assert len(open_samples(tmp_path, "image", split="train")) == 3
     assert len(open_samples(tmp_path, "image", split="validation")) == 2
-    with pytest.raises(DataError, match="splits train, val: choose one with --split"):
+    assert len(open_samples(f"{tmp_path}:val", "image")) == 2
+    with pytest.raises(DataError, match=r"splits train, val: choose one, such as .*:val"):
         open_samples(tmp_path, "image")
     with pytest.raises(DataError, match=r"no folder for the split 'vale'.*Did you mean 'val'.*train, val"):
         open_samples(tmp_path, "image", split="vale")
@@ -270,7 +271,7 @@ def test_a_folder_of_parquet_shards(shards: Path, class_images: Path) -> None:
     assert labels(samples) == [0, 1, 0]
     originals = open_samples(class_images / "cat", "image")
     assert samples.digests == originals.digests[:3]
-    with pytest.raises(DataError, match="splits train, validation: choose one"):
+    with pytest.raises(DataError, match=r"splits train, validation: choose one, such as .*:validation"):
         open_samples(shards, "image")
     with pytest.raises(DataError, match=r"no split 'validatoin'\. Did you mean 'validation'"):
         open_samples(shards, "image", split="validatoin")
@@ -318,6 +319,7 @@ def test_blank_rows_of_unlabelled_text_are_no_samples(tmp_path: Path) -> None:
     [
         (Value("float32"), [0.5, 3.0], "scores"),
         (Value("int8"), [0, 1], "integers"),
+        (Value("bool"), [False, True], "integers"),
         (Value("string"), ["x", "y"], "names"),
         (ClassLabel(names=["x", "y"]), [0, -1], "names"),
     ],
@@ -399,6 +401,18 @@ def test_a_recipe_whose_data_are_missing_says_where_it_looked(tmp_path: Path) ->
 def test_two_different_splits_are_refused() -> None:
     with pytest.raises(UsageError, match="give one"):
         open_samples("owner/name:train", "image", split="test")
+
+
+def test_a_file_has_no_splits_but_its_name_may_have_a_colon(tmp_path: Path) -> None:
+    (tmp_path / "a:b.txt").write_text("hello\n")
+    assert len(open_samples(tmp_path / "a:b.txt", "text")) == 1
+    with pytest.raises(UsageError, match="is one file and has no splits"):
+        open_samples(tmp_path / "a:b.txt", "text", split="train")
+
+
+def test_a_recipe_takes_another_split() -> None:
+    with pytest.raises(DataError, match="nyu-mll/glue/sst2:train is not a local path, and offline"):
+        open_samples("sst2:train", "text")
 
 
 # Real material

@@ -29,7 +29,7 @@ def split_folder(folder: Path, split: str | None) -> Path:
     if not names or not set(names) <= known:  # one of the classes may well be called "test"
         return folder
     if len(names) > 1:
-        raise DataError(f"{folder} holds the splits {', '.join(names)}: choose one with --split.")
+        raise DataError(f"{folder} holds the splits {', '.join(names)}: choose one, such as {folder}:{names[-1]}.")
     return folder / names[0]
 
 

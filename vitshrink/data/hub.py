@@ -32,6 +32,7 @@ PARALLEL_READS = 16
 SHARD_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
 
 _LABEL_TYPES: dict[str, LabelsAre] = {
+    "bool": "integers",
     "int": "integers",
     "uint": "integers",
     "float": "scores",
@@ -50,7 +51,9 @@ class Address:
     split: str | None = None
 
     def __str__(self) -> str:
-        return self.path + (f"/{self.config}" if self.config else "") + (f":{self.split}" if self.split else "")
+        """As a user would write it."""
+        split = f":{self.split}" if self.split and not Path(self.path).is_file() else ""
+        return self.path + (f"/{self.config}" if self.config else "") + split
 
 
 def open_shards(address: Address, kind: Kind, wanted: Columns) -> SampleSet:
@@ -95,7 +98,9 @@ class _Split:
     def __init__(self, address: Address) -> None:
         splits = list(_builder(address).config.data_files)
         if address.split is None and len(splits) > 1:
-            raise DataError(f"{address} has the splits {', '.join(splits)}: choose one with --split.")
+            raise DataError(
+                f"{address} has the splits {', '.join(splits)}: choose one, such as {address}:{splits[-1]}."
+            )
         if address.split is not None and address.split not in splits:
             raise DataError(f"{address.path} has no split {address.split!r}.{suggestion(address.split, splits)}")
         self.address = replace(address, split=address.split or splits[0])
@@ -142,7 +147,9 @@ def _downloaded_before(address: Address) -> Any:
     from datasets import load_dataset
 
     if address.split is None:
-        raise DataError(f"{address}: name the split with --split, without the network they cannot be listed.")
+        raise DataError(
+            f"{address}: name the split (as in {address}:train), without the network they cannot be listed."
+        )
     with _offline_mode():
         for cache in (_split_cache(address), None):
             with suppress(Exception):  # whatever is wrong with one cache, the data are not to be had from it

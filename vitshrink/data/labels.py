@@ -216,7 +216,7 @@ def _name(label: Label, samples: SampleSet, key: str) -> str:
                 f"{samples.source}: {key} has the label {label}, but there are {len(samples.label_names)} class names."
             )
         return samples.label_names[label]
-    return str(label)
+    return str(int(label) if isinstance(label, bool) else label)
 
 
 def _agreement(some: Sequence[str], others: Sequence[str]) -> int:

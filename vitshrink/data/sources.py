@@ -12,7 +12,7 @@ from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.data.tables import TABLE_SUFFIXES, Table, read_table
 from vitshrink.errors import DataError, UsageError
 
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.]+))?")
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?")
 
 
 def open_samples(
@@ -34,7 +34,8 @@ def open_samples(
       folder for the split;
     * a file: ``.parquet``, ``.tar``, ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``;
     * a recipe: the name of a shipped one, or the path of a ``.yaml`` file;
-    * a data set on the Hub: ``owner/name``, ``owner/name:split`` or ``owner/name/config:split``.
+    * a data set on the Hub: ``owner/name`` or ``owner/name/config``;
+    * any of these with its split: ``spec:split``.
 
     Columns and split given here go before those of a recipe. Columns that nobody names are guessed from usual names.
 
@@ -43,20 +44,30 @@ def open_samples(
         UsageError: a recipe that makes no sense, or one of the other kind.
     """
     wanted = Columns(image_column, text_column, text_pair_column, label_column)
-    name, path = str(spec), Path(spec).expanduser()
+    name, split = _divide(str(spec), split)
+    path = Path(name).expanduser()
     if path.exists() and name in recipe_names():
         raise UsageError(f"{name!r} is a recipe, and also lies in this folder: write ./{name} for that.")
     if path.suffix in (".yaml", ".yml") or name in recipe_names():
-        samples = _open_recipe(load_recipe(spec), kind, split, wanted, offline)
+        samples = _open_recipe(load_recipe(name), kind, split, wanted, offline)
     elif path.exists():
         samples = _open_path(path, kind, split, wanted)
     else:
         match = _HUB_ID.fullmatch(name)
         if match is None or _looks_like_a_path(name):
             raise DataError(_nothing_there(name, path))
-        address = Address(match["id"], match["config"], _one_split(name, match["split"], split))
-        samples = open_hub(address, kind, wanted, offline=offline)
-    return replace(samples, source=name)
+        samples = open_hub(Address(match["id"], match["config"], split), kind, wanted, offline=offline)
+    return replace(samples, source=str(spec))
+
+
+def _divide(spec: str, split: str | None) -> tuple[str, str | None]:
+    """``spec:split`` in two, unless there is a file of that name."""
+    name, colon, inside = spec.rpartition(":")
+    if not colon or not re.fullmatch(r"[\w.]+", inside) or Path(spec).expanduser().exists():
+        return spec, split
+    if split not in (None, inside):
+        raise UsageError(f"{spec} asks for the split {inside!r}, and {split!r} was given as well: give one.")
+    return name, inside
 
 
 def _open_recipe(recipe: Recipe, kind: Kind, split: str | None, wanted: Columns, offline: bool) -> SampleSet:
@@ -80,6 +91,8 @@ def _open_recipe(recipe: Recipe, kind: Kind, split: str | None, wanted: Columns,
 
 
 def _open_path(path: Path, kind: Kind, split: str | None, wanted: Columns, recipe: Recipe | None = None) -> SampleSet:
+    if split is not None and not path.is_dir():
+        raise UsageError(f"{path} is one file and has no splits, but {split!r} was asked for: leave the split out.")
     if path.is_dir():
         samples = _open_folder(path, kind, split, wanted, recipe)
     elif path.suffix in SHARD_FORMATS:
@@ -148,9 +161,3 @@ def _looks_like_a_path(name: str) -> bool:
 def _nothing_there(name: str, path: Path) -> str:
     beside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
     return f"there is no file or folder {name}.{suggestion(path.name, beside)} Recipes: {', '.join(recipe_names())}."
-
-
-def _one_split(name: str, inside: str | None, option: str | None) -> str | None:
-    if inside is not None and option is not None and inside != option:
-        raise UsageError(f"{name} asks for the split {inside!r} and --split for {option!r}: give one.")
-    return inside or option
