@@ -1,5 +1,7 @@
 """The contract that every registered method meets by existing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,8 +25,23 @@ def layer(shape: tuple[int, int], tokens: int = 200, seed: int = 0) -> tuple[Ten
     return weight, x + torch.randn(n, generator=generator, dtype=torch.float64)
 
 
+def statistics(weight: Tensor, x: Tensor, seed: int = 1) -> LinearStats:
+    """Statistics of inputs x and of output gradients of uneven size, in the smaller space as calibration gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    m, n = weight.shape
+    mixing = torch.randn(m, m, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, m, dtype=torch.float64)
+    g = torch.randn(300, m, generator=generator, dtype=torch.float64) @ mixing.T
+    H = g.T @ g / len(g)
+    return replace(
+        LinearStats.from_inputs(x),
+        gradient_gram=H if m <= n else None,
+        input_gradient_gram=weight.T @ H @ weight if m > n else None,
+        gradient_power=float(H.trace()),
+    )
+
+
 def factorise(name: str, weight: Tensor, x: Tensor, *, centred: bool = False) -> Factorisation:
-    return get_method(name).factorise(weight, LinearStats.from_inputs(x), centred=centred)
+    return get_method(name).factorise(weight, statistics(weight, x), centred=centred)
 
 
 def output_error(weight: Tensor, factors: Factorisation, rank: int, x: Tensor) -> float:
@@ -54,8 +71,9 @@ def test_losses_fall_to_zero_and_the_first_is_the_largest(name: str, shape: tupl
 @every_shape
 def test_inputs_are_left_untouched_and_the_result_is_deterministic(name: str, shape: tuple[int, int]) -> None:
     weight, x = layer(shape)
-    stats = LinearStats.from_inputs(x)
+    stats = statistics(weight, x)
     assert stats.gram is not None
+    assert stats.abs_mean is not None
     before = weight.clone(), stats.gram.clone(), stats.mean.clone(), stats.abs_mean.clone()
     first = get_method(name).factorise(weight, stats, centred=True)
     second = get_method(name).factorise(weight, stats, centred=True)
@@ -91,18 +109,67 @@ def test_finite_where_the_statistics_are_degenerate(name: str, shape: tuple[int,
 def test_every_slice_is_the_best_of_its_rank_in_the_methods_own_metric(name: str, shape: tuple[int, int]) -> None:
     """Nestedness: the loss curve says what slicing really loses, relative to losing everything."""
     weight, x = layer(shape)
-    factors = factorise(name, weight, x)
-    stats = LinearStats.from_inputs(x)
-    metrics = {
+    stats = statistics(weight, x)
+    factors = get_method(name).factorise(
+        weight, stats, centred=False, **({"shrinkage": 0.0} if name == "curvature" else {})
+    )
+    inputs = {
         Needs.WEIGHTS: torch.eye(shape[1], dtype=torch.float64),
-        Needs.SCALES: stats.abs_mean.diag(),
-        Needs.COVARIANCE: stats.covariance(centred=False),
-    }
-    metric = metrics[get_method(name).needs]
+        Needs.SCALES: None if stats.abs_mean is None else stats.abs_mean.diag(),
+        Needs.COVARIANCE: stats.gram,
+        Needs.CURVATURE: stats.gram,
+    }[get_method(name).needs]
+    assert inputs is not None
     for rank in (0, 1, 3, min(shape)):
         difference = weight - factors.up[:, :rank] @ factors.down[:rank]
-        measured = ((difference @ metric) * difference).sum()
-        torch.testing.assert_close(measured, factors.loss[rank], rtol=1e-6, atol=1e-9 * float(factors.loss[0]))
+        measured = difference @ inputs @ difference.T
+        if get_method(name).needs is Needs.CURVATURE:
+            if stats.gradient_gram is None:
+                continue  # H itself is not known in the smaller space
+            measured = stats.gradient_gram @ measured
+        torch.testing.assert_close(measured.trace(), factors.loss[rank], rtol=1e-6, atol=1e-9 * float(factors.loss[0]))
+
+
+def curvature_loss(difference: Tensor, H: Tensor, C: Tensor) -> float:
+    return float((H @ difference @ C @ difference.T).trace())
+
+
+@every_shape
+def test_curvature_loses_least_at_the_output(shape: tuple[int, int]) -> None:
+    """tr(H ΔW C ΔWᵀ) is smaller than that of every other method, and no small change of the factors lowers it."""
+    weight, x = layer(shape)
+    generator = torch.Generator().manual_seed(3)
+    g = torch.randn(400, shape[0], generator=generator, dtype=torch.float64) * torch.logspace(0, -2, shape[0])
+    H, C = g.T @ g / len(g), LinearStats.from_inputs(x).covariance(centred=False)
+    stats = replace(
+        LinearStats.from_inputs(x),
+        gradient_gram=H if shape[0] <= shape[1] else None,
+        input_gradient_gram=weight.T @ H @ weight if shape[0] > shape[1] else None,
+        gradient_power=float(H.trace()),
+    )
+    for rank in (1, 4, 7):
+        losses = {}
+        for name in available_methods():
+            options = {"shrinkage": 0.0} if name == "curvature" else {}
+            factors = get_method(name).factorise(weight, stats, centred=False, **options)
+            losses[name] = curvature_loss(weight - factors.up[:, :rank] @ factors.down[:rank], H, C)
+        assert losses["curvature"] <= min(losses.values()) * (1 + 1e-9)
+        best = get_method("curvature").factorise(weight, stats, centred=False, shrinkage=0.0)
+        torch.testing.assert_close(torch.tensor(losses["curvature"]).double(), best.loss[rank], rtol=1e-6, atol=0)
+        for _ in range(10):
+            noise = 1 + 1e-3 * torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)
+            changed = weight - (best.up[:, :rank] * noise) @ best.down[:rank]
+            assert curvature_loss(changed, H, C) >= losses["curvature"] * (1 - 1e-9)
+
+
+def test_a_layer_that_no_gradient_reaches_costs_nothing() -> None:
+    weight, x = layer((6, 9))
+    stats = replace(
+        LinearStats.from_inputs(x), gradient_gram=torch.zeros(6, 6, dtype=torch.float64), gradient_power=0.0
+    )
+    factors = get_method("curvature").factorise(weight, stats, centred=True)
+    assert (factors.loss == 0).all()
+    torch.testing.assert_close(factors.up @ factors.down, weight)
 
 
 @every_shape
@@ -126,7 +193,7 @@ def test_the_output_gram_gives_the_same_factors_as_the_input_gram(shape: tuple[i
         pytest.skip("tall layers are observed at their input")
     stats = LinearStats.from_inputs(x)
     z = x @ weight.T
-    observed = LinearStats(stats.tokens, stats.mean, stats.abs_mean, stats.abs_max, None, z.T @ z / len(x))
+    observed = LinearStats(stats.tokens, stats.mean, output_gram=z.T @ z / len(x))
     for centred in (False, True):
         one = get_method("whitened").factorise(weight, stats, centred=centred)
         other = get_method("whitened").factorise(weight, observed, centred=centred)

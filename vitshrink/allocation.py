@@ -180,11 +180,17 @@ def energy(curves: Sequence[Curve], budget: int) -> Plan:
     return _least_total_loss(curves, budget, _shares(curves))
 
 
+def loss(curves: Sequence[Curve], budget: int) -> Plan:
+    """Least total loss: for methods whose losses share one unit, such as ``curvature``."""
+    return _least_total_loss(curves, budget, {curve.name: curve.loss.tolist() for curve in curves})
+
+
 Allocation = Callable[[Sequence[Curve], int], Plan]
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform-rank": uniform_rank,
     "uniform-ratio": uniform_ratio,
     "energy": energy,
+    "loss": loss,
 }
 
 

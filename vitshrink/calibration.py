@@ -45,12 +45,12 @@ class InputSums:
     def add(self, x: Tensor) -> None:
         magnitude = x.abs()
         self.tokens += x.shape[0]
-        self.total = _accumulate(self.total, x.sum(0))
-        self.absolute = _accumulate(self.absolute, magnitude.sum(0))
+        self.total = accumulate(self.total, x.sum(0))
+        self.absolute = accumulate(self.absolute, magnitude.sum(0))
         peak = magnitude.amax(0).double()
         self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)
         if self.with_gram:
-            self.gram = _accumulate(self.gram, x.T @ x)
+            self.gram = accumulate(self.gram, x.T @ x)
 
     def stats(self, output_gram: Tensor | None) -> LinearStats:
         assert self.total is not None
@@ -66,8 +66,8 @@ class InputSums:
         )
 
 
-def _accumulate(total: Tensor | None, batch: Tensor) -> Tensor:
-    """A float32 sum over one batch into the float64 sum over all."""
+def accumulate(total: Tensor | None, batch: Tensor) -> Tensor:
+    """Add a float32 sum over one batch to the float64 sum over all."""
     return batch.double() if total is None else total.add_(batch)
 
 
@@ -150,7 +150,7 @@ class StatisticsCollector:
             y = self._tokens(output)
             if isinstance(module.bias, Tensor):
                 y = y - module.bias
-            self._outputs[target.name] = _accumulate(self._outputs.get(target.name), y.T @ y)
+            self._outputs[target.name] = accumulate(self._outputs.get(target.name), y.T @ y)
             self._check(target.name, self._outputs[target.name], "output")
 
         return hook

@@ -66,7 +66,7 @@ class CompressConfig:
 
     model: str
     output: str
-    method: str = "whitened"
+    method: str = "curvature"
     allocation: str | None = None
     compensation: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -75,6 +75,9 @@ class CompressConfig:
     target_size: str | None = None
     rank: int | None = None
     rank_multiple: int = 1
+    storage: Literal["auto", "gauge", "factors"] = "auto"
+    probes: int = 1
+    refine: int = 1
     layers: Layers = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -116,16 +119,18 @@ class CompressConfig:
                 )
         if len(set(self.keep)) != len(self.keep):
             raise UsageError("--keep: the same fraction was given twice.")
-        for name in ("rank", "rank_multiple", "samples", "batch_size", "eval_limit", "max_length"):
+        for name in ("rank", "rank_multiple", "probes", "samples", "batch_size", "eval_limit", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{flag_of(name)} {value}: must be at least 1.")
-        for name in ("holdout", "max_bad_samples"):
+        for name in ("refine", "holdout", "max_bad_samples"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"{flag_of(name)} {value}: must not be negative.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype}: not a type to save in. {_did_you_mean(self.dtype, list(DTYPES))}")
+        if self.storage not in ("auto", "gauge", "factors"):
+            raise UsageError(f"--storage {self.storage}: {_did_you_mean(self.storage, ['auto', 'gauge', 'factors'])}")
         if self.layers not in get_args(Layers):
             raise UsageError(f"--layers {self.layers}: unknown. {_did_you_mean(self.layers, list(get_args(Layers)))}")
 

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from vitshrink import __version__, cost
 from vitshrink.allocation import Plan
 from vitshrink.checkpoint import file_bytes
+from vitshrink.compression import Factors
 from vitshrink.config import CompressConfig
 from vitshrink.measurement import CalibrationData, Measurement
-from vitshrink.methods import Factorisation
 from vitshrink.models import LoadedModel, Target, task_of
 from vitshrink.observer import Job
-from vitshrink.ranks import dense_cost, rank_cost
+from vitshrink.ranks import Storage, dense_cost, rank_cost
 from vitshrink.report import Report, before_after
 
 TEXT_TOKENS = 128
@@ -48,19 +48,24 @@ class Description:
     targets: Sequence[Target]
     allocation: str
     compensation: str
-    factors: Mapping[str, Factorisation]
-    failures: Mapping[str, str]
+    storage: Storage
     calibration: CalibrationData | None
     preprocessing: Mapping[str, Any] | None
 
-    def planned(self, plan: Plan, job: Job) -> Report:
+    def planned(self, factors: Factors, plan: Plan, job: Job) -> Report:
         """The report of a dry run: sizes, and nothing that only a written model has."""
         total = cost.parameters(self.source.model)
         before, after = self._layer_costs(plan)
-        return self._report(plan, job, parameters=before_after(total, total - before + after))
+        return self._report(factors, plan, job, parameters=before_after(total, total - before + after))
 
     def written(
-        self, plan: Plan, job: Job, model: PreTrainedModel, directory: Path, measurement: Measurement | None
+        self,
+        factors: Factors,
+        plan: Plan,
+        job: Job,
+        model: PreTrainedModel,
+        directory: Path,
+        measurement: Measurement | None,
     ) -> Report:
         """The report of a model that was written to ``directory``."""
         dense = self.source.model
@@ -78,6 +83,7 @@ class Description:
                 "preprocessing": self.preprocessing,
             }
         return self._report(
+            factors,
             plan,
             job,
             parameters=before_after(cost.parameters(dense), cost.parameters(model)),
@@ -89,9 +95,9 @@ class Description:
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
         before = sum(dense_cost(*target.shape) for target in self.targets)
-        return before, sum(_cost(target, plan[target.name]) for target in self.targets)
+        return before, sum(self._cost(target, plan[target.name]) for target in self.targets)
 
-    def _report(self, plan: Plan, job: Job, **measured: Any) -> Report:
+    def _report(self, factors: Factors, plan: Plan, job: Job, **measured: Any) -> Report:
         device = next(self.source.model.parameters()).device
         return Report(
             vitshrink=__version__,
@@ -101,7 +107,7 @@ class Description:
             allocation=self.allocation,
             compensation=self.compensation,
             layers_parameters=before_after(*self._layer_costs(plan)),
-            layers=[self._layer(target, plan[target.name]) for target in self.targets],
+            layers=[self._layer(target, plan[target.name], factors) for target in self.targets],
             calibration=self._calibration(),
             timings=dict(job.timings),
             environment={
@@ -119,23 +125,21 @@ class Description:
             **measured,
         )
 
-    def _layer(self, target: Target, rank: int | None) -> dict[str, Any]:
+    def _layer(self, target: Target, rank: int | None, factors: Factors) -> dict[str, Any]:
         return {
             "name": target.name,
             "shape": list(target.shape),
             "rank": rank,
-            "parameters": _cost(target, rank),
-            "relative_error": 0.0 if rank is None else self._relative_error(target, rank),
-            "reason": self._reason(target) if rank is None else None,
+            "parameters": self._cost(target, rank),
+            "relative_error": 0.0 if rank is None else _relative_error(factors.layers[target.name].loss, rank),
+            "reason": self._reason(target, factors) if rank is None else None,
         }
 
-    def _relative_error(self, target: Target, rank: int) -> float:
-        """Square root of the share of the loss, in the method's own metric, that is left at this rank."""
-        loss = self.factors[target.name].loss
-        return float((loss[rank] / loss[0]).sqrt()) if loss[0] > 0 else 0.0
+    def _cost(self, target: Target, rank: int | None) -> int:
+        return dense_cost(*target.shape) if rank is None else rank_cost(*target.shape, rank, self.storage)
 
-    def _reason(self, target: Target) -> str:
-        return self.failures.get(target.name) or (
+    def _reason(self, target: Target, factors: Factors) -> str:
+        return factors.failures.get(target.name) or (
             "the plan spends its parameters best on the whole layer"
             if self.config.rank is None
             else "this rank would not make the layer smaller"
@@ -154,5 +158,6 @@ class Description:
         }
 
 
-def _cost(target: Target, rank: int | None) -> int:
-    return dense_cost(*target.shape) if rank is None else rank_cost(*target.shape, rank)
+def _relative_error(loss: Tensor, rank: int) -> float:
+    """Square root of the share of the loss, in the method's own metric, that is left at this rank."""
+    return float((loss[rank] / loss[0]).sqrt()) if loss[0] > 0 else 0.0

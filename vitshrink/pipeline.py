@@ -1,36 +1,32 @@
 """The algorithm, told once from top to bottom: ``compress`` and ``evaluate_checkpoint``."""
 
-import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from vitshrink import cost
-from vitshrink.allocation import ALLOCATIONS, Curve, Plan, allocate, fixed_rank, least_cost
-from vitshrink.calibration import collect
-from vitshrink.checkpoint import load, replace_layers, save, verify
-from vitshrink.compensation import COMPENSATIONS, shifted_bias
+from vitshrink.allocation import ALLOCATIONS, Curve, least_cost
+from vitshrink.checkpoint import load, save, verify
+from vitshrink.compensation import COMPENSATIONS
+from vitshrink.compression import Compression, fixed_parameters
 from vitshrink.config import CompressConfig, parse_quantity
 from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.description import Description, example_inputs
-from vitshrink.errors import NumericsError, TargetError, UsageError
-from vitshrink.lowrank import LowRankLinear
+from vitshrink.errors import TargetError, UsageError
 from vitshrink.measurement import CalibrationData, Measurement, hold_out, measure, open_data, read_calibration
-from vitshrink.methods import Factorisation, Method, Needs, choose, get_method
-from vitshrink.models import LoadedModel, Target, blocks_of, find_targets, load_dense, task_of
+from vitshrink.methods import Method, Needs, choose, get_method
+from vitshrink.models import LoadedModel, Target, find_targets, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import check_space, publish
+from vitshrink.ranks import Storage
 from vitshrink.report import Report, write
-from vitshrink.sequential import compensate_residuals
-from vitshrink.stats import LinearStats
 
 HEADER_BYTES_A_TENSOR = 200
 """Room for one entry of a safetensors header; real ones take about 120 bytes."""
@@ -54,14 +50,6 @@ class Size:
     """Parameters of the whole model that may be stored."""
 
 
-@dataclass
-class Factors:
-    """The factorisations of a model's layers, and why those that are missing are."""
-
-    layers: dict[str, Factorisation] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-
 def compress(config: CompressConfig, observer: Observer | None = None) -> list[CompressionResult]:
     """Compress a checkpoint to every requested size, from one calibration, and publish what was verified.
 
@@ -76,6 +64,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     allocation_name = config.allocation or method.allocation
     allocation = choose(allocation_name, ALLOCATIONS, "allocation")
     compensation = choose(config.compensation or method.compensation, {c: c for c in COMPENSATIONS}, "compensation")
+    storage: Storage = method.storage if config.storage == "auto" else config.storage
     _require_calibration(config, method, compensation)
     check_options(method, config.options)
 
@@ -85,7 +74,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         dense = source.model.to(device)
     targets = find_targets(dense, layers=config.layers, include=config.include, exclude=config.exclude)
     dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
-    sizes = _sizes(config, dense, targets, dtype)
+    sizes = _sizes(config, dense, targets, dtype, storage)
     directories = _directories(config, sizes)
 
     with ExitStack() as outputs:
@@ -98,37 +87,37 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             ]
         calibrated = method.needs is not Needs.WEIGHTS or compensation != "none"
         preprocessor, calibration, evaluation_samples = _data(config, source, job, calibrated=calibrated)
-        stats = _statistics(dense, targets, method, compensation, calibration, job)
-        factors = _factorise(dense, targets, method, config, stats, compensation, job)
+        compression = Compression(config, dense, targets, method, allocation, compensation, storage, calibration)
         description = Description(
             config,
             source,
             targets,
             allocation_name if config.rank is None else "fixed rank",
             compensation,
-            factors.layers,
-            factors.failures,
+            storage,
             calibration,
             preprocessor.description if preprocessor else None,
         )
-        plans = [_plan(config, dense, targets, factors, size, allocation) for size in sizes]
-        if config.dry_run:
-            return [CompressionResult(None, description.planned(plan, job)) for plan in plans]
+        first = compression.factorise_dense(job)
         results = []
-        shared = job
-        for plan, stage, directory in zip(plans, staging, directories, strict=True):
-            job = shared.branch()
-            model = _build(dense, targets, factors.layers, plan, stats, compensation)
-            if compensation == "residual" and calibration is not None:
-                _compensate(model, dense, targets, calibration, job)
-            with job.stage("save", "Saving and verifying"):
-                save(model, stage, source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
-                verify(stage, model, example_inputs(dense))
-                reloaded = load(stage, dtype=torch.float32, device=device)
-            measurement = _measure(config, reloaded, dense, evaluation_samples, preprocessor, job)
-            report = description.written(plan, job, reloaded, stage, measurement)
-            write(report, stage)
-            results.append(CompressionResult(directory, report))
+        for index, size in enumerate(sizes):
+            own = job.branch()
+            factors, plan = first, compression.plan(first, size.budget)
+            if config.dry_run:
+                results.append(CompressionResult(None, description.planned(factors, plan, own)))
+                continue
+            for _ in range(config.refine if method.needs is Needs.CURVATURE else 0):
+                factors = compression.refine(factors, plan, own)
+                plan = compression.plan(factors, size.budget)
+            model = compression.build(factors, plan, own)
+            with own.stage("save", "Saving and verifying"):
+                save(model, staging[index], source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
+                verify(staging[index], model, example_inputs(dense))
+                reloaded = load(staging[index], dtype=torch.float32, device=device)
+            measurement = _measure(config, reloaded, dense, evaluation_samples, preprocessor, own)
+            report = description.written(factors, plan, own, reloaded, staging[index], measurement)
+            write(report, staging[index])
+            results.append(CompressionResult(directories[index], report))
     return results
 
 
@@ -173,10 +162,16 @@ def _directories(config: CompressConfig, sizes: Sequence[Size]) -> list[Path]:
     return [output] if len(sizes) == 1 else [output / size.label for size in sizes]
 
 
-def _sizes(config: CompressConfig, dense: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype) -> list[Size]:
+def _sizes(
+    config: CompressConfig,
+    dense: PreTrainedModel,
+    targets: Sequence[Target],
+    dtype: torch.dtype,
+    storage: Storage,
+) -> list[Size]:
     """The requested sizes as budgets of the whole model. Raises TargetError for what no rank can reach."""
     total = cost.parameters(dense)
-    least = _fixed_parameters(dense, targets) + least_cost(_empty_curves(config, targets))
+    least = fixed_parameters(dense, targets) + least_cost(_empty_curves(config, targets, storage))
     header = HEADER_BYTES_A_TENSOR * (len(dense.state_dict()) + len(targets))
     if config.keep:
         sizes = [Size(f"keep-{keep}", int(keep * total)) for keep in config.keep]
@@ -211,14 +206,9 @@ def _up(number: float) -> str:
     return f"{math.ceil(number * 1000) / 1000:g}"
 
 
-def _fixed_parameters(model: nn.Module, targets: Sequence[Target]) -> int:
-    """Parameters that no plan changes: embeddings, norms, biases, heads, and layers that are not targets."""
-    return cost.parameters(model) - sum(target.shape[0] * target.shape[1] for target in targets)
-
-
-def _empty_curves(config: CompressConfig, targets: Sequence[Target]) -> list[Curve]:
+def _empty_curves(config: CompressConfig, targets: Sequence[Target], storage: Storage) -> list[Curve]:
     nothing = torch.zeros(1, dtype=torch.float64)
-    return [Curve(target.name, target.shape, nothing, multiple=config.rank_multiple) for target in targets]
+    return [Curve(target.name, target.shape, nothing, storage, config.rank_multiple) for target in targets]
 
 
 def _data(
@@ -281,108 +271,3 @@ def _measure(
         class_map=Path(config.class_map) if config.class_map else None,
         max_bad_samples=config.max_bad_samples,
     )
-
-
-def _statistics(
-    dense: PreTrainedModel,
-    targets: Sequence[Target],
-    method: Method,
-    compensation: str,
-    calibration: CalibrationData | None,
-    job: Job,
-) -> dict[str, LinearStats]:
-    needed = method.needs is not Needs.WEIGHTS or compensation == "bias"
-    if calibration is None or not needed:
-        return {}
-    with job.stage("calibrate", "Calibrating", len(calibration.samples)) as advance:
-        return collect(dense, targets, calibration.batches, method.needs, on_batch=advance)
-
-
-def _factorise(
-    model: nn.Module,
-    targets: Sequence[Target],
-    method: Method,
-    config: CompressConfig,
-    stats: Mapping[str, LinearStats],
-    compensation: str,
-    job: Job,
-) -> Factors:
-    """Nested factors of every target; a layer whose decomposition fails is left out, stays dense and is reported."""
-    factors = Factors()
-    with job.stage("factorise", "Factorising", len(targets)) as advance, torch.no_grad():
-        for target in targets:
-            layer = model.get_submodule(target.name)
-            assert isinstance(layer, nn.Linear)
-            centred = compensation != "none" and layer.bias is not None
-            try:
-                factors.layers[target.name] = method.factorise(
-                    layer.weight.double(), stats.get(target.name), centred=centred, **config.options
-                ).check_finite()
-            except NumericsError as error:
-                factors.failures[target.name] = str(error)
-                job.warn(f"{target.name} stays dense: {error}")
-            advance(1)
-    if not factors.layers:
-        raise NumericsError("no layer could be factorised; the warnings say why.")
-    return factors
-
-
-def _plan(
-    config: CompressConfig,
-    model: nn.Module,
-    targets: Sequence[Target],
-    factors: Factors,
-    size: Size,
-    allocation: Callable[[Sequence[Curve], int], Plan],
-) -> Plan:
-    ready = [target for target in targets if target.name in factors.layers]
-    curves = [
-        Curve(target.name, target.shape, factors.layers[target.name].loss, multiple=config.rank_multiple)
-        for target in ready
-    ]
-    if config.rank is not None:
-        plan = fixed_rank(curves, config.rank)
-        if all(rank is None for rank in plan.values()):
-            largest = max(rank for curve in curves for rank in curve.ranks)
-            raise TargetError(f"--rank {config.rank} makes no layer smaller: the largest that does is {largest}.")
-    else:
-        plan = allocate(curves, size.budget - _fixed_parameters(model, ready), allocation)
-    return plan | dict.fromkeys(factors.failures)
-
-
-@torch.no_grad()
-def _build(
-    model: PreTrainedModel,
-    targets: Sequence[Target],
-    factors: Mapping[str, Factorisation],
-    plan: Plan,
-    stats: Mapping[str, LinearStats],
-    compensation: str,
-) -> PreTrainedModel:
-    """A copy of the model with the planned layers replaced."""
-    layers = {}
-    for target in targets:
-        rank = plan[target.name]
-        if rank is None:
-            continue
-        dense = model.get_submodule(target.name)
-        assert isinstance(dense, nn.Linear)
-        up, down = factors[target.name].up[:, :rank], factors[target.name].down[:rank]
-        bias = None if dense.bias is None else dense.bias.double()
-        if bias is not None and compensation == "bias":
-            bias = shifted_bias(bias, dense.weight.double(), up @ down, stats[target.name].mean)
-        layers[target.name] = LowRankLinear.from_factors(up, down, bias, dtype=dense.weight.dtype)
-    compressed = copy.deepcopy(model)
-    replace_layers(compressed, layers)
-    return compressed
-
-
-def _compensate(
-    model: PreTrainedModel, dense: PreTrainedModel, targets: Sequence[Target], calibration: CalibrationData, job: Job
-) -> None:
-    low_rank = [target for target in targets if isinstance(model.get_submodule(target.name), LowRankLinear)]
-    layers = {target.name: dense.get_submodule(target.name) for target in low_rank}
-    with job.stage("compensate", "Fitting residuals", len(low_rank)) as advance:
-        compensate_residuals(
-            model, blocks_of(model), targets, layers, calibration.batches, on_layer=lambda _name: advance(1)
-        )

@@ -117,8 +117,8 @@ def refit(layer: LowRankLinear, dense: nn.Linear, stats: LinearStats) -> None:
     """Fit the layer's residual, then its bias, to the inputs that ``stats`` describes."""
     weight = dense.weight.double()
     covariance = stats.covariance(centred=layer.bias is not None)
-    up, down = fit_residual(weight, layer.weight.double(), layer.down.double(), covariance)
-    layer.weight.copy_(up)
-    layer.down.copy_(down)
+    up, down = layer.factors()
+    up, down = fit_residual(weight, up.double(), down.double(), covariance)
+    layer.set_factors(up, down)
     if layer.bias is not None:
         layer.bias.copy_(shifted_bias(dense.bias.double(), weight, up @ down, stats.mean))

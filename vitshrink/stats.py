@@ -4,7 +4,7 @@ All tensors are float64. ``n`` is the number of inputs, ``m`` the number of outp
 unmasked calibration tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,18 +22,33 @@ class LinearStats:
     Attributes:
         tokens: number of tokens seen.
         mean: E[x], (n,).
-        abs_mean: E|x|, (n,).
-        abs_max: max |x|, (n,).
         gram: E[x xᵀ], (n, n); None where only ``output_gram`` was needed.
         output_gram: E[(Wx)(Wx)ᵀ], (m, m): all that a layer with m < n needs, at a fraction of the cost.
+        abs_mean: E|x|, (n,).
+        abs_max: max |x|, (n,).
+        gradient_gram: H = E[g gᵀ], (m, m), with g a label-free gradient at the output; where m <= n.
+        input_gradient_gram: Wᵀ H W, (n, n), where m > n.
+        gradient_power: tr H.
     """
 
     tokens: int
     mean: Tensor
-    abs_mean: Tensor
-    abs_max: Tensor
     gram: Tensor | None = None
     output_gram: Tensor | None = None
+    abs_mean: Tensor | None = None
+    abs_max: Tensor | None = None
+    gradient_gram: Tensor | None = None
+    input_gradient_gram: Tensor | None = None
+    gradient_power: float = 0.0
+
+    def refined_by(self, again: "LinearStats") -> "LinearStats":
+        """Statistics of the same layer in the compressed model: its inputs are taken over, the gradients averaged."""
+        return replace(
+            again,
+            gradient_gram=_mean(self.gradient_gram, again.gradient_gram),
+            input_gradient_gram=_mean(self.input_gradient_gram, again.input_gradient_gram),
+            gradient_power=(self.gradient_power + again.gradient_power) / 2,
+        )
 
     @classmethod
     def from_inputs(cls, x: Tensor) -> "LinearStats":
@@ -61,6 +76,10 @@ class LinearStats:
             return self.output_gram
         shift = weight @ self.mean
         return self.output_gram - torch.outer(shift, shift)
+
+
+def _mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else (one + other) / 2
 
 
 def damp(matrix: Tensor, relative: float) -> Tensor:

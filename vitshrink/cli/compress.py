@@ -57,6 +57,23 @@ def compress_command(
     rank_multiple: Annotated[
         int, typer.Option(help="Ranks are multiples of this.", rich_help_panel=LAYERS)
     ] = CompressConfig.rank_multiple,
+    storage: Annotated[
+        str,
+        typer.Option(
+            help="gauge: r(m+n-r) numbers a layer; factors: r(m+n); auto: what goes with the method.",
+            rich_help_panel=LAYERS,
+        ),
+    ] = CompressConfig.storage,
+    refine: Annotated[
+        int,
+        typer.Option(
+            help="Times the curvature is estimated again on the compressed model, for every size.",
+            rich_help_panel=LAYERS,
+        ),
+    ] = CompressConfig.refine,
+    probes: Annotated[
+        int, typer.Option(help="Backward passes a batch for the curvature.", rich_help_panel=LAYERS)
+    ] = CompressConfig.probes,
     layers: Annotated[str, typer.Option(help="attention, mlp or all.", rich_help_panel=LAYERS)] = "all",
     include: Annotated[
         list[str] | None, typer.Option(help="Only layers whose name matches this.", rich_help_panel=LAYERS)

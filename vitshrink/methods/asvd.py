@@ -17,7 +17,7 @@ def asvd(
     is then close to plain SVD. ``scaling`` is ``abs-mean`` or ``abs-max``. Dead channels get the smallest scale that
     still inverts, since nothing is known of them.
     """
-    if stats is None:
+    if stats is None or stats.abs_mean is None or stats.abs_max is None:
         raise NumericsError("asvd needs calibration statistics.")
     scales = {"abs-mean": stats.abs_mean, "abs-max": stats.abs_max}.get(scaling)
     if scales is None:

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError, UsageError
+from vitshrink.ranks import Storage
 
 
 class Needs(Enum):
-    """What a method wants to know of a layer's inputs."""
+    """What a method wants to know of a layer, each including what stands before it."""
 
     WEIGHTS = "weights"
     SCALES = "scales"
     COVARIANCE = "covariance"
+    CURVATURE = "curvature"
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ Factorise = Callable[..., Factorisation]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method, with the allocation and compensation that its source uses."""
+    """A registered method, with the allocation, compensation and storage that go with it."""
 
     name: str
     factorise: Factorise
     needs: Needs
     allocation: str
     compensation: str
+    storage: Storage
 
     @property
     def summary(self) -> str:
@@ -74,14 +77,19 @@ _METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, needs: Needs, allocation: str = "uniform-ratio", compensation: str = "none"
+    name: str,
+    *,
+    needs: Needs,
+    allocation: str = "uniform-ratio",
+    compensation: str = "none",
+    storage: Storage = "factors",
 ) -> Callable[[Factorise], Factorise]:
     """Enter the decorated function as method ``name``."""
 
     def enter(function: Factorise) -> Factorise:
         if name in _METHODS:
             raise ValueError(f"two methods are called {name!r}")
-        _METHODS[name] = Method(name, function, needs, allocation, compensation)
+        _METHODS[name] = Method(name, function, needs, allocation, compensation, storage)
         return function
 
     return enter

@@ -1,0 +1,163 @@
+"""From statistics to a compressed model in memory: what the sizes of a job do alike."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink import cost
+from vitshrink.allocation import Allocation, Curve, Plan, allocate, fixed_rank
+from vitshrink.calibration import collect
+from vitshrink.checkpoint import replace_layers
+from vitshrink.compensation import shifted_bias
+from vitshrink.config import CompressConfig
+from vitshrink.curvature import collect_curvature
+from vitshrink.errors import NumericsError, TargetError
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.measurement import CalibrationData
+from vitshrink.methods import Factorisation, Method, Needs
+from vitshrink.models import Target, blocks_of
+from vitshrink.observer import Job
+from vitshrink.ranks import Storage
+from vitshrink.sequential import compensate_residuals
+from vitshrink.stats import LinearStats
+from vitshrink.storage import fix_gauge
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factorisations of a model's layers, why those that are missing are, and the statistics behind them."""
+
+    layers: dict[str, Factorisation]
+    failures: dict[str, str]
+    stats: Mapping[str, LinearStats]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The dense model and every choice that is not the size."""
+
+    config: CompressConfig
+    dense: PreTrainedModel
+    targets: Sequence[Target]
+    method: Method
+    allocation: Allocation
+    compensation: str
+    storage: Storage
+    calibration: CalibrationData | None
+
+    def factorise_dense(self, job: Job) -> Factors:
+        """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
+        return self._factorise(self._statistics(self.dense, {}, job, seed=self.config.seed), job)
+
+    def refine(self, factors: Factors, plan: Plan, job: Job) -> Factors:
+        """Estimate the statistics again on the model compressed by ``plan``, and factorise for those.
+
+        What a layer must keep depends on what the others lost. The factors are those of the dense weights again.
+        """
+        model = self._replaced(factors, plan)
+        dense = {name: self._layer(name).weight.detach() for name, rank in plan.items() if rank is not None}
+        again = self._statistics(model, dense, job, seed=self.config.seed + 1)
+        return self._factorise({name: factors.stats[name].refined_by(again[name]) for name in again}, job)
+
+    def plan(self, factors: Factors, budget: int) -> Plan:
+        """Ranks for a budget of the whole model's parameters. Raises TargetError."""
+        ready = [target for target in self.targets if target.name in factors.layers]
+        multiple = self.config.rank_multiple
+        curves = [Curve(t.name, t.shape, factors.layers[t.name].loss, self.storage, multiple) for t in ready]
+        if self.config.rank is not None:
+            plan = fixed_rank(curves, self.config.rank)
+            if all(rank is None for rank in plan.values()):
+                largest = max(rank for curve in curves for rank in curve.ranks)
+                raise TargetError(
+                    f"--rank {self.config.rank} makes no layer smaller: the largest that does is {largest}."
+                )
+        else:
+            plan = allocate(curves, budget - fixed_parameters(self.dense, ready), self.allocation)
+        return plan | dict.fromkeys(factors.failures)
+
+    def build(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
+        """The compressed model, compensated, in the form in which it is stored."""
+        model = self._replaced(factors, plan)
+        if self.compensation == "residual" and self.calibration is not None:
+            low_rank = [target.name for target in self.targets if plan[target.name] is not None]
+            layers = {name: self._layer(name) for name in low_rank}
+            with job.stage("compensate", "Fitting residuals", len(low_rank)) as advance:
+                compensate_residuals(
+                    model,
+                    blocks_of(model),
+                    self.targets,
+                    layers,
+                    self.calibration.batches,
+                    on_layer=lambda _name: advance(1),
+                )
+        if self.storage == "gauge":
+            with job.stage("gauge", "Choosing pivots"):
+                fix_gauge(model, self.targets)
+        return model
+
+    def _layer(self, name: str) -> nn.Linear:
+        layer = self.dense.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def _statistics(
+        self, model: PreTrainedModel, dense: Mapping[str, Tensor], job: Job, *, seed: int
+    ) -> dict[str, LinearStats]:
+        """What the method needs to know of the targets of ``model``, of which those in ``dense`` are compressed."""
+        needed = self.method.needs is not Needs.WEIGHTS or self.compensation == "bias"
+        if self.calibration is None or not needed:
+            return {}
+        batches, samples = self.calibration.batches, len(self.calibration.samples)
+        with job.stage("calibrate", "Calibrating", samples) as advance:
+            if self.method.needs is Needs.CURVATURE:
+                probes = self.config.probes
+                return collect_curvature(
+                    model, self.targets, batches, weights=dense, seed=seed, probes=probes, on_batch=advance
+                )
+            return collect(model, self.targets, batches, self.method.needs, on_batch=advance)
+
+    @torch.no_grad()
+    def _factorise(self, stats: Mapping[str, LinearStats], job: Job) -> Factors:
+        """Nested factors of every target; one whose decomposition fails is left out, stays dense and is reported."""
+        factors = Factors({}, {}, stats)
+        with job.stage("factorise", "Factorising", len(self.targets)) as advance:
+            for target in self.targets:
+                layer = self._layer(target.name)
+                centred = self.compensation != "none" and layer.bias is not None
+                try:
+                    factors.layers[target.name] = self.method.factorise(
+                        layer.weight.double(), stats.get(target.name), centred=centred, **self.config.options
+                    ).check_finite()
+                except NumericsError as error:
+                    factors.failures[target.name] = str(error)
+                    job.warn(f"{target.name} stays dense: {error}")
+                advance(1)
+        if not factors.layers:
+            raise NumericsError("no layer could be factorised; the warnings say why.")
+        return factors
+
+    @torch.no_grad()
+    def _replaced(self, factors: Factors, plan: Plan) -> PreTrainedModel:
+        """A copy of the dense model with the planned layers replaced by their truncated factors."""
+        layers = {}
+        for name, rank in plan.items():
+            if rank is None:
+                continue
+            dense = self._layer(name)
+            up, down = factors.layers[name].up[:, :rank], factors.layers[name].down[:rank]
+            bias = None if dense.bias is None else dense.bias.double()
+            if bias is not None and self.compensation == "bias":
+                bias = shifted_bias(bias, dense.weight.double(), up @ down, factors.stats[name].mean)
+            layers[name] = LowRankLinear.from_factors(up, down, bias, dtype=dense.weight.dtype)
+        compressed = copy.deepcopy(self.dense)
+        replace_layers(compressed, layers)
+        return compressed
+
+
+def fixed_parameters(model: nn.Module, targets: Sequence[Target]) -> int:
+    """Parameters that no plan changes: embeddings, norms, biases, heads, and layers that are not targets."""
+    return cost.parameters(model) - sum(target.shape[0] * target.shape[1] for target in targets)

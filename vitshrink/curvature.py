@@ -1,0 +1,274 @@
+"""Label-free curvature of a model's output with respect to the outputs of its linear layers."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from vitshrink.calibration import CalibrationBatch, accumulate, to_device
+from vitshrink.errors import DataError, NumericsError
+from vitshrink.models import Target, blocks_of, task_of
+from vitshrink.stats import LinearStats
+
+TOKEN_WEIGHT = 0.7
+"""Share of the gradient-weighted tokens in C; the rest counts all tokens alike, for tokens that no gradient met."""
+
+TOKENS_A_CHANNEL = 16
+"""Tokens beyond this many for every channel add cost to a Gram, but no accuracy that was seen."""
+
+
+def softmax_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A random v (batch, classes) with E[v vᵀ] = diag(p) − p pᵀ, the Fisher information of the softmax.
+
+    A label drawn from the softmax has the same second moment, but nearly always is the one class that a confident
+    model predicts, and then says nothing; this v is as long for every draw: v = √p ∘ (ξ − √p √pᵀ ξ), ξ = ±1.
+    """
+    q = logits.detach().float().softmax(-1).sqrt()
+    signs = _signs(q, generator)
+    return q * (signs - q * (q * signs).sum(-1, keepdim=True))
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)
+
+
+def objective(
+    model: PreTrainedModel, outputs: ModelOutput, batch: CalibrationBatch, generator: torch.Generator
+) -> Tensor:
+    """A scalar whose gradient g has E[g gᵀ] = Jᵀ F J: the curvature of the KL divergence, or of the feature error.
+
+    Classifiers: the Fisher information of the softmax. Masked LMs: the same at up to 16 tokens a text. Regression and
+    headless models: features under random ±1 projections, token by token and pooled.
+    """
+    if task_of(model) == "features":
+        hidden: Tensor = outputs.last_hidden_state
+        mask = torch.ones(hidden.shape[:2]) if batch.mask is None else batch.mask
+        weight = (mask.float() / mask.float().sum(1, keepdim=True)).to(hidden)
+        pooled = (hidden * weight[..., None]).sum(1)
+        total = (hidden * _signs(hidden, generator) * weight.sqrt()[..., None]).sum()
+        return total + (pooled * _signs(pooled, generator)).sum()
+    logits: Tensor = outputs.logits
+    if task_of(model) == "masked-lm":
+        logits = torch.cat(
+            [row[_positions(mask, generator)] for row, mask in zip(logits, _masks(logits, batch), strict=True)]
+        )
+    if logits.shape[-1] == 1:
+        return (logits * _signs(logits, generator)).sum()
+    return (logits * softmax_probe(logits, generator)).sum()
+
+
+def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:
+    return torch.ones(logits.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask.cpu()
+
+
+def _positions(mask: Tensor, generator: torch.Generator, most: int = 16) -> Tensor:
+    real = mask.nonzero().flatten()
+    return real[torch.randperm(len(real), generator=generator)[:most]]
+
+
+@dataclass
+class GroupSums:
+    """Weighted float64 sums over the inputs x (tokens, n) of the layers that read the same tensor."""
+
+    weight: float = 0.0
+    total: Tensor | None = None
+    gram: Tensor | None = None
+
+    def add(self, x: Tensor, weights: Tensor, *, with_gram: bool) -> None:
+        weighted = x * weights[:, None]
+        self.weight += float(weights.double().sum())
+        self.total = accumulate(self.total, weighted.sum(0))
+        if with_gram:
+            self.gram = accumulate(self.gram, x.T @ weighted)
+
+
+@dataclass
+class LayerSums:
+    """Float64 sums over the output gradients g (tokens, m) of one layer, in the smaller of its two spaces."""
+
+    count: int = 0
+    power: float = 0.0
+    gradient: Tensor | None = None
+    """Σ g gᵀ, (m, m), or Σ (Wᵀg)(Wᵀg)ᵀ, (n, n), where n < m."""
+    output_gram: Tensor | None = None
+    """Σ s (Wx)(Wx)ᵀ, (m, m), where m < n."""
+
+
+@dataclass
+class CurvatureCollector:
+    """Hooks on the targets; parameters need no gradient, so that a backward pass costs what a forward pass does."""
+
+    model: PreTrainedModel
+    targets: Sequence[Target]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Dense weights (m, n) of layers that are compressed in ``model``: statistics are those of the dense layer."""
+    token_weight: float = TOKEN_WEIGHT
+    tokens: int = 0
+    batch: int = -1
+    _mask: Tensor | None = None
+    _x: dict[str, Tensor] = field(default_factory=dict)
+    _z: dict[str, Tensor] = field(default_factory=dict)
+    _importance: dict[str, Tensor] = field(default_factory=dict)
+    _groups: dict[str, GroupSums] = field(default_factory=dict)
+    _layers: dict[str, LayerSums] = field(default_factory=dict)
+
+    def run(self, batch: CalibrationBatch, generator: torch.Generator, probes: int) -> None:
+        """One forward pass, ``probes`` backward passes, and the sums over their tokens."""
+        device = next(self.model.parameters()).device
+        self._mask = None if batch.mask is None else batch.mask.to(device)
+        self.batch += 1
+        handles = [blocks_of(self.model)[0].register_forward_pre_hook(_require_gradient)]
+        for target in self.targets:
+            module = self.model.get_submodule(target.name)
+            handles.append(module.register_forward_hook(self._forward_hook(target)))
+            handles.append(module.register_full_backward_hook(self._backward_hook(target)))
+        try:
+            with torch.enable_grad():
+                outputs = self.model(**to_device(batch.inputs, device))
+                for left in reversed(range(probes)):
+                    torch.autograd.backward(objective(self.model, outputs, batch, generator), retain_graph=left > 0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._sum_inputs()
+
+    def statistics(self) -> dict[str, LinearStats]:
+        """Statistics of every target. Raises DataError when no token came through."""
+        if not self.tokens:
+            raise DataError("no calibration token reached the model: is the data set empty?")
+        found = {}
+        for target in self.targets:
+            group, layer = self._groups[target.input_group], self._layers[target.name]
+            assert group.total is not None
+            assert layer.gradient is not None
+            m, n = target.shape
+            gradient = layer.gradient / layer.count
+            found[target.name] = LinearStats(
+                tokens=self.tokens,
+                mean=group.total / group.weight,
+                gram=None if group.gram is None else group.gram / group.weight,
+                output_gram=None if layer.output_gram is None else layer.output_gram / group.weight,
+                gradient_gram=gradient if m <= n else None,
+                input_gradient_gram=gradient if m > n else None,
+                gradient_power=layer.power / layer.count,
+            )
+        return found
+
+    def _real(self, activation: Tensor) -> Tensor:
+        """(batch, tokens, k) without the padding, as (tokens, k) float32."""
+        activation = activation.detach()
+        flat = activation[self._mask] if self._mask is not None else activation.reshape(-1, activation.shape[-1])
+        return flat.float()
+
+    def _forward_hook(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if target.input_group not in self._x:
+                self._x[target.input_group] = self._real(inputs[0])
+            if target.shape[0] < target.shape[1]:
+                if target.name in self.weights:
+                    self._z[target.name] = self._real(inputs[0]) @ self.weights[target.name].T
+                else:
+                    z = self._real(output)
+                    self._z[target.name] = z - module.bias if isinstance(module.bias, Tensor) else z
+
+        return hook
+
+    def _backward_hook(
+        self, target: Target
+    ) -> Callable[[nn.Module, tuple[Tensor | None, ...], tuple[Tensor, ...]], None]:
+        m, n = target.shape
+
+        def hook(_module: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: tuple[Tensor, ...]) -> None:
+            g = self._real(grad_output[0])
+            sums = self._layers.setdefault(target.name, LayerSums())
+            importance = g.square().sum(1)
+            power = float(importance.double().sum())
+            if not torch.isfinite(torch.tensor(power)):
+                raise NumericsError(
+                    f"layer {target.name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
+                    "Check the checkpoint and the preprocessing of that batch."
+                )
+            sums.power += power
+            sums.count += g.shape[0]
+            side = g
+            if m > n and target.name in self.weights:
+                side = g @ self.weights[target.name]
+            elif m > n:
+                assert grad_input[0] is not None
+                side = self._real(grad_input[0])
+            sums.gradient = accumulate(sums.gradient, side.T @ side)
+            known = self._importance.get(target.name)
+            self._importance[target.name] = importance if known is None else known + importance
+
+        return hook
+
+    def _sum_inputs(self) -> None:
+        weights: dict[str, list[Tensor]] = {}
+        for target in self.targets:
+            importance = self._importance[target.name]
+            relative = importance / importance.mean().clamp_min(1e-30)
+            weights.setdefault(target.input_group, []).append(relative)
+        mixed = {
+            group: self.token_weight * torch.stack(each).mean(0) + (1 - self.token_weight)
+            for group, each in weights.items()
+        }
+        done: set[str] = set()
+        for target in self.targets:
+            group = target.input_group
+            narrow = target.shape[0] < target.shape[1]
+            if group not in done:
+                self._groups.setdefault(group, GroupSums()).add(self._x[group], mixed[group], with_gram=not narrow)
+                done.add(group)
+            if narrow:
+                z = self._z[target.name]
+                layer = self._layers[target.name]
+                layer.output_gram = accumulate(layer.output_gram, z.T @ (z * mixed[group][:, None]))
+        self.tokens += next(iter(self._x.values())).shape[0]
+        self._x.clear()
+        self._z.clear()
+        self._importance.clear()
+
+
+def _require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients start at the first block: nothing before it is a target."""
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])
+
+
+def collect_curvature(
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    batches: Iterable[CalibrationBatch],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    probes: int = 1,
+    on_batch: Callable[[int], None] = lambda _samples: None,
+) -> dict[str, LinearStats]:
+    """Input covariances and output curvatures of every target: one forward and ``probes`` backward passes a batch.
+
+    The curvature is H = E[g gᵀ] with g the gradient of ``objective`` at the layer's output (Kronecker-factored
+    Gauss-Newton, Martens and Grosse 2015, arXiv 1503.05671), without labels. Tokens count in the covariance by their
+    squared gradient. Memory is that of one batch.
+
+    Args:
+        weights: the dense weights of the targets that ``model`` holds compressed.
+
+    Raises:
+        NumericsError: NaN or Inf; names the layer and the batch.
+        DataError: no batch at all.
+    """
+    collector = CurvatureCollector(model, targets, weights or {})
+    generator = torch.Generator().manual_seed(seed)
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        for batch in batches:
+            collector.run(batch, generator, probes)
+            on_batch(next(iter(batch.inputs.values())).shape[0])
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+    return collector.statistics()

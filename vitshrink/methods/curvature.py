@@ -1,0 +1,38 @@
+"""Curvature-aware factorisation: what a layer loses is measured at the model's output."""
+
+import torch
+from torch import Tensor
+
+from vitshrink.errors import NumericsError
+from vitshrink.methods.registry import Factorisation, Needs, method
+from vitshrink.methods.whitened import whitened
+from vitshrink.stats import LinearStats, eigh, square_roots
+
+
+@method("curvature", needs=Needs.CURVATURE, allocation="loss", compensation="bias", storage="gauge")
+def curvature(
+    weight: Tensor, stats: LinearStats | None, *, centred: bool = True, shrinkage: float = 0.1
+) -> Factorisation:
+    """Least loss at the model's output to second order, the same unit for every layer (K-FAC, arXiv 1503.05671).
+
+    A change ΔW costs tr(H ΔW C ΔWᵀ) with the input covariance C and the label-free output curvature H. So
+    H^½ W C^½ = U Σ Vᵀ is truncated: Ŵ = H^-½ U_r U_rᵀ H^½ W, and ``loss`` is Σ_{i>r} σ_i², computed from the smaller
+    of H^½ (W C Wᵀ) H^½ and T C T with T = (Wᵀ H W)^½. ``shrinkage`` pulls H towards its mean eigenvalue: an estimate
+    from a few hundred samples overrates the directions it has seen.
+    """
+    if stats is None or (stats.gradient_gram is None and stats.input_gradient_gram is None):
+        raise NumericsError("curvature needs calibration statistics with gradients.")
+    m = weight.shape[0]
+    floor = shrinkage * stats.gradient_power / m
+    if stats.gradient_power <= 0:  # nothing at this layer reaches the output: any factors do, at no loss
+        free = whitened(weight, stats, centred=centred)
+        return Factorisation(free.up, free.down, torch.zeros_like(free.loss))
+    if stats.gradient_gram is not None:
+        H = (1 - shrinkage) * stats.gradient_gram + floor * torch.eye(m, dtype=weight.dtype, device=weight.device)
+        root, inverse = square_roots(H)
+        values, U = eigh(root @ stats.output_covariance(weight, centred=centred) @ root)
+        return Factorisation.from_spectrum(inverse @ U, U.T @ root @ weight, values)
+    assert stats.input_gradient_gram is not None
+    T, T_inverse = square_roots((1 - shrinkage) * stats.input_gradient_gram + floor * weight.T @ weight)
+    values, U = eigh(T @ stats.covariance(centred=centred) @ T)
+    return Factorisation.from_spectrum(weight @ T_inverse @ U, U.T @ T, values)

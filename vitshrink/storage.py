@@ -1,0 +1,54 @@
+"""The last step before a model is written: each low-rank layer in the form with the fewest numbers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.checkpoint import replace_layers
+from vitshrink.errors import NumericsError
+from vitshrink.gauge import best_window, pivots_first
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.models import Target
+
+
+@torch.no_grad()
+def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
+    """Store every low-rank target of ``model`` with pivots, in place; the outputs stay as they are.
+
+    The inputs of an MLP's second layer are its hidden units, and those may be put in any order: they are sorted so that
+    the pivots come first, along with the outputs of the first layer. Elsewhere the order of the channels is given, and
+    the best block of neighbouring ones is taken. Neither needs a gather when the model runs.
+
+    Raises:
+        NumericsError: naming a layer whose row space no block of inputs spans.
+    """
+    fc1 = {target.block: target.name for target in targets if target.role == "fc1"}
+    pivoted = {}
+    for target in targets:
+        layer = model.get_submodule(target.name)
+        if not isinstance(layer, LowRankLinear):
+            continue
+        up, down = (factor.double() for factor in layer.factors())
+        try:
+            if target.role == "fc2" and target.block in fc1:
+                order = pivots_first(down)
+                _permute_outputs(model.get_submodule(fc1[target.block]), order)
+                down, pivot = down[:, order], 0
+            else:
+                pivot = best_window(down)
+            pivoted[target.name] = LowRankLinear.from_factors(
+                up, down, layer.bias, dtype=layer.weight.dtype, pivot=pivot
+            )
+        except NumericsError as error:
+            raise NumericsError(f"{target.name}: {error} Use --storage factors.") from error
+    replace_layers(model, pivoted)
+
+
+def _permute_outputs(layer: nn.Module, order: Tensor) -> None:
+    """Sort the outputs of a dense or low-rank layer; in a pivoted one too, the output factor alone decides them."""
+    assert isinstance(layer.weight, Tensor)
+    layer.weight.copy_(layer.weight[order].clone())
+    if isinstance(layer.bias, Tensor):
+        layer.bias.copy_(layer.bias[order].clone())
