@@ -140,7 +140,32 @@ def test_degenerate_statistics_give_finite_factors(covariance: Tensor, rank: int
     up, down = factors.up[:, :rank], factors.down[:rank]
     fitted = fit_residual(weight, up, down, covariance)
     assert all(torch.isfinite(part).all() for part in fitted)
-    assert error_of(weight, *fitted, covariance) <= error_of(weight, up, down, covariance) * (1 + 1e-9) + 1e-300
+    rounding = 1e-12 * float((weight @ covariance * weight).sum()) + 1e-300
+    assert error_of(weight, *fitted, covariance) <= error_of(weight, up, down, covariance) + rounding
+
+
+def test_components_that_read_nothing_do_not_explode() -> None:
+    """The residual starts where the inputs after compression no longer vary: its error says nothing of its size."""
+    weight, _ = problem(12, 20, 1)
+    direction = torch.randn(20, generator=generator(3), dtype=torch.float64)
+    covariance = torch.outer(direction, direction)
+    factors = svd(weight, None)
+    down = factors.down[:8].clone()
+    fixed, _ = split_rank(8)
+    down[fixed:] -= torch.outer(down[fixed:] @ direction, direction) / direction.square().sum()
+    up, new_down = fit_residual(weight, factors.up[:, :8], down, covariance)
+    assert up.abs().max() < 1e4
+    assert new_down.abs().max() < 1e4
+
+
+def test_the_two_halves_of_the_residual_are_of_the_same_size() -> None:
+    """Otherwise one of them could overflow in half precision, though their product would not."""
+    weight, x = problem(12, 20, 100)
+    factors = svd(weight, None)
+    up, down = factors.up[:, :8] * 1e6, factors.down[:8] / 1e6
+    fixed, _ = split_rank(8)
+    new_up, new_down = fit_residual(weight, up, down, x.T @ x / len(x))
+    torch.testing.assert_close(new_up[:, fixed:].norm(dim=0), new_down[fixed:].norm(dim=1))
 
 
 def test_a_zero_weight_stays_zero() -> None:

@@ -47,6 +47,7 @@ def fit_residual(weight: Tensor, up: Tensor, down: Tensor, covariance: Tensor) -
         raise NumericsError("the compensation statistics hold NaN or Inf.")
     A, B = up[:, fixed:].clone(), down[fixed:].clone()
     best = (float("inf"), A, B)
+    mean_variance = covariance.diagonal().mean()
     for _ in range(STEPS + 1):
         B_weighted = B @ covariance
         inner = B_weighted @ B.T
@@ -57,15 +58,27 @@ def fit_residual(weight: Tensor, up: Tensor, down: Tensor, covariance: Tensor) -
         best = (error, A, B)
         gradient_A = weighted_target @ B.T - A @ inner
         gradient_B = A.T @ target - outer @ B  # already divided by C on its right
-        A, B = A + STEP * _divide(gradient_A.T, inner).T, B + STEP * _divide(gradient_B, outer)
-    _, A, B = best
+        # what B reads may be nothing of what varies: then its Gram alone says no scale to damp by
+        scale_B = mean_variance * B.square().sum(1).mean()
+        A, B = (
+            A + STEP * _divide(gradient_A.T, inner, scale_B).T,
+            B + STEP * _divide(gradient_B, outer, outer.diagonal().mean()),
+        )
+    A, B = _balanced(*best[1:])
     return torch.cat([up[:, :fixed], A], 1), torch.cat([down[:fixed], B], 0)
 
 
-def _divide(right: Tensor, gram: Tensor) -> Tensor:
-    """gram⁻¹ right for a positive semidefinite Gram, damped relative to its trace so that it always exists."""
-    damping = 1e-9 * gram.diagonal().mean().clamp_min(1e-300)
+def _divide(right: Tensor, gram: Tensor, scale: Tensor) -> Tensor:
+    """gram⁻¹ right for a positive semidefinite Gram, damped relative to ``scale`` so that it always exists."""
+    damping = 1e-9 * scale.clamp_min(1e-300)
     factor, _ = torch.linalg.cholesky_ex(
         gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     )
     return torch.cholesky_solve(right, factor)
+
+
+def _balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product from columns of A and rows of B of equal norms, so that neither overflows in half precision."""
+    a, b = A.norm(dim=0), B.norm(dim=1)
+    ratio = torch.where((a > 0) & (b > 0), (b / a).sqrt(), torch.ones_like(a))
+    return A * ratio, B / ratio[:, None]
