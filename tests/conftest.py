@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 
 from vitshrink.config import CompressConfig
 from vitshrink.pipeline import CompressionResult, compress
@@ -66,6 +67,20 @@ def class_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("class-images")
     for seed, name in enumerate(tiny.IMAGE_CLASSES):
         tiny.write_images(root / name, 8, seed=seed)
+    return root
+
+
+@pytest.fixture(scope="session")
+def learned_images(tmp_path_factory: pytest.TempPathFactory, vit_directory: Path) -> Path:
+    """40 images in folders named by the classes: 34 as the tiny ViT sees them, and 6 of another class."""
+    root = tmp_path_factory.mktemp("learned-images")
+    classify = transformers.pipeline("image-classification", str(vit_directory), device="cpu")
+    files = sorted(tiny.write_images(root, 40, seed=7).iterdir())
+    for number, file in enumerate(files):
+        seen = tiny.IMAGE_CLASSES.index(classify(str(file))[0]["label"])
+        name = tiny.IMAGE_CLASSES[seen if number >= 6 else (seen + 1) % len(tiny.IMAGE_CLASSES)]
+        (root / name).mkdir(exist_ok=True)
+        file.rename(root / name / file.name)
     return root
 
 
