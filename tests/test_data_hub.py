@@ -256,7 +256,7 @@ results["offline, no split"] = attempt(lambda: open_samples("owner/reviews/films
     assert "plays" in results["owner/reviews/plays:train"]
     assert "no column 'lable'. Did you mean 'label'" in results["column"]
     assert "offline there is no earlier download" in results["offline"]
-    assert "name the split" in results["offline, no split"]
+    assert "the split has to be named as well" in results["offline, no split"]
     assert results["broken"].startswith("DataError: owner/broken:train")
 
 

@@ -146,17 +146,14 @@ def _downloaded_before(address: Address) -> Any:
     """The Dataset that this module, or else anyone with `datasets.load_dataset`, has downloaded."""
     from datasets import load_dataset
 
-    if address.split is None:
-        raise DataError(
-            f"{address}: name the split (as in {address}:train), without the network they cannot be listed."
-        )
     with _offline_mode():
-        for cache in (_split_cache(address), None):
+        for cache in (_split_cache(address), None) if address.split else ():
             with suppress(Exception):  # whatever is wrong with one cache, the data are not to be had from it
                 return _undecoded(load_dataset(address.path, address.config, split=address.split, cache_dir=cache))
+    hint = "" if address.split else f" Offline, the split has to be named as well, as in {address}:train."
     raise DataError(
         f"{address} is not a local path, and offline there is no earlier download of it: pass a local folder or file, "
-        f"or download it where there is a network.{suggestion(address.path, recipe_names())}"
+        f"or download it where there is a network.{hint}{suggestion(address.path, recipe_names())}"
     )
 
 
