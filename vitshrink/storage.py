@@ -25,7 +25,6 @@ def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
         NumericsError: naming a layer whose row space no block of inputs spans.
     """
     fc1 = {target.block: target.name for target in targets if target.role == "fc1"}
-    pivoted = {}
     for target in targets:
         layer = model.get_submodule(target.name)
         if not isinstance(layer, LowRankLinear):
@@ -38,12 +37,10 @@ def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
                 down, pivot = down[:, order], 0
             else:
                 pivot = best_window(down)
-            pivoted[target.name] = LowRankLinear.from_factors(
-                up, down, layer.bias, dtype=layer.weight.dtype, pivot=pivot
-            )
+            pivoted = LowRankLinear.from_factors(up, down, layer.bias, dtype=layer.weight.dtype, pivot=pivot)
         except NumericsError as error:
             raise NumericsError(f"{target.name}: {error} Use --storage factors.") from error
-    replace_layers(model, pivoted)
+        replace_layers(model, {target.name: pivoted})  # at once: a later layer may permute this one
 
 
 def _permute_outputs(layer: nn.Module, order: Tensor) -> None:
