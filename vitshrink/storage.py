@@ -12,6 +12,9 @@ from vitshrink.gauge import best_window, pivots_first
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.models import Target
 
+UNUSED = 1e-12
+"""Singular values of a product below this fraction of the largest are rounding."""
+
 
 @torch.no_grad()
 def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
@@ -29,7 +32,7 @@ def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
         layer = model.get_submodule(target.name)
         if not isinstance(layer, LowRankLinear):
             continue
-        up, down = (factor.double() for factor in layer.factors())
+        up, down = _full_row_rank(*(factor.double() for factor in layer.factors()))
         try:
             if target.role == "fc2" and target.block in fc1:
                 order = pivots_first(down)
@@ -41,6 +44,21 @@ def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
         except NumericsError as error:
             raise NumericsError(f"{target.name}: {error} Use --storage factors.") from error
         replace_layers(model, {target.name: pivoted})  # at once: a later layer may permute this one
+
+
+def _full_row_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with orthonormal rows in down (rank, in), even where the product is of a lower rank.
+
+    Rows that the product does not use are random: those of a factorisation may have no block that can be inverted.
+    """
+    Q, R = torch.linalg.qr(down.T)
+    U, S, Vh = torch.linalg.svd(up @ R.T, full_matrices=False)
+    rounding = UNUSED * S[0]
+    unused = S <= rounding
+    rows = Vh @ Q.T
+    rows[unused] = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)[unused]
+    Q, R = torch.linalg.qr(rows.T)
+    return U * S.masked_fill(unused, 0) @ R.T, Q.T
 
 
 def _permute_outputs(layer: nn.Module, order: Tensor) -> None:
