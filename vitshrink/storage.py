@@ -53,8 +53,7 @@ def _full_row_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """
     Q, R = torch.linalg.qr(down.T)
     U, S, Vh = torch.linalg.svd(up @ R.T, full_matrices=False)
-    rounding = UNUSED * S[0]
-    unused = S <= rounding
+    unused = UNUSED * S[0] >= S
     rows = Vh @ Q.T
     rows[unused] = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)[unused]
     Q, R = torch.linalg.qr(rows.T)
