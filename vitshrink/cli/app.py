@@ -1,5 +1,7 @@
 """The ``vitshrink`` command and its options for all commands."""
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -46,4 +48,7 @@ def options(
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows less, but loses no result
     app()

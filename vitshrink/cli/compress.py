@@ -41,7 +41,7 @@ def compress_command(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="How ranks are shared out: uniform-rank, uniform-ratio, energy; the method's own if not given.",
+            help="How ranks are shared out: uniform-rank, uniform-ratio, energy, loss; the method's own if not given.",
             rich_help_panel=LAYERS,
         ),
     ] = None,
@@ -154,14 +154,15 @@ def compress_command(
         json.dump(documents[0] if len(documents) == 1 else documents, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
         return
-    if job.dry_run:
-        for result in results:
-            console.show(plan_table(result.report))
     if not quiet:
+        if job.dry_run:
+            for result in results:
+                console.show(plan_table(result.report))
         console.show(results_table([result.report for result in results]))
         for result in results:
             if result.directory is not None:
-                console.output.print(f"{result.directory}  (report.md, report.json beside the weights)", soft_wrap=True)
+                line = f"{result.directory}  (report.md, report.json beside the weights)"
+                console.output.print(line, soft_wrap=True, markup=False)
 
 
 def _parse_option(text: str) -> tuple[str, Any]:

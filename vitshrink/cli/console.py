@@ -47,7 +47,9 @@ def show(table: Table) -> None:
     bounded = output.is_terminal or "COLUMNS" in os.environ
     needed = output.measure(grid, options=output.options.update(max_width=UNBOUNDED)).maximum
     if needed <= output.width or not bounded:
-        output.print(grid, width=max(needed, output.width))
+        # a console never prints wider than itself
+        wide = Console(highlight=False, width=max(needed, output.width)) if needed > output.width else output
+        wide.print(grid)
         return
     for row in table.rows:
         output.print(Text(row[0] or " ", style="bold"))
