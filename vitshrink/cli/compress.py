@@ -35,6 +35,21 @@ def compress_command(
         str | None, typer.Option(help="Bytes of the weight files, e.g. 90MB.", rich_help_panel=SIZE)
     ] = None,
     rank: Annotated[int | None, typer.Option(help="One rank for every layer.", rich_help_panel=SIZE)] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="The smallest model that changes at most this many percent of the predictions on held-out "
+            "calibration samples (no labels needed).",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="The smallest model at most this many nats of KL divergence from the dense one on them.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     method: Annotated[
         str, typer.Option(help="See `vitshrink methods`.", rich_help_panel=LAYERS)
     ] = CompressConfig.method,
@@ -88,7 +103,11 @@ def compress_command(
     calibration_split: Annotated[str | None, typer.Option(help="Its split.", rich_help_panel=DATA)] = None,
     samples: Annotated[int, typer.Option(help="How many to use.", rich_help_panel=DATA)] = CompressConfig.samples,
     holdout: Annotated[
-        int, typer.Option(help="How many others measure the fidelity where --eval is not given.", rich_help_panel=DATA)
+        int,
+        typer.Option(
+            help="How many others choose the size for --max-drop and --max-kl, and measure the fidelity without --eval.",
+            rich_help_panel=DATA,
+        ),
     ] = CompressConfig.holdout,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a text at most.", rich_help_panel=DATA)] = None,
     eval_data: Annotated[

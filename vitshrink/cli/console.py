@@ -25,8 +25,8 @@ from vitshrink.errors import VitshrinkError
 INTERRUPTED = 130
 TERMINATED = 143
 
-errors = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
+output = Console(highlight=False, emoji=False)
 
 UNBOUNDED = 10_000
 """Columns of a terminal that is wide enough for anything."""
@@ -48,7 +48,9 @@ def show(table: Table) -> None:
     needed = output.measure(grid, options=output.options.update(max_width=UNBOUNDED)).maximum
     if needed <= output.width or not bounded:
         # a console never prints wider than itself
-        wide = Console(highlight=False, width=max(needed, output.width)) if needed > output.width else output
+        wide = (
+            Console(highlight=False, emoji=False, width=max(needed, output.width)) if needed > output.width else output
+        )
         wide.print(grid)
         return
     for row in table.rows:

@@ -21,4 +21,4 @@ def report_command(
             write(report, directory)
     if html is not None:
         html.write_text(render_comparison_html(reports), encoding="utf-8")
-    console.output.print(comparison_markdown(reports), markup=False, soft_wrap=True)
+    console.output.print(comparison_markdown(reports), markup=False, soft_wrap=True, end="")
