@@ -1,0 +1,196 @@
+"""Published methods that are compared with but not offered: they are beaten, or cost too much for what they give."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.allocation import Plan
+from vitshrink.calibration import to_device
+from vitshrink.compression import Compression, Factors
+from vitshrink.curvature import objective
+from vitshrink.data import Batch
+from vitshrink.errors import TargetError
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.methods import Factorisation
+from vitshrink.methods.registry import full_svd
+from vitshrink.models import Target, blocks_of, task_of
+from vitshrink.observer import Job
+from vitshrink.ranks import break_even_rank, dense_cost, rank_cost
+from vitshrink.sequential import HiddenBatch, hidden_batches
+
+SEARCH_SAMPLES = 64
+RANK_GRID = 16
+
+
+def fisher_weighted(compression: Compression, job: Job) -> Factors:
+    """FWSVD (Hsu et al. 2022, arXiv 2207.00112): SVD of the weights, each row weighted by its Fisher information.
+
+    Minimises Σ_i s_i² ‖W_i − Ŵ_i‖² with s_i² = Σ_j E[(∂L/∂W_ij)²] over the calibration samples. The paper takes the
+    gradients of the loss on labels; here they are those of our label-free objective, as no method is given labels.
+    """
+    assert compression.calibration is not None
+    batches = compression.calibration.batches
+    with job.stage("calibrate", "Row importance"):
+        importance = row_importance(compression.dense, compression.targets, batches, compression.config.seed)
+    factors: dict[str, Factorisation] = {}
+    with job.stage("factorise", "Factorising"), torch.no_grad():
+        for target in compression.targets:
+            layer = compression.dense.get_submodule(target.name)
+            scale = importance[target.name].sqrt()
+            scale = scale.clamp_min(1e-6 * float(scale.max()))[:, None]
+            U, S, Vh = full_svd(scale * layer.weight.double())
+            factors[target.name] = Factorisation.from_spectrum(U * S / scale, Vh, S.square())
+    return Factors(factors, {}, {})
+
+
+def row_importance(
+    model: PreTrainedModel, targets: Sequence[Target], batches: Iterable[Batch], seed: int
+) -> dict[str, Tensor]:
+    """Σ_j (∂L/∂W_ij)² summed over the samples, (m,) for each target, from one forward and one backward pass."""
+    importance: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    mask: Tensor | None = None
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
+            inputs[name] = arguments[0].detach()
+
+        return hook
+
+    def add(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _gradients: Any, gradients: tuple[Tensor, ...]) -> None:
+            g, x = gradients[0], inputs.pop(name)
+            if mask is not None:
+                g = g * mask[..., None]
+            # The gradient of a sample's W is G = gᵀ x; its rows' squared norms are the diagonal of gᵀ (x xᵀ) g.
+            rows = (x @ x.mT @ g * g).sum((0, 1)).double().clamp_min(0)
+            importance[name] = importance.get(name, 0) + rows
+
+        return hook
+
+    def start(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0].detach().requires_grad_(), *arguments[1:])
+
+    handles = [blocks_of(model)[0].register_forward_pre_hook(start)]
+    for target in targets:
+        layer = model.get_submodule(target.name)
+        handles += [layer.register_forward_hook(keep(target.name)), layer.register_full_backward_hook(add(target.name))]
+    try:
+        for batch in batches:
+            mask = None if batch.mask is None else batch.mask.to(device)
+            objective(model, model(**to_device(batch.inputs, device)), batch, generator).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad()
+    return importance
+
+
+class FeatureErrorSearch:
+    """Rank search of FLAR-SVD (Thoma et al., CVPR workshops 2025), without its term for latency.
+
+    Every layer gets the smallest rank of the grid whose own truncation, with all other layers dense, changes what the
+    head reads by at most a threshold that is common to all layers; no such rank: dense. The threshold is bisected to
+    the budget. Errors are relative and squared; they are measured once, when they are first asked for.
+    """
+
+    def __init__(self, compression: Compression, factors: Factors) -> None:
+        assert compression.calibration is not None
+        self.compression, self.factors = compression, factors
+        self.model = copy.deepcopy(compression.dense).eval()
+        self.blocks = blocks_of(self.model)
+        self.pooled = task_of(compression.dense) in ("image-classification", "text-classification")
+        self.norm = getattr(self.model.base_model, "layernorm", nn.Identity())
+        self.errors: dict[tuple[str, int], float] = {}
+        self.entering, self.features = self._run_dense(_first(compression.calibration.batches, SEARCH_SAMPLES))
+
+    def plan(self, budget: int) -> Plan:
+        """Ranks for a budget of the whole model's parameters. Raises TargetError."""
+        targets = self.compression.targets
+        fixed = sum(parameter.numel() for parameter in self.compression.dense.parameters())
+        fixed -= sum(dense_cost(*target.shape) for target in targets)
+
+        def size(plan: Plan) -> int:
+            return fixed + sum(self._cost(target, plan[target.name]) for target in targets)
+
+        low, high = math.log(1e-8), math.log(1e4)
+        best = {target.name: self._smallest_rank(target, math.exp(high)) for target in targets}
+        if size(best) > budget:
+            raise TargetError(f"rank {RANK_GRID} everywhere needs {size(best):,} parameters; {budget:,} are allowed.")
+        for _ in range(30):
+            middle = (low + high) / 2
+            plan = {target.name: self._smallest_rank(target, math.exp(middle)) for target in targets}
+            if size(plan) <= budget:
+                high, best = middle, plan
+            else:
+                low = middle
+        return best
+
+    def _cost(self, target: Target, rank: int | None) -> int:
+        shape = target.shape
+        return dense_cost(*shape) if rank is None else rank_cost(*shape, rank, self.compression.storage)
+
+    def _smallest_rank(self, target: Target, threshold: float) -> int | None:
+        """By bisection over the grid: the error falls with the rank."""
+        grid = range(RANK_GRID, break_even_rank(*target.shape, self.compression.storage) + 1, RANK_GRID)
+        low, high = 0, len(grid)
+        while low < high:
+            middle = (low + high) // 2
+            if self._error(target, grid[middle]) <= threshold:
+                high = middle
+            else:
+                low = middle + 1
+        return grid[low] if low < len(grid) else None
+
+    @torch.no_grad()
+    def _error(self, target: Target, rank: int) -> float:
+        if (target.name, rank) not in self.errors:
+            layer = self.model.get_submodule(target.name)
+            found = self.factors.layers[target.name]
+            up, down = found.up[:, :rank], found.down[:rank]
+            truncated = LowRankLinear.from_factors(up, down, layer.bias, dtype=layer.weight.dtype)
+            self.model.set_submodule(target.name, truncated)
+            difference = self._features(self.entering[target.block], target.block) - self.features
+            self.model.set_submodule(target.name, layer)
+            error = difference.double().square().sum() / self.features.double().square().sum()
+            self.errors[target.name, rank] = float(error)
+        return self.errors[target.name, rank]
+
+    @torch.no_grad()
+    def _run_dense(self, batches: Sequence[Batch]) -> tuple[list[list[HiddenBatch]], Tensor]:
+        """What enters each block, so that a search there need not start at the first, and what the head reads."""
+        entering = [hidden_batches(self.model, self.blocks[0], batches)]
+        for block in self.blocks[:-1]:
+            entering.append([_moved(batch, batch.through(block)) for batch in entering[-1]])
+        return entering, self._features(entering[0], 0)
+
+    def _features(self, batches: Sequence[HiddenBatch], first: int) -> Tensor:
+        """(samples, width) for classifiers, which read the first token; else (tokens, width) of all real tokens."""
+        features = []
+        for batch in batches:
+            for block in self.blocks[first:]:
+                batch = _moved(batch, batch.through(block))
+            hidden = self.norm(batch.hidden)
+            if self.pooled:
+                features.append(hidden[:, 0])
+            else:
+                features.append(hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask])
+        return torch.cat(features)
+
+
+def _moved(batch: HiddenBatch, hidden: Tensor) -> HiddenBatch:
+    return HiddenBatch(hidden, batch.arguments, batch.keywords, batch.mask)
+
+
+def _first(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """As many batches as hold ``samples`` samples."""
+    size = max(len(batch.keys) for batch in batches)
+    return list(islice(batches, math.ceil(samples / size)))
