@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink import cost
-from vitshrink.allocation import Allocation, Curve, Plan, allocate, fixed_rank
+from vitshrink.allocation import Allocation, Curve, Plan, allocate, fixed_rank, least_cost, plan_cost
 from vitshrink.calibration import collect
 from vitshrink.checkpoint import replace_layers
 from vitshrink.compensation import shifted_bias
@@ -65,9 +65,7 @@ class Compression:
 
     def plan(self, factors: Factors, budget: int) -> Plan:
         """Ranks for a budget of the whole model's parameters. Raises TargetError."""
-        ready = [target for target in self.targets if target.name in factors.layers]
-        multiple = self.config.rank_multiple
-        curves = [Curve(t.name, t.shape, factors.layers[t.name].loss, self.storage, multiple) for t in ready]
+        ready, curves = self._curves(factors)
         if self.config.rank is not None:
             plan = fixed_rank(curves, self.config.rank)
             if all(rank is None for rank in plan.values()):
@@ -79,8 +77,32 @@ class Compression:
             plan = allocate(curves, budget - fixed_parameters(self.dense, ready), self.allocation)
         return plan | dict.fromkeys(factors.failures)
 
+    def least_budget(self, factors: Factors) -> int:
+        """The smallest budget that ``plan`` can meet."""
+        ready, curves = self._curves(factors)
+        return fixed_parameters(self.dense, ready) + least_cost(curves)
+
+    def parameters(self, factors: Factors, plan: Plan) -> int:
+        """Parameters of the whole model that ``build`` gives for ``plan``."""
+        ready, curves = self._curves(factors)
+        return fixed_parameters(self.dense, ready) + plan_cost(curves, plan)
+
+    def _curves(self, factors: Factors) -> tuple[list[Target], list[Curve]]:
+        """The targets that could be factorised, and what their ranks cost and lose."""
+        ready = [target for target in self.targets if target.name in factors.layers]
+        multiple = self.config.rank_multiple
+        return ready, [Curve(t.name, t.shape, factors.layers[t.name].loss, self.storage, multiple) for t in ready]
+
     def build(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
         """The compressed model, compensated, in the form in which it is stored."""
+        model = self.truncate(factors, plan, job)
+        if self.storage == "gauge":
+            with job.stage("gauge", "Choosing pivots"):
+                fix_gauge(model, self.targets)
+        return model
+
+    def truncate(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
+        """The compressed model, compensated, with both factors of its layers whole."""
         model = self._replaced(factors, plan)
         if self.compensation == "residual" and self.calibration is not None:
             low_rank = [target.name for target in self.targets if plan[target.name] is not None]
@@ -94,9 +116,6 @@ class Compression:
                     self.calibration.batches,
                     on_layer=lambda _name: advance(1),
                 )
-        if self.storage == "gauge":
-            with job.stage("gauge", "Choosing pivots"):
-                fix_gauge(model, self.targets)
         return model
 
     def _layer(self, name: str) -> nn.Linear:

@@ -22,8 +22,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 Layers = Literal["attention", "mlp", "all"]
 
-SIZES = ("keep", "target_params", "target_size", "rank")
-"""The entries that say how small; a job has exactly one of them."""
+SIZES = ("keep", "target_params", "target_size", "rank", "max_drop", "max_kl")
+"""The entries that say how small, the last two by what may be lost; a job has exactly one of them."""
 
 
 def flag_of(name: str) -> str:
@@ -61,7 +61,8 @@ class CompressConfig:
     """Everything ``compress`` needs to know; the field names are the flags and the keys of a recipe.
 
     Exactly one size: ``keep`` (fractions of the whole model's parameters; several give several outputs),
-    ``target_params``, ``target_size`` or ``rank``.
+    ``target_params``, ``target_size``, ``rank``, or the smallest that keeps a bound on held-out calibration samples:
+    ``max_drop``, percentage points of predictions that differ from the dense model's, or ``max_kl``, nats.
     """
 
     model: str
@@ -74,6 +75,8 @@ class CompressConfig:
     target_params: str | None = None
     target_size: str | None = None
     rank: int | None = None
+    max_drop: float | None = None
+    max_kl: float | None = None
     rank_multiple: int = 1
     storage: Literal["auto", "gauge", "factors"] = "auto"
     probes: int = 1
@@ -119,6 +122,16 @@ class CompressConfig:
                 )
         if len(set(self.keep)) != len(self.keep):
             raise UsageError("--keep: the same fraction was given twice.")
+        for name, most, what in (("max_drop", 100, "percentage points"), ("max_kl", math.inf, "nats")):
+            bound = getattr(self, name)
+            if bound is None:
+                continue
+            if not (math.isfinite(bound) and 0 <= bound <= most):
+                raise UsageError(f"{flag_of(name)} {bound}: give {what} that may be lost, such as {flag_of(name)} 1.")
+            if self.calibration is None or self.holdout == 0:
+                raise UsageError(
+                    f"{flag_of(name)} is judged on held-out calibration samples: pass --calibration, not --holdout 0."
+                )
         for name in ("rank", "rank_multiple", "probes", "samples", "batch_size", "eval_limit", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -27,6 +27,7 @@ from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import check_space, publish
 from vitshrink.ranks import Storage
 from vitshrink.report import Report, write
+from vitshrink.search import Bound, Search
 
 HEADER_BYTES_A_TENSOR = 200
 """Room for one entry of a safetensors header; real ones take about 120 bytes."""
@@ -58,6 +59,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     Raises:
         UsageError, TargetError: before any work where that can be known.
         CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
+        GateError: no size keeps within ``max_drop`` or ``max_kl``.
     """
     job = Job(observer or Silent())
     method = get_method(config.method)
@@ -74,6 +76,9 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         dense = source.model.to(device)
     targets = find_targets(dense, layers=config.layers, include=config.include, exclude=config.exclude)
     dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
+    bound = Bound.of(config)
+    if bound is not None:
+        bound.require(dense)
     sizes = _sizes(config, dense, targets, dtype, storage)
     directories = _directories(config, sizes)
 
@@ -86,7 +91,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
                 for path in directories
             ]
         calibrated = method.needs is not Needs.WEIGHTS or compensation != "none"
-        preprocessor, calibration, evaluation_samples = _data(config, source, job, calibrated=calibrated)
+        preprocessor, calibration, held_out, evaluation_samples = _data(config, source, job, calibrated=calibrated)
         compression = Compression(config, dense, targets, method, allocation, compensation, storage, calibration)
         description = Description(
             config,
@@ -98,17 +103,23 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             calibration,
             preprocessor.description if preprocessor else None,
         )
+        search = Search.on(held_out, preprocessor, compression, bound, dtype, job) if bound is not None else None
         first = compression.factorise_dense(job)
         results = []
         for index, size in enumerate(sizes):
             own = job.branch()
-            factors, plan = first, compression.plan(first, size.budget)
+            refine = config.refine if method.needs is Needs.CURVATURE and not config.dry_run else 0
+            if search is not None:
+                found = search.smallest(first, refine, own)
+                factors, plan = found.factors, found.plan
+            else:
+                factors, plan = first, compression.plan(first, size.budget)
+                for _ in range(refine):
+                    factors = compression.refine(factors, plan, own)
+                    plan = compression.plan(factors, size.budget)
             if config.dry_run:
                 results.append(CompressionResult(None, description.planned(factors, plan, own)))
                 continue
-            for _ in range(config.refine if method.needs is Needs.CURVATURE else 0):
-                factors = compression.refine(factors, plan, own)
-                plan = compression.plan(factors, size.budget)
             model = compression.build(factors, plan, own)
             with own.stage("save", "Saving and verifying"):
                 save(model, staging[index], source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
@@ -181,7 +192,7 @@ def _sizes(
         room = parse_quantity(config.target_size, "--target-size")
         sizes = [Size("", (room - header) // dtype.itemsize)]
     else:
-        sizes = [Size("", total - 1)]  # --rank: any size but that of the dense model
+        sizes = [Size("", total - 1)]  # --rank, --max-drop, --max-kl: any size but that of the dense model
     for size in sizes:
         if least >= total:
             raise TargetError(
@@ -213,15 +224,15 @@ def _empty_curves(config: CompressConfig, targets: Sequence[Target], storage: St
 
 def _data(
     config: CompressConfig, source: LoadedModel, job: Job, *, calibrated: bool
-) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None]:
-    """What to calibrate on, where that is needed, and what to evaluate on; preprocessed as the checkpoint says."""
+) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None, SampleSet | None]:
+    """What to calibrate on, where that is needed, what is held out of it, and what to evaluate on."""
     if config.calibration_data is None and config.eval_data is None:
         job.warn("the result is not evaluated: pass --eval or --calibration.")
-        return None, None, None
+        return None, None, None, None
     preprocessor = Preprocessor.from_checkpoint(
         source.directory, source.family.modality, max_length=config.max_length, offline=config.offline
     )
-    calibration, samples = None, None
+    calibration, held_out, samples = None, None, None
     if config.calibration_data is not None:
         unlabelled = open_data(config.calibration_data, source, offline=config.offline)
         if calibrated:
@@ -234,18 +245,20 @@ def _data(
                 batch_size=config.batch_size,
                 max_bad_samples=config.max_bad_samples,
             )
-        if config.eval_data is None and not config.dry_run:
+        if Bound.of(config) is not None or (config.eval_data is None and not config.dry_run):
             # the same samples for every method, so that methods can be compared; where there are enough
             used = config.samples if calibrated or config.samples < len(unlabelled) else 0
-            samples = hold_out(unlabelled, job, used=used, holdout=config.holdout, seed=config.seed)
-    if config.eval_data is not None and not config.dry_run:
+            held_out = hold_out(unlabelled, job, used=used, holdout=config.holdout, seed=config.seed)
+    if config.eval_data is None:
+        samples = held_out
+    elif not config.dry_run:
         samples = open_data(config.eval_data, source, offline=config.offline)
         if config.eval_limit is not None and config.eval_limit < len(samples):
             samples = samples.select(config.eval_limit, config.seed)
         shared = overlap(calibration.samples, samples) if calibration is not None else 0
         if shared:
             job.warn(f"{shared} of the {len(samples)} evaluation samples were also calibrated on: figures may flatter.")
-    return preprocessor, calibration, samples
+    return preprocessor, calibration, held_out, samples
 
 
 def _measure(

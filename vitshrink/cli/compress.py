@@ -105,7 +105,7 @@ def compress_command(
     holdout: Annotated[
         int,
         typer.Option(
-            help="How many others choose the size for --max-drop and --max-kl, and measure the fidelity without --eval.",
+            help="How many others judge --max-drop and --max-kl, and measure the fidelity without --eval.",
             rich_help_panel=DATA,
         ),
     ] = CompressConfig.holdout,

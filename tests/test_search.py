@@ -1,0 +1,247 @@
+"""Jobs that ask for a bound instead of a size."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from vitshrink import search
+from vitshrink.assessment import evaluate_checkpoint
+from vitshrink.cli.app import app
+from vitshrink.compression import Compression
+from vitshrink.config import CompressConfig, DataConfig, read_recipe
+from vitshrink.errors import DataError, GateError, UsageError
+from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.report import figures
+
+CLASSIFIER = "ViTForImageClassification"
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_images(tmp_path_factory.mktemp("photos"), 96)
+
+
+@pytest.fixture
+def bounded(checkpoint: Callable[[str], Path], photos: Path, tmp_path: Path) -> Callable[..., CompressionResult]:
+    def job(name: str = CLASSIFIER, output: str = "out", **entries: Any) -> CompressionResult:
+        entries = {"calibration": str(photos), "samples": 48, "holdout": 48} | entries
+        (result,) = compress(CompressConfig(str(checkpoint(name)), str(tmp_path / output), **entries))
+        return result
+
+    return job
+
+
+Bounded = Callable[..., CompressionResult]
+
+
+def kept(result: CompressionResult) -> float:
+    return float(result.report.parameters["kept"])
+
+
+def fidelity(result: CompressionResult) -> dict[str, Any]:
+    assert result.report.evaluation is not None
+    found: dict[str, Any] = result.report.evaluation["fidelity"]
+    return found
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+def test_the_written_model_keeps_within_the_divergence(bounded: Bounded, refine: int) -> None:
+    result = bounded(max_kl=0.001, refine=refine)
+    assert 0 < fidelity(result)["kl"] <= 0.001
+    assert 0.2 < kept(result) < 0.95
+    assert "search" in result.report.timings
+    assert result.report.recipe["max_kl"] == 0.001
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "svd", "storage": "gauge"}, {"method": "mixed-rank", "compensation": "residual"}]
+)
+def test_a_tighter_bound_needs_a_larger_model(bounded: Bounded, options: dict[str, Any]) -> None:
+    loose, tight = (bounded(output=f"{limit}", max_kl=limit, **options) for limit in (0.05, 0.003))
+    assert kept(loose) < kept(tight) < 1
+    assert fidelity(loose)["kl"] <= 0.05
+    assert fidelity(tight)["kl"] <= 0.003
+
+
+def test_the_size_is_the_smallest_up_to_the_resolution(bounded: Bounded) -> None:
+    found = bounded(max_kl=0.002, refine=0)
+    smaller = bounded(output="smaller", keep=(kept(found) - 2 * search.RESOLUTION,), refine=0)
+    assert fidelity(smaller)["kl"] > 0.002
+
+
+def test_a_drop_is_the_share_of_predictions_that_change(bounded: Bounded) -> None:
+    result = bounded(max_drop=10.0)
+    assert 100 * (1 - fidelity(result)["agreement"]) <= 10
+    assert kept(result) < 0.9
+
+
+def test_a_bound_that_everything_keeps_gives_the_smallest_model_there_is(bounded: Bounded) -> None:
+    result = bounded(max_drop=100.0)
+    assert all(layer["rank"] == 1 for layer in result.report.layers)
+
+
+def test_refinement_does_not_make_it_larger(bounded: Bounded) -> None:
+    plain, refined = (bounded(output=f"{refine}", max_kl=0.002, refine=refine) for refine in (0, 1))
+    assert kept(refined) <= kept(plain)
+
+
+def test_a_masked_language_model_is_searched_too(bounded: Bounded, tmp_path: Path) -> None:
+    text = tiny.write_text(tmp_path / "sentences.txt", 96)
+    result = bounded("BertForMaskedLM", calibration=str(text), max_kl=0.05)
+    assert fidelity(result)["kl"] <= 0.05
+    assert kept(result) < 0.95
+
+
+def test_the_bound_holds_for_the_weights_as_they_are_stored(bounded: Bounded) -> None:
+    result = bounded(max_kl=0.001, dtype="bfloat16")
+    assert fidelity(result)["kl"] <= 0.001
+
+
+def test_a_larger_candidate_is_taken_where_storing_costs_too_much(
+    bounded: Bounded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = bounded(output="plain", max_kl=0.002, refine=0)
+    build, spoilt = Compression.build, []
+
+    def spoil_the_first(self: Compression, *arguments: Any) -> Any:
+        model = build(self, *arguments)
+        if not spoilt:
+            spoilt.append(model)
+            with torch.no_grad():
+                model.classifier.weight.neg_()
+        return model
+
+    monkeypatch.setattr(Compression, "build", spoil_the_first)
+    result = bounded(output="larger", max_kl=0.002, refine=0)
+    assert kept(result) > kept(plain)
+    assert fidelity(result)["kl"] <= 0.002
+    assert any("a larger one is taken" in warning for warning in result.report.warnings)
+
+
+# What stops a search
+
+
+def test_a_bound_that_nothing_keeps_stops_the_job_with_the_best_that_was_found(
+    bounded: Bounded, tmp_path: Path
+) -> None:
+    with pytest.raises(GateError, match=r"--max-kl 0.001: the best of 1 .*--keep 0\.\d+, loses .* nats on 48 held-out"):
+        bounded(max_kl=0.001, method="svd")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_without_held_out_samples_says_how_to_get_them(bounded: Bounded, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--max-kl .*fewer --samples"):
+        bounded(max_kl=0.1, samples=96)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "BertModel"])
+def test_a_model_without_classes_is_refused_before_any_work(
+    bounded: Bounded, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Compression, "factorise_dense", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(UsageError, match=r"predicted classes.*--keep"):
+        bounded(name, max_kl=0.1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"max_kl": -0.1}, "--max-kl -0.1: give nats"),
+        ({"max_kl": float("nan")}, "--max-kl nan"),
+        ({"max_drop": 101.0}, "--max-drop 101.0: give percentage points"),
+        ({"max_kl": 0.1, "calibration": None}, "--max-kl is judged on .*--calibration"),
+        ({"max_drop": 1.0, "holdout": 0}, "--max-drop is judged on .*--holdout 0"),
+        ({"max_drop": 1.0, "max_kl": 0.1}, "--max-drop and --max-kl were given"),
+        ({"max_drop": 1.0, "keep": (0.5,)}, "--keep and --max-drop were given"),
+    ],
+)
+def test_a_bound_that_makes_no_sense_is_refused(entries: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        CompressConfig(**({"model": "m", "output": "o", "calibration": "c"} | entries))
+
+
+# What is judged on what
+
+
+def test_with_data_to_evaluate_on_the_size_is_chosen_without_them(
+    bounded: Bounded, photos: Path, learned_images: Path
+) -> None:
+    blind = bounded(output="blind", max_kl=0.002)
+    seen = bounded(output="seen", max_kl=0.002, eval=str(learned_images))
+    assert kept(blind) == kept(seen)
+    assert seen.report.evaluation is not None
+    assert seen.report.evaluation["source"] == str(learned_images)
+    assert any("flatter" in warning for warning in blind.report.warnings)
+    assert not any("chosen on the samples" in warning for warning in seen.report.warnings)
+    assert seen.directory is not None
+    model = evaluate_checkpoint(str(seen.directory), DataConfig(str(photos)), baseline=seen.report.model)
+    assert model.measurement.evaluation.fidelity is not None
+
+
+def test_a_bound_finer_than_one_sample_is_warned_about(bounded: Bounded) -> None:
+    result = bounded(max_drop=1.0)
+    assert any("one of the 48 held-out samples is already 2.1 points" in w for w in result.report.warnings)
+
+
+def test_a_dry_run_searches_and_writes_nothing(bounded: Bounded, tmp_path: Path) -> None:
+    result = bounded(max_kl=0.002, dry_run=True)
+    assert result.directory is None
+    assert 0 < kept(result) < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_cannot_be_factorised_stay_dense(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    least = Compression.least_budget
+    budgets = []
+
+    def spy(self: Compression, factors: Any) -> int:
+        name = next(iter(factors.layers))
+        del factors.layers[name]
+        factors.failures[name] = "it did not converge"
+        budgets.append(least(self, factors))
+        return budgets[-1]
+
+    monkeypatch.setattr(Compression, "least_budget", spy)
+    result = bounded(max_drop=100.0, refine=0)
+    assert [layer["rank"] for layer in result.report.layers].count(None) == 1
+    assert result.report.parameters["compressed"] == budgets[0]
+
+
+# The command line and recipes
+
+
+def test_the_command_line_takes_a_bound(checkpoint: Callable[[str], Path], photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    words = ["compress", str(checkpoint(CLASSIFIER)), str(output), "--calibration", str(photos), "--samples", "48"]
+    done = CliRunner().invoke(app, [*words, "--holdout", "40", "--max-kl", "0.01", "--quiet"])
+    assert done.exit_code == 0, done.stderr
+    assert read_recipe(output / "recipe.yaml")["max_kl"] == 0.01
+    failed = CliRunner().invoke(app, [*words[:2], str(tmp_path / "other"), *words[3:], "--max-kl", "0", "--quiet"])
+    assert failed.exit_code == 3
+    assert "--max-kl 0" in failed.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_bound_on_the_command_line_replaces_the_size_of_a_recipe(
+    checkpoint: Callable[[str], Path], photos: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "job.yaml"
+    recipe.write_text(
+        f"model: {checkpoint(CLASSIFIER)}\noutput: {tmp_path / 'out'}\nkeep: 0.5\nholdout: 40\nsamples: 40"
+    )
+    words = ["compress", "--config", str(recipe), "--calibration", str(photos), "--max-drop", "20", "--quiet"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    recipe = read_recipe(tmp_path / "out" / "recipe.yaml")
+    assert (recipe["keep"], recipe["max_drop"]) == ([], 20.0)

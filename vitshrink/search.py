@@ -1,0 +1,175 @@
+"""The smallest model that keeps within a bound on samples that it was not calibrated on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink import cost
+from vitshrink.allocation import Plan
+from vitshrink.compression import Compression, Factors
+from vitshrink.config import CompressConfig
+from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
+from vitshrink.errors import DataError, GateError, UsageError
+from vitshrink.evaluation import Masking, evaluate
+from vitshrink.measurement import warn_of_bad
+from vitshrink.models import task_of
+from vitshrink.observer import Job, Silent
+
+RESOLUTION = 0.01
+"""Sizes closer than this fraction of the dense model's parameters are not told apart."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a compressed model may lose: ``limit`` nats of KL divergence, or percent of predictions that change."""
+
+    flag: str
+    limit: float
+    unit: str
+
+    @classmethod
+    def of(cls, config: CompressConfig) -> "Bound | None":
+        """The bound that a job asks for in place of a size, if it does."""
+        if config.max_kl is not None:
+            return cls("--max-kl", config.max_kl, "nats")
+        if config.max_drop is not None:
+            return cls("--max-drop", config.max_drop, "points")
+        return None
+
+    def require(self, model: PreTrainedModel) -> None:
+        """Raises UsageError for a model whose outputs this bound does not judge; before any work."""
+        if task_of(model) == "features" or (task_of(model) != "masked-lm" and model.config.num_labels == 1):
+            raise UsageError(
+                f"{self.flag} compares predicted classes, and this model has none: ask for a size, such as --keep 0.7."
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A size that was tried, and what it lost."""
+
+    parameters: int
+    factors: Factors
+    plan: Plan
+    loss: float
+
+
+@dataclass
+class Search:
+    """Bisection over the size, each step one set of ranks cut from the same factors and run on the held-out samples.
+
+    Raises:
+        DataError: no held-out sample, or more unusable ones than allowed.
+    """
+
+    compression: Compression
+    bound: Bound
+    batches: Sequence[Batch]
+    masking: Masking | None = None
+    dtype: torch.dtype = torch.float32
+    """Type of the weights in the file; the final model is judged with weights rounded to it."""
+    tried: list[Candidate] = field(default_factory=list)
+
+    @classmethod
+    def on(
+        cls,
+        samples: SampleSet | None,
+        preprocessor: Preprocessor | None,
+        compression: Compression,
+        bound: Bound,
+        dtype: torch.dtype,
+        job: Job,
+    ) -> "Search":
+        """A search that judges on ``samples``, which the model was not calibrated on."""
+        config = compression.config
+        if samples is None or preprocessor is None:
+            raise DataError(
+                f"{bound.flag} is judged on samples that were not calibrated on, and none is left: "
+                f"pass fewer --samples, or more data to --calibration ({config.calibration})."
+            )
+        if bound.unit == "points" and bound.limit < 100 / len(samples):
+            job.warn(
+                f"{bound.flag} {bound.limit:g}: one of the {len(samples)} held-out samples is already "
+                f"{100 / len(samples):.2g} points. Judge on more of them with --holdout."
+            )
+        if config.eval is None:
+            job.warn(
+                "the size is chosen on the samples that the figures below are from, and they flatter it: "
+                "pass --eval for independent ones."
+            )
+        bad = BadSamples(limit=config.max_bad_samples)
+        with job.stage("preprocess", "Reading held-out samples"):
+            batches = list(preprocessor.batches(samples, config.batch_size, bad=bad))
+        warn_of_bad(bad, samples.source, job)
+        lm = task_of(compression.dense) == "masked-lm"
+        masking = Masking.from_tokenizer(preprocessor.processor, config.seed) if lm else None
+        return cls(compression, bound, batches, masking, dtype)
+
+    def smallest(self, factors: Factors, refine: int, job: Job) -> Candidate:
+        """The smallest size within the bound, with ``factors`` or those that ``refine`` re-estimations make of them.
+
+        Raises:
+            GateError: every size loses more; the message says what the best one does.
+        """
+        least = self.compression.least_budget(factors)
+        found = self._bisect(factors, least, cost.parameters(self.compression.dense) - 1, job)
+        for _ in range(refine if found is not None else 0):
+            assert found is not None
+            again = self.compression.refine(found.factors, found.plan, job)
+            found = self._bisect(again, least, found.parameters, job) or found
+        kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.parameters)
+        for candidate in kept:
+            model = self.compression.build(candidate.factors, candidate.plan, job)
+            loss = self._loss(model.to(self.dtype).float())  # rounded and with pivots, as it will be stored
+            if loss <= self.bound.limit:
+                return candidate
+            job.warn(f"stored as {self.dtype}, {self._keep(candidate)} loses {loss:.3g}: a larger one is taken.")
+        raise GateError(self._missed())
+
+    def _bisect(self, factors: Factors, low: int, high: int, job: Job) -> Candidate | None:
+        """The smallest candidate from ``low`` to ``high`` within the bound; None when the largest is not."""
+        total = cost.parameters(self.compression.dense)
+        with job.stage("search", f"Searching the size for {self.bound.flag} {self.bound.limit:g}"):
+            best = self._try(factors, high)
+            if best is None:
+                return None
+            if (smallest := self._try(factors, low)) is not None:
+                return smallest
+            while high - low > RESOLUTION * total:
+                middle = (low + high) // 2
+                candidate = self._try(factors, middle)
+                if candidate is None:
+                    low = middle
+                else:
+                    best, high = candidate, candidate.parameters
+            return best
+
+    def _try(self, factors: Factors, budget: int) -> Candidate | None:
+        plan = self.compression.plan(factors, budget)
+        loss = self._loss(self.compression.truncate(factors, plan, Job(Silent())))
+        candidate = Candidate(self.compression.parameters(factors, plan), factors, plan, loss)
+        self.tried.append(candidate)
+        return candidate if loss <= self.bound.limit else None
+
+    def _loss(self, model: PreTrainedModel) -> float:
+        """What ``model`` loses on the held-out samples, in the unit of the bound."""
+        dense = self.compression.dense
+        evaluation = evaluate(model, self.batches, task=task_of(dense), baseline=dense, masking=self.masking)
+        assert evaluation.fidelity is not None
+        if self.bound.unit == "nats":
+            return float(evaluation.fidelity["kl"])
+        return 100 * (1 - float(evaluation.fidelity["agreement"]))
+
+    def _keep(self, candidate: Candidate) -> str:
+        return f"--keep {candidate.parameters / cost.parameters(self.compression.dense):.3f}"
+
+    def _missed(self) -> str:
+        best = min(self.tried, key=lambda each: (each.loss, each.parameters))
+        samples = sum(len(batch.keys) for batch in self.batches)
+        return (
+            f"no size keeps within {self.bound.flag} {self.bound.limit:g}: the best of {len(self.tried)} that were "
+            f"tried, {self._keep(best)}, loses {best.loss:.3g} {self.bound.unit} on {samples} held-out samples. "
+            "Allow more, calibrate on more --samples, or judge on more with --holdout. Nothing was written."
+        )
