@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink import cost
+from vitshrink import __version__, cost
 from vitshrink.allocation import Allocation, Curve, Plan, allocate, fixed_rank, least_cost, plan_cost
+from vitshrink.cache import Cache, data_digest, model_digest
 from vitshrink.calibration import collect
 from vitshrink.checkpoint import replace_layers
 from vitshrink.compensation import shifted_bias
@@ -51,7 +54,39 @@ class Compression:
 
     def factorise_dense(self, job: Job) -> Factors:
         """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
-        return self._factorise(self._statistics(self.dense, {}, job, seed=self.config.seed), job)
+        if self.config.cache is None:
+            return self._factorise(self._statistics(self.dense, {}, job, seed=self.config.seed), job)
+        device = next(self.dense.parameters()).device
+        cache = Cache(Path(self.config.cache), device, job.warn)
+        with job.stage("cache", "Looking into the cache"):
+            key = self._key(device)
+            stats = cache.read(LinearStats, key)
+        if stats is None:
+            stats = self._statistics(self.dense, {}, job, seed=self.config.seed)
+            stats = cache.write(key, stats) if stats else {}
+        key |= {"method": self.method.name, "options": dict(self.config.options), "compensation": self.compensation}
+        layers = cache.read(Factorisation, key)
+        if layers is not None:
+            return Factors(layers, {}, stats)
+        factors = self._factorise(stats, job)
+        if factors.failures:  # tried again, and reported again, by the next job
+            return factors
+        return Factors(cache.write(key, factors.layers), {}, stats)
+
+    def _key(self, device: torch.device) -> dict[str, Any]:
+        """All that the statistics of the dense model follow from."""
+        curvature = self.method.needs is Needs.CURVATURE
+        return {
+            "vitshrink": __version__,
+            "torch": torch.__version__,
+            "device": device.type,
+            "model": model_digest(self.dense),
+            "layers": [target.name for target in self.targets],
+            "data": None if self.calibration is None else data_digest(self.calibration.batches),
+            "needs": self.method.needs.value,
+            "seed": self.config.seed if curvature else None,
+            "probes": self.config.probes if curvature else None,
+        }
 
     def refine(self, factors: Factors, plan: Plan, job: Job) -> Factors:
         """Estimate the statistics again on the model compressed by ``plan``, and factorise for those.

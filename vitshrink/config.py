@@ -81,6 +81,7 @@ class CompressConfig:
     storage: Literal["auto", "gauge", "factors"] = "auto"
     probes: int = 1
     refine: int = 1
+    cache: str | None = None
     layers: Layers = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

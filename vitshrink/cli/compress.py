@@ -129,6 +129,14 @@ def compress_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.", rich_help_panel=RUN)] = CompressConfig.seed,
     batch_size: Annotated[int, typer.Option(help="Samples a batch.", rich_help_panel=RUN)] = CompressConfig.batch_size,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="A directory that keeps statistics and factors: another size of the same job is then quick, most of "
+            "all with --refine 0.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = CompressConfig.device,
     dtype: Annotated[
         str | None, typer.Option(help="Type to save in; that of the source if not given.", rich_help_panel=RUN)
