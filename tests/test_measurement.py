@@ -105,6 +105,15 @@ def test_tokens_of_texts_are_those_that_are_real(bert: LoadedModel, text_file: P
     assert data.tokens == sum(words) + 2 * 10  # every word is in the vocabulary; [CLS] and [SEP]
 
 
+def test_texts_that_are_cut_are_counted(bert: LoadedModel, tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("good film\n" + "so " * 100 + "good\nbad film\n" + "not " * 80 + "bad\n")
+    texts, own = open_data(DataConfig(str(file)), bert, offline=True), job()
+    read_calibration(texts, preprocessor_of(bert), own, samples=4, seed=0, batch_size=2)
+    measured(bert, texts, own)
+    assert own.warnings == [f"{file}: 2 texts were cut to 64 tokens."] * 2
+
+
 def test_fewer_samples_than_asked_for_are_warned_of(vit: LoadedModel, flat: SampleSet) -> None:
     own = job()
     data = read_calibration(flat, preprocessor_of(vit), own, samples=100, seed=0, batch_size=32)

@@ -26,7 +26,7 @@ from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.checkpoint import compressed_layers, file_bytes
 from vitshrink.config import CompressConfig, DataConfig
 from vitshrink.data import open_samples
-from vitshrink.errors import CheckpointError, NumericsError, OutputError, TargetError, UsageError
+from vitshrink.errors import CheckpointError, DataError, NumericsError, OutputError, TargetError, UsageError
 from vitshrink.methods import Factorisation, available_methods, get_method, registry
 from vitshrink.models import find_targets
 from vitshrink.pipeline import CompressionResult, compress
@@ -511,6 +511,19 @@ def test_the_evaluation_can_be_limited(compressed: Compressed, learned_images: P
     assert report.evaluation["fingerprint"] == open_samples(learned_images, "image").select(12, 3).fingerprint()
 
 
+def test_labels_that_cannot_be_aligned_stop_the_job_before_its_work(
+    monkeypatch: pytest.MonkeyPatch, vit_directory: Path, learned_images: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pipeline, "read_calibration", None)  # not even that is reached
+    (tmp_path / "val").mkdir()
+    for index, name in enumerate(tiny.IMAGE_CLASSES):
+        (tmp_path / "val" / f"group {index}").symlink_to(learned_images / name)
+    for entries, said in (({}, "--class-map"), ({"class_map": "nowhere.txt"}, "nowhere.txt")):
+        with pytest.raises(DataError, match=said):
+            compress(job(vit_directory, tmp_path / "out", eval=str(tmp_path / "val"), **entries))
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_measure_on_is_warned_of(vit_directory: Path, tmp_path: Path) -> None:
     (result,) = compress(job(vit_directory, tmp_path / "out"))
     assert result.report.evaluation is None
@@ -706,7 +719,7 @@ def test_labels_that_look_permuted_stop_the_job(tmp_path: Path, vit_directory: P
         seen = classify(Image.open(file))[0]["label"]
         wrong = tiny.IMAGE_CLASSES[(tiny.IMAGE_CLASSES.index(seen) + 1) % 4]
         file.rename(tmp_path / "val" / wrong / f"{number}.png")
-    with pytest.raises(vitshrink.errors.DataError, match="labels look permuted"):
+    with pytest.raises(DataError, match="labels look permuted"):
         compress(job(vit_directory, tmp_path / "out", eval=str(tmp_path / "val")))
     assert not (tmp_path / "out").exists()
 

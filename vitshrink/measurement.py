@@ -1,6 +1,6 @@
 """Opening the data of a job, and measuring a model on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,14 @@ def read_calibration(
     chosen = source.select(samples, seed)
     if len(chosen) < samples:
         job.warn(f"{source.source} has {len(chosen)} samples; --samples asked for {samples}.")
-    bad = BadSamples(limit=max_bad_samples)
+    bad, cut = BadSamples(limit=max_bad_samples), Cut(source.source)
     with job.stage("preprocess", "Reading calibration data", len(chosen)) as advance:
         batches = []
-        for batch in preprocessor.batches(chosen, batch_size, bad=bad):
+        for batch in cut.counted(preprocessor.batches(chosen, batch_size, bad=bad)):
             batches.append(batch)
             advance(len(batch.keys))
     warn_of_bad(bad, source.source, job)
+    cut.warn(preprocessor, job)
     return CalibrationData(chosen, batches)
 
 
@@ -82,6 +83,24 @@ def hold_out(source: SampleSet, job: Job, *, used: int, holdout: int, seed: int)
             "Pass --eval, or fewer --samples."
         )
         return None
+
+
+@dataclass
+class Cut:
+    """Counts the texts that were cut to the maximum length."""
+
+    source: str
+    samples: int = 0
+
+    def counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.samples += batch.truncated
+            yield batch
+
+    def warn(self, preprocessor: Preprocessor, job: Job) -> None:
+        if self.samples:
+            length = preprocessor.description["max_length"]
+            job.warn(f"{self.source}: {self.samples} texts were cut to {length} tokens.")
 
 
 def warn_of_bad(bad: BadSamples, source: str, job: Job) -> None:
@@ -123,17 +142,15 @@ def measure(
         UsageError: neither labels nor a baseline.
         DataError: labels that cannot be aligned, or look permuted; more unusable samples than allowed.
     """
-    bad = BadSamples(limit=max_bad_samples)
+    bad, cut = BadSamples(limit=max_bad_samples), Cut(samples.source)
     pairs = task == "features" and any(sample.text_pair is not None for sample in samples.samples[:1])
-    label_of, rule = None, None
-    if labelled and samples.labels_are is not None and task not in ("masked-lm", "features"):
-        label_of, rule = _labels(model, samples, class_map)
+    label_of, rule = labels_of(model, samples, task, class_map) if labelled else (None, None)
     with job.stage("evaluate", "Evaluating", len(samples) * (2 if pairs else 1)) as advance:
         if pairs:
             sides = [_side(samples, first=first) for first in (True, False)]
             evaluation = evaluate_pairs(
                 model,
-                *(preprocessor.batches(side, batch_size, bad=bad) for side in sides),
+                *(cut.counted(preprocessor.batches(side, batch_size, bad=bad)) for side in sides),
                 score_of=_number if labelled and samples.labels_are is not None else None,
                 baseline=baseline,
                 device=device,
@@ -143,7 +160,7 @@ def measure(
         else:
             evaluation = evaluate(
                 model,
-                preprocessor.batches(samples, batch_size, bad=bad),
+                cut.counted(preprocessor.batches(samples, batch_size, bad=bad)),
                 task=task,
                 label_of=label_of,
                 baseline=baseline,
@@ -153,6 +170,7 @@ def measure(
                 on_batch=advance,
             )
     warn_of_bad(bad, samples.source, job)
+    cut.warn(preprocessor, job)
     if label_of is not None and _num_labels(model) > 1:
         check_labels(evaluation, _num_labels(model))
     return Measurement(evaluation, samples.source, samples.fingerprint(), rule, bad)
@@ -162,7 +180,15 @@ def _num_labels(model: nn.Module) -> int:
     return int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
 
 
-def _labels(model: nn.Module, samples: SampleSet, class_map: Path | None) -> tuple[Callable[[Any], Any], str]:
+def labels_of(
+    model: nn.Module, samples: SampleSet, task: str, class_map: Path | None
+) -> tuple[Callable[[Any], Any] | None, str | None]:
+    """From a sample's label to the model's class, or to a score, and the rule by which; None where nothing is labelled.
+
+    Raises DataError for labels that cannot be aligned.
+    """
+    if samples.labels_are is None or task in ("masked-lm", "features"):
+        return None, None
     if _num_labels(model) == 1:
         return _number, "scores of a regression"
     mapping, rule = align_labels(samples, model.config.id2label, _num_labels(model), class_map)  # type: ignore[union-attr, arg-type]

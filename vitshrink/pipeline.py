@@ -20,7 +20,15 @@ from vitshrink.config import CompressConfig, parse_quantity
 from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.description import Description, example_inputs
 from vitshrink.errors import TargetError, UsageError
-from vitshrink.measurement import CalibrationData, Measurement, hold_out, measure, open_data, read_calibration
+from vitshrink.measurement import (
+    CalibrationData,
+    Measurement,
+    hold_out,
+    labels_of,
+    measure,
+    open_data,
+    read_calibration,
+)
 from vitshrink.methods import Method, Needs, choose, get_method
 from vitshrink.models import LoadedModel, Target, find_targets, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
@@ -255,6 +263,8 @@ def _data(
         samples = open_data(config.eval_data, source, offline=config.offline)
         if config.eval_limit is not None and config.eval_limit < len(samples):
             samples = samples.select(config.eval_limit, config.seed)
+        # before any work: labels that cannot be aligned would otherwise be met at its end
+        labels_of(source.model, samples, task_of(source.model), Path(config.class_map) if config.class_map else None)
         shared = overlap(calibration.samples, samples) if calibration is not None else 0
         if shared:
             job.warn(f"{shared} of the {len(samples)} evaluation samples were also calibrated on: figures may flatter.")
