@@ -179,10 +179,17 @@ def test_activation_aware_methods_lose_less_than_plain_svd(compressed: Compresse
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(keeps=st.lists(st.floats(0.36, 0.9999), min_size=1, max_size=12, unique=True))
+@given(
+    keeps=st.lists(st.floats(0.36, 0.9999), min_size=1, max_size=12, unique=True),
+    storage=st.sampled_from(["factors", "gauge"]),
+)
 @pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
-def test_no_plan_exceeds_its_budget(vit_directory: Path, tmp_path: Path, allocation: str, keeps: list[float]) -> None:
-    config = job(vit_directory, tmp_path / "out", keep=tuple(keeps), allocation=allocation, dry_run=True)
+def test_no_plan_exceeds_its_budget(
+    vit_directory: Path, tmp_path: Path, allocation: str, keeps: list[float], storage: str
+) -> None:
+    config = job(
+        vit_directory, tmp_path / "out", keep=tuple(keeps), allocation=allocation, storage=storage, dry_run=True
+    )
     for keep, result in zip(keeps, compress(config), strict=True):
         parameters = result.report.parameters
         assert parameters["compressed"] <= keep * parameters["dense"]
@@ -195,6 +202,21 @@ def test_a_budget_is_used_up(compressed: Compressed, allocation: str) -> None:
     report = compressed(CLASSIFIER, method="svd", allocation=allocation, keep=(0.7,)).report
     left = 0.7 * report.parameters["dense"] - report.parameters["compressed"]
     assert 0 <= left < 64
+
+
+@pytest.mark.parametrize("name", [CLASSIFIER, "BertForMaskedLM"])
+@pytest.mark.parametrize("method", available_methods())
+def test_pivots_store_more_rank_in_the_same_size(compressed: Compressed, name: str, method: str) -> None:
+    plain, pivots = (
+        compressed(name, method=method, storage=storage, allocation="uniform-ratio") for storage in ("factors", "gauge")
+    )
+    total = plain.report.parameters["dense"]
+    for result in (plain, pivots):
+        assert cost.parameters(load(result)) == result.report.parameters["compressed"] <= 0.8 * total
+    for rank, more in zip(ranks(plain).values(), ranks(pivots).values(), strict=True):
+        assert (rank or 0) < (more or 32)
+    stock = AUTO_CLASSES[name].from_pretrained(pivots.directory).eval()
+    assert torch.equal(outputs(stock, name), outputs(load(pivots), name))
 
 
 def test_target_params_is_a_bound(compressed: Compressed) -> None:
