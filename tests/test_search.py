@@ -128,6 +128,22 @@ def test_a_larger_candidate_is_taken_where_storing_costs_too_much(
     assert any("a larger one is taken" in warning for warning in result.report.warnings)
 
 
+def test_the_dense_model_runs_once_on_each_held_out_batch(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, losses = [], []
+    loss = search.Search._loss
+
+    def counted(self: search.Search, model: Any) -> float:
+        handle = self.compression.dense.register_forward_hook(lambda *_: runs.append(1))
+        losses.append(loss(self, model))
+        handle.remove()
+        return losses[-1]
+
+    monkeypatch.setattr(search.Search, "_loss", counted)
+    bounded(max_kl=0.002, refine=0, batch_size=16)
+    assert len(losses) > 5
+    assert len(runs) == 48 / 16
+
+
 # What stops a search
 
 

@@ -1,13 +1,16 @@
 """The smallest model that keeps within a bound on samples that it was not calibrated on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink import cost
 from vitshrink.allocation import Plan
+from vitshrink.calibration import to_device
 from vitshrink.compression import Compression, Factors
 from vitshrink.config import CompressConfig
 from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
@@ -56,6 +59,21 @@ class Candidate:
     loss: float
 
 
+class Remembering(nn.Module):
+    """A classifier that is run once on each batch, however many candidates are compared with it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.known: dict[int, tuple[Tensor, Any]] = {}
+
+    def forward(self, **inputs: Tensor) -> Any:
+        first = next(iter(inputs.values()))
+        if id(first) not in self.known:  # kept with the outputs, so that no other tensor gets its id
+            self.known[id(first)] = (first, self.model(**inputs))
+        return self.known[id(first)][1]
+
+
 @dataclass
 class Search:
     """Bisection over the size, each step one set of ranks cut from the same factors and run on the held-out samples.
@@ -71,6 +89,12 @@ class Search:
     dtype: torch.dtype = torch.float32
     """Type of the weights in the file; the final model is judged with weights rounded to it."""
     tried: list[Candidate] = field(default_factory=list)
+    baseline: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        dense = self.compression.dense
+        # a masked LM is asked for its logits at a few tokens, by a hook that has to reach the model itself
+        self.baseline = dense if task_of(dense) == "masked-lm" else Remembering(dense)
 
     @classmethod
     def on(
@@ -101,7 +125,11 @@ class Search:
             )
         bad = BadSamples(limit=config.max_bad_samples)
         with job.stage("preprocess", "Reading held-out samples"):
-            batches = list(preprocessor.batches(samples, config.batch_size, bad=bad))
+            device = next(compression.dense.parameters()).device
+            batches = [
+                replace(batch, inputs=to_device(batch.inputs, device))
+                for batch in preprocessor.batches(samples, config.batch_size, bad=bad)
+            ]
         warn_of_bad(bad, samples.source, job)
         lm = task_of(compression.dense) == "masked-lm"
         masking = Masking.from_tokenizer(preprocessor.processor, config.seed) if lm else None
@@ -155,8 +183,8 @@ class Search:
 
     def _loss(self, model: PreTrainedModel) -> float:
         """What ``model`` loses on the held-out samples, in the unit of the bound."""
-        dense = self.compression.dense
-        evaluation = evaluate(model, self.batches, task=task_of(dense), baseline=dense, masking=self.masking)
+        task = task_of(self.compression.dense)
+        evaluation = evaluate(model, self.batches, task=task, baseline=self.baseline, masking=self.masking)
         assert evaluation.fidelity is not None
         if self.bound.unit == "nats":
             return float(evaluation.fidelity["kl"])
