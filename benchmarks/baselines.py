@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.allocation import Plan
 from vitshrink.calibration import to_device
-from vitshrink.compression import Compression, Factors
+from vitshrink.compression import Compression, Factors, fixed_parameters
 from vitshrink.curvature import objective
 from vitshrink.data import Batch
 from vitshrink.errors import TargetError
@@ -86,7 +86,7 @@ def row_importance(
     try:
         for batch in batches:
             mask = None if batch.mask is None else batch.mask.to(device)
-            objective(model, model(**to_device(batch.inputs, device)), batch, generator).backward()
+            torch.autograd.backward(objective(model, model(**to_device(batch.inputs, device)), batch, generator))
     finally:
         for handle in handles:
             handle.remove()
@@ -115,8 +115,7 @@ class FeatureErrorSearch:
     def plan(self, budget: int) -> Plan:
         """Ranks for a budget of the whole model's parameters. Raises TargetError."""
         targets = self.compression.targets
-        fixed = sum(parameter.numel() for parameter in self.compression.dense.parameters())
-        fixed -= sum(dense_cost(*target.shape) for target in targets)
+        fixed = fixed_parameters(self.compression.dense, targets)
 
         def size(plan: Plan) -> int:
             return fixed + sum(self._cost(target, plan[target.name]) for target in targets)
@@ -175,14 +174,15 @@ class FeatureErrorSearch:
     def _features(self, batches: Sequence[HiddenBatch], first: int) -> Tensor:
         """(samples, width) for classifiers, which read the first token; else (tokens, width) of all real tokens."""
         features = []
-        for batch in batches:
+        for entering in batches:
+            moving = _moved(entering, entering.hidden)
             for block in self.blocks[first:]:
-                batch = _moved(batch, batch.through(block))
-            hidden = self.norm(batch.hidden)
+                moving.hidden = moving.through(block)
+            hidden = self.norm(moving.hidden)
             if self.pooled:
                 features.append(hidden[:, 0])
             else:
-                features.append(hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask])
+                features.append(hidden.flatten(0, 1) if moving.mask is None else hidden[moving.mask])
         return torch.cat(features)
 
 

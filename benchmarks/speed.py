@@ -1,0 +1,217 @@
+"""How fast compressed models run, and what compressing one costs, as Markdown tables.
+
+A low-rank model ought to take the share of the dense model's time that it has of its operations. ``quotient`` is the
+share of the time over the share of the operations: 1 is as promised, 1.1 is a tenth slower. It is that of the medians,
+and beside it that of the lower quartiles, which a busy machine disturbs less. Models are timed in turn.
+
+Without ``--model``, weights are random and of the shapes of ViT-B/16 at 224 pixels. Compressed models have random
+factors throughout: for time, only shapes and ranks matter.
+
+    python benchmarks/speed.py                    # dense and compressed models
+    python benchmarks/speed.py --compile          # and under torch.compile
+    python benchmarks/speed.py --layers           # single layers
+    python benchmarks/speed.py --job              # the stages of vitshrink compress
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from job import print_job, random_vit, write_images, write_random_vit
+from tables import print_circumstances, print_head, print_row
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink import cost
+from vitshrink.allocation import Curve, Plan, uniform_ratio
+from vitshrink.checkpoint import replace_layers
+from vitshrink.config import CompressConfig
+from vitshrink.cost import Latency
+from vitshrink.description import example_inputs
+from vitshrink.errors import VitshrinkError
+from vitshrink.lowrank import LayerSpec, LowRankLinear
+from vitshrink.models import find_targets, load_dense
+from vitshrink.pipeline import find_device
+from vitshrink.ranks import Storage, largest_rank
+
+STORAGES: tuple[Storage, ...] = ("gauge", "factors")
+FORMS: dict[str, Storage] = {"factors": "factors", "gauge": "gauge", "gauge, pivots in the middle": "gauge"}
+DENSE = "dense", 1.0
+FIGURES = ["ms", "quartiles", "time", "operations", "quotient", "at the lower quartile"]
+
+Key = tuple[str, float]
+"""Form of storage, and the fraction of its weights that a layer keeps."""
+
+
+def with_random_factors(dense: PreTrainedModel, fraction: float, storage: Storage) -> PreTrainedModel:
+    """``dense`` with every target at the rank that keeps ``fraction`` of its weights. Time depends on nothing else.
+
+    Pivots lie at the first inputs. A pivot block in the middle costs one more kernel; ``--layers`` shows how much.
+    """
+    targets = find_targets(dense)
+    nothing = torch.zeros(1, dtype=torch.float64)
+    curves = [Curve(target.name, target.shape, nothing.expand(min(target.shape) + 1), storage, 1) for target in targets]
+    plan: Plan = uniform_ratio(curves, int(fraction * sum(curve.cost(None) for curve in curves)))
+    model = type(dense)(dense.config).eval()
+    device = next(dense.parameters()).device
+    layers = {t.name: random_layer(t.shape, rank, storage) for t in targets if (rank := plan[t.name]) is not None}
+    replace_layers(model, layers)
+    return model.to(device)
+
+
+def random_layer(shape: tuple[int, int], rank: int, storage: Storage, pivot: int = 0) -> LowRankLinear:
+    m, n = shape
+    layer = LowRankLinear(n, m, LayerSpec(rank, pivot if storage == "gauge" else None))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return layer.requires_grad_(False)
+
+
+def print_models(dense: PreTrainedModel, args: argparse.Namespace) -> None:
+    """Whole models, for each batch size, storage and fraction."""
+    print_head(["model", "fraction", "batch", "mode", *FIGURES])
+    models: dict[Key, nn.Module] = {DENSE: dense}
+    for storage in STORAGES:
+        for fraction in args.fractions:
+            models[storage, fraction] = with_random_factors(dense, fraction, storage)
+    for batch_size in args.batches:
+        print_timed(models, example_inputs(dense, batch_size), args)
+
+
+class Layer(nn.Module):
+    """A layer under the name for its input that all of them share."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)
+        return output
+
+
+def print_layers(dense: PreTrainedModel, args: argparse.Namespace) -> None:
+    """Single layers of the model's width on the tokens of one pass: square, fc1 and fc2."""
+    print_head(["layer", "form", "density", "batch", "mode", *FIGURES])
+    width, hidden = dense.config.hidden_size, dense.config.intermediate_size
+    device = next(dense.parameters()).device
+    for kind, (m, n) in {"square": (width, width), "fc1": (hidden, width), "fc2": (width, hidden)}.items():
+        layers: dict[Key, nn.Module] = {DENSE: Layer(nn.Linear(n, m))}
+        for density in args.densities:
+            for form, storage in FORMS.items():
+                rank = largest_rank(m, n, density * m * n, storage)
+                pivot = (n - rank) // 2 if "middle" in form else 0
+                layers[form, density] = Layer(random_layer((m, n), rank, storage, pivot))
+        for layer in layers.values():
+            layer.to(device)
+        for batch_size in args.batches:
+            inputs = {"x": torch.randn(batch_size, args.tokens, n, device=device)}
+            print_timed(layers, inputs, args, kind)
+
+
+def print_timed(
+    models: Mapping[Key, nn.Module], inputs: Mapping[str, Tensor], args: argparse.Namespace, *kind: str
+) -> None:
+    """One row a model: its time, and the shares of the dense one's time and operations."""
+    operations = {key: cost.macs(model, inputs) for key, model in models.items()}
+    for mode in ("eager", "compiled") if args.compile else ("eager",):
+        ready = {str(key): compiled(model) if mode == "compiled" else model for key, model in models.items()}
+        times = cost.latency(ready, inputs, repeats=args.repeats, warmup=args.warmup)
+        for key in models:
+            share = operations[key] / operations[DENSE]
+            form, fraction = key
+            named = [*kind, form, f"{fraction:g}", str(times[str(key)].batch_size), mode]
+            print_row([*named, *_figures(times[str(key)], times[str(DENSE)], share)])
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """For one shape of input: every batch size gets a compilation of its own."""
+    torch._dynamo.config.recompile_limit = 1000  # models share their code: beyond the limit they would run eagerly
+    made = torch.compile(model, dynamic=False)
+    assert isinstance(made, nn.Module)
+    return made
+
+
+def _figures(taken: Latency, dense: Latency, operations: float) -> list[str]:
+    lower, upper = 1000 * taken.lower_quartile, 1000 * taken.upper_quartile
+    time = taken.median / dense.median
+    return [
+        f"{1000 * taken.median:.2f}",
+        f"{lower:.2f}–{upper:.2f}",
+        f"{time:.3f}",
+        f"{operations:.3f}",
+        f"{time / operations:.2f}",
+        f"{taken.lower_quartile / dense.lower_quartile / operations:.2f}",
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    table = known.add_mutually_exclusive_group()
+    table.add_argument("--layers", action="store_true", help="single layers instead of whole models")
+    table.add_argument("--job", action="store_true", help="the stages of a compress job")
+    known.add_argument("--model", help="checkpoint; without it random weights in the shapes of ViT-B/16")
+    known.add_argument("--blocks", type=int, default=12, help="blocks of the random model (default: 12)")
+    known.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5], metavar="F")
+    known.add_argument("--densities", type=float, nargs="+", default=[0.3, 0.5, 0.7], metavar="F")
+    known.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N")
+    known.add_argument("--tokens", type=int, default=197, help="tokens a sample of --layers (default: 197)")
+    known.add_argument("--repeats", type=int, default=20)
+    known.add_argument("--warmup", type=int, default=5, help="passes of each model that are not counted")
+    known.add_argument("--compile", action="store_true", help="time under torch.compile too")
+    known.add_argument("--calibration", help="for --job; without it random images")
+    known.add_argument("--samples", type=int, default=128)
+    known.add_argument("--batch-size", type=int, default=CompressConfig.batch_size, help="for --job")
+    known.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.6], help="sizes of --job")
+    known.add_argument("--method", default=CompressConfig.method, help="for --job")
+    known.add_argument("--refine", type=int, default=CompressConfig.refine, help="for --job")
+    known.add_argument("--device", default="auto")
+    known.add_argument("--threads", type=int)
+    return known
+
+
+def job_config(args: argparse.Namespace, scratch: Path) -> CompressConfig:
+    """The job of ``--job``: what is not given is written at random."""
+    return CompressConfig(
+        model=args.model or str(write_random_vit(scratch / "model", args.blocks)),
+        output=str(scratch / "compressed"),
+        method=args.method,
+        keep=tuple(args.keep),
+        calibration=args.calibration or str(write_images(scratch / "images", args.samples)),
+        samples=args.samples,
+        holdout=0,
+        refine=args.refine,
+        batch_size=args.batch_size,
+        device=args.device,
+        offline=True,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = args.model or f"random, ViT-B/16 with {args.blocks} blocks"
+    circumstances = {"model": name, "device": find_device(args.device), "type": "float32"}
+    try:
+        if args.job:
+            with tempfile.TemporaryDirectory() as scratch:
+                chosen = f"{args.method}, refine {args.refine}, keep {' '.join(map(str, args.keep))}"
+                print_circumstances("Cost of a job", **circumstances, job=chosen, samples=args.samples)
+                print_job(job_config(args, Path(scratch)))
+            return
+        dense = load_dense(args.model, offline=True).model if args.model else random_vit(args.blocks)
+        dense.to(find_device(args.device))
+        print_circumstances(
+            "Speed of layers" if args.layers else "Speed of models", **circumstances, repeats=args.repeats
+        )
+        (print_layers if args.layers else print_models)(dense, args)
+    except VitshrinkError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

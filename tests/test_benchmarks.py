@@ -1,0 +1,134 @@
+"""The benchmarks print their tables; figures are for those who run them."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+Benchmark = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Benchmark]:
+    """A script of the folder, which is run from there and not installed."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if FOLDER in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+            del sys.modules[name]
+
+
+def rows(output: str) -> list[list[str]]:
+    """The cells of all table rows, heads included, without the rulers."""
+    lines = [line for line in output.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("script", ["fidelity", "speed"])
+def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmark(script).main(["--help"])
+    assert stop.value.code == 0
+    assert f"python benchmarks/{script}.py" in capsys.readouterr().out
+
+
+def test_every_entry_gives_a_row_of_finite_figures(
+    benchmark: Benchmark,
+    vit_directory: Path,
+    flat_images: Path,
+    learned_images: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(benchmark("baselines"), "RANK_GRID", 2)
+    fidelity = benchmark("fidelity")
+    fidelity.main(
+        f"--model {vit_directory} --calibration {flat_images} --eval {learned_images} --samples 8 "
+        "--fractions 0.8 0.6 --methods all --offline --device cpu".split()
+    )
+    head, *body = rows(capsys.readouterr().out)
+    assert head[:7] == ["method", "fraction", "keep", "came out", "top1", "agreement", "kl"]
+    assert [row[0] for row in body] == [name for name in fidelity.ENTRIES for _ in range(2)]
+    for row in body:
+        figures = [float(cell) for cell in row[1:]]
+        assert figures[2] <= figures[0], f"{row[0]} is larger than asked for"
+        assert figures[2] > figures[0] - 0.2
+        assert figures[5] >= 0
+
+
+def test_seeds_give_a_mean_and_a_deviation(
+    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("fidelity").main(
+        f"--model {vit_directory} --calibration {flat_images} --eval {flat_images} --samples 8 "
+        "--fractions 0.4 --methods svd curvature-refine-0 --seeds 0 1 2 --offline".split()
+    )
+    head, svd, curvature = rows(capsys.readouterr().out)
+    for row, varies in ((svd, False), (curvature, True)):
+        mean, _, deviation = row[head.index("kl")].partition(" ± ")
+        assert float(mean) > 0
+        assert (float(deviation) > 0) is varies, "only a method that calibrates depends on the seed"
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertModel"])
+def test_texts_are_measured_too(
+    name: str,
+    benchmark: Benchmark,
+    checkpoint: Callable[[str], Path],
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    benchmark("fidelity").main(
+        f"--model {checkpoint(name)} --calibration {text_file} --eval {text_file} --samples 8 "
+        "--fractions 0.6 --methods svd fwsvd curvature --offline".split()
+    )
+    head, *body = rows(capsys.readouterr().out)
+    assert len(body) == 3
+    figure = head.index("kl" if name == "BertForMaskedLM" else "pooled cosine")
+    assert all(0 <= float(row[figure]) < 10 for row in body)
+
+
+def test_a_size_that_a_method_cannot_reach_is_a_dash(
+    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("fidelity").main(
+        f"--model {vit_directory} --calibration {flat_images} --eval {flat_images} --samples 8 "
+        "--fractions 0.001 0.9 --methods svd --offline".split()
+    )
+    printed = capsys.readouterr()
+    _, impossible, possible = rows(printed.out)
+    assert "–" in impossible
+    assert "–" not in possible
+    assert "0.001" in printed.err
+
+
+@pytest.mark.parametrize("part", ["models", "layers"])
+def test_speed_sets_time_against_operations(
+    part: str, benchmark: Benchmark, vit_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("speed").main(
+        f"--model {vit_directory} --fractions 0.5 --densities 0.5 --batches 1 2 --repeats 2 --warmup 1 --tokens 5 "
+        f"--device cpu {'--layers' if part == 'layers' else ''}".split()
+    )
+    head, *body = rows(capsys.readouterr().out)
+    assert len(body) == (6 if part == "models" else 3 * 2 * 4)
+    time, operations, quotient = (head.index(name) for name in ("time", "operations", "quotient"))
+    for row in body:
+        assert float(row[quotient]) == pytest.approx(float(row[time]) / float(row[operations]), rel=0.05, abs=0.02)
+        assert float(row[operations]) <= 1
+
+
+def test_a_job_is_set_against_its_bare_passes(
+    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("speed").main(
+        f"--job --model {vit_directory} --calibration {flat_images} --samples 8 --keep 0.9 0.8 --device cpu".split()
+    )
+    titles = [row[0] for row in rows(capsys.readouterr().out)]
+    assert {"keep 0.9: Calibrating", "**keep 0.9: compressing**", "**keep 0.8: compressing**"} <= set(titles)
