@@ -144,6 +144,24 @@ def test_the_dense_model_runs_once_on_each_held_out_batch(bounded: Bounded, monk
     assert len(runs) == 48 / 16
 
 
+def test_repairs_that_come_with_storing_are_spent_on_a_smaller_model(
+    bounded: Bounded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = bounded(output="plain", max_kl=0.002, refine=0)
+    total = plain.report.parameters["dense"]
+    judged = []
+
+    def worth_a_tenth(self: search.Search, factors: Any, plan: Any) -> Any:
+        judged.append(self.compression.parameters(factors, plan))
+        larger = min(judged[-1] + total // 10, total - 1)
+        return self._truncated(factors, self.compression.plan(factors, larger))
+
+    monkeypatch.setattr(search.Search, "_stored", worth_a_tenth)
+    repaired = bounded(output="repaired", max_kl=0.002, refine=0)
+    assert kept(repaired) == pytest.approx(kept(plain) - 0.1, abs=3 * search.RESOLUTION)
+    assert len(judged) < 10
+
+
 # What stops a search
 
 

@@ -1,6 +1,7 @@
 """The smallest model that keeps within a bound on samples that it was not calibrated on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,11 @@ from vitshrink.observer import Job, Silent
 
 RESOLUTION = 0.01
 """Sizes closer than this fraction of the dense model's parameters are not told apart."""
+
+REPAIRED = 0.95
+"""Where a model as it is stored loses less than this fraction of what its truncation does, smaller ones are tried."""
+
+Make = Callable[[Factors, Plan], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -149,37 +155,69 @@ class Search:
             found = self._bisect(again, least, found.parameters, job) or found
         kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.parameters)
         for candidate in kept:
-            model = self.compression.build(candidate.factors, candidate.plan, job)
-            loss = self._loss(model.to(self.dtype).float())  # rounded and with pivots, as it will be stored
-            if loss <= self.bound.limit:
-                return candidate
-            job.warn(f"stored as {self.dtype}, {self._keep(candidate)} loses {loss:.3g}: a larger one is taken.")
+            with self._stage(job):
+                stored = self._judge(candidate.factors, candidate.plan, self._stored)
+                if stored.loss <= self.bound.limit:
+                    return self._smaller(stored, least) if stored.loss < REPAIRED * candidate.loss else stored
+            job.warn(f"as it is stored, {self._keep(stored)} loses {stored.loss:.3g}: a larger one is taken.")
         raise GateError(self._missed())
+
+    def _stage(self, job: Job) -> AbstractContextManager[object]:
+        return job.stage("search", f"Searching the size for {self.bound.flag} {self.bound.limit:g}")
 
     def _bisect(self, factors: Factors, low: int, high: int, job: Job) -> Candidate | None:
         """The smallest candidate from ``low`` to ``high`` within the bound; None when the largest is not."""
-        total = cost.parameters(self.compression.dense)
-        with job.stage("search", f"Searching the size for {self.bound.flag} {self.bound.limit:g}"):
-            best = self._try(factors, high)
+        with self._stage(job):
+            best = self._try(factors, high, self._truncated)
             if best is None:
                 return None
-            if (smallest := self._try(factors, low)) is not None:
+            if (smallest := self._try(factors, low, self._truncated)) is not None:
                 return smallest
-            while high - low > RESOLUTION * total:
+            while high - low > self._resolution:
                 middle = (low + high) // 2
-                candidate = self._try(factors, middle)
+                candidate = self._try(factors, middle, self._truncated)
                 if candidate is None:
                     low = middle
                 else:
                     best, high = candidate, candidate.parameters
             return best
 
-    def _try(self, factors: Factors, budget: int) -> Candidate | None:
-        plan = self.compression.plan(factors, budget)
-        loss = self._loss(self.compression.truncate(factors, plan, Job(Silent())))
-        candidate = Candidate(self.compression.parameters(factors, plan), factors, plan, loss)
-        self.tried.append(candidate)
-        return candidate if loss <= self.bound.limit else None
+    def _smaller(self, best: Candidate, low: int) -> Candidate:
+        """The smallest of the models below ``best`` that keep the bound as they are stored.
+
+        Repairs that come with storing are not cheap, so the steps down are small first.
+        """
+        step = 2 * self._resolution
+        while best.parameters - low > self._resolution:
+            budget = max(best.parameters - step, (low + best.parameters) // 2)
+            candidate = self._try(best.factors, budget, self._stored)
+            if candidate is None:
+                low = budget
+            else:
+                best = candidate
+            step *= 2
+        return best
+
+    @property
+    def _resolution(self) -> int:
+        return int(RESOLUTION * cost.parameters(self.compression.dense))
+
+    def _truncated(self, factors: Factors, plan: Plan) -> PreTrainedModel:
+        return self.compression.truncate(factors, plan, Job(Silent()))
+
+    def _stored(self, factors: Factors, plan: Plan) -> PreTrainedModel:
+        """The final model: repaired, with pivots, and rounded to the type of the file."""
+        model = self.compression.build(factors, plan, Job(Silent()))
+        return model.to(self.dtype).float()
+
+    def _try(self, factors: Factors, budget: int, make: Make) -> Candidate | None:
+        candidate = self._judge(factors, self.compression.plan(factors, budget), make)
+        return candidate if candidate.loss <= self.bound.limit else None
+
+    def _judge(self, factors: Factors, plan: Plan, make: Make) -> Candidate:
+        loss = self._loss(make(factors, plan))
+        self.tried.append(Candidate(self.compression.parameters(factors, plan), factors, plan, loss))
+        return self.tried[-1]
 
     def _loss(self, model: PreTrainedModel) -> float:
         """What ``model`` loses on the held-out samples, in the unit of the bound."""
