@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "assessment"),
     ("description", "inspection", "search"),
     ("compression",),
-    ("report", "sequential", "measurement", "storage"),
+    ("report", "sequential", "drift", "measurement", "storage"),
     (
         "models",
         "source",

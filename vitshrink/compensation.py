@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vitshrink.errors import NumericsError
 
-COMPENSATIONS = ("none", "bias", "residual")
+COMPENSATIONS = ("none", "bias", "residual", "drift")
 
 RESIDUAL_SHARE = 0.25
 """Part of a layer's rank that is left to the learned residual."""

@@ -18,6 +18,7 @@ from vitshrink.checkpoint import replace_layers
 from vitshrink.compensation import shifted_bias
 from vitshrink.config import CompressConfig
 from vitshrink.curvature import collect_curvature
+from vitshrink.drift import correct_drift
 from vitshrink.errors import NumericsError, TargetError
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.measurement import CalibrationData
@@ -131,6 +132,10 @@ class Compression:
     def build(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
         """The compressed model, compensated, in the form in which it is stored."""
         model = self.truncate(factors, plan, job)
+        if self.compensation == "drift" and self.calibration is not None:
+            weights = {name: stats.importance() for name, stats in factors.stats.items()}
+            with job.stage("compensate", "Correcting drift", len(blocks_of(model))) as advance:
+                correct_drift(model, self.dense, self.targets, weights, self.calibration.batches, on_block=advance)
         if self.storage == "gauge":
             with job.stage("gauge", "Choosing pivots"):
                 fix_gauge(model, self.targets)
@@ -162,7 +167,7 @@ class Compression:
         self, model: PreTrainedModel, dense: Mapping[str, Tensor], job: Job, *, seed: int
     ) -> dict[str, LinearStats]:
         """What the method needs to know of the targets of ``model``, of which those in ``dense`` are compressed."""
-        needed = self.method.needs is not Needs.WEIGHTS or self.compensation == "bias"
+        needed = self.method.needs is not Needs.WEIGHTS or self.compensation in ("bias", "drift")
         if self.calibration is None or not needed:
             return {}
         batches, samples = self.calibration.batches, len(self.calibration.samples)
@@ -204,7 +209,7 @@ class Compression:
             dense = self._layer(name)
             up, down = factors.layers[name].up[:, :rank], factors.layers[name].down[:rank]
             bias = None if dense.bias is None else dense.bias.double()
-            if bias is not None and self.compensation == "bias":
+            if bias is not None and self.compensation in ("bias", "drift"):
                 bias = shifted_bias(bias, dense.weight.double(), up @ down, factors.stats[name].mean)
             layers[name] = LowRankLinear.from_factors(up, down, bias, dtype=dense.weight.dtype)
         compressed = copy.deepcopy(self.dense)

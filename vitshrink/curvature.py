@@ -74,12 +74,14 @@ class GroupSums:
     """Weighted float64 sums over the inputs x (tokens, n) of the layers that read the same tensor."""
 
     weight: float = 0.0
+    weights: list[Tensor] = field(default_factory=list)
     total: Tensor | None = None
     gram: Tensor | None = None
 
     def add(self, x: Tensor, weights: Tensor, *, with_gram: bool) -> None:
         weighted = x * weights[:, None]
         self.weight += float(weights.double().sum())
+        self.weights.append(weights)
         self.total = accumulate(self.total, weighted.sum(0))
         if with_gram:
             self.gram = accumulate(self.gram, x.T @ weighted)
@@ -154,6 +156,7 @@ class CurvatureCollector:
                 gradient_gram=gradient if m <= n else None,
                 input_gradient_gram=gradient if m > n else None,
                 gradient_power=layer.power / layer.count,
+                token_weights=torch.cat(group.weights),
             )
         return found
 

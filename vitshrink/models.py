@@ -41,6 +41,8 @@ class Family:
     """The list of transformer blocks, relative to the base model."""
     modules: Mapping[Role, str]
     """The linear layers of a block, relative to the block."""
+    norm: Literal["before", "after"]
+    """Whether the blocks normalise what their layers read, or the residual stream after they wrote to it."""
 
 
 _VIT_BLOCK: dict[Role, str] = {
@@ -67,6 +69,7 @@ FAMILIES = (
         {"ViTForImageClassification": "image-classification", "ViTModel": "features"},
         "layers",
         _VIT_BLOCK,
+        "before",
     ),
     Family(
         "deit",
@@ -78,6 +81,7 @@ FAMILIES = (
         },
         "layers",
         _VIT_BLOCK,
+        "before",
     ),
     Family(
         "bert",
@@ -89,6 +93,7 @@ FAMILIES = (
         },
         "encoder.layer",
         _BERT_BLOCK,
+        "after",
     ),
 )
 

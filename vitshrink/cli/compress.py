@@ -63,7 +63,8 @@ def compress_command(
     compensation: Annotated[
         str | None,
         typer.Option(
-            help="Repair after truncation: none, bias, residual; the method's own if not given.", rich_help_panel=LAYERS
+            help="Repair after truncation: none, bias, residual, drift; the method's own if not given.",
+            rich_help_panel=LAYERS,
         ),
     ] = None,
     option: Annotated[
