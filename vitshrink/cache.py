@@ -51,6 +51,7 @@ class Cache:
         path = self._path(kind, key)
         if not path.exists():
             return None
+        key = _complete(kind, key)
         values: dict[str, dict[str, Any]] = {}
         try:
             with safe_open(path, "pt", device=str(self.device)) as file:
@@ -77,7 +78,8 @@ class Cache:
                 storage = tensor.untyped_storage().data_ptr()
                 tensors[f"{name}|{field}"] = tensor.clone() if storage in storages else tensor
                 storages.add(storage)
-        path = self._path(type(next(iter(entries.values()))), key)
+        kind = type(next(iter(entries.values())))
+        path, key = self._path(kind, key), _complete(kind, key)
         try:
             descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=self.directory)
             os.close(descriptor)
@@ -91,8 +93,13 @@ class Cache:
         return entries
 
     def _path(self, kind: type[Any], key: Key) -> Path:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(_complete(kind, key), sort_keys=True).encode()).hexdigest()
         return self.directory / f"{kind.__name__.lower()}-{digest[:32]}.safetensors"
+
+
+def _complete(kind: type[Any], key: Key) -> dict[str, Any]:
+    """The key with what an entry holds: a file from before a field was added is another one."""
+    return {**key, "fields": [field.name for field in fields(kind)]}
 
 
 _NUMBERS = {int: torch.int64, float: torch.float64}

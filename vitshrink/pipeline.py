@@ -117,9 +117,10 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         for index, size in enumerate(sizes):
             own = job.branch()
             refine = config.refine if method.needs is Needs.CURVATURE and not config.dry_run else 0
+            model: PreTrainedModel | None = None
             if search is not None:
                 found = search.smallest(first, refine, own)
-                factors, plan = found.factors, found.plan
+                factors, plan, model = found.factors, found.plan, found.model
             else:
                 factors, plan = first, compression.plan(first, size.budget)
                 for _ in range(refine):
@@ -128,7 +129,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             if config.dry_run:
                 results.append(CompressionResult(None, description.planned(factors, plan, own)))
                 continue
-            model = compression.build(factors, plan, own)
+            if model is None:
+                model = compression.build(factors, plan, own)
             with own.stage("save", "Saving and verifying"):
                 save(model, staging[index], source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
                 verify(staging[index], model, example_inputs(dense))

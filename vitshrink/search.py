@@ -63,6 +63,7 @@ class Candidate:
     factors: Factors
     plan: Plan
     loss: float
+    model: PreTrainedModel | None = None
 
 
 class Remembering(nn.Module):
@@ -142,7 +143,7 @@ class Search:
         return cls(compression, bound, batches, masking, dtype)
 
     def smallest(self, factors: Factors, refine: int, job: Job) -> Candidate:
-        """The smallest size within the bound, with ``factors`` or those that ``refine`` re-estimations make of them.
+        """The smallest model within the bound, from ``factors`` or those that ``refine`` re-estimations make of them.
 
         Raises:
             GateError: every size loses more; the message says what the best one does.
@@ -215,9 +216,11 @@ class Search:
         return candidate if candidate.loss <= self.bound.limit else None
 
     def _judge(self, factors: Factors, plan: Plan, make: Make) -> Candidate:
-        loss = self._loss(make(factors, plan))
-        self.tried.append(Candidate(self.compression.parameters(factors, plan), factors, plan, loss))
-        return self.tried[-1]
+        model = make(factors, plan)
+        loss = self._loss(model)
+        candidate = Candidate(self.compression.parameters(factors, plan), factors, plan, loss)
+        self.tried.append(candidate)  # without the model: there may be many
+        return replace(candidate, model=model)
 
     def _loss(self, model: PreTrainedModel) -> float:
         """What ``model`` loses on the held-out samples, in the unit of the bound."""
