@@ -235,6 +235,17 @@ def test_two_jobs_at_once_leave_one_good_cache(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_from_before_a_field_was_added_is_not_read(
+    job: Job, work: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job()
+    work.clear()
+    monkeypatch.setattr("vitshrink.cache.fields", lambda kind: [f for f in fields(kind) if f.name != "abs_max"])
+    result = job()
+    assert work == ["statistics"]  # the factors have no such field
+    assert result.report.warnings == []
+
+
 # Entries and digests
 
 

@@ -71,6 +71,7 @@ def expected(
     C, H = (x.T * s) @ x / s.sum(), g.T @ g / len(g)
     m, n = weight.shape
     return {
+        "weights": s,
         "mean": (s @ x) / s.sum(),
         "power": float(H.trace()),
         "input": weight @ C @ weight.T if m < n else C,
@@ -94,6 +95,7 @@ def assert_statistics(
         assert stats.tokens == len(x)
         assert (stats.gram is None, stats.output_gram is None) == (m < n, m >= n)
         assert (stats.gradient_gram is None, stats.input_gradient_gram is None) == (m > n, m <= n)
+        torch.testing.assert_close(stats.importance().double(), want["weights"], rtol=1e-3, atol=1e-5)
         close(stats.mean, want["mean"])
         close(torch.tensor(stats.gradient_power), torch.tensor(want["power"]))
         close(stats.output_gram if m < n else stats.gram, want["input"])
