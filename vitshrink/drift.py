@@ -1,6 +1,6 @@
 """Drift: what the mean activations of a compressed model have moved away from the dense model's, and taking it back."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 
@@ -16,31 +16,39 @@ Means = dict[str, Tensor]
 """Layer → mean (m,) of what it hands on, float64."""
 
 
-class Watch:
-    """The inputs and outputs of some layers of a block during one pass."""
+class _SeenEnoughError(Exception):
+    """Ends a pass through a block that has reached the last layer of interest."""
 
-    def __init__(self, model: PreTrainedModel, targets: Sequence[Target]) -> None:
+
+class Watch:
+    """The inputs and outputs of some layers of a block during one pass, which ends at the layer ``last``."""
+
+    def __init__(self, model: PreTrainedModel, targets: Sequence[Target], last: Target) -> None:
         self.model = model
         self.targets = {target.role: target for target in targets}
+        self.last = last.role
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 
-    def run(self, block: nn.Module, batch: HiddenBatch) -> Tensor:
-        """Pass a batch through the block; returns its output."""
+    def run(self, block: nn.Module, batch: HiddenBatch) -> Tensor | None:
+        """Pass a batch through the block; returns its output, or None when the pass ended before."""
         with ExitStack() as hooks:
             for role, target in self.targets.items():
                 handle = self.model.get_submodule(target.name).register_forward_hook(self._hook(role))
                 hooks.callback(handle.remove)
-            return batch.through(block)
+            try:
+                return batch.through(block)
+            except _SeenEnoughError:
+                return None
 
-    def handed_on(self, role: str, batch: HiddenBatch, block_output: Tensor) -> Tensor:
+    def handed_on(self, role: str, batch: HiddenBatch, block_output: Tensor | None) -> Tensor:
         """What the rest of the model gets to see of a layer: its output, or the residual stream after it.
 
         A shift that the residual stream has already can be taken back where a layer writes to it, and only there.
         """
         if role == "output":
             return batch.hidden + self.outputs[role]
-        if role == "fc2" and family_of(self.model).norm == "before":
+        if role == "fc2" and block_output is not None and family_of(self.model).norm == "before":
             return block_output
         if role == "fc2" and "fc1" in self.inputs:
             return self.inputs["fc1"] + self.outputs[role]
@@ -49,6 +57,8 @@ class Watch:
     def _hook(self, role: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.inputs[role], self.outputs[role] = inputs[0], output
+            if role == self.last and role != "fc2":
+                raise _SeenEnoughError
 
         return hook
 
@@ -78,7 +88,7 @@ def correct_drift(
     for index, (dense_block, block) in enumerate(zip(blocks_of(dense), blocks_of(model), strict=True)):
         groups = by_block.get(index, [])
         watched = [target for group in groups for target in group]
-        wanted = _means(dense, dense_block, watched, watched, token_weights, streams[0])
+        wanted = _means(dense, dense_block, watched, watched, token_weights, streams[0]) if watched else {}
         for group in groups:
             found = _means(model, block, watched, group, token_weights, streams[1])
             for target in group:
@@ -95,13 +105,12 @@ def _means(
     model: PreTrainedModel,
     block: nn.Module,
     watched: Sequence[Target],
-    wanted: Iterable[Target],
+    wanted: Sequence[Target],
     token_weights: Mapping[str, Tensor],
     batches: Sequence[HiddenBatch],
 ) -> Means:
     """Weighted means of what the ``wanted`` layers of a block hand on."""
-    watch = Watch(model, watched)
-    wanted = list(wanted)
+    watch = Watch(model, watched, wanted[-1])
     sums: dict[str, Tensor] = {}
     start = 0
     for batch in batches:
