@@ -35,7 +35,8 @@ class LayerSpec:
                 "The checkpoint is damaged or was written by a newer vitshrink."
             )
         if entry["rank"] < 1 or entry.get("pivot", 0) < 0:
-            raise CheckpointError(f"cannot build a layer from {entry!r}: ranks start at 1, pivots at 0.")
+            pivot = f" and pivot {entry['pivot']}" if "pivot" in entry else ""
+            raise CheckpointError(f"cannot build a layer of rank {entry['rank']}{pivot}: they start at 1 and 0.")
         return cls(**entry)
 
 

@@ -44,12 +44,16 @@ class LinearStats:
     token_weights: Tensor | None = None
 
     def refined_by(self, again: "LinearStats") -> "LinearStats":
-        """Statistics of the same layer in the compressed model: its inputs are taken over, the gradients averaged."""
+        """Statistics of the same layer in the compressed model: its inputs are taken over, the gradients averaged.
+
+        What a token counts for stays as the dense model has it.
+        """
         return replace(
             again,
             gradient_gram=_mean(self.gradient_gram, again.gradient_gram),
             input_gradient_gram=_mean(self.input_gradient_gram, again.input_gradient_gram),
             gradient_power=(self.gradient_power + again.gradient_power) / 2,
+            token_weights=self.token_weights,
         )
 
     @classmethod
