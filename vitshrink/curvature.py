@@ -16,9 +16,6 @@ from vitshrink.stats import LinearStats
 TOKEN_WEIGHT = 0.7
 """Share of the gradient-weighted tokens in C; the rest counts all tokens alike, for tokens that no gradient met."""
 
-TOKENS_A_CHANNEL = 16
-"""Tokens beyond this many for every channel add cost to a Gram, but no accuracy that was seen."""
-
 
 def softmax_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A random v (batch, classes) with E[v vᵀ] = diag(p) − p pᵀ, the Fisher information of the softmax.

@@ -92,12 +92,6 @@ def _mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return None if one is None or other is None else (one + other) / 2
 
 
-def damp(matrix: Tensor, relative: float) -> Tensor:
-    """Add ``relative`` × the mean eigenvalue to the diagonal of a positive semidefinite matrix."""
-    scale = matrix.diagonal().mean() * relative
-    return matrix + scale * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-
-
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (k,) in descending order, clamped at zero, and eigenvectors (k, k) of a positive semidefinite matrix.
 
