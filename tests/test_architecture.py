@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "digits",
     ),
     ("methods", "allocation", "compensation", "hf_quantizer"),
-    ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer"),
+    ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer", "processes"),
     ("errors",),
 )
 RANK = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,104 @@
+"""One job in several processes, as ``torchrun`` or ``accelerate launch`` starts them.
+
+Each process takes its share of the samples or layers, and all of them learn the results; the first alone speaks and
+writes. A process that runs alone needs no special case: its share is everything.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from vitshrink.errors import UsageError, VitshrinkError
+
+Item = TypeVar("Item")
+
+
+def join(device: str = "auto") -> None:
+    """Meet the other processes of this job, where a launcher has started several; each gets a GPU of its own.
+
+    Raises:
+        UsageError: more processes than GPUs, where ``device`` is not the CPU.
+        VitshrinkError: the others cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or started():
+        return
+    if device != "cpu" and torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise UsageError(f"{here} processes for {gpus} GPUs: start one process a GPU, or pass --device cpu.")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        distributed.init_process_group()  # gloo for what is on the CPU, NCCL for what is on a GPU
+    except Exception as error:  # the address, the store and each backend have errors of their own
+        reason = str(error).strip().split("\n")[0]
+        raise VitshrinkError(
+            f"cannot meet the other processes of this job ({reason}): start it with torchrun or accelerate launch, "
+            "or unset WORLD_SIZE to run alone."
+        ) from error
+
+
+def leave() -> None:
+    """Part from the other processes, at the end of the job."""
+    if started():
+        distributed.destroy_process_group()
+
+
+def started() -> bool:
+    """Whether this process has met others."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def count() -> int:
+    """How many processes work on this job."""
+    return distributed.get_world_size() if started() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return distributed.get_rank() if started() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the one that speaks and writes."""
+    return rank() == 0
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """Every ``count()``-th of the items, from the ``rank()``-th: disjoint, and together all of them."""
+    return items if count() == 1 else items[rank() :: count()]
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes in the order of their ranks; each process gets them and has to ask for them."""
+    if not started():
+        return [value]
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The value that the first process passes, in every process."""
+    if not started():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes of a tensor that each of them passes; the same bits in each."""
+    if not started():
+        return tensor
+    summed = tensor.clone()
+    distributed.all_reduce(summed)
+    return summed
+
+
+def wait() -> None:
+    """Return when every process has come this far."""
+    if started():
+        distributed.barrier()
