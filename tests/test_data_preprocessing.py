@@ -156,7 +156,7 @@ def test_bad_images_are_counted_and_named(image_preprocessor: Preprocessor, brok
 def test_more_bad_images_than_allowed_end_the_reading(image_preprocessor: Preprocessor, broken_images: Path) -> None:
     samples = open_samples(broken_images, "image")
     with pytest.raises(DataError, match=r"a-empty\.png is empty.*z-page\.jpg is not an image.*--max-bad-samples"):
-        list(image_preprocessor.batches(samples, 3, bad=BadSamples()))
+        list(image_preprocessor.batches(samples, 3, bad=BadSamples(limit=1)))
     with pytest.raises(DataError, match=r"1 of 10 samples cannot be used, 0 may be bad: a-empty\.png"):
         list(image_preprocessor.batches(samples, 3))
 
@@ -164,7 +164,7 @@ def test_more_bad_images_than_allowed_end_the_reading(image_preprocessor: Prepro
 def test_nothing_but_bad_images(image_preprocessor: Preprocessor, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no usable sample\. a\.png is not an image"):
-        list(image_preprocessor.batches(open_samples(tmp_path, "image"), 3, bad=BadSamples()))
+        list(image_preprocessor.batches(open_samples(tmp_path, "image"), 3, bad=BadSamples(limit=1)))
 
 
 def test_threads_end_when_the_caller_stops_early(image_preprocessor: Preprocessor, class_images: Path) -> None:

@@ -278,12 +278,12 @@ def test_constant_predictions_have_no_correlation_but_a_report() -> None:
 def test_sentence_pairs_are_pooled_over_their_own_tokens() -> None:
     model = tiny.build("BertModel")
     first, second = batches("BertModel", 6, 4, [0.5 * i for i in range(6)]), batches("BertModel", 6, 4)
-    found = evaluate_pairs(model, first, second, baseline=model).to_dict()
+    found = evaluate_pairs([model], first, second, baseline=model)[0].to_dict()
     assert found["task"] == "similarity"
     assert found["fidelity"]["pooled_cosine"] == pytest.approx(1)
     assert found["difference"]["drop"] == pytest.approx(0)
     with pytest.raises(DataError, match="has a partner"):
-        evaluate_pairs(model, first[:1], second[1:])
+        evaluate_pairs([model], first[:1], second[1:])[0]
 
 
 def test_sentence_pairs_are_joined_by_key_whatever_the_order_and_the_batches() -> None:
@@ -291,12 +291,12 @@ def test_sentence_pairs_are_joined_by_key_whatever_the_order_and_the_batches() -
     first, second = batches("BertModel", 9, 4, list(range(9))), batches("BertModel", 9, 2)
     for batch in second:
         batch.inputs["input_ids"] = batch.inputs["input_ids"].roll(1, 1)
-    whole = evaluate_pairs(model, first, second).dense
+    whole = evaluate_pairs([model], first, second)[0].dense
     assert whole is not None
-    shuffled = evaluate_pairs(model, first[::-1], second[2:] + second[:2]).dense
+    shuffled = evaluate_pairs([model], first[::-1], second[2:] + second[:2])[0].dense
     assert shuffled is not None
     assert shuffled["pearson"] == pytest.approx(whole["pearson"], abs=1e-5)
-    fewer = evaluate_pairs(model, first, second[:3])
+    fewer = evaluate_pairs([model], first, second[:3])[0]
     assert fewer.samples == 6
 
 
@@ -309,7 +309,7 @@ def test_pair_similarity_is_the_cosine_of_the_two_sentences() -> None:
             metrics.masked_mean(model(**side[0].inputs).last_hidden_state, side[0].mask) for side in (first, second)
         )
     expected = metrics.spearman(torch.cosine_similarity(one, other), torch.arange(8))
-    found = evaluate_pairs(model, first, second).compressed
+    found = evaluate_pairs([model], first, second)[0].compressed
     assert found is not None
     assert found["spearman"] == pytest.approx(expected)
 
@@ -396,7 +396,7 @@ def test_out_of_memory_splits_pairs_too(monkeypatch: pytest.MonkeyPatch) -> None
     model = tiny.build("BertModel")
     first, second = batches("BertModel", 6, 6, list(range(6))), batches("BertModel", 6, 6)
     second[0].inputs["input_ids"] = second[0].inputs["input_ids"].roll(1, 0)
-    whole = evaluate_pairs(model, first, second)
+    whole = evaluate_pairs([model], first, second)[0]
     forward = model.forward
 
     def cramped(**inputs: Tensor) -> Any:
@@ -405,7 +405,7 @@ def test_out_of_memory_splits_pairs_too(monkeypatch: pytest.MonkeyPatch) -> None
         return forward(**inputs)
 
     monkeypatch.setattr(model, "forward", cramped)
-    halves = evaluate_pairs(model, first, second)
+    halves = evaluate_pairs([model], first, second)[0]
     assert whole.dense is not None
     assert halves.dense is not None
     assert halves.dense["pearson"] == pytest.approx(whole.dense["pearson"], abs=1e-5)

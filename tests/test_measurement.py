@@ -1,20 +1,23 @@
 """Opening a job's data and measuring on them: which samples, which labels, and what is said of those left out."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from PIL import Image
+from test_processes import run_together
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from vitshrink.config import DataConfig
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.errors import DataError, UsageError
-from vitshrink.measurement import Measurement, hold_out, measure, open_data, read_calibration
+from vitshrink.measurement import Measurement, hold_out, measure, measure_each, open_data, read_calibration
 from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Silent
 
@@ -271,6 +274,91 @@ def test_a_regression_is_measured_by_its_correlation(tmp_path: Path) -> None:
             device=torch.device("cpu"),
             batch_size=5,
         )
+
+
+def test_several_models_are_measured_in_one_pass_of_the_dense_one(vit: LoadedModel, flat: SampleSet) -> None:
+    models = [shaken(vit.model), shaken(shaken(vit.model))]
+    options: Any = {"task": task_of(vit.model), "device": torch.device("cpu"), "batch_size": 5}
+    alone = [measure(m, flat, preprocessor_of(vit), job(), baseline=vit.model, **options) for m in models]
+    passes = []
+    handle = vit.model.register_forward_hook(lambda *_: passes.append(1))
+    together = measure_each(models, flat, preprocessor_of(vit), job(), baseline=vit.model, **options)
+    handle.remove()
+    assert [each.evaluation for each in together] == [each.evaluation for each in alone]
+    assert together[0].evaluation != together[1].evaluation
+    assert len(passes) == 5  # 24 samples
+
+
+def test_several_models_are_measured_on_pairs(checkpoint: Checkpoint, pairs: Path) -> None:
+    loaded = load_dense(checkpoint("BertModel"))
+    samples = open_data(DataConfig(str(pairs)), loaded, offline=True)
+    models = [shaken(loaded.model), loaded.model]
+    options: Any = {"task": task_of(loaded.model), "device": torch.device("cpu"), "batch_size": 5}
+    first, second = measure_each(models, samples, preprocessor_of(loaded), job(), baseline=loaded.model, **options)
+    assert first.evaluation == measured(loaded, samples, job()).evaluation
+    assert second.evaluation.fidelity is not None
+    assert second.evaluation.fidelity["pooled_cosine"] == pytest.approx(1)
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import torch
+from vitshrink import processes
+from vitshrink.config import DataConfig
+from vitshrink.data import Preprocessor
+from vitshrink.measurement import measure, open_data
+from vitshrink.models import load_dense, task_of
+from vitshrink.observer import Job, Silent
+processes.join("cpu")
+loaded, own = load_dense(Path(sys.argv[1])), Job(Silent())
+found = measure(
+    loaded.model,
+    open_data(DataConfig(sys.argv[2]), loaded, offline=True),
+    Preprocessor.from_checkpoint(loaded.directory, loaded.family.modality),
+    own,
+    task=task_of(loaded.model),
+    baseline=loaded.model,
+    device=torch.device("cpu"),
+    batch_size=4,
+    labelled=False,
+    max_bad_samples=2,
+)
+processes.leave()
+print(json.dumps([found.evaluation.to_dict(), found.fingerprint, found.bad.reasons, own.warnings]))
+"""
+
+
+def test_two_processes_measure_what_one_does(vit_directory: Path, class_images: Path, tmp_path: Path) -> None:
+    """An odd number of samples, of which each process meets a bad one."""
+    for number, file in enumerate(sorted(class_images.glob("*/*.png"))[:21]):
+        copy = tmp_path / file.parent.name / file.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(b"" if number in (6, 13) else file.read_bytes())
+    done = run_together("-c", PROGRAM, str(vit_directory), str(tmp_path))
+    assert [each.returncode for each in done] == [0, 0], done
+    found = [json.loads(each.stdout) for each in done]
+    assert found[0] == found[1]
+    loaded, own = load_dense(vit_directory), job()
+    alone = measure(
+        loaded.model,
+        open_data(DataConfig(str(tmp_path)), loaded, offline=True),
+        preprocessor_of(loaded),
+        own,
+        task=task_of(loaded.model),
+        baseline=loaded.model,
+        device=torch.device("cpu"),
+        batch_size=4,
+        labelled=False,
+        max_bad_samples=2,
+    )
+    evaluation, fingerprint, reasons, warnings = found[0]
+    assert evaluation == json.loads(json.dumps(alone.evaluation.to_dict()))
+    assert evaluation["samples"] == 19
+    assert fingerprint == alone.fingerprint
+    assert reasons == alone.bad.reasons
+    assert sorted(reasons) == ["bird/006.png", "cat/005.png"]
+    assert warnings == own.warnings
 
 
 def test_a_masked_language_model_needs_no_labels(masked_lm_directory: Path, text_file: Path) -> None:

@@ -56,11 +56,17 @@ class Description:
         """The report of a dry run: sizes, and nothing that only a written model has."""
         total = cost.parameters(self.source.model)
         before, after = self._layer_costs(plan)
-        return self._report(factors, plan, job, parameters=before_after(total, total - before + after))
+        return self._report(
+            self.layers(factors, plan), plan, job, parameters=before_after(total, total - before + after)
+        )
+
+    def layers(self, factors: Factors, plan: Plan) -> list[dict[str, Any]]:
+        """What became of each target: all that a report needs to know of the factors."""
+        return [self._layer(target, plan[target.name], factors) for target in self.targets]
 
     def written(
         self,
-        factors: Factors,
+        layers: list[dict[str, Any]],
         plan: Plan,
         job: Job,
         model: PreTrainedModel,
@@ -83,7 +89,7 @@ class Description:
                 "preprocessing": self.preprocessing,
             }
         return self._report(
-            factors,
+            layers,
             plan,
             job,
             parameters=before_after(cost.parameters(dense), cost.parameters(model)),
@@ -97,7 +103,7 @@ class Description:
         before = sum(dense_cost(*target.shape) for target in self.targets)
         return before, sum(self._cost(target, plan[target.name]) for target in self.targets)
 
-    def _report(self, factors: Factors, plan: Plan, job: Job, **measured: Any) -> Report:
+    def _report(self, layers: list[dict[str, Any]], plan: Plan, job: Job, **measured: Any) -> Report:
         device = next(self.source.model.parameters()).device
         return Report(
             vitshrink=__version__,
@@ -107,7 +113,7 @@ class Description:
             allocation=self.allocation,
             compensation=self.compensation,
             layers_parameters=before_after(*self._layer_costs(plan)),
-            layers=[self._layer(target, plan[target.name], factors) for target in self.targets],
+            layers=list(layers),
             calibration=self._calibration(),
             timings=dict(job.timings),
             environment={

@@ -1,17 +1,18 @@
 """Opening the data of a job, and measuring a model on them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from torch import nn
 
+from vitshrink import processes
 from vitshrink.config import DataConfig
 from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet, align_labels, open_samples
 from vitshrink.errors import DataError
-from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate, evaluate_pairs
+from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
 from vitshrink.models import LoadedModel
 from vitshrink.observer import Job
 
@@ -60,7 +61,7 @@ def read_calibration(
     chosen = source.select(samples, seed)
     if len(chosen) < samples:
         job.warn(f"{source.source} has {len(chosen)} samples; --samples asked for {samples}.")
-    bad, cut = BadSamples(limit=max_bad_samples), Cut(source.source)
+    bad, cut = BadSamples.of(chosen, max_bad_samples), Cut(source.source)
     with job.stage("preprocess", "Reading calibration data", len(chosen)) as advance:
         batches = []
         for batch in cut.counted(preprocessor.batches(chosen, batch_size, bad=bad)):
@@ -121,8 +122,29 @@ class Measurement:
     bad: BadSamples
 
 
+class Options(TypedDict, total=False):
+    """What ``measure`` and ``measure_each`` want to know besides models and data."""
+
+    task: Required[str]
+    baseline: Required[nn.Module | None]
+    device: Required[torch.device]
+    batch_size: Required[int]
+    seed: int
+    labelled: bool
+    class_map: Path | None
+    max_bad_samples: int | None
+    workers: int | None
+
+
 def measure(
-    model: nn.Module,
+    model: nn.Module, samples: SampleSet, preprocessor: Preprocessor, job: Job, **options: Unpack[Options]
+) -> Measurement:
+    """Measure one model: see ``measure_each``."""
+    return measure_each([model], samples, preprocessor, job, **options)[0]
+
+
+def measure_each(
+    models: Sequence[nn.Module],
     samples: SampleSet,
     preprocessor: Preprocessor,
     job: Job,
@@ -135,45 +157,68 @@ def measure(
     labelled: bool = True,
     class_map: Path | None = None,
     max_bad_samples: int | None = None,
-) -> Measurement:
-    """Measure ``model``, and its difference from ``baseline``, on the samples; labels are used where there are any.
+    workers: int | None = None,
+) -> list[Measurement]:
+    """Measure models, and their differences from ``baseline``, in one pass; labels are used where there are any.
+
+    Where several processes work on the job each reads its share of the samples, and all of them return the same.
 
     Raises:
         UsageError: neither labels nor a baseline.
         DataError: labels that cannot be aligned, or look permuted; more unusable samples than allowed.
     """
-    bad, cut = BadSamples(limit=max_bad_samples), Cut(samples.source)
+    bad, cut = BadSamples.of(samples, max_bad_samples), Cut(samples.source)
     pairs = task == "features" and any(sample.text_pair is not None for sample in samples.samples[:1])
-    label_of, rule = labels_of(model, samples, task, class_map) if labelled else (None, None)
-    with job.stage("evaluate", "Evaluating", len(samples) * (2 if pairs else 1)) as advance:
+    label_of, rule = labels_of(models[0], samples, task, class_map) if labelled else (None, None)
+    mine = replace(samples, samples=processes.share(samples.samples))
+    total = len(samples) * (2 if pairs else 1)
+
+    def read(part: SampleSet) -> Iterable[Batch]:
+        if not len(part):  # more processes than samples
+            return []
+        return cut.counted(preprocessor.batches(part, batch_size, bad=bad, workers=workers))
+
+    with job.stage("evaluate", "Evaluating", total) as advance:
+        ticks = _scaled(advance, processes.count())
         if pairs:
-            sides = [_side(samples, first=first) for first in (True, False)]
-            evaluation = evaluate_pairs(
-                model,
-                *(cut.counted(preprocessor.batches(side, batch_size, bad=bad)) for side in sides),
+            evaluations = evaluate_pairs(
+                models,
+                *(read(_side(mine, first=first)) for first in (True, False)),
                 score_of=_number if labelled and samples.labels_are is not None else None,
                 baseline=baseline,
                 device=device,
                 seed=seed,
-                on_batch=advance,
+                on_batch=ticks,
             )
         else:
-            evaluation = evaluate(
-                model,
-                cut.counted(preprocessor.batches(samples, batch_size, bad=bad)),
+            evaluations = evaluate_each(
+                models,
+                read(mine),
                 task=task,
                 label_of=label_of,
                 baseline=baseline,
                 masking=Masking.from_tokenizer(preprocessor.processor, seed) if task == "masked-lm" else None,
                 device=device,
                 seed=seed,
-                on_batch=advance,
+                on_batch=ticks,
             )
+    if processes.count() > 1:
+        shares = processes.gather((bad.reasons, cut.samples))
+        reasons = {key: why for share in shares for key, why in share[0].items()}
+        bad.reasons = {sample.key: reasons[sample.key] for sample in samples.samples if sample.key in reasons}
+        cut.samples = sum(share[1] for share in shares)
+        bad.check(samples)
     warn_of_bad(bad, samples.source, job)
     cut.warn(preprocessor, job)
-    if label_of is not None and _num_labels(model) > 1:
-        check_labels(evaluation, _num_labels(model))
-    return Measurement(evaluation, samples.source, samples.fingerprint(), rule, bad)
+    if label_of is not None and _num_labels(models[0]) > 1:
+        check_labels(evaluations[0], _num_labels(models[0]))
+    fingerprint = processes.from_main(samples.fingerprint() if processes.is_main() else None)
+    return [Measurement(evaluation, samples.source, fingerprint, rule, bad) for evaluation in evaluations]
+
+
+def _scaled(advance: Callable[[int], None], factor: int) -> Callable[[int], None]:
+    """Progress of all processes, as far as one of them can tell."""
+    return lambda steps: advance(factor * steps)
 
 
 def _num_labels(model: nn.Module) -> int:

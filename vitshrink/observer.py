@@ -44,6 +44,12 @@ class Job:
         """A job that knows what this one does so far, and keeps what follows to itself."""
         return Job(self.observer, dict(self.timings), list(self.warnings))
 
+    def include(self, other: "Job") -> None:
+        """Add what another job did for this one as well."""
+        self.warnings += other.warnings
+        for key, seconds in other.timings.items():
+            self.timings[key] = self.timings.get(key, 0.0) + seconds
+
     @contextmanager
     def stage(self, key: str, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         started = time.perf_counter()

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vitshrink import cost
-from vitshrink.allocation import ALLOCATIONS, Curve, least_cost
+from vitshrink.allocation import ALLOCATIONS, Curve, Plan, least_cost
 from vitshrink.checkpoint import load, save, verify
 from vitshrink.compensation import COMPENSATIONS
 from vitshrink.compression import Compression, fixed_parameters
@@ -25,7 +25,7 @@ from vitshrink.measurement import (
     Measurement,
     hold_out,
     labels_of,
-    measure,
+    measure_each,
     open_data,
     read_calibration,
 )
@@ -57,6 +57,18 @@ class Size:
     """Name of the output below the given one, where there are several."""
     budget: int
     """Parameters of the whole model that may be stored."""
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One size, written and verified but not yet measured."""
+
+    model: PreTrainedModel
+    """As it was loaded again."""
+    plan: Plan
+    layers: list[dict[str, Any]]
+    job: Job
+    staging: Path
 
 
 def compress(config: CompressConfig, observer: Observer | None = None) -> list[CompressionResult]:
@@ -114,6 +126,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         search = Search.on(held_out, preprocessor, compression, bound, dtype, job) if bound is not None else None
         first = compression.factorise_dense(job)
         results = []
+        saved: list[_Saved] = []
         for index, size in enumerate(sizes):
             own = job.branch()
             refine = config.refine if method.needs is Needs.CURVATURE and not config.dry_run else 0
@@ -134,11 +147,16 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             with own.stage("save", "Saving and verifying"):
                 save(model, staging[index], source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
                 verify(staging[index], model, example_inputs(dense))
-                reloaded = load(staging[index], dtype=torch.float32, device=device)
-            measurement = _measure(config, reloaded, dense, evaluation_samples, preprocessor, own)
-            report = description.written(factors, plan, own, reloaded, staging[index], measurement)
-            write(report, staging[index])
-            results.append(CompressionResult(directories[index], report))
+                again = load(staging[index], dtype=torch.float32, device=device)
+            saved.append(_Saved(again, plan, description.layers(factors, plan), own, staging[index]))
+        measuring = Job(job.observer)
+        reloaded = [each.model for each in saved]
+        measurements = _measure(config, reloaded, dense, evaluation_samples, preprocessor, measuring)
+        for each, measurement, directory in zip(saved, measurements, directories, strict=False):
+            each.job.include(measuring)
+            report = description.written(each.layers, each.plan, each.job, each.model, each.staging, measurement)
+            write(report, each.staging)
+            results.append(CompressionResult(directory, report))
     return results
 
 
@@ -275,16 +293,17 @@ def _data(
 
 def _measure(
     config: CompressConfig,
-    model: PreTrainedModel,
+    models: Sequence[PreTrainedModel],
     dense: PreTrainedModel,
     samples: SampleSet | None,
     preprocessor: Preprocessor | None,
     job: Job,
-) -> Measurement | None:
-    if samples is None or preprocessor is None:
-        return None
-    return measure(
-        model,
+) -> Sequence[Measurement | None]:
+    """One pass over the samples for all sizes, in which the dense model runs once."""
+    if samples is None or preprocessor is None or not models:
+        return [None] * len(models)
+    return measure_each(
+        models,
         samples,
         preprocessor,
         job,

@@ -130,7 +130,7 @@ class Search:
                 "the size is chosen on the samples that the figures below are from, and they flatter it: "
                 "pass --eval for independent ones."
             )
-        bad = BadSamples(limit=config.max_bad_samples)
+        bad = BadSamples.of(samples, config.max_bad_samples)
         with job.stage("preprocess", "Reading held-out samples"):
             device = next(compression.dense.parameters()).device
             batches = [

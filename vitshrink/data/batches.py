@@ -27,23 +27,31 @@ class Batch:
 
 @dataclass
 class BadSamples:
-    """Samples that could not be used, and how many are put up with: ``limit``, or else 1 % of them and at least one.
+    """Samples that could not be used, and how many are put up with.
 
     ``reasons`` says why, by key: passing over the same set twice counts a sample once.
     """
 
-    limit: int | None = None
+    limit: int
     reasons: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, samples: SampleSet, limit: int | None = None) -> "BadSamples":
+        """Put up with ``limit`` of the samples, or else with 1 % of them and at least one."""
+        return cls(max(1, len(samples) // 100) if limit is None else limit)
 
     def add(self, key: str, reason: str, samples: SampleSet) -> None:
         """Raises DataError when this is one too many."""
         self.reasons[key] = reason
-        limit = max(1, len(samples) // 100) if self.limit is None else self.limit
-        if len(self.reasons) > limit:
+        self.check(samples)
+
+    def check(self, samples: SampleSet) -> None:
+        """Raises DataError when there are too many."""
+        if len(self.reasons) > self.limit:
             listed = "; ".join(f"{name} {why}" for name, why in islice(self.reasons.items(), 5))
             raise DataError(
-                f"{samples.source}: {len(self.reasons)} of {len(samples)} samples cannot be used, {limit} may be bad: "
-                f"{listed}. Repair or remove them, or allow more with --max-bad-samples."
+                f"{samples.source}: {len(self.reasons)} of {len(samples)} samples cannot be used, {self.limit} may be "
+                f"bad: {listed}. Repair or remove them, or allow more with --max-bad-samples."
             )
 
 

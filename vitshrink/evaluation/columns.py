@@ -1,6 +1,7 @@
 """One batch through the models: what is kept of it, a row of scalars a sample."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -41,64 +42,100 @@ Models = Mapping[str, nn.Module]
 LabelOf = Callable[[Any], Any]
 """From the label of a sample to a class index, or to a number for a regression."""
 
-Step = Callable[[Models, Batch], Columns]
+
+class Examination(Protocol):
+    """One batch under examination: what each model says of it, and what follows from that."""
+
+    def outputs(self, role: str, model: nn.Module) -> Tensor: ...
+
+    def columns(self, outputs: Mapping[str, Tensor]) -> Columns: ...
+
+
+Step = Callable[[Batch], Examination]
+
+
+@dataclass(frozen=True)
+class _Classification:
+    batch: Batch
+    label_of: LabelOf | None
+
+    def outputs(self, role: str, model: nn.Module) -> Tensor:
+        return _finite(role, _forward(model, self.batch.inputs).logits, self.batch.keys)
+
+    def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
+        width, device = next((rows.shape[-1], rows.device) for rows in outputs.values())
+        if width == 1:
+            columns = {f"{role}.prediction": rows.squeeze(-1) for role, rows in outputs.items()}
+            return columns | ({} if self.label_of is None else {"target": _scores(self.batch, self.label_of)})
+        labels = None if self.label_of is None else _classes(self.batch, self.label_of, width).to(device)
+        columns = {f"{role}.class": rows.argmax(-1) for role, rows in outputs.items()}
+        columns |= _hits(outputs, labels)
+        columns["units"] = torch.ones(len(self.batch.keys), dtype=torch.long)
+        return columns | ({} if labels is None else {"label": labels})
 
 
 def classification_step(label_of: LabelOf | None) -> Step:
     """For models with a classification head, or a regression head of one output."""
+    return lambda batch: _Classification(batch, label_of)
 
-    def step(models: Models, batch: Batch) -> Columns:
-        logits = {
-            role: _finite(role, _forward(model, batch.inputs).logits, batch.keys) for role, model in models.items()
-        }
-        width, device = next((rows.shape[-1], rows.device) for rows in logits.values())
-        if width == 1:
-            columns = {f"{role}.prediction": rows.squeeze(-1) for role, rows in logits.items()}
-            return columns | ({} if label_of is None else {"target": _scores(batch, label_of)})
-        labels = None if label_of is None else _classes(batch, label_of, width).to(device)
-        columns = {f"{role}.class": rows.argmax(-1) for role, rows in logits.items()}
-        columns |= _hits(logits, labels)
-        columns["units"] = torch.ones(len(batch.keys), dtype=torch.long)
-        return columns | ({} if labels is None else {"label": labels})
 
-    return step
+class _MaskedTokens:
+    def __init__(self, batch: Batch, masking: Masking) -> None:
+        tokens = batch.inputs["input_ids"]
+        self.hidden = masking.positions(tokens, batch.mask, batch.keys)
+        self.owner = self.hidden.nonzero()[:, 0]
+        self.keys = batch.keys
+        self.labels = tokens[self.hidden]
+        self.inputs = {**batch.inputs, "input_ids": tokens.masked_fill(self.hidden, masking.mask_token)}
+
+    def outputs(self, role: str, model: nn.Module) -> Tensor:
+        keys = [self.keys[row] for row in self.owner.tolist()]
+        return _finite(role, _masked_logits(model, self.inputs, self.hidden), keys)
+
+    def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
+        device = next(iter(outputs.values())).device
+        sums = torch.zeros(len(self.keys), dtype=torch.float64, device=device)
+        rows = _hits(outputs, self.labels.to(device))
+        columns = {name: sums.index_add(0, self.owner.to(device), values.double()) for name, values in rows.items()}
+        return columns | {"units": self.hidden.sum(1)}
 
 
 def masked_lm_step(masking: Masking) -> Step:
     """For masked language models: the hidden tokens are the labels."""
-
-    def step(models: Models, batch: Batch) -> Columns:
-        tokens = batch.inputs["input_ids"]
-        hidden = masking.positions(tokens, batch.mask, batch.keys)
-        owner = hidden.nonzero()[:, 0]
-        keys = [batch.keys[row] for row in owner.tolist()]
-        inputs = {**batch.inputs, "input_ids": tokens.masked_fill(hidden, masking.mask_token)}
-        logits = {role: _finite(role, _masked_logits(model, inputs, hidden), keys) for role, model in models.items()}
-        device = next(iter(logits.values())).device
-        sums = torch.zeros(len(batch.keys), dtype=torch.float64, device=device)
-        rows = _hits(logits, tokens[hidden].to(device))
-        columns = {name: sums.index_add(0, owner.to(device), values.double()) for name, values in rows.items()}
-        return columns | {"units": hidden.sum(1)}
-
-    return step
+    return lambda batch: _MaskedTokens(batch, masking)
 
 
-def features_step(models: Models, batch: Batch) -> Columns:
+@dataclass(frozen=True)
+class _Features:
+    batch: Batch
+
+    def outputs(self, role: str, model: nn.Module) -> Tensor:
+        return _finite(role, _forward(model, self.batch.inputs).last_hidden_state.double(), self.batch.keys).cpu()
+
+    def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
+        return _cosines(outputs, self.batch.mask)
+
+
+def features_step(batch: Batch) -> Examination:
     """For two headless models: how alike their last hidden states are."""
-    return _cosines({role: _features(role, model, batch) for role, model in models.items()}, batch.mask)
+    return _Features(batch)
+
+
+@dataclass(frozen=True)
+class _Sentences(_Features):
+    score_of: LabelOf | None
+
+    def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
+        mask = self.batch.mask
+        columns = {f"{role}.pooled": metrics.masked_mean(tokens, mask) for role, tokens in outputs.items()}
+        if self.score_of is not None:
+            columns["target"] = _scores(self.batch, self.score_of)
+        return columns | (_cosines(outputs, mask) if len(outputs) == 2 else {})
 
 
 def sentence_step(score_of: LabelOf | None) -> Step:
     """For headless text models: the mean of a sentence's real tokens, columns ``dense.pooled`` (samples, width)."""
-
-    def step(models: Models, batch: Batch) -> Columns:
-        states = {role: _features(role, model, batch) for role, model in models.items()}
-        columns = {f"{role}.pooled": metrics.masked_mean(tokens, batch.mask) for role, tokens in states.items()}
-        if score_of is not None:
-            columns["target"] = _scores(batch, score_of)
-        return columns | (_cosines(states, batch.mask) if len(models) == 2 else {})
-
-    return step
+    return lambda batch: _Sentences(batch, score_of)
 
 
 def pair_columns(first: Columns, second: Columns) -> Columns:
@@ -139,10 +176,6 @@ def _masked_logits(model: nn.Module, inputs: Mapping[str, Tensor], hidden: Tenso
     finally:
         handle.remove()
     return logits
-
-
-def _features(role: str, model: nn.Module, batch: Batch) -> Tensor:
-    return _finite(role, _forward(model, batch.inputs).last_hidden_state.double(), batch.keys).cpu()
 
 
 def _finite(role: str, values: Tensor, keys: list[str]) -> Tensor:

@@ -1,18 +1,19 @@
 """Run models over batches and collect the figures.
 
 Memory stays bounded: a batch leaves one row of scalars a sample (for sentence pairs, one vector a sentence).
-With ``torch.distributed`` initialised each process passes its own share of the samples, and every one of them
-returns the figures of the whole.
+Where several processes work on the job each passes its own share of the samples, and every one of them returns the
+figures of the whole.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from vitshrink import processes
 from vitshrink.errors import DataError, UsageError, VitshrinkError
 from vitshrink.evaluation.columns import (
     Batch,
@@ -34,8 +35,25 @@ OnBatch = Callable[[int], None]
 """Told how many samples were done since its last call."""
 
 
-def evaluate(
-    model: nn.Module,
+class Options(TypedDict, total=False):
+    """What ``evaluate`` and ``evaluate_each`` want to know besides models and batches."""
+
+    task: Required[str]
+    label_of: LabelOf | None
+    baseline: nn.Module | None
+    masking: Masking | None
+    device: torch.device | str | None
+    seed: int
+    on_batch: OnBatch | None
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch], **options: Unpack[Options]) -> Evaluation:
+    """Measure one model: see ``evaluate_each``."""
+    return evaluate_each([model], batches, **options)[0]
+
+
+def evaluate_each(
+    models: Sequence[nn.Module],
     batches: Iterable[Batch],
     *,
     task: str,
@@ -45,8 +63,8 @@ def evaluate(
     device: torch.device | str | None = None,
     seed: int = 0,
     on_batch: OnBatch | None = None,
-) -> Evaluation:
-    """Measure ``model`` and, on the same batches, its difference from the dense ``baseline``.
+) -> list[Evaluation]:
+    """Measure models, and their differences from the dense ``baseline``, which runs once for all of them.
 
     ``task`` is one that ``vitshrink.models`` gives a model. ``label_of`` turns the label of a sample into a class
     index, or into a number for a regression head; without it only the fidelity to the baseline is measured. The task
@@ -59,7 +77,6 @@ def evaluate(
         NumericsError: outputs that are not finite.
         VitshrinkError: one sample alone does not fit into the device's memory.
     """
-    models = _by_role(model, baseline)
     if task in ("image-classification", "text-classification"):
         _require(label_of is not None or baseline is not None, "the data have no labels")
         step = classification_step(label_of)
@@ -72,13 +89,13 @@ def evaluate(
         step = features_step
     else:
         raise ValueError(f"unknown task {task!r}")
-    with _inference(models, device):
-        keys, columns = _rows(step, models, batches, on_batch)
-    return summarise(task, keys, columns, _class_names(model), seed)
+    with _inference([*models, *([] if baseline is None else [baseline])], device):
+        keys, columns = _rows(step, [_by_role(model, baseline) for model in models], batches, on_batch)
+    return [summarise(task, keys, each, _class_names(model), seed) for model, each in zip(models, columns, strict=True)]
 
 
 def evaluate_pairs(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     first: Iterable[Batch],
     second: Iterable[Batch],
     *,
@@ -87,23 +104,31 @@ def evaluate_pairs(
     device: torch.device | str | None = None,
     seed: int = 0,
     on_batch: OnBatch | None = None,
-) -> Evaluation:
-    """Sentence similarity of a headless text model: mean of the real tokens, cosine, Spearman with the scores.
+) -> list[Evaluation]:
+    """Sentence similarity of headless text models: mean of the real tokens, cosine, Spearman with the scores.
 
     ``first`` and ``second`` hold the two sentences of the pairs, in any order, under the same keys; a pair of which
     one sentence was unusable is left out. The score is the label of the first. Without ``score_of`` only the
-    fidelity to the baseline is measured. ``on_batch`` counts sentences. Otherwise as ``evaluate``.
+    fidelity to the baseline is measured. ``on_batch`` counts sentences. Otherwise as ``evaluate_each``.
     """
-    models = _by_role(model, baseline)
     _require(score_of is not None or baseline is not None, "the pairs have no scores")
-    with _inference(models, device):
-        first_keys, first_columns = _rows(sentence_step(score_of), models, first, on_batch)
-        second_keys, second_columns = _rows(sentence_step(None), models, second, on_batch)
+    comparisons = [_by_role(model, baseline) for model in models]
+    with _inference([*models, *([] if baseline is None else [baseline])], device):
+        first_keys, first_columns = _rows(sentence_step(score_of), comparisons, first, on_batch)
+        second_keys, second_columns = _rows(sentence_step(None), comparisons, second, on_batch)
     keys = sorted(set(first_keys) & set(second_keys))
     if not keys:
         raise DataError("no sentence has a partner: the two sides of the pairs share no key.")
-    columns = pair_columns(_select(first_columns, first_keys, keys), _select(second_columns, second_keys, keys))
-    return summarise("similarity", keys, columns, {}, seed)
+    return [
+        summarise(
+            "similarity",
+            keys,
+            pair_columns(_select(one, first_keys, keys), _select(other, second_keys, keys)),
+            {},
+            seed,
+        )
+        for one, other in zip(first_columns, second_columns, strict=True)
+    ]
 
 
 def check_labels(evaluation: Evaluation, num_labels: int) -> None:
@@ -141,18 +166,18 @@ def _require(measurable: bool, why: str) -> None:
 
 
 @contextmanager
-def _inference(models: Models, device: torch.device | str | None) -> Iterator[None]:
-    training = {role: model.training for role, model in models.items()}
+def _inference(models: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[None]:
+    training = [model.training for model in models]
     try:
-        for model in models.values():
+        for model in models:
             model.eval()
             if device is not None:
                 model.to(device)
         with torch.inference_mode():
             yield
     finally:
-        for role, model in models.items():
-            model.train(training[role])
+        for model, was_training in zip(models, training, strict=True):
+            model.train(was_training)
 
 
 def _class_names(model: nn.Module) -> dict[int, str]:
@@ -166,46 +191,72 @@ def _select(columns: Columns, keys: list[str], wanted: list[str]) -> Columns:
     return {name: values[rows] for name, values in columns.items()}
 
 
-def _rows(step: Step, models: Models, batches: Iterable[Batch], on_batch: OnBatch | None) -> tuple[list[str], Columns]:
-    """The keys of all samples, sorted, and their columns."""
+def _rows(
+    step: Step, comparisons: Sequence[Models], batches: Iterable[Batch], on_batch: OnBatch | None
+) -> tuple[list[str], list[Columns]]:
+    """The keys of all samples, sorted, and for each comparison their columns."""
     keys: list[str] = []
-    pieces: list[Columns] = []
+    pieces: list[list[Columns]] = []
     limit: int | None = None
     for whole in batches:
         waiting = _parts(whole, limit)
         while waiting:
             batch = waiting.pop(0)
-            columns = _run(step, models, batch)
-            if columns is None:
+            piece = _run(step, comparisons, batch)
+            if piece is None:
                 limit = len(batch.keys) // 2
                 waiting = [part for left in (batch, *waiting) for part in _parts(left, limit)]
                 continue
             keys += batch.keys
-            pieces.append(columns)
+            pieces.append(piece)
             if on_batch is not None:
                 on_batch(len(batch.keys))
-    keys, pieces = _gather(keys, pieces)
+    shares = processes.gather((keys, pieces))
+    keys = [key for share in shares for key in share[0]]
+    pieces = [piece for share in shares for piece in share[1]]
     if not keys:
         raise DataError("there is no sample to evaluate on: the data are empty or every sample was unreadable.")
     # sorted, so that sums and resamples depend neither on the number of processes nor on the order of the batches
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    columns = {name: torch.cat([piece[name] for piece in pieces])[torch.tensor(order)] for name in pieces[0]}
-    return [keys[i] for i in order], columns
+    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+    return [keys[i] for i in order.tolist()], [
+        {name: torch.cat([columns[name] for columns in each])[order] for name in each[0]}
+        for each in zip(*pieces, strict=True)
+    ]
 
 
-def _run(step: Step, models: Models, batch: Batch) -> Columns | None:
-    """The columns of the batch on the CPU, or None when it does not fit into memory."""
+def _run(step: Step, comparisons: Sequence[Models], batch: Batch) -> list[Columns] | None:
+    """The columns of the batch on the CPU, a set a comparison, or None when it does not fit into memory."""
     try:
-        return {name: values.cpu() for name, values in step(models, batch).items()}
-    except torch.OutOfMemoryError as error:
+        examination = step(batch)
+        dense: Tensor | None = None
+        found = []
+        for models in comparisons:
+            outputs = {}
+            for role, model in models.items():
+                if role == "dense" and dense is not None:
+                    outputs[role] = dense  # one model for all comparisons: what it said of this batch is known
+                    continue
+                outputs[role] = examination.outputs(role, model)
+                dense = outputs[role] if role == "dense" else dense
+            found.append({name: values.cpu() for name, values in examination.columns(outputs).items()})
+        return found
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         if len(batch.keys) == 1:
             raise VitshrinkError(
                 f"out of memory with a batch of one sample, {batch.keys[0]}. "
                 "Free the device, or use --device cpu or a smaller --dtype."
             ) from error
     # only here, where the exception no longer holds the tensors of the failed batch
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """On the CPU torch says so in a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -228,11 +279,3 @@ def _parts(batch: Batch, size: int | None) -> list[Batch]:
         )
         for start in range(0, len(batch.keys), size)
     ]
-
-
-def _gather(keys: list[str], pieces: list[Columns]) -> tuple[list[str], list[Columns]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return keys, pieces
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, (keys, pieces))
-    return [key for share in shares for key in share[0]], [piece for share in shares for piece in share[1]]
