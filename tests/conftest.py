@@ -102,7 +102,7 @@ def compressed(
     def job(name: str, **entries: Any) -> CompressionResult:
         data = text_file if name in tiny.TEXT_MODELS else flat_images
         entries = {"calibration": str(data), "samples": 16, "holdout": 8, "batch_size": 7} | entries
-        if not entries.keys() & {"target_params", "target_size", "rank"}:
+        if not entries.keys() & {"target_params", "target_size", "rank", "explained_variance"}:
             entries.setdefault("keep", (0.8,))
         key = f"{name} {sorted(entries.items())}"
         if key not in results:

@@ -200,6 +200,22 @@ def test_the_output_gram_gives_the_same_factors_as_the_input_gram(shape: tuple[i
         torch.testing.assert_close(one.up[:, :3] @ one.down[:3], other.up[:, :3] @ other.down[:3])
 
 
+def test_pca_projects_on_the_principal_components_of_the_inputs() -> None:
+    weight, x = layer((9, 9))
+    centred = x - x.mean(0)
+    V = torch.linalg.svd(centred, full_matrices=False)[2][:4]
+    found = get_method("pca").factorise(weight, LinearStats.from_inputs(x), centred=True)
+    torch.testing.assert_close(found.up[:, :4] @ found.down[:4], weight @ V.T @ V)
+
+
+def test_pca_of_a_wide_layer_needs_its_outputs_only() -> None:
+    weight, x = layer((8, 20))
+    z = x @ weight.T
+    seen = LinearStats(len(x), x.mean(0), output_gram=z.T @ z / len(x))
+    one, other = (get_method("pca").factorise(weight, stats) for stats in (LinearStats.from_inputs(x), seen))
+    torch.testing.assert_close(one.up[:, :3] @ one.down[:3], other.up[:, :3] @ other.down[:3])
+
+
 def test_taking_the_mean_out_is_never_worse() -> None:
     weight, x = layer((10, 14))
     mean = x.mean(0)

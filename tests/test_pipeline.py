@@ -240,6 +240,17 @@ def test_one_rank_for_all(compressed: Compressed) -> None:
     assert result.report.allocation == "fixed rank"
 
 
+@pytest.mark.parametrize("method", ["pca", "svd"])
+def test_explained_variance_decides_every_rank(compressed: Compressed, method: str) -> None:
+    result = compressed("ViTForImageClassification", method=method, explained_variance=0.8)
+    assert result.report.allocation == "explained variance"
+    layers = result.report.layers
+    assert any(entry["rank"] for entry in layers)
+    assert all(entry["relative_error"] ** 2 <= 0.2 for entry in layers)
+    with pytest.raises(TargetError, match="leaves every layer dense"):
+        compressed("ViTForImageClassification", method="svd", explained_variance=0.9999)
+
+
 def test_a_rank_that_shrinks_only_some_layers_leaves_the_others_dense(compressed: Compressed) -> None:
     result = compressed(CLASSIFIER, method="svd", rank=18)
     assert {shape for shape, rank in _by_shape(result) if rank is None} == {(32, 32)}

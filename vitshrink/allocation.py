@@ -158,6 +158,15 @@ def fixed_rank(curves: Sequence[Curve], rank: int) -> Plan:
     return plan
 
 
+def explained_variance(curves: Sequence[Curve], share: float) -> Plan:
+    """The smallest rank on offer that keeps this share of each layer's energy; a layer where none does stays dense."""
+    shares = _shares(curves)
+    return {
+        curve.name: next((rank for rank in curve.ranks if shares[curve.name][rank] <= 1 - share), None)
+        for curve in curves
+    }
+
+
 def uniform_ratio(curves: Sequence[Curve], budget: int) -> Plan:
     """The same fraction of parameters in every layer."""
 

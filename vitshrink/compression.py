@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink import __version__, cost
-from vitshrink.allocation import Allocation, Curve, Plan, allocate, fixed_rank, least_cost, plan_cost
+from vitshrink.allocation import (
+    Allocation,
+    Curve,
+    Plan,
+    allocate,
+    explained_variance,
+    fixed_rank,
+    least_cost,
+    plan_cost,
+)
 from vitshrink.cache import Cache, data_digest, model_digest
 from vitshrink.calibration import collect
 from vitshrink.checkpoint import replace_layers
@@ -108,6 +117,13 @@ class Compression:
                 largest = max(rank for curve in curves for rank in curve.ranks)
                 raise TargetError(
                     f"--rank {self.config.rank} makes no layer smaller: the largest that does is {largest}."
+                )
+        elif self.config.explained_variance is not None:
+            plan = explained_variance(curves, self.config.explained_variance)
+            if all(rank is None for rank in plan.values()):
+                raise TargetError(
+                    f"--explained-variance {self.config.explained_variance} leaves every layer dense: no rank that "
+                    "keeps so much makes one smaller. Ask for less."
                 )
         else:
             plan = allocate(curves, budget - fixed_parameters(self.dense, ready), self.allocation)

@@ -22,7 +22,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 Layers = Literal["attention", "mlp", "all"]
 
-SIZES = ("keep", "target_params", "target_size", "rank", "max_drop", "max_kl")
+SIZES = ("keep", "target_params", "target_size", "rank", "explained_variance", "max_drop", "max_kl")
 """The entries that say how small, the last two by what may be lost; a job has exactly one of them."""
 
 
@@ -61,7 +61,8 @@ class CompressConfig:
     """Everything ``compress`` needs to know; the field names are the flags and the keys of a recipe.
 
     Exactly one size: ``keep`` (fractions of the whole model's parameters; several give several outputs),
-    ``target_params``, ``target_size``, ``rank``, or the smallest that keeps a bound on held-out calibration samples:
+    ``target_params``, ``target_size``, ``rank``, ``explained_variance`` (the share that every layer keeps of its energy
+    in the method's metric), or the smallest that keeps a bound on held-out calibration samples:
     ``max_drop``, percentage points of predictions that differ from the dense model's, or ``max_kl``, nats.
     """
 
@@ -75,6 +76,7 @@ class CompressConfig:
     target_params: str | None = None
     target_size: str | None = None
     rank: int | None = None
+    explained_variance: float | None = None
     max_drop: float | None = None
     max_kl: float | None = None
     rank_multiple: int = 1
@@ -123,6 +125,11 @@ class CompressConfig:
                 )
         if len(set(self.keep)) != len(self.keep):
             raise UsageError("--keep: the same fraction was given twice.")
+        if self.explained_variance is not None and not 0 < self.explained_variance < 1:
+            raise UsageError(
+                f"--explained-variance {self.explained_variance}: give the share of its energy that every layer "
+                "keeps, above 0 and below 1."
+            )
         for name, most, what in (("max_drop", 100, "percentage points"), ("max_kl", math.inf, "nats")):
             bound = getattr(self, name)
             if bound is None:

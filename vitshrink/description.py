@@ -146,9 +146,11 @@ class Description:
 
     def _reason(self, target: Target, factors: Factors) -> str:
         return factors.failures.get(target.name) or (
-            "the plan spends its parameters best on the whole layer"
-            if self.config.rank is None
-            else "this rank would not make the layer smaller"
+            "this rank would not make the layer smaller"
+            if self.config.rank is not None
+            else "no smaller rank keeps the variance asked for"
+            if self.config.explained_variance is not None
+            else "the plan spends its parameters best on the whole layer"
         )
 
     def _calibration(self) -> dict[str, Any] | None:

@@ -117,7 +117,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             config,
             source,
             targets,
-            allocation_name if config.rank is None else "fixed rank",
+            _allocated_by(config, allocation_name),
             compensation,
             storage,
             calibration,
@@ -220,7 +220,7 @@ def _sizes(
         room = parse_quantity(config.target_size, "--target-size")
         sizes = [Size("", (room - header) // dtype.itemsize)]
     else:
-        sizes = [Size("", total - 1)]  # --rank, --max-drop, --max-kl: any size but that of the dense model
+        sizes = [Size("", total - 1)]  # asked for by rank or by quality: any size but that of the dense model
     for size in sizes:
         if least >= total:
             raise TargetError(
@@ -243,6 +243,12 @@ def _sizes(
 def _up(number: float) -> str:
     """Rounded up to three decimals, so that what a message calls reachable is."""
     return f"{math.ceil(number * 1000) / 1000:g}"
+
+
+def _allocated_by(config: CompressConfig, allocation: str) -> str:
+    if config.explained_variance is not None:
+        return "explained variance"
+    return allocation if config.rank is None else "fixed rank"
 
 
 def _empty_curves(config: CompressConfig, targets: Sequence[Target], storage: Storage) -> list[Curve]:

@@ -35,6 +35,13 @@ def compress_command(
         str | None, typer.Option(help="Bytes of the weight files, e.g. 90MB.", rich_help_panel=SIZE)
     ] = None,
     rank: Annotated[int | None, typer.Option(help="One rank for every layer.", rich_help_panel=SIZE)] = None,
+    explained_variance: Annotated[
+        float | None,
+        typer.Option(
+            help="In every layer the smallest rank that keeps this share of its energy, e.g. 0.9.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
