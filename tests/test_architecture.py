@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "digits",
     ),
     ("methods", "allocation", "compensation", "hf_quantizer"),
+    ("structures",),
     ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer", "processes"),
     ("errors",),
 )

@@ -373,6 +373,7 @@ QUERY = "layers.0.attention.q_proj"
         (lambda plan: plan.update(layers=None), "lists no layers"),
         (lambda plan: plan.pop("layers"), "lists no layers"),
         (lambda plan: plan["layers"].update({QUERY: {"rank": 0}}), "rank 0"),
+        (lambda plan: plan["layers"].update({QUERY: {"structure": "new", "rank": 4}}), "a structure 'new'.* Upgrade"),
         (lambda plan: plan["layers"].update({QUERY: {"rank": "4"}}), "cannot read the layer description"),
         (lambda plan: plan["layers"].update({QUERY: {"rank": 4, "new": 1}}), "cannot read the layer description"),
         (

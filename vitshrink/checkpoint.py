@@ -17,15 +17,16 @@ from vitshrink.hf_quantizer import VitshrinkConfig, base_prefix
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.models import LoadedModel, load_source, quiet_transformers
 from vitshrink.source import examine, resolve
+from vitshrink.structures import describe, structure_of
 
 
-def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The low-rank layers of a model, by module name in memory."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that are not the dense model's, by name in memory."""
+    return {name: module for name, module in model.named_modules() if structure_of(module) is not None}
 
 
-def replace_layers(model: PreTrainedModel, layers: Mapping[str, LowRankLinear]) -> None:
-    """Put low-rank layers in the place of the modules of these names, and say so in the model's config."""
+def replace_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
+    """Put structures in the place of the modules of these names, and say so in the model's config."""
     for name, layer in layers.items():
         model.set_submodule(name, layer, strict=True)
     _describe(model)
@@ -149,16 +150,18 @@ def file_bytes(directory: Path) -> int:
 
 
 def _describe(model: PreTrainedModel, metadata: Mapping[str, Any] | None = None) -> None:
-    """Make the model's config list its low-rank layers, so that whatever saves the model saves it whole."""
+    """Make the model's config list its structures, so that whatever saves the model saves it whole."""
     prefix = base_prefix(model)
     layers: dict[str, dict[str, Any]] = {}
     for name, layer in compressed_layers(model).items():
         if not name.startswith(prefix):
             raise CheckpointError(f"{name} is outside the base model ({prefix}): it cannot be stored as low-rank.")
-        if layer.weight.shape == (layer.out_features, layer.in_features):
+        if isinstance(layer, LowRankLinear) and layer.weight.shape == (layer.out_features, layer.in_features):
             # It is the wrong shape of this tensor that stops transformers without vitshrink from loading it.
             raise CheckpointError(f"{name} has rank {layer.rank}, its full rank: leave it dense.")
-        layers[name.removeprefix(prefix)] = layer.spec.to_dict()
+        found = structure_of(layer)
+        assert found is not None
+        layers[name.removeprefix(prefix)] = describe(found)
     if layers:
         if metadata is None:
             metadata = getattr(getattr(model.config, "quantization_config", None), "metadata", {})

@@ -1,16 +1,15 @@
 """The hook by which transformers loads compressed checkpoints, through its registry of quantisation methods.
 
-transformers builds the dense model on the meta device, calls the hook, which puts low-rank layers where the
-checkpoint's ``quantization_config`` lists them, and then fills the model from the files as it always does.
+transformers builds the dense model on the meta device, calls the hook, which puts structures (low-rank layers, mostly)
+where the checkpoint's ``quantization_config`` lists them, and then fills the model from the files as it always does.
 
-Layers are listed by their module names relative to the base model (``layers.0.attention.q_proj``), so that a
+Modules are listed by their module names relative to the base model (``layers.0.attention.q_proj``), so that a
 classifier's checkpoint also opens without its head.
 """
 
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
@@ -23,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vitshrink import __version__
 from vitshrink.errors import CheckpointError
-from vitshrink.lowrank import LayerSpec, LowRankLinear
+from vitshrink.structures.registry import kind_of, read
 
 QUANT_METHOD = "vitshrink"
 FORMAT_VERSION = 1
@@ -40,10 +39,10 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 @register_quantization_config(QUANT_METHOD)
 class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The ``quantization_config`` of a compressed checkpoint: which layers are low-rank, and how.
+    """The ``quantization_config`` of a compressed checkpoint: which modules are replaced, and by what.
 
     Args:
-        layers: module name relative to the base model -> ``LayerSpec.to_dict()``.
+        layers: module name relative to the base model -> its structure, see ``structures``.
         metadata: anything JSON about how the checkpoint came about; not needed to load it.
 
     Raises CheckpointError for an entry this version cannot read.
@@ -68,8 +67,8 @@ class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if not isinstance(layers, dict):
             raise CheckpointError("the quantization_config of the checkpoint lists no layers: it is damaged.")
-        for spec in layers.values():
-            LayerSpec.from_dict(spec)
+        for entry in layers.values():
+            read(entry)
         self.quant_method = quant_method
         self.format_version = format_version
         self.vitshrink_version = vitshrink_version
@@ -80,7 +79,7 @@ class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(QUANT_METHOD)
 class VitshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts empty low-rank layers where the config lists them, before the weights are read."""
+    """Puts empty structures where the config lists them, before the weights are read."""
 
     quantization_config: VitshrinkConfig
     is_qat_trainable = True
@@ -92,25 +91,18 @@ class VitshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         prefix = base_prefix(model)
-        for name, entry in self.quantization_config.layers.items():
+        for name, entry in sorted(self.quantization_config.layers.items()):  # a module before what lies in it
             module = dict(model.named_modules()).get(prefix + name)
-            if not isinstance(module, nn.Linear):
+            structure = read(entry)
+            if module is None or not structure.fits(module):
                 found = "no such module" if module is None else f"a {type(module).__name__} there"
                 raise CheckpointError(
-                    f"the checkpoint lists a low-rank layer {name!r}; {type(model).__name__} has {found}. "
+                    f"the checkpoint lists a {kind_of(entry)} module {name!r}; {type(model).__name__} has {found}. "
                     f"It was written with transformers {self.quantization_config.transformers_version}, and "
                     f"this is {transformers.__version__}, whose modules may have other names: install that "
                     "version, or open the checkpoint with the architecture it was made from."
                 )
-            layer = LowRankLinear(
-                module.in_features,
-                module.out_features,
-                LayerSpec.from_dict(entry),
-                bias=module.bias is not None,
-                device=module.weight.device,
-                dtype=module.weight.dtype,
-            )
-            model.set_submodule(prefix + name, layer)
+            model.set_submodule(prefix + name, structure.build(module))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model.is_quantized = False  # the layers are plain floating point: .half(), .float() and training all work

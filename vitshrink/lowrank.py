@@ -39,6 +39,21 @@ class LayerSpec:
             raise CheckpointError(f"cannot build a layer of rank {entry['rank']}{pivot}: they start at 1 and 0.")
         return cls(**entry)
 
+    def fits(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def build(self, module: nn.Module) -> "LowRankLinear":
+        """An empty layer in the place of a linear one. Raises CheckpointError where the pivots do not fit."""
+        assert isinstance(module, nn.Linear)
+        return LowRankLinear(
+            module.in_features,
+            module.out_features,
+            self,
+            bias=module.bias is not None,
+            device=module.weight.device,
+            dtype=module.weight.dtype,
+        )
+
 
 class LowRankLinear(nn.Module):
     """y = up (down x) + b, with up (out, rank) and down (rank, in).

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from vitshrink.errors import CheckpointError, UsageError, VitshrinkError
 from vitshrink.hf_quantizer import QUANT_METHOD, base_prefix
-from vitshrink.lowrank import LowRankLinear
 from vitshrink.source import Source, examine, resolve
+from vitshrink.structures import structure_of
 
 Role = Literal["query", "key", "value", "output", "fc1", "fc2"]
 Task = Literal["image-classification", "text-classification", "masked-lm", "features"]
@@ -175,14 +175,24 @@ def _block_targets(model: PreTrainedModel) -> Iterator[Target]:
     path = base_prefix(model) + family.blocks
     for index, block in enumerate(blocks_of(model)):
         for role, module_path in family.modules.items():
-            module = block.get_submodule(module_path)
             name = f"{path}.{index}.{module_path}"
-            if isinstance(module, LowRankLinear):
+            if any(structure_of(part) is not None for part in _along(block, module_path)):
                 continue
+            module = block.get_submodule(module_path)
             if not isinstance(module, nn.Linear):
                 raise CheckpointError(f"{name} is a {type(module).__name__}, not a linear layer: cannot be factorised.")
             group = f"{path}.{index}.attention" if role in ("query", "key", "value") else name
             yield Target(name, index, role, (module.out_features, module.in_features), group)
+
+
+def _along(block: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules on the way to ``path``, itself included; a structure may end the way."""
+    module = block
+    for name in path.split("."):
+        if not hasattr(module, name):
+            return
+        module = module.get_submodule(name)
+        yield module
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str], flag: str) -> set[str]:

@@ -29,7 +29,7 @@ from vitshrink.evaluation.columns import (
 )
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.scores import Evaluation, summarise
-from vitshrink.lowrank import LowRankLinear
+from vitshrink.structures import structure_of
 
 OnBatch = Callable[[int], None]
 """Told how many samples were done since its last call."""
@@ -153,7 +153,7 @@ def check_labels(evaluation: Evaluation, num_labels: int) -> None:
 def _by_role(model: nn.Module, baseline: nn.Module | None) -> dict[str, nn.Module]:
     if baseline is not None:
         return {"dense": baseline, "compressed": model}
-    compressed = any(isinstance(module, LowRankLinear) for module in model.modules())
+    compressed = any(structure_of(module) is not None for module in model.modules())
     return {"compressed" if compressed else "dense": model}
 
 

@@ -1,0 +1,94 @@
+"""The table of structures, and how each is found again: from a checkpoint's config, and from a module of a model."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+
+from torch import nn
+
+from vitshrink.errors import CheckpointError
+from vitshrink.lowrank import LayerSpec
+
+LINEAR = "low-rank"
+"""The structure of an entry that names none: a linear layer as two factors."""
+
+
+@runtime_checkable
+class Structure(Protocol):
+    """What a checkpoint says of one module that is not the dense model's; modules carry theirs as ``spec``.
+
+    Besides, a tensor of the module must have the name of one that the dense model has, and another shape: that is what
+    stops transformers from loading the checkpoint, in part at random, where vitshrink is not imported.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as they stand in the config."""
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> Self:
+        """The inverse. Raises CheckpointError for an entry that this version does not write."""
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether it can stand in the place of this module."""
+
+    def build(self, module: nn.Module) -> nn.Module:
+        """What takes the place of ``module``: new parameters empty, on its device and in its type, others kept.
+
+        Raises CheckpointError where the numbers do not fit the module.
+        """
+
+
+Kind = TypeVar("Kind", bound=type)
+
+_STRUCTURES: dict[str, Any] = {LINEAR: LayerSpec}
+
+
+def structure(kind: str) -> Callable[[Kind], Kind]:
+    """Enter the decorated class as structure ``kind``."""
+
+    def enter(cls: Kind) -> Kind:
+        if kind in _STRUCTURES:
+            raise ValueError(f"two structures are called {kind!r}")
+        _STRUCTURES[kind] = cls
+        return cls
+
+    return enter
+
+
+def describe(found: Structure) -> dict[str, Any]:
+    """The entry of a structure in a checkpoint's config."""
+    kind = next(name for name, cls in _STRUCTURES.items() if cls is type(found))
+    return found.to_dict() if kind == LINEAR else {"structure": kind, **found.to_dict()}
+
+
+def kind_of(entry: Any) -> str:
+    """The kind of structure that an entry of a checkpoint's config is about."""
+    return str(entry.get("structure", LINEAR)) if isinstance(entry, dict) else LINEAR
+
+
+def read(entry: Any) -> Structure:
+    """The structure that an entry describes. Raises CheckpointError."""
+    kind = kind_of(entry)
+    if kind not in _STRUCTURES:
+        raise CheckpointError(
+            f"the checkpoint holds a structure {kind!r}, and this version knows {', '.join(sorted(_STRUCTURES))}. "
+            "Upgrade vitshrink."
+        )
+    cls = _STRUCTURES[kind]
+    if kind == LINEAR:
+        found: Structure = cls.from_dict(entry)
+    else:
+        found = cls.from_dict({name: value for name, value in entry.items() if name != "structure"})
+    return found
+
+
+def structure_of(module: nn.Module) -> Structure | None:
+    """The structure of a module; None where it is one of the dense model's."""
+    spec: Any = getattr(module, "spec", None)
+    return spec if type(spec) in _STRUCTURES.values() else None
+
+
+def parameters(found: Structure, module: nn.Module) -> int:
+    """Parameters that the structure has in the place of ``module``: what is built is what is counted."""
+    built = found.build(copy.deepcopy(module).to("meta"))
+    return sum(parameter.numel() for parameter in built.parameters())
