@@ -36,29 +36,30 @@ def save(
     model: PreTrainedModel,
     directory: Path,
     *,
-    source: LoadedModel,
+    source: LoadedModel | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write the model as a checkpoint directory that ``from_pretrained`` loads once vitshrink is imported.
 
-    The weights are cast to ``dtype`` (the source's, if none is given), tensors are named as in the source's
-    files, and the source's processor or tokenizer files are copied. ``metadata`` (JSON) goes into the config,
-    ``extra_files`` (by names relative to the directory) beside the weights. The model itself is not changed.
+    The weights are cast to ``dtype`` (the source's, or else the model's, if none is given), tensors are named as in
+    the source's files, and the source's processor or tokenizer files are copied. ``metadata`` (JSON) goes into the
+    config, ``extra_files`` (by names relative to the directory) beside the weights. The model itself is not changed.
     Writing is not atomic: give a staging directory, see ``publication.publish``.
 
     Raises:
         NumericsError: a value does not fit the type it is saved in.
         OutputError: the directory cannot be written.
     """
-    dtype = dtype or source.source_dtype
+    dtype = dtype or (source.source_dtype if source is not None else model.dtype)
     saved = cast(model, dtype)
     _describe(saved, metadata)
     try:
         with quiet_transformers():
             saved.save_pretrained(directory)
-        for companion in source.companions:
+        for companion in source.companions if source is not None else ():
+            assert source is not None
             (directory / companion).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.directory / companion, directory / companion)
         for name, content in (extra_files or {}).items():

@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from transformers import PreTrainedModel
 
 from vitshrink import __version__, cost
 from vitshrink.allocation import Plan
-from vitshrink.checkpoint import file_bytes
 from vitshrink.compression import Factors
 from vitshrink.config import CompressConfig
 from vitshrink.measurement import CalibrationData, Measurement
-from vitshrink.models import LoadedModel, Target, task_of
+from vitshrink.models import Target, task_of
 from vitshrink.observer import Job
 from vitshrink.ranks import Storage, dense_cost, rank_cost
 from vitshrink.report import Report, before_after
@@ -44,7 +42,7 @@ class Description:
     """What stays the same in the reports of all sizes of a job."""
 
     config: CompressConfig
-    source: LoadedModel
+    dense: PreTrainedModel
     targets: Sequence[Target]
     allocation: str
     compensation: str
@@ -54,7 +52,7 @@ class Description:
 
     def planned(self, factors: Factors, plan: Plan, job: Job) -> Report:
         """The report of a dry run: sizes, and nothing that only a written model has."""
-        total = cost.parameters(self.source.model)
+        total = cost.parameters(self.dense)
         before, after = self._layer_costs(plan)
         return self._report(
             self.layers(factors, plan), plan, job, parameters=before_after(total, total - before + after)
@@ -70,12 +68,11 @@ class Description:
         plan: Plan,
         job: Job,
         model: PreTrainedModel,
-        directory: Path,
+        nbytes: tuple[int, int],
         measurement: Measurement | None,
     ) -> Report:
-        """The report of a model that was written to ``directory``."""
-        dense = self.source.model
-        inputs = example_inputs(dense)
+        """The report of a finished model; ``nbytes`` are those of the stored weights before and after."""
+        dense, inputs = self.dense, example_inputs(self.dense)
         with job.stage("cost", "Measuring cost"):
             macs = before_after(cost.macs(dense, inputs), cost.macs(model, inputs))
             latency = cost.latency({"dense": dense, "compressed": model}, inputs, repeats=10, warmup=2)
@@ -93,7 +90,7 @@ class Description:
             plan,
             job,
             parameters=before_after(cost.parameters(dense), cost.parameters(model)),
-            bytes=before_after(file_bytes(self.source.directory), file_bytes(directory)),
+            bytes=before_after(*nbytes),
             macs=macs,
             latency={role: asdict(timing) for role, timing in latency.items()},
             evaluation=evaluation,
@@ -104,11 +101,11 @@ class Description:
         return before, sum(self._cost(target, plan[target.name]) for target in self.targets)
 
     def _report(self, layers: list[dict[str, Any]], plan: Plan, job: Job, **measured: Any) -> Report:
-        device = next(self.source.model.parameters()).device
+        device = next(self.dense.parameters()).device
         return Report(
             vitshrink=__version__,
             model=self.config.model,
-            task=task_of(self.source.model),
+            task=task_of(self.dense),
             method=self.config.method,
             allocation=self.allocation,
             compensation=self.compensation,

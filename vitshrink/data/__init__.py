@@ -4,6 +4,7 @@ from vitshrink.data.batches import BadSamples, Batch
 from vitshrink.data.image_encoder import ImageEncoder
 from vitshrink.data.images import ImageError, ImageSource, decode_image
 from vitshrink.data.labels import align_labels
+from vitshrink.data.memory import ReadyBatches, is_items, samples_in_memory
 from vitshrink.data.preprocessing import Preprocessor
 from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_names
 from vitshrink.data.samples import Label, Sample, SampleSet, overlap
@@ -19,14 +20,17 @@ __all__ = [
     "Kind",
     "Label",
     "Preprocessor",
+    "ReadyBatches",
     "Recipe",
     "Sample",
     "SampleSet",
     "TextEncoder",
     "align_labels",
     "decode_image",
+    "is_items",
     "load_recipe",
     "open_samples",
     "overlap",
     "recipe_names",
+    "samples_in_memory",
 ]

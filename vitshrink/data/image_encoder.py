@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitshrink.data.batches import BadSamples, Batch, batched
 from vitshrink.data.images import ImageError, decode_image
+from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.errors import CheckpointError
 
@@ -36,6 +37,8 @@ class ImageEncoder:
 
     Pillow and NumPy let go of the interpreter lock while they work.
     """
+
+    kind: Kind = "image"
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
 from vitshrink.data.batches import BadSamples, Batch
 from vitshrink.data.image_encoder import ImageEncoder
+from vitshrink.data.memory import ReadyBatches
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import SampleSet
 from vitshrink.data.text_encoder import TextEncoder
@@ -23,9 +24,9 @@ class Preprocessor:
     ``description`` says what it does to a sample: figures of two evaluations can be compared only where it is the same.
     """
 
-    def __init__(self, encoder: ImageEncoder | TextEncoder) -> None:
+    def __init__(self, encoder: ImageEncoder | TextEncoder | ReadyBatches) -> None:
         self._encoder = encoder
-        self.kind: Kind = "image" if isinstance(encoder, ImageEncoder) else "text"
+        self.kind: Kind = encoder.kind
         self.processor: Any = encoder.processor
         self.description: dict[str, Any] = encoder.description
 
@@ -49,6 +50,25 @@ class Preprocessor:
         config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
         _check_vocabulary(path, tokenizer, config)
         return cls(TextEncoder(tokenizer, _length(path, tokenizer, config, max_length)))
+
+    @classmethod
+    def of(cls, processor: Any, kind: Kind, config: Any, *, max_length: int | None = None) -> "Preprocessor":
+        """The preprocessing of an image processor or tokenizer in memory, for a model with this ``config``.
+
+        Raises:
+            UsageError: it is none, or ``max_length`` is not one that the model can take.
+            CheckpointError: a tokenizer with another vocabulary than the model.
+        """
+        part = "image_processor" if kind == "image" else "tokenizer"
+        processor = getattr(processor, part, processor)  # a processor of several modalities holds one for each
+        if not isinstance(processor, BaseImageProcessor if kind == "image" else PreTrainedTokenizerBase):
+            raise UsageError(
+                f"processor: the model needs its {part.replace('_', ' ')}, not a {type(processor).__name__}."
+            )
+        if kind == "image":
+            return cls(ImageEncoder(processor))
+        _check_vocabulary("the model", processor, config)
+        return cls(TextEncoder(processor, _length("the model", processor, config, max_length)))
 
     def batches(
         self,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vitshrink.data.batches import BadSamples, Batch, batched
+from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import Sample, SampleSet
 
 SORTED_BATCHES = 64
@@ -12,6 +13,8 @@ SORTED_BATCHES = 64
 
 class TextEncoder:
     """Tokenizes single texts or pairs, cuts them to ``max_length`` tokens, and pads each batch to its longest."""
+
+    kind: Kind = "text"
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.processor = tokenizer

@@ -1,0 +1,224 @@
+"""``vitshrink.compress``: the job of the command line on a model in memory."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink import cost
+from vitshrink.checkpoint import cast, save, verify
+from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.data import Preprocessor, ReadyBatches, SampleSet, is_items, open_samples, samples_in_memory
+from vitshrink.description import example_inputs
+from vitshrink.errors import DataError, UsageError
+from vitshrink.measurement import CalibrationData, hold_out, measure, read_calibration
+from vitshrink.models import check_finite, family_of, task_of
+from vitshrink.observer import Job, Observer, Silent
+from vitshrink.publication import publish
+from vitshrink.report import Report, headline, write
+from vitshrink.search import Bound
+from vitshrink.shrinking import Choices, Shrinking
+
+FILES_ONLY = (
+    "model",
+    "output",
+    "calibration",
+    "overwrite",
+    "dry_run",
+    "device",
+    "eval",
+    "eval_split",
+    "eval_limit",
+    "label_column",
+    "class_map",
+)
+"""Entries of a config that say what is read and written, where compress is given and returns objects."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model and what there is to say of it."""
+
+    model: PreTrainedModel
+    """In evaluation mode, of the type and on the device of the original; ``save_pretrained`` works as usual."""
+    report: Report
+    """Sizes, operations, time, and the fidelity on held-out samples where there were any."""
+    processor: Any = None
+    """The image processor or tokenizer, where one was given or found."""
+
+    def __str__(self) -> str:
+        return headline(self.report)
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write checkpoint, processor, report and model card; verified, and there whole or not at all.
+
+        Raises OutputError.
+        """
+        with publish(Path(directory), overwrite=overwrite) as staging:
+            save(self.model, staging)
+            if self.processor is not None:
+                self.processor.save_pretrained(staging)
+            verify(staging, self.model, example_inputs(self.model))
+            write(self.report, staging)
+        return Path(directory)
+
+
+def compress(
+    model: PreTrainedModel,
+    calibration: Any = None,
+    *,
+    keep: float | None = None,
+    processor: Any = None,
+    observer: Observer | None = None,
+    **choices: Any,
+) -> Compressed:
+    """A smaller copy of a model; the model itself is not changed.
+
+    Args:
+        model: a ViT, DeiT or BERT of transformers, on any device and of any floating-point type.
+        calibration: unlabelled samples. A list of PIL images, or of texts or pairs of them; a ``DataLoader`` or any
+            iterable of batches with the model's inputs; or what ``--calibration`` takes: a folder, a file, a recipe,
+            a Hub data set.
+        keep: the fraction of the model's parameters to keep. One of ``target_params``, ``target_size``, ``rank``,
+            ``max_drop`` or ``max_kl`` may take its place.
+        processor: the image processor or tokenizer of the model; looked for where the model came from if not given,
+            and not needed for batches.
+        choices: the flags of ``vitshrink compress``, such as ``method="whitened"``, ``samples=256`` or ``seed=1``.
+
+    Raises:
+        UsageError, TargetError: choices that make no sense, or a size that cannot be reached.
+        CheckpointError: a model that is not supported, or not finite.
+        DataError: calibration samples that cannot be used.
+        NumericsError, GateError: as the command.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"model: a model of transformers is needed, not a {type(model).__name__}.")
+    if getattr(model, "is_quantized", False):
+        raise UsageError("model: it is quantised already: start from the floating-point one.")
+    config = _config(model, calibration, {"keep": keep} | choices)
+    chosen, job = Choices.of(config), Job(observer or Silent())
+    family_of(model)
+    check_finite(model, "the model")
+    dense = copy.deepcopy(model).float().eval()
+    dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
+    shrinking = Shrinking.of(chosen, dense, dtype)
+    preprocessor, data, held_out = _data(dense, calibration, processor, config, job, calibrated=chosen.calibrated)
+    (shrunk,) = shrinking.run(data, held_out, preprocessor, job)
+    assert shrunk.model is not None
+    small = cast(shrunk.model, dtype).to(model.device)
+    judged = copy.deepcopy(small).float()
+    measurement = None
+    if held_out is not None and preprocessor is not None:
+        measurement = measure(
+            judged,
+            held_out,
+            preprocessor,
+            shrunk.job,
+            task=task_of(dense),
+            baseline=dense,
+            device=model.device,
+            batch_size=config.batch_size,
+            labelled=False,
+            max_bad_samples=config.max_bad_samples,
+        )
+    description = shrinking.description(data, preprocessor)
+    report = description.written(
+        description.layers(shrunk.factors, shrunk.plan),
+        shrunk.plan,
+        shrunk.job,
+        judged,
+        (cost.memory_bytes(model), cost.memory_bytes(small)),
+        measurement,
+    )
+    return Compressed(small, replace(report, command=None), processor or getattr(preprocessor, "processor", None))
+
+
+def _config(model: PreTrainedModel, calibration: Any, entries: dict[str, Any]) -> CompressConfig:
+    for name in FILES_ONLY:
+        if name in entries:
+            raise UsageError(f"compress() has no {name!r}: it is given a model and returns one.")
+    if isinstance(entries["keep"], Sequence):
+        raise UsageError("keep: give one fraction; call compress() once for each size, with the same cache=DIRECTORY.")
+    entries = {name: value for name, value in entries.items() if value is not None}
+    named = model.config._name_or_path or type(model).__name__
+    source = None if calibration is None else str(calibration) if _is_address(calibration) else "samples in memory"
+    return CompressConfig.from_mapping(
+        {"model": named, "output": "memory", "calibration": source, **entries}, "compress()"
+    )
+
+
+def _is_address(calibration: Any) -> bool:
+    return isinstance(calibration, str | Path)
+
+
+def _data(
+    model: PreTrainedModel, calibration: Any, processor: Any, config: CompressConfig, job: Job, *, calibrated: bool
+) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None]:
+    """How samples are read, those to calibrate on, and those that are held out of them."""
+    if calibration is None:
+        return None, None, None
+    preprocessor, samples = _samples(model, calibration, processor, config)
+    data = None
+    if calibrated:
+        data = read_calibration(
+            samples,
+            preprocessor,
+            job,
+            samples=config.samples,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            max_bad_samples=config.max_bad_samples,
+        )
+    needed = Bound.of(config) is not None
+    used = config.samples if calibrated or config.samples < len(samples) else 0
+    if not needed and task_of(model) == "masked-lm" and preprocessor.processor is None:
+        job.warn("the fidelity was not measured: pass processor=, the tokenizer, which knows the mask token.")
+        return preprocessor, data, None
+    return preprocessor, data, hold_out(samples, job, used=used, holdout=config.holdout, seed=config.seed)
+
+
+def _samples(
+    model: PreTrainedModel, calibration: Any, processor: Any, config: CompressConfig
+) -> tuple[Preprocessor, SampleSet]:
+    kind = family_of(model).modality
+    if isinstance(calibration, SampleSet):
+        return _preprocessor(model, processor, config), calibration
+    if _is_address(calibration):
+        data = config.calibration_data or DataConfig(str(calibration))
+        samples = open_samples(
+            calibration,
+            kind,
+            split=data.split,
+            image_column=data.image_column,
+            text_column=data.text_column,
+            text_pair_column=data.text_pair_column,
+            offline=config.offline,
+        )
+        return _preprocessor(model, processor, config), samples
+    if isinstance(calibration, list | tuple) and is_items(calibration):
+        samples = samples_in_memory(calibration, kind)
+        return _preprocessor(model, processor, config), samples
+    if isinstance(calibration, Mapping | torch.Tensor):
+        calibration = [calibration]  # one batch
+    if not isinstance(calibration, Iterable):
+        raise DataError(
+            f"calibration: a {type(calibration).__name__} holds no samples: give a list of "
+            f"{'PIL images' if kind == 'image' else 'texts'}, batches, or the path of a folder."
+        )
+    batches = ReadyBatches(calibration, kind, config.samples + config.holdout, processor)
+    return Preprocessor(batches), batches.samples()
+
+
+def _preprocessor(model: PreTrainedModel, processor: Any, config: CompressConfig) -> Preprocessor:
+    kind = family_of(model).modality
+    if processor is not None:
+        return Preprocessor.of(processor, kind, model.config, max_length=config.max_length)
+    origin = model.config._name_or_path
+    if not origin:
+        what = "image processor" if kind == "image" else "tokenizer"
+        raise UsageError(f"processor: the model does not say where it came from: pass its {what} as processor=.")
+    return Preprocessor.from_checkpoint(origin, kind, max_length=config.max_length, offline=config.offline)

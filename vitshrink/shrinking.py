@@ -1,0 +1,233 @@
+"""A job on a model in memory, to which loading, saving and measuring are added elsewhere: one smaller model a size."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink import cost
+from vitshrink.allocation import ALLOCATIONS, Allocation, Curve, Plan, least_cost
+from vitshrink.compensation import COMPENSATIONS
+from vitshrink.compression import Compression, Factors, fixed_parameters
+from vitshrink.config import CompressConfig, parse_quantity
+from vitshrink.data import Preprocessor, SampleSet
+from vitshrink.description import Description
+from vitshrink.errors import TargetError, UsageError
+from vitshrink.measurement import CalibrationData
+from vitshrink.methods import Method, Needs, choose, get_method
+from vitshrink.models import Target, find_targets
+from vitshrink.observer import Job
+from vitshrink.ranks import Storage
+from vitshrink.search import Bound, Search
+
+HEADER_BYTES_A_TENSOR = 200
+"""Room for one entry of a safetensors header; real ones take about 120 bytes."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a config asks for, complete: what it leaves open is decided by the method."""
+
+    config: CompressConfig
+    method: Method
+    allocation: str
+    compensation: str
+    storage: Storage
+
+    @classmethod
+    def of(cls, config: CompressConfig) -> Self:
+        """Raises UsageError for what can be known to make no sense before a model is loaded."""
+        method = get_method(config.method)
+        allocation = config.allocation or method.allocation
+        choose(allocation, ALLOCATIONS, "allocation")
+        compensation = choose(config.compensation or method.compensation, {c: c for c in COMPENSATIONS}, "compensation")
+        choices = cls(
+            config, method, allocation, compensation, method.storage if config.storage == "auto" else config.storage
+        )
+        if choices.calibrated and config.calibration is None:
+            what = f"method {method.name!r}" if method.needs is not Needs.WEIGHTS else f"compensation {compensation!r}"
+            raise UsageError(
+                f"{what} needs calibration data: pass --calibration with a folder, a file, a recipe or a Hub data set "
+                "(a few hundred unlabelled samples do), or use --method svd --compensation none."
+            )
+        check_options(method, config.options)
+        return choices
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything is learned from samples."""
+        return self.method.needs is not Needs.WEIGHTS or self.compensation != "none"
+
+
+def check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that the method does not have, or of another kind than its default."""
+    parameters = inspect.signature(method.factorise).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centred"}
+    for name, value in options.items():
+        if not defaults:
+            raise UsageError(f"--option {name}: method {method.name!r} has no options.")
+        default = choose(name, defaults, f"--option of method {method.name!r}:")
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds) or isinstance(value, bool) is not isinstance(default, bool):
+            raise UsageError(f"--option {name}={value}: give a value such as {name}={default}.")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One requested size."""
+
+    label: str
+    """Name of the output below the given one, where there are several."""
+    budget: int
+    """Parameters of the whole model that may be stored."""
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """The outcome for one size."""
+
+    factors: Factors
+    plan: Plan
+    model: PreTrainedModel | None
+    """None after a dry run."""
+    job: Job
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """A dense model, and all that is to be done with it."""
+
+    choices: Choices
+    dense: PreTrainedModel
+    targets: Sequence[Target]
+    dtype: torch.dtype
+    """Of the weights that will be stored."""
+    bound: Bound | None
+    sizes: Sequence[Size]
+
+    @classmethod
+    def of(cls, choices: Choices, dense: PreTrainedModel, dtype: torch.dtype) -> Self:
+        """Raises UsageError and TargetError for what this model cannot become, before any work."""
+        config = choices.config
+        targets = find_targets(dense, layers=config.layers, include=config.include, exclude=config.exclude)
+        bound = Bound.of(config)
+        if bound is not None:
+            bound.require(dense)
+        sizes = requested_sizes(config, dense, targets, dtype, choices.storage)
+        return cls(choices, dense, targets, dtype, bound, sizes)
+
+    def description(self, calibration: CalibrationData | None, preprocessor: Preprocessor | None) -> Description:
+        """What the reports of all sizes have in common."""
+        choices = self.choices
+        return Description(
+            choices.config,
+            self.dense,
+            self.targets,
+            _allocated_by(choices.config, choices.allocation),
+            choices.compensation,
+            choices.storage,
+            calibration,
+            preprocessor.description if preprocessor else None,
+        )
+
+    def run(
+        self,
+        calibration: CalibrationData | None,
+        held_out: SampleSet | None,
+        preprocessor: Preprocessor | None,
+        job: Job,
+    ) -> Iterator[Shrunk]:
+        """One smaller model after the other, all from one calibration; the dense model is not changed.
+
+        Raises:
+            NumericsError: no layer can be factorised.
+            DataError: nothing is held out, and the size depends on it.
+            GateError: no size keeps within ``max_drop`` or ``max_kl``.
+        """
+        config, method = self.choices.config, self.choices.method
+        allocation: Allocation = ALLOCATIONS[self.choices.allocation]
+        compression = Compression(
+            config,
+            self.dense,
+            self.targets,
+            method,
+            allocation,
+            self.choices.compensation,
+            self.choices.storage,
+            calibration,
+        )
+        search = (
+            None if self.bound is None else Search.on(held_out, preprocessor, compression, self.bound, self.dtype, job)
+        )
+        first = compression.factorise_dense(job)
+        refine = config.refine if method.needs is Needs.CURVATURE and not config.dry_run else 0
+        for size in self.sizes:
+            own = job.branch()
+            if search is not None:
+                found = search.smallest(first, refine, own)
+                yield Shrunk(found.factors, found.plan, found.model, own)
+                continue
+            factors, plan = first, compression.plan(first, size.budget)
+            for _ in range(refine):
+                factors = compression.refine(factors, plan, own)
+                plan = compression.plan(factors, size.budget)
+            yield Shrunk(factors, plan, None if config.dry_run else compression.build(factors, plan, own), own)
+
+
+def requested_sizes(
+    config: CompressConfig,
+    dense: PreTrainedModel,
+    targets: Sequence[Target],
+    dtype: torch.dtype,
+    storage: Storage,
+) -> list[Size]:
+    """The requested sizes as budgets of the whole model. Raises TargetError for what no rank can reach."""
+    total = cost.parameters(dense)
+    least = fixed_parameters(dense, targets) + least_cost(_empty_curves(config, targets, storage))
+    header = HEADER_BYTES_A_TENSOR * (len(dense.state_dict()) + len(targets))
+    if config.keep:
+        sizes = [Size(f"keep-{keep}", int(keep * total)) for keep in config.keep]
+    elif config.target_params:
+        sizes = [Size("", parse_quantity(config.target_params, "--target-params"))]
+    elif config.target_size:
+        room = parse_quantity(config.target_size, "--target-size")
+        sizes = [Size("", (room - header) // dtype.itemsize)]
+    else:
+        sizes = [Size("", total - 1)]  # asked for by rank or by quality: any size but that of the dense model
+    for size in sizes:
+        if least >= total:
+            raise TargetError(
+                f"no layer gets smaller at a rank that is a multiple of {config.rank_multiple}: "
+                "give a smaller --rank-multiple."
+            )
+        if size.budget >= total:
+            raise TargetError(f"{config.model} has only {total:,} parameters: ask for a smaller size than that.")
+        if size.budget < least:
+            raise TargetError(
+                f"cannot reach {max(size.budget, 0):,} parameters: what is not factorised, and rank "
+                f"{config.rank_multiple} everywhere else, need {least:,} of {total:,}. The least to ask for is "
+                f"--keep {_up(least / total)}, --target-params {least} or "
+                f"--target-size {_up((least * dtype.itemsize + header) / 1e6)}MB."
+                + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
+            )
+    return sizes
+
+
+def _allocated_by(config: CompressConfig, allocation: str) -> str:
+    if config.explained_variance is not None:
+        return "explained variance"
+    return allocation if config.rank is None else "fixed rank"
+
+
+def _up(number: float) -> str:
+    """Rounded up to three decimals, so that what a message calls reachable is."""
+    return f"{math.ceil(number * 1000) / 1000:g}"
+
+
+def _empty_curves(config: CompressConfig, targets: Sequence[Target], storage: Storage) -> list[Curve]:
+    nothing = torch.zeros(1, dtype=torch.float64)
+    return [Curve(target.name, target.shape, nothing, storage, config.rank_multiple) for target in targets]
