@@ -14,13 +14,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("pipeline", "assessment", "api"),
+    ("pipeline", "assessment", "api", "exporting"),
     ("shrinking",),
     ("description", "inspection", "search"),
     ("compression",),
     ("report", "sequential", "drift", "measurement", "storage"),
     (
         "models",
+        "onnx_model",
         "source",
         "data",
         "calibration",
@@ -33,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("methods", "allocation", "compensation", "hf_quantizer"),
     ("structures",),
-    ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer", "processes"),
+    ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer", "processes", "extras"),
     ("errors",),
 )
 RANK = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

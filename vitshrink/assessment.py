@@ -13,6 +13,7 @@ from vitshrink.errors import GateError, UsageError
 from vitshrink.measurement import Measurement, measure, open_data
 from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
+from vitshrink.onnx_model import SUFFIX, load_onnx, onnx_bytes, onnx_numbers
 from vitshrink.pipeline import find_device
 
 
@@ -112,8 +113,8 @@ def evaluate_checkpoint(
     """
     job = Job(observer or Silent())
     with job.stage("load", "Loading"):
-        loaded = load_dense(model, offline=offline, allow_compressed=True)
-        reference = load_dense(baseline, offline=offline, allow_compressed=True) if baseline else None
+        loaded = open_model(model, device, offline=offline)
+        reference = open_model(baseline, device, offline=offline) if baseline else None
     if reference is not None:
         _check_comparable(loaded, reference)
     preprocessor = Preprocessor.from_checkpoint(
@@ -140,11 +141,26 @@ def evaluate_checkpoint(
         baseline,
         measurement,
         preprocessor.description,
-        cost.parameters(loaded.model),
-        file_bytes(loaded.directory),
+        *_stored(model, loaded),
         job.timings,
         job.warnings,
     )
+
+
+def open_model(path_or_id: str, device: str, *, offline: bool) -> LoadedModel:
+    """A checkpoint, or the ONNX file of one. Raises CheckpointError, DependencyError and UsageError."""
+    if not path_or_id.endswith(SUFFIX):
+        return load_dense(path_or_id, offline=offline, allow_compressed=True)
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: an ONNX file is run on the CPU here.")
+    return load_onnx(Path(path_or_id))
+
+
+def _stored(path_or_id: str, loaded: LoadedModel) -> tuple[int, int]:
+    """Numbers and bytes of the weight files."""
+    if path_or_id.endswith(SUFFIX):
+        return onnx_numbers(Path(path_or_id)), onnx_bytes(Path(path_or_id))
+    return cost.parameters(loaded.model), file_bytes(loaded.directory)
 
 
 def _check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:

@@ -127,14 +127,19 @@ class LoadedModel:
     """Tensors of the checkpoint, outside the blocks, that the architecture does not use (a pooler, say)."""
 
 
+def architecture_of(model: nn.Module) -> str:
+    """The class of transformers that a model is; an exported one says which it was."""
+    return str(getattr(model, "architecture", type(model).__name__))
+
+
 def family_of(model: PreTrainedModel) -> Family:
     """The family of a model. Raises CheckpointError when its class is not supported."""
-    return _find_family(model.config.model_type, type(model).__name__, "this model")
+    return family_named(model.config.model_type, architecture_of(model), "this model")
 
 
 def task_of(model: PreTrainedModel) -> Task:
     """What the head of a model is for. Raises CheckpointError when its class is not supported."""
-    return family_of(model).tasks[type(model).__name__]
+    return family_of(model).tasks[architecture_of(model)]
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -254,7 +259,7 @@ def load_source(source: Source, *, dtype: torch.dtype) -> LoadedModel:
     architectures = source.config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise CheckpointError(f"{where} names no architecture. Supported are {_supported()}.")
-    family = _find_family(source.config["model_type"], str(architectures[0]), where)
+    family = family_named(source.config["model_type"], str(architectures[0]), where)
     depth = source.config.get("num_hidden_layers")
     if isinstance(depth, int) and depth > len(source.tensors):  # would be built before anything is compared
         raise CheckpointError(f"{where} promises {depth} blocks, more than the checkpoint has tensors: it is damaged.")
@@ -340,7 +345,8 @@ def _check_complete(source: Source, info: Mapping[str, Any], *, strict: bool) ->
         raise CheckpointError(f"cannot use {source.directory}: {'; '.join(problems)}.")
 
 
-def _find_family(model_type: str, architecture: str, where: str) -> Family:
+def family_named(model_type: str, architecture: str, where: str) -> Family:
+    """The family of an architecture. Raises CheckpointError, which names ``where`` it was read."""
     for family in FAMILIES:
         if family.model_type == model_type and architecture in family.tasks:
             return family

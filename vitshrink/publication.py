@@ -21,6 +21,7 @@ from vitshrink.hf_quantizer import QUANT_METHOD
 from vitshrink.source import CONFIG, read_json
 
 REPORT = "report.json"
+EXPORT = "export.json"
 
 
 @contextmanager
@@ -99,11 +100,12 @@ def _check_target(target: Path, *, overwrite: bool, protect: Path | None) -> Non
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether vitshrink wrote a directory: its config names the format, or its report an entry "vitshrink"."""
+    """Whether vitshrink wrote a directory: its config names the format, or a report an entry "vitshrink"."""
     with suppress(CheckpointError, KeyError, TypeError):
         return bool(read_json(directory / CONFIG)["quantization_config"]["quant_method"] == QUANT_METHOD)
-    with suppress(CheckpointError, KeyError, TypeError):
-        return bool(read_json(directory / REPORT)["vitshrink"])
+    for record in (REPORT, EXPORT):
+        with suppress(CheckpointError, KeyError, TypeError):
+            return bool(read_json(directory / record)["vitshrink"])
     return False
 
 

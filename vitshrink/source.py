@@ -200,10 +200,15 @@ def examine(directory: Path) -> Source:
 
 
 def _examine(directory: Path) -> Source:
-    config = _read_config(directory)
+    config = read_config(directory)
     weights, tensors = _read_weights(directory)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
         raise CheckpointError(f"{weights[0]} holds no floating-point tensor: it is no checkpoint of a model.")
+    return Source(directory, config, weights, tensors, companions_of(directory))
+
+
+def companions_of(directory: Path) -> tuple[Path, ...]:
+    """Processor, tokenizer and licence files, relative to the directory; checked as ``examine`` does."""
     companions = []
     for file in sorted((*directory.glob("*"), *directory.glob("*/*"))):
         name = file.relative_to(directory)
@@ -212,7 +217,7 @@ def _examine(directory: Path) -> Source:
             if name.name.endswith("_config.json"):
                 _refuse_code(read_json(file), file)
             companions.append(name)
-    return Source(directory, config, weights, tensors, tuple(companions))
+    return tuple(companions)
 
 
 def read_json(path: Path) -> Any:
@@ -235,7 +240,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint. Raises CheckpointError where it is missing, damaged, or brings code."""
     path = directory / CONFIG
     if not path.exists() and not path.is_symlink():
         raise CheckpointError(

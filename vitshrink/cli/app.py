@@ -11,6 +11,7 @@ from vitshrink.cli import console
 from vitshrink.cli.compress import compress_command
 from vitshrink.cli.demo import demo_command
 from vitshrink.cli.evaluate import evaluate_command
+from vitshrink.cli.export import export_command
 from vitshrink.cli.inspect import inspect_command
 from vitshrink.cli.methods import methods_command
 from vitshrink.cli.report import report_command
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("compress")(compress_command)
 app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)
+app.command("export")(export_command)
 app.command("report")(report_command)
 app.command("methods")(methods_command)
 app.command("demo")(demo_command)

@@ -15,7 +15,10 @@ from vitshrink.config import DataConfig
 
 @console.reported
 def evaluate_command(
-    model: Annotated[str, typer.Argument(help="A checkpoint, dense or compressed: a directory or a Hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint, dense or compressed: a directory or a Hub id; or an exported .onnx file."),
+    ],
     data: Annotated[str, typer.Option(help="Samples: a folder, a file, a recipe or a Hub data set.")],
     baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the data.")] = None,

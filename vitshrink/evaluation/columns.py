@@ -168,8 +168,10 @@ def _masked_logits(model: nn.Module, inputs: Mapping[str, Tensor], hidden: Tenso
         output.last_hidden_state = states[hidden.to(states.device)].unsqueeze(0)
         return output
 
-    base = model.base_model
-    assert isinstance(base, nn.Module)
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module):  # an exported model: whole, or not at all
+        whole: Tensor = _forward(model, inputs).logits
+        return whole[hidden.to(whole.device)]
     handle = base.register_forward_hook(select)
     try:
         logits: Tensor = _forward(model, inputs).logits.squeeze(0)

@@ -9,7 +9,7 @@ from vitshrink.report.render import (
     render_markdown,
     write,
 )
-from vitshrink.report.summary import Row, headline, summary_rows
+from vitshrink.report.summary import Row, headline, size, summary_rows
 from vitshrink.report.thumbnails import thumbnails
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "render_comparison_html",
     "render_html",
     "render_markdown",
+    "size",
     "summary_rows",
     "thumbnails",
     "write",

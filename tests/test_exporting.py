@@ -1,0 +1,189 @@
+"""Export to ONNX, to a dense checkpoint and to a torch.export program: what comes out computes what went in."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import vitshrink
+from vitshrink import exporting
+from vitshrink.assessment import evaluate_checkpoint
+from vitshrink.cli.app import app
+from vitshrink.config import DataConfig
+from vitshrink.errors import CheckpointError, DependencyError, OutputError, UsageError
+from vitshrink.exporting import Export, export
+from vitshrink.onnx_model import load_onnx
+from vitshrink.pipeline import CompressionResult
+
+Compressed = Callable[..., CompressionResult]
+MODELS = (
+    "ViTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "BertForSequenceClassification",
+    "BertForMaskedLM",
+    "BertModel",
+)
+
+
+@pytest.fixture(scope="session")
+def small(compressed: Compressed) -> Callable[[str], Path]:
+    def directory(name: str) -> Path:
+        found = compressed(name, method="svd", compensation="none", keep=(0.8,)).directory
+        assert found is not None
+        return found
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, small: Callable[[str], Path]) -> Callable[[str, str], Export]:
+    """The result of an export, which is run once for every model and form."""
+    root = tmp_path_factory.mktemp("exported")
+    known: dict[tuple[str, str], Export] = {}
+
+    def result(name: str, form: str) -> Export:
+        if (name, form) not in known:
+            known[name, form] = export(str(small(name)), str(root / f"{name}-{form}"), form)
+        return known[name, form]
+
+    return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx_gives_the_outputs_of_the_model(
+    exported: Callable[..., Export], small: Callable[..., Path], name: str
+) -> None:
+    found = exported(name, "onnx")
+    assert 0 <= found.difference <= 1e-4 * max(1, found.largest)
+    assert found.bytes == (found.directory / "model.onnx").stat().st_size
+    model, copy = vitshrink.load(small(name)), load_onnx(found.directory / "model.onnx").model
+    for batch in (1, 5):
+        inputs = tiny.inputs(name, batch)
+        with torch.no_grad():
+            expected, outputs = model(**inputs), copy(**inputs)
+        assert outputs.keys() == expected.keys()
+        for key, values in expected.items():
+            assert torch.allclose(outputs[key], values, atol=1e-4), key
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForMaskedLM"])
+def test_a_dense_checkpoint_loads_without_vitshrink(
+    exported: Callable[..., Export], small: Callable[..., Path], name: str
+) -> None:
+    found = exported(name, "dense")
+    assert any("no smaller" in warning for warning in found.warnings)
+    config = json.loads((found.directory / "config.json").read_text())
+    assert "quantization_config" not in config
+    stock = getattr(transformers, name).from_pretrained(found.directory).eval()
+    assert not any(type(module).__module__.startswith("vitshrink") for module in stock.modules())
+    inputs = tiny.inputs(name)
+    with torch.no_grad():
+        assert torch.allclose(stock(**inputs).logits, vitshrink.load(small(name))(**inputs).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+def test_a_program_takes_batches_of_any_size(
+    exported: Callable[..., Export], small: Callable[..., Path], name: str
+) -> None:
+    found = exported(name, "torch")
+    program = torch.export.load(found.directory / "model.pt2").module()
+    model = vitshrink.load(small(name))
+    for batch in (1, 4):
+        inputs = tiny.inputs(name, batch)
+        inputs |= {} if name.startswith("ViT") else {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+        with torch.no_grad():
+            assert torch.allclose(program(**inputs).logits, model(**inputs).logits, atol=1e-5)
+
+
+def test_an_onnx_file_is_evaluated_like_the_checkpoint(
+    exported: Callable[..., Export], small: Callable[..., Path], learned_images: Path, vit_directory: Path
+) -> None:
+    found, data = exported("ViTForImageClassification", "onnx"), DataConfig(str(learned_images))
+    ours = evaluate_checkpoint(str(small("ViTForImageClassification")), data, baseline=str(vit_directory))
+    theirs = evaluate_checkpoint(str(found.directory / "model.onnx"), data, baseline=str(vit_directory))
+    assert theirs.measurement.evaluation.compressed == ours.measurement.evaluation.compressed
+    assert theirs.bytes == found.bytes
+    assert theirs.parameters == found.parameters >= ours.parameters
+    with pytest.raises(UsageError, match="run on the CPU"):
+        evaluate_checkpoint(str(found.directory / "model.onnx"), data, device="cuda")
+
+
+def test_an_onnx_masked_lm_is_evaluated(
+    exported: Callable[..., Export], masked_lm_directory: Path, text_file: Path, small: Callable[..., Path]
+) -> None:
+    found = exported("BertForMaskedLM", "onnx")
+    scores = [
+        evaluate_checkpoint(path, DataConfig(str(text_file)), baseline=str(masked_lm_directory)).measurement.evaluation
+        for path in (str(found.directory / "model.onnx"), str(small("BertForMaskedLM")))
+    ]
+    assert scores[0].compressed == scores[1].compressed
+    assert scores[0].fidelity is not None
+    assert scores[1].fidelity is not None
+    assert scores[0].fidelity["kl"] == pytest.approx(scores[1].fidelity["kl"], rel=1e-3)
+
+
+def test_a_difference_is_not_published(
+    small: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = exporting._write_program
+
+    def wrong(*arguments: object) -> object:
+        file, run = honest(*arguments)  # type: ignore[arg-type]
+        return file, lambda batch: {name: value + 0.01 for name, value in run(batch).items()}
+
+    monkeypatch.setattr(exporting, "_write_program", wrong)
+    with pytest.raises(OutputError, match=r"differs from .* by up to 0.01"):
+        export(str(small("ViTForImageClassification")), str(tmp_path / "out"), "torch")
+    assert list(tmp_path.iterdir()) == []
+    export(str(small("ViTForImageClassification")), str(tmp_path / "out"), "torch", tolerance=0.1)
+
+
+def test_a_missing_package_is_named_before_the_work(
+    small: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr(exporting, "load_dense", None)
+    with pytest.raises(DependencyError, match=r'onnxscript.*pip install "vitshrink\[onnx\]"'):
+        export(str(small("ViTForImageClassification")), str(tmp_path / "out"), "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_makes_no_sense_is_explained(small: Callable[..., Path], vit_directory: Path, tmp_path: Path) -> None:
+    model = str(small("ViTForImageClassification"))
+    with pytest.raises(UsageError, match="onnx"):
+        export(model, str(tmp_path / "out"), "onx")
+    with pytest.raises(UsageError, match="give a directory"):
+        export(model, str(tmp_path / "model.onnx"), "onnx")
+    with pytest.raises(UsageError, match="dense checkpoint already"):
+        export(str(vit_directory), str(tmp_path / "out"), "dense")
+    with pytest.raises(OutputError, match="source model"):
+        export(model, model, "torch", overwrite=True)
+
+
+def test_a_lone_or_damaged_file_is_refused(exported: Callable[..., Export], tmp_path: Path, flat_images: Path) -> None:
+    data = DataConfig(str(flat_images))
+    with pytest.raises(CheckpointError, match="no such file"):
+        evaluate_checkpoint(str(tmp_path / "gone.onnx"), data)
+    (tmp_path / "lone.onnx").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match=r"no config\.json beside it"):
+        evaluate_checkpoint(str(tmp_path / "lone.onnx"), data)
+    config = exported("ViTForImageClassification", "onnx").directory / "config.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        evaluate_checkpoint(str(tmp_path / "lone.onnx"), data)
+
+
+def test_the_command_prints_the_difference_and_replaces_its_own(small: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ["export", str(small("ViTForImageClassification")), str(tmp_path / "out"), "--to", "torch"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "largest difference" in result.output
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    again = CliRunner().invoke(app, [*arguments, "--overwrite", "--json"])
+    assert json.loads(again.stdout)["difference"] <= 1e-5
