@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink.allocation import Plan
 from vitshrink.calibration import to_device
 from vitshrink.compression import Compression, Factors, fixed_parameters
-from vitshrink.curvature import objective
+from vitshrink.curvature import random_functional
 from vitshrink.data import Batch
 from vitshrink.errors import TargetError
 from vitshrink.lowrank import LowRankLinear
@@ -86,7 +86,8 @@ def row_importance(
     try:
         for batch in batches:
             mask = None if batch.mask is None else batch.mask.to(device)
-            torch.autograd.backward(objective(model, model(**to_device(batch.inputs, device)), batch, generator))
+            outputs = model(**to_device(batch.inputs, device))
+            torch.autograd.backward(random_functional(model, outputs, batch, generator)(outputs).sum())
     finally:
         for handle in handles:
             handle.remove()

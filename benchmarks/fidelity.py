@@ -78,7 +78,7 @@ ENTRIES: dict[str, Entry] = {
     "whitened": Entry("whitened"),
     "whitened-energy": Entry("whitened", allocation="energy"),
     "whitened-loss": Entry("whitened", allocation="loss"),
-    "whitened-drift": Entry("whitened", allocation="loss", compensation="drift"),
+    "whitened-measured": Entry("whitened", allocation="measured", compensation="rescale"),
     "mixed-rank": Entry("mixed-rank"),
     "curvature": Entry("curvature"),
     "curvature-refine-0": Entry("curvature", refine=0),
@@ -87,6 +87,7 @@ ENTRIES: dict[str, Entry] = {
     "curvature-factors": Entry("curvature", storage="factors"),
     "curvature-uniform": Entry("curvature", allocation="uniform-ratio"),
     "curvature-energy": Entry("curvature", allocation="energy"),
+    "curvature-loss": Entry("curvature", allocation="loss"),
     "curvature-bias": Entry("curvature", compensation="bias"),
     "curvature-no-bias": Entry("curvature", compensation="none"),
     "curvature-no-shrinkage": Entry("curvature", options={"shrinkage": 0.0}),
@@ -257,8 +258,10 @@ def replaced(parts: Mapping[str, Any]) -> Iterator[None]:
 def same_start(entry: Entry) -> Entry:
     """What entries with equal first factors have in common: they differ in what comes after."""
     centred = (entry.compensation or get_method(entry.method).compensation) != "none"
+    allocation = entry.allocation or get_method(entry.method).allocation
+    measured = "measured" if allocation == "measured" else None
     return replace(
-        entry, allocation=None, compensation=str(centred), storage=None, refine=None, planner=None, replaced={}
+        entry, allocation=measured, compensation=str(centred), storage=None, refine=None, planner=None, replaced={}
     )
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 from vitshrink import cost
 from vitshrink.calibration import to_device
 from vitshrink.config import CompressConfig
-from vitshrink.curvature import objective
+from vitshrink.curvature import random_functional
 from vitshrink.data import Batch, Preprocessor
 from vitshrink.measurement import open_data, read_calibration
 from vitshrink.models import blocks_of, load_dense, quiet_transformers
@@ -99,7 +99,8 @@ def bare_passes(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[float
             model(**to_device(batch.inputs, device))
 
     def forward_and_backward(batch: Batch) -> None:
-        torch.autograd.backward(objective(model, model(**to_device(batch.inputs, device)), batch, generator))
+        outputs = model(**to_device(batch.inputs, device))
+        torch.autograd.backward(random_functional(model, outputs, batch, generator)(outputs).sum())
 
     def start(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0].detach().requires_grad_(), *arguments[1:])

@@ -18,7 +18,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("shrinking",),
     ("description", "inspection", "search"),
     ("compression",),
-    ("report", "sequential", "drift", "measurement", "storage"),
+    ("report", "sequential", "rescaling", "measurement", "storage"),
+    ("effects",),
     (
         "models",
         "onnx_model",

@@ -5,7 +5,10 @@ from torch import Tensor
 
 from vitshrink.errors import NumericsError
 
-COMPENSATIONS = ("none", "bias", "residual", "drift")
+COMPENSATIONS = ("none", "bias", "residual", "rescale")
+
+SHIFTING = ("bias", "rescale")
+"""Those that begin by making every mean output exact."""
 
 RESIDUAL_SHARE = 0.25
 """Part of a layer's rank that is left to the learned residual."""

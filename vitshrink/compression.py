@@ -1,8 +1,8 @@
 """From statistics to a compressed model in memory: what the sizes of a job do alike."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from vitshrink.allocation import (
     explained_variance,
     fixed_rank,
     least_cost,
+    measured,
     plan_cost,
 )
 from vitshrink.cache import Cache, data_digest, model_digest
 from vitshrink.calibration import collect
 from vitshrink.checkpoint import replace_layers
-from vitshrink.compensation import shifted_bias
+from vitshrink.compensation import SHIFTING, shifted_bias
 from vitshrink.config import CompressConfig
 from vitshrink.curvature import collect_curvature
-from vitshrink.drift import correct_drift
+from vitshrink.data import Batch
+from vitshrink.effects import MEASURED_SAMPLES, Components, component_effects, measured_loss
 from vitshrink.errors import NumericsError, TargetError
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.measurement import CalibrationData
@@ -35,6 +37,7 @@ from vitshrink.methods import Factorisation, Method, Needs
 from vitshrink.models import Target, blocks_of
 from vitshrink.observer import Job
 from vitshrink.ranks import Storage
+from vitshrink.rescaling import rescale_components
 from vitshrink.sequential import compensate_residuals
 from vitshrink.stats import LinearStats
 from vitshrink.storage import fix_gauge
@@ -65,7 +68,8 @@ class Compression:
     def factorise_dense(self, job: Job) -> Factors:
         """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
         if self.config.cache is None:
-            return self._factorise(self._statistics(self.dense, {}, job, seed=self.config.seed), job)
+            factors = self._factorise(self._statistics(self.dense, {}, job, seed=self.config.seed), job)
+            return self._measured(self.dense, factors, job)
         device = next(self.dense.parameters()).device
         cache = Cache(Path(self.config.cache), device, job.warn)
         with job.stage("cache", "Looking into the cache"):
@@ -74,11 +78,16 @@ class Compression:
         if stats is None:
             stats = self._statistics(self.dense, {}, job, seed=self.config.seed)
             stats = cache.write(key, stats) if stats else {}
-        key |= {"method": self.method.name, "options": dict(self.config.options), "compensation": self.compensation}
+        key |= {
+            "method": self.method.name,
+            "options": dict(self.config.options),
+            "compensation": self.compensation,
+            "measured": [self.config.seed, MEASURED_SAMPLES] if self._measures else None,
+        }
         layers = cache.read(Factorisation, key)
         if layers is not None:
             return Factors(layers, {}, stats)
-        factors = self._factorise(stats, job)
+        factors = self._measured(self.dense, self._factorise(stats, job), job)
         if factors.failures:  # tried again, and reported again, by the next job
             return factors
         return Factors(cache.write(key, factors.layers), {}, stats)
@@ -101,12 +110,19 @@ class Compression:
     def refine(self, factors: Factors, plan: Plan, job: Job) -> Factors:
         """Estimate the statistics again on the model compressed by ``plan``, and factorise for those.
 
-        What a layer must keep depends on what the others lost. The factors are those of the dense weights again.
+        What a layer must keep depends on what the others lost. The factors are those of the dense weights again. What
+        they lose is measured with the factors there were, and said of the new ones in proportion.
         """
         model = self._replaced(factors, plan)
         dense = {name: self._layer(name).weight.detach() for name, rank in plan.items() if rank is not None}
         again = self._statistics(model, dense, job, seed=self.config.seed + 1)
-        return self._factorise({name: factors.stats[name].refined_by(again[name]) for name in again}, job)
+        before = self._measured(model, factors, job)
+        refined = self._factorise({name: factors.stats[name].refined_by(again[name]) for name in again}, job)
+        layers = {
+            name: each.corrected_by(before.layers[name]) if name in before.layers else each
+            for name, each in refined.layers.items()
+        }
+        return replace(refined, layers=layers)
 
     def plan(self, factors: Factors, budget: int) -> Plan:
         """Ranks for a budget of the whole model's parameters. Raises TargetError."""
@@ -143,15 +159,28 @@ class Compression:
         """The targets that could be factorised, and what their ranks cost and lose."""
         ready = [target for target in self.targets if target.name in factors.layers]
         multiple = self.config.rank_multiple
-        return ready, [Curve(t.name, t.shape, factors.layers[t.name].loss, self.storage, multiple) for t in ready]
+        curves = []
+        for target in ready:
+            layer = factors.layers[target.name]
+            loss = layer.measured if self._measures and layer.measured is not None else layer.loss
+            curves.append(Curve(target.name, target.shape, loss, self.storage, multiple))
+        return ready, curves
 
     def build(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
         """The compressed model, compensated, in the form in which it is stored."""
         model = self.truncate(factors, plan, job)
-        if self.compensation == "drift" and self.calibration is not None:
-            weights = {name: stats.importance() for name, stats in factors.stats.items()}
-            with job.stage("compensate", "Correcting drift", len(blocks_of(model))) as advance:
-                correct_drift(model, self.dense, self.targets, weights, self.calibration.batches, on_block=advance)
+        if self.compensation == "rescale" and self.calibration is not None:
+            low_rank = [name for name, rank in plan.items() if rank is not None]
+            with job.stage("compensate", "Fitting gains", len(self.calibration.samples)) as advance:
+                rescale_components(
+                    model,
+                    self.dense,
+                    low_rank,
+                    {name: self._mean(name, factors.stats) for name in low_rank},
+                    self.calibration.batches,
+                    seed=self.config.seed + 2,
+                    on_batch=advance,
+                )
         if self.storage == "gauge":
             with job.stage("gauge", "Choosing pivots"):
                 fix_gauge(model, self.targets)
@@ -183,7 +212,7 @@ class Compression:
         self, model: PreTrainedModel, dense: Mapping[str, Tensor], job: Job, *, seed: int
     ) -> dict[str, LinearStats]:
         """What the method needs to know of the targets of ``model``, of which those in ``dense`` are compressed."""
-        needed = self.method.needs is not Needs.WEIGHTS or self.compensation in ("bias", "drift")
+        needed = self.method.needs is not Needs.WEIGHTS or self.compensation in SHIFTING
         if self.calibration is None or not needed:
             return {}
         batches, samples = self.calibration.batches, len(self.calibration.samples)
@@ -194,6 +223,36 @@ class Compression:
                     model, self.targets, batches, weights=dense, seed=seed, probes=probes, on_batch=advance
                 )
             return collect(model, self.targets, batches, self.method.needs, on_batch=advance)
+
+    @property
+    def _measures(self) -> bool:
+        """Whether ranks are chosen by what components do to the output."""
+        fixed = self.config.rank is not None or self.config.explained_variance is not None
+        return self.allocation is measured and not fixed
+
+    @torch.no_grad()
+    def _measured(self, model: PreTrainedModel, factors: Factors, job: Job) -> Factors:
+        """The factors with the loss of their layers measured in ``model``, where the allocation goes by that."""
+        if not self._measures or self.calibration is None:
+            return factors
+        batches = list(_first(self.calibration.batches, MEASURED_SAMPLES))
+        components = {
+            name: Components(each.up, each.down, self._mean(name, factors.stats))
+            for name, each in factors.layers.items()
+        }
+        with job.stage("measure", "Measuring components", sum(len(batch.keys) for batch in batches)) as advance:
+            effects = component_effects(model, components, batches, seed=self.config.seed + 3, on_batch=advance)
+        layers = {
+            name: replace(each, measured=measured_loss(effects.layers[name])) for name, each in factors.layers.items()
+        }
+        return replace(factors, layers=layers)
+
+    def _mean(self, name: str, stats: Mapping[str, LinearStats]) -> Tensor:
+        """What the bias of a layer absorbs of its inputs, (n,)."""
+        layer = self._layer(name)
+        if self.compensation in SHIFTING and layer.bias is not None:
+            return stats[name].mean
+        return torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
 
     @torch.no_grad()
     def _factorise(self, stats: Mapping[str, LinearStats], job: Job) -> Factors:
@@ -225,12 +284,21 @@ class Compression:
             dense = self._layer(name)
             up, down = factors.layers[name].up[:, :rank], factors.layers[name].down[:rank]
             bias = None if dense.bias is None else dense.bias.double()
-            if bias is not None and self.compensation in ("bias", "drift"):
+            if bias is not None and self.compensation in SHIFTING:
                 bias = shifted_bias(bias, dense.weight.double(), up @ down, factors.stats[name].mean)
             layers[name] = LowRankLinear.from_factors(up, down, bias, dtype=dense.weight.dtype)
         compressed = copy.deepcopy(self.dense)
         replace_layers(compressed, layers)
         return compressed
+
+
+def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
+    """As many of the batches as it takes for ``samples``."""
+    for batch in batches:
+        if samples <= 0:
+            return
+        yield batch
+        samples -= len(batch.keys)
 
 
 def fixed_parameters(model: nn.Module, targets: Sequence[Target]) -> int:

@@ -1,6 +1,7 @@
 """Label-free curvature of a model's output with respect to the outputs of its linear layers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -32,38 +33,47 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)
 
 
-def objective(
-    model: PreTrainedModel, outputs: ModelOutput, batch: CalibrationBatch, generator: torch.Generator
-) -> Tensor:
-    """A scalar whose gradient g has E[g gᵀ] = Jᵀ F J: the curvature of the KL divergence, or of the feature error.
+Functional = Callable[[ModelOutput], Tensor]
+"""From the outputs of a batch to one number a sample, (batch,); linear in the logits or features."""
 
-    Classifiers: the Fisher information of the softmax. Masked LMs: the same at up to 16 tokens a text. Regression and
-    headless models: features under random ±1 projections, token by token and pooled.
+
+def random_functional(
+    model: PreTrainedModel, outputs: ModelOutput, batch: CalibrationBatch, generator: torch.Generator
+) -> Functional:
+    """A random functional with E[g gᵀ] = Jᵀ F J for its gradient g: the curvature of the KL divergence.
+
+    Classifiers: the Fisher information of the softmax of ``outputs``. Masked LMs: the same at up to 16 tokens a text.
+    Regression and headless models: features under random ±1 projections, token by token and pooled.
     """
     if task_of(model) == "features":
         hidden: Tensor = outputs.last_hidden_state
         mask = torch.ones(hidden.shape[:2]) if batch.mask is None else batch.mask
-        weight = (mask.float() / mask.float().sum(1, keepdim=True)).to(hidden)
-        pooled = (hidden * weight[..., None]).sum(1)
-        total = (hidden * _signs(hidden, generator) * weight.sqrt()[..., None]).sum()
-        return total + (pooled * _signs(pooled, generator)).sum()
+        weight = (mask.float() / mask.float().sum(1, keepdim=True)).to(hidden)[..., None]
+        signs = _signs(hidden, generator) * weight.sqrt() + _signs(hidden[:, :1], generator) * weight
+        return lambda outputs: (outputs.last_hidden_state * signs).sum((1, 2))
     logits: Tensor = outputs.logits
     if task_of(model) == "masked-lm":
-        logits = torch.cat(
-            [row[_positions(mask, generator)] for row, mask in zip(logits, _masks(logits, batch), strict=True)]
-        )
-    if logits.shape[-1] == 1:
-        return (logits * _signs(logits, generator)).sum()
-    return (logits * softmax_probe(logits, generator)).sum()
+        rows, positions = _tokens(_masks(logits, batch), generator)
+        probe = softmax_probe(logits[rows, positions], generator)
+        zeros = logits.new_zeros(logits.shape[0])
+        index = rows.to(logits.device)
+        return lambda outputs: zeros.index_add(0, index, (outputs.logits[rows, positions] * probe).sum(-1))
+    probe = _signs(logits, generator) if logits.shape[-1] == 1 else softmax_probe(logits, generator)
+    return lambda outputs: (outputs.logits * probe).sum(-1)
 
 
 def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:
     return torch.ones(logits.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask.cpu()
 
 
-def _positions(mask: Tensor, generator: torch.Generator, most: int = 16) -> Tensor:
-    real = mask.nonzero().flatten()
-    return real[torch.randperm(len(real), generator=generator)[:most]]
+def _tokens(masks: Tensor, generator: torch.Generator, most: int = 16) -> tuple[Tensor, Tensor]:
+    """Up to ``most`` random real tokens of every row: their rows and positions."""
+    found = []
+    for mask in masks:
+        real = mask.nonzero().flatten()
+        found.append(real[torch.randperm(len(real), generator=generator)[:most]])
+    rows = torch.arange(len(found)).repeat_interleave(torch.tensor([len(each) for each in found]))
+    return rows, torch.cat(found)
 
 
 @dataclass
@@ -71,14 +81,12 @@ class GroupSums:
     """Weighted float64 sums over the inputs x (tokens, n) of the layers that read the same tensor."""
 
     weight: float = 0.0
-    weights: list[Tensor] = field(default_factory=list)
     total: Tensor | None = None
     gram: Tensor | None = None
 
     def add(self, x: Tensor, weights: Tensor, *, with_gram: bool) -> None:
         weighted = x * weights[:, None]
         self.weight += float(weights.double().sum())
-        self.weights.append(weights)
         self.total = accumulate(self.total, weighted.sum(0))
         if with_gram:
             self.gram = accumulate(self.gram, x.T @ weighted)
@@ -119,7 +127,7 @@ class CurvatureCollector:
         device = next(self.model.parameters()).device
         self._mask = None if batch.mask is None else batch.mask.to(device)
         self.batch += 1
-        handles = [blocks_of(self.model)[0].register_forward_pre_hook(_require_gradient)]
+        handles = [blocks_of(self.model)[0].register_forward_pre_hook(require_gradient)]
         for target in self.targets:
             module = self.model.get_submodule(target.name)
             handles.append(module.register_forward_hook(self._forward_hook(target)))
@@ -128,7 +136,8 @@ class CurvatureCollector:
             with torch.enable_grad():
                 outputs = self.model(**to_device(batch.inputs, device))
                 for left in reversed(range(probes)):
-                    torch.autograd.backward(objective(self.model, outputs, batch, generator), retain_graph=left > 0)
+                    functional = random_functional(self.model, outputs, batch, generator)
+                    torch.autograd.backward(functional(outputs).sum(), retain_graph=left > 0)
         finally:
             for handle in handles:
                 handle.remove()
@@ -153,7 +162,6 @@ class CurvatureCollector:
                 gradient_gram=gradient if m <= n else None,
                 input_gradient_gram=gradient if m > n else None,
                 gradient_power=layer.power / layer.count,
-                token_weights=torch.cat(group.weights),
             )
         return found
 
@@ -232,7 +240,7 @@ class CurvatureCollector:
         self._importance.clear()
 
 
-def _require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients start at the first block: nothing before it is a target."""
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
@@ -249,7 +257,7 @@ def collect_curvature(
 ) -> dict[str, LinearStats]:
     """Input covariances and output curvatures of every target: one forward and ``probes`` backward passes a batch.
 
-    The curvature is H = E[g gᵀ] with g the gradient of ``objective`` at the layer's output (Kronecker-factored
+    The curvature is H = E[g gᵀ] with g the gradient of ``random_functional`` at the layer's output (Kronecker-factored
     Gauss-Newton, Martens and Grosse 2015, arXiv 1503.05671), without labels. Tokens count in the covariance by their
     squared gradient. Memory is that of one batch.
 
@@ -262,13 +270,20 @@ def collect_curvature(
     """
     collector = CurvatureCollector(model, targets, weights or {})
     generator = torch.Generator().manual_seed(seed)
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    try:
+    with frozen(model):
         for batch in batches:
             collector.run(batch, generator, probes)
             on_batch(next(iter(batch.inputs.values())).shape[0])
+    return collector.statistics()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient, so that a backward pass costs what a forward pass does."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
-    return collector.statistics()

@@ -12,47 +12,52 @@ WELL_CONDITIONED = 200.0
 """A window at either end costs one multiplication less than one in the middle, and is taken up to this condition."""
 
 
-def best_window(down: Tensor) -> int:
-    """First input of the best block of ``rank`` neighbouring inputs of down (rank, in) to be made the identity.
+def best_window(rows: Tensor) -> int:
+    """First of the ``rank`` neighbouring inputs that are best made the identity; rows (rank, in) are orthonormal.
 
     The block at the start or the end is taken when it is well conditioned, otherwise the best conditioned of all.
 
     Raises:
         NumericsError: no block spans the row space.
     """
-    rank, n = down.shape
-    rows = torch.linalg.qr(down.T).Q.T
+    rank, n = rows.shape
     ends = {start: _condition(rows, start, rank) for start in (0, n - rank)}
     best = min(ends, key=lambda start: ends[start])
     if ends[best] <= WELL_CONDITIONED:
         return best
     conditions = ends | {start: _condition(rows, start, rank) for start in range(STRIDE, n - rank, STRIDE)}
     best = min(conditions, key=lambda start: conditions[start])
-    if not conditions[best] < 1e8:
+    if not conditions[best] < 1e7:
         raise NumericsError("no block of neighbouring inputs spans the row space.")
     return best
 
 
 def _condition(rows: Tensor, start: int, rank: int) -> float:
-    return float(torch.linalg.cond(rows[:, start : start + rank]).nan_to_num(torch.inf))
+    block = rows[:, start : start + rank]
+    least = torch.linalg.eigvalsh(block @ block.T)[0]  # square of the least singular value; the largest is at most 1
+    return float(least.clamp_min(1e-300).rsqrt())
 
 
-def pivots_first(down: Tensor) -> Tensor:
+def pivots_first(rows: Tensor) -> Tensor:
     """A permutation (in,) of the inputs that puts ``rank`` well-conditioned pivots first; the others keep their order.
 
-    For inputs that may be permuted freely, such as the hidden units of an MLP. Column-pivoted Gram-Schmidt: each time
-    the input that the chosen ones explain least.
+    For inputs that may be permuted freely, such as the hidden units of an MLP; rows (rank, in) are orthonormal.
+    Column-pivoted Gram-Schmidt: each time the input that the chosen ones explain least.
     """
-    rank, n = down.shape
-    rest = torch.linalg.qr(down.T).Q.T.clone()
-    chosen = torch.zeros(n, dtype=torch.bool, device=down.device)
+    rank, n = rows.shape
+    rows = rows.float()  # this only ranks the inputs
+    left = rows.square().sum(0)
+    basis = rows.new_zeros(rank, rank)
     order = []
-    for _ in range(rank):
-        norms = rest.square().sum(0).masked_fill(chosen, -1)
-        pivot = int(norms.argmax())
+    for step in range(rank):
+        pivot = int(left.argmax())
         order.append(pivot)
-        chosen[pivot] = True
-        direction = rest[:, pivot] / rest[:, pivot].norm().clamp_min(1e-300)
-        rest -= torch.outer(direction, direction @ rest)
-    others = (~chosen).nonzero().flatten()
-    return torch.cat([torch.tensor(order, device=down.device), others])
+        direction = rows[:, pivot]
+        for _ in range(2):  # once is not enough when little of the input is left
+            direction = direction - basis[:step].T @ (basis[:step] @ direction)
+        basis[step] = direction / direction.norm().clamp_min(1e-30)
+        left -= (basis[step] @ rows).square()
+        left[pivot] = -torch.inf
+    chosen = torch.tensor(order, device=rows.device)
+    others = torch.ones(n, dtype=torch.bool, device=rows.device).index_fill(0, chosen, False).nonzero().flatten()
+    return torch.cat([chosen, others])

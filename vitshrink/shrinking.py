@@ -49,7 +49,9 @@ class Choices:
             config, method, allocation, compensation, method.storage if config.storage == "auto" else config.storage
         )
         if choices.calibrated and config.calibration is None:
-            what = f"method {method.name!r}" if method.needs is not Needs.WEIGHTS else f"compensation {compensation!r}"
+            what = f"compensation {compensation!r}" if compensation != "none" else f"allocation {allocation!r}"
+            if method.needs is not Needs.WEIGHTS:
+                what = f"method {method.name!r}"
             raise UsageError(
                 f"{what} needs calibration data: pass --calibration with a folder, a file, a recipe or a Hub data set "
                 "(a few hundred unlabelled samples do), or use --method svd --compensation none."
@@ -60,7 +62,9 @@ class Choices:
     @property
     def calibrated(self) -> bool:
         """Whether anything is learned from samples."""
-        return self.method.needs is not Needs.WEIGHTS or self.compensation != "none"
+        return (
+            self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
+        )
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:

@@ -29,7 +29,6 @@ class LinearStats:
         gradient_gram: H = E[g gᵀ], (m, m), with g a label-free gradient at the output; where m <= n.
         input_gradient_gram: Wᵀ H W, (n, n), where m > n.
         gradient_power: tr H.
-        token_weights: (tokens,) float32, what each token counted for in the means and Grams; 1 on average.
     """
 
     tokens: int
@@ -41,19 +40,14 @@ class LinearStats:
     gradient_gram: Tensor | None = None
     input_gradient_gram: Tensor | None = None
     gradient_power: float = 0.0
-    token_weights: Tensor | None = None
 
     def refined_by(self, again: "LinearStats") -> "LinearStats":
-        """Statistics of the same layer in the compressed model: its inputs are taken over, the gradients averaged.
-
-        What a token counts for stays as the dense model has it.
-        """
+        """Statistics of the same layer in the compressed model: its inputs are taken over, the gradients averaged."""
         return replace(
             again,
             gradient_gram=_mean(self.gradient_gram, again.gradient_gram),
             input_gradient_gram=_mean(self.input_gradient_gram, again.input_gradient_gram),
             gradient_power=(self.gradient_power + again.gradient_power) / 2,
-            token_weights=self.token_weights,
         )
 
     @classmethod
@@ -67,10 +61,6 @@ class LinearStats:
             abs_max=x.abs().amax(0),
             gram=x.T @ x / x.shape[0],
         )
-
-    def importance(self) -> Tensor:
-        """What each calibration token counts for, (tokens,); alike where no gradient was asked for."""
-        return torch.ones(self.tokens) if self.token_weights is None else self.token_weights
 
     def covariance(self, *, centred: bool) -> Tensor:
         """E[x xᵀ], less μμᵀ when ``centred``; (n, n)."""

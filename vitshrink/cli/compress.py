@@ -63,14 +63,14 @@ def compress_command(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="How ranks are shared out: uniform-rank, uniform-ratio, energy, loss; the method's own if not given.",
+            help="How ranks are shared out: uniform-rank, uniform-ratio, energy, loss, measured. Default: the method's",
             rich_help_panel=LAYERS,
         ),
     ] = None,
     compensation: Annotated[
         str | None,
         typer.Option(
-            help="Repair after truncation: none, bias, residual, drift; the method's own if not given.",
+            help="Repair after truncation: none, bias, residual, rescale; the method's own if not given.",
             rich_help_panel=LAYERS,
         ),
     ] = None,

@@ -9,7 +9,7 @@ from vitshrink.methods.whitened import whitened
 from vitshrink.stats import LinearStats, eigh, square_roots
 
 
-@method("curvature", needs=Needs.CURVATURE, allocation="loss", compensation="drift", storage="gauge")
+@method("curvature", needs=Needs.CURVATURE, allocation="measured", compensation="rescale", storage="gauge")
 def curvature(
     weight: Tensor, stats: LinearStats | None, *, centred: bool = True, shrinkage: float = 0.1
 ) -> Factorisation:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypeVar
 
@@ -29,11 +29,20 @@ class Factorisation:
     Attributes:
         up: (m, k); down: (k, n); Ŵ at rank r is ``up[:, :r] @ down[:r]``.
         loss: (k + 1,), ``loss[r]`` is what rank r loses in the method's own metric; it never rises, and ends near zero.
+        measured: (k + 1,), the same at the model's output, where the allocation has asked for it.
     """
 
     up: Tensor
     down: Tensor
     loss: Tensor
+    measured: Tensor | None = None
+
+    def corrected_by(self, other: "Factorisation") -> "Factorisation":
+        """With the loss measured, from how far the measured loss of ``other`` factors of this layer is from theirs."""
+        if other.measured is None:
+            return self
+        ratio = other.measured / torch.where(other.loss > 0, other.loss, torch.inf)
+        return replace(self, measured=(self.loss * ratio).cummin(0).values)
 
     @classmethod
     def from_spectrum(cls, up: Tensor, down: Tensor, energies: Tensor) -> "Factorisation":

@@ -1,0 +1,141 @@
+"""What each rank-one component of each layer does to the output of the model, sample by sample."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.calibration import CalibrationBatch, to_device
+from vitshrink.curvature import frozen, random_functional, require_gradient
+from vitshrink.errors import NumericsError
+from vitshrink.models import blocks_of
+
+MEASURED_SAMPLES = 128
+"""Samples on which components are measured: they say how much each counts, not what it is, and few suffice for that."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """A layer as a sum of rank-one maps of what varies: y = Σ up[:, i] down[i] (x − mean) + constant."""
+
+    up: Tensor
+    """(m, k)"""
+    down: Tensor
+    """(k, n)"""
+    mean: Tensor
+    """(n,)"""
+
+
+@dataclass
+class Effects:
+    """First-order effects on random functionals of the output, one row a sample.
+
+    The second moment of an effect is what taking its component out costs to second order, in the unit of
+    ``random_functional``: twice the KL divergence for classifiers.
+    """
+
+    layers: dict[str, Tensor]
+    """(samples, k) of each layer, float64."""
+    missing: Tensor | None
+    """What the functionals lack compared with the reference, (samples,)."""
+
+
+def component_effects(
+    model: PreTrainedModel,
+    components: Mapping[str, Components],
+    batches: Iterable[CalibrationBatch],
+    *,
+    reference: PreTrainedModel | None = None,
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda _samples: None,
+) -> Effects:
+    """One forward and one backward pass of ``model``, and a forward pass of ``reference`` where there is one.
+
+    A functional of ``model`` is that of its own outputs, or of those of ``reference``.
+
+    Raises:
+        NumericsError: NaN or Inf; names the layer and the batch.
+    """
+    watch = Watch(components)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    missing: list[Tensor] = []
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        hook = blocks_of(model)[0].register_forward_pre_hook(require_gradient)
+        stack.callback(hook.remove)
+        watch.attach(model, stack)
+        for number, batch in enumerate(batches):
+            watch.mask = None if batch.mask is None else batch.mask.to(device)
+            watch.batch = number
+            inputs = to_device(batch.inputs, device)
+            with torch.no_grad():
+                wanted = None if reference is None else reference(**inputs)
+            with torch.enable_grad():
+                outputs = model(**inputs)
+                functional = random_functional(model, outputs if wanted is None else wanted, batch, generator)
+                values = functional(outputs)
+                torch.autograd.backward(values.sum())
+            if wanted is not None:
+                missing.append((functional(wanted) - values.detach()).double())
+            on_batch(len(values))
+    layers = {name: torch.cat(each).double() for name, each in watch.effects.items()}
+    return Effects(layers, torch.cat(missing) if missing else None)
+
+
+@dataclass
+class Watch:
+    """Hooks that turn the inputs and output gradients of layers into the effects of their components."""
+
+    components: Mapping[str, Components]
+    mask: Tensor | None = None
+    batch: int = 0
+    effects: dict[str, list[Tensor]] = field(default_factory=dict)
+    _inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def attach(self, model: nn.Module, stack: ExitStack) -> None:
+        for name, parts in self.components.items():
+            module = model.get_submodule(name)
+            narrow = Components(parts.up.float(), parts.down.float(), parts.mean.float())
+            self.effects[name] = []
+            stack.callback(module.register_forward_hook(self._forward_hook(name)).remove)
+            stack.callback(module.register_full_backward_hook(self._backward_hook(name, narrow)).remove)
+
+    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+            self._inputs[name] = inputs[0].detach()
+
+        return hook
+
+    def _backward_hook(self, name: str, parts: Components) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _grad_input: Any, grad_output: Any) -> None:
+            x = self._inputs.pop(name).float() - parts.mean
+            if self.mask is not None:
+                x = x * self.mask[..., None]
+            effect = ((grad_output[0].float() @ parts.up) * (x @ parts.down.T)).sum(1)
+            if not torch.isfinite(effect).all():
+                raise NumericsError(
+                    f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
+                    "Check the checkpoint and the preprocessing of that batch."
+                )
+            self.effects[name].append(effect)
+
+        return hook
+
+
+def measured_loss(effects: Tensor) -> Tensor:
+    """What the layer loses at every rank, (k + 1,), from the effects (samples, k) of its components.
+
+    Two estimates of the loss when the components from r on are left out: the sum of their squared effects, which takes
+    them for independent, and the square of their summed effect, which takes the linear model for exact. The first is
+    too low where components act alike (those of queries and keys all sharpen the attention), the second too high where
+    the rest of the model answers to what is gone. Their geometric mean is taken; it never rises with r.
+    """
+    alone = effects.square().mean(0).flip(0).cumsum(0).flip(0)
+    together = effects.flip(1).cumsum(1).square().mean(0).flip(0)
+    loss = torch.cat([(alone * together).sqrt(), effects.new_zeros(1)])
+    return loss.cummin(0).values
