@@ -51,6 +51,8 @@ AUTO_CLASSES = {
 PAIRS = list(itertools.product(tiny.ARCHITECTURES, available_methods()))
 JOBS = [(*pair, sorted(ALLOCATIONS)[index % len(ALLOCATIONS)]) for index, pair in enumerate(PAIRS)]
 
+WITHOUT_SAMPLES = sorted(set(ALLOCATIONS) - {"measured"})
+
 
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +185,7 @@ def test_activation_aware_methods_lose_less_than_plain_svd(compressed: Compresse
     keeps=st.lists(st.floats(0.36, 0.9999), min_size=1, max_size=12, unique=True),
     storage=st.sampled_from(["factors", "gauge"]),
 )
-@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("allocation", WITHOUT_SAMPLES)
 def test_no_plan_exceeds_its_budget(
     vit_directory: Path, tmp_path: Path, allocation: str, keeps: list[float], storage: str
 ) -> None:
@@ -263,6 +265,11 @@ def _by_shape(result: CompressionResult) -> list[tuple[tuple[int, ...], int | No
     return [(tuple(layer["shape"]), layer["rank"]) for layer in result.report.layers]
 
 
+def test_effects_are_measured_on_samples(vit_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"allocation 'measured' needs calibration data: pass --calibration"):
+        compress(job(vit_directory, tmp_path / "out", allocation="measured"))
+
+
 def test_ranks_are_multiples_where_asked(compressed: Compressed) -> None:
     for allocation in sorted(ALLOCATIONS):
         result = compressed(CLASSIFIER, method="svd", rank_multiple=4, allocation=allocation)
@@ -325,7 +332,7 @@ def test_what_an_unreachable_target_calls_reachable_is(
     assert len(weights_of(result)) <= float(size.removesuffix("MB")) * 1e6
 
 
-@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("allocation", WITHOUT_SAMPLES)
 def test_the_least_size_is_reached_with_every_allocation(compressed: Compressed, allocation: str) -> None:
     (dry,) = compress(replace(job(Path(), Path(), dry_run=True), **_least(compressed, allocation)))
     assert set(ranks(dry).values()) == {1}

@@ -62,9 +62,7 @@ class Choices:
     @property
     def calibrated(self) -> bool:
         """Whether anything is learned from samples."""
-        return (
-            self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
-        )
+        return self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
