@@ -14,11 +14,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("pipeline", "assessment", "api", "exporting"),
+    ("pipeline", "assessment", "api", "exporting", "quantizing"),
     ("shrinking",),
     ("description", "inspection", "search"),
     ("compression",),
-    ("report", "sequential", "rescaling", "measurement", "storage"),
+    ("report", "sequential", "rescaling", "measurement", "storage", "quantization"),
     ("effects",),
     (
         "models",

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from vitshrink import cost
 from vitshrink.checkpoint import cast, save, verify
-from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.config import CompressConfig, DataConfig, quantized_bits
 from vitshrink.data import Preprocessor, ReadyBatches, SampleSet, is_items, open_samples, samples_in_memory
 from vitshrink.description import example_inputs
 from vitshrink.errors import DataError, UsageError
@@ -19,6 +19,7 @@ from vitshrink.measurement import CalibrationData, hold_out, measure, read_calib
 from vitshrink.models import check_finite, family_of, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import publish
+from vitshrink.quantization import quantized
 from vitshrink.report import Report, headline, write
 from vitshrink.search import Bound
 from vitshrink.shrinking import Choices, Shrinking
@@ -109,7 +110,10 @@ def compress(
     preprocessor, data, held_out = _data(dense, calibration, processor, config, job, calibrated=chosen.calibrated)
     (shrunk,) = shrinking.run(data, held_out, preprocessor, job)
     assert shrunk.model is not None
-    small = cast(shrunk.model, dtype).to(model.device)
+    final = shrunk.model
+    if config.quantize is not None:
+        final = quantized(final, *quantized_bits(config.quantize, config.activations), dtype=dtype)
+    small = cast(final, dtype).to(model.device)
     judged = copy.deepcopy(small).float()
     measurement = None
     if held_out is not None and preprocessor is not None:

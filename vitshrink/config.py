@@ -39,6 +39,19 @@ def parse_quantity(text: str, flag: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match[2] else int(float(match[1]))
 
 
+def quantized_bits(weights: str, activations: str | None) -> tuple[int, Literal["none", "dynamic"]]:
+    """Bits of a weight and how activations are treated, by default the faster way. Raises UsageError."""
+    if weights not in ("int8", "int4"):
+        raise UsageError(f"weights cannot be stored as {weights!r}. {_did_you_mean(weights, ['int8', 'int4'])}")
+    if activations not in (None, "none", "dynamic"):
+        raise UsageError(f"--activations {activations}: {_did_you_mean(activations, ['none', 'dynamic'])}")
+    if weights == "int4":
+        if activations == "dynamic":
+            raise UsageError("int4 weights are multiplied in floating point: leave --activations none.")
+        return 4, "none"
+    return 8, "none" if activations == "none" else "dynamic"
+
+
 def _did_you_mean(name: str, available: list[str]) -> str:
     near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
     return (f"Did you mean {near[0]!r}? " if near else "") + f"Available: {', '.join(available)}."
@@ -81,6 +94,8 @@ class CompressConfig:
     max_kl: float | None = None
     rank_multiple: int = 1
     storage: Literal["auto", "gauge", "factors"] = "auto"
+    quantize: str | None = None
+    activations: str | None = None
     probes: int = 1
     refine: int = 1
     cache: str | None = None
@@ -152,6 +167,18 @@ class CompressConfig:
             raise UsageError(f"--dtype {self.dtype}: not a type to save in. {_did_you_mean(self.dtype, list(DTYPES))}")
         if self.storage not in ("auto", "gauge", "factors"):
             raise UsageError(f"--storage {self.storage}: {_did_you_mean(self.storage, ['auto', 'gauge', 'factors'])}")
+        if self.quantize is None and self.activations is not None:
+            raise UsageError("--activations says how a quantised model computes: pass --quantize int8 as well.")
+        if self.quantize is not None:
+            quantized_bits(self.quantize, self.activations)
+            judged = [
+                flag_of(name) for name in ("target_size", "max_drop", "max_kl") if getattr(self, name) is not None
+            ]
+            if judged:
+                raise UsageError(
+                    f"{judged[0]} is kept by the model before it is quantised: compress without --quantize, and then "
+                    "run `vitshrink quantize` on the result."
+                )
         if self.layers not in get_args(Layers):
             raise UsageError(f"--layers {self.layers}: unknown. {_did_you_mean(self.layers, list(get_args(Layers)))}")
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters; tied ones count once, and a byte of two 4-bit integers is two."""
+    return sum(parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1) for parameter in model.parameters())
 
 
 def layers_parameters(model: nn.Module, names: Iterable[str]) -> int:
@@ -41,10 +41,15 @@ def macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """
     # torch counts nothing for the fused attention of the CPU, so that the plain one is run; and under inference_mode
     # linear layers are not taken apart into the operations that it counts
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _product_flops})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(**_on_device_of(model, inputs))
     return int(counter.get_total_flops()) // 2
+
+
+def _product_flops(left: torch.Size, right: torch.Size, **_: Any) -> int:
+    """Of a product (m, k) × (k, n) of integers, which torch does not count."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink import __version__, cost
 from vitshrink.allocation import Plan
 from vitshrink.compression import Factors
-from vitshrink.config import CompressConfig
+from vitshrink.config import CompressConfig, quantized_bits
 from vitshrink.measurement import CalibrationData, Measurement
 from vitshrink.models import Target, task_of
 from vitshrink.observer import Job
@@ -109,6 +109,7 @@ class Description:
             method=self.config.method,
             allocation=self.allocation,
             compensation=self.compensation,
+            quantization=quantization_of(self.config.quantize, self.config.activations),
             layers_parameters=before_after(*self._layer_costs(plan)),
             layers=list(layers),
             calibration=self._calibration(),
@@ -161,6 +162,11 @@ class Description:
             "fingerprint": self.calibration.samples.fingerprint(),
             "preprocessing": self.preprocessing,
         }
+
+
+def quantization_of(weights: str | None, activations: str | None) -> dict[str, Any] | None:
+    """What a report says of quantised weights."""
+    return None if weights is None else {"weights": weights, "activations": quantized_bits(weights, activations)[1]}
 
 
 def _relative_error(loss: Tensor, rank: int) -> float:

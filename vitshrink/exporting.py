@@ -28,6 +28,7 @@ from vitshrink.observer import Job, Observer, Silent
 from vitshrink.onnx_model import Session, onnx_bytes, onnx_numbers
 from vitshrink.publication import EXPORT, check_space, publish
 from vitshrink.source import CONFIG, examine
+from vitshrink.structures.quantized import QuantizedEmbedding, QuantizedLinear
 
 Form = Literal["onnx", "dense", "torch"]
 
@@ -97,6 +98,12 @@ def export(
         source = load_dense(model, offline=offline, allow_compressed=True)
     if form == "dense" and not compressed_layers(source.model):
         raise UsageError(f"{model} has no compressed layer: it is the dense checkpoint already.")
+    quantised = any(isinstance(layer, QuantizedLinear) for layer in compressed_layers(source.model).values())
+    if form == "onnx" and quantised:
+        raise UsageError(
+            f"{model} is quantised, and ONNX has operators of its own for that: export the model that it was made "
+            "from, and quantise the file with onnxruntime."
+        )
     check_space(Path(output), 5 * cost.parameters(source.model))
     with publish(Path(output), overwrite=overwrite, protect=source.directory) as staging:
         write = {"onnx": _write_onnx, "dense": _write_dense, "torch": _write_program}[form]
@@ -187,11 +194,14 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model with plain linear layers in place of the compressed ones: the same function of its inputs."""
     dense = copy.deepcopy(model)
     for name, layer in compressed_layers(model).items():
-        if not isinstance(layer, LowRankLinear):
-            raise UsageError(f"{name} is a {type(layer).__name__}, which is no product of factors: use --to onnx.")
+        if isinstance(layer, QuantizedEmbedding):
+            table = layer.dense_weight()
+            dense.set_submodule(name, nn.Embedding(table.shape[0], table.shape[1], _weight=table), strict=True)
+            continue
+        if not isinstance(layer, LowRankLinear | QuantizedLinear):
+            raise UsageError(f"{name} is a {type(layer).__name__}, which is no matrix: use --to onnx.")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        up, down = (factor.double() for factor in layer.factors())
-        linear.weight.copy_(up @ down)
+        linear.weight.copy_(layer.dense_weight())
         if layer.bias is not None:
             linear.bias.copy_(layer.bias)
         dense.set_submodule(name, linear, strict=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.allocation import Plan
 from vitshrink.checkpoint import file_bytes, load, save, verify
-from vitshrink.config import CompressConfig
+from vitshrink.config import CompressConfig, quantized_bits
 from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.description import example_inputs
 from vitshrink.errors import UsageError
@@ -27,6 +27,7 @@ from vitshrink.measurement import (
 from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import check_space, publish
+from vitshrink.quantization import quantized
 from vitshrink.report import Report, write
 from vitshrink.search import Bound
 from vitshrink.shrinking import Choices, Shrinking, Size
@@ -92,9 +93,11 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
                 results.append(CompressionResult(None, description.planned(shrunk.factors, shrunk.plan, own)))
                 continue
             with own.stage("save", "Saving and verifying"):
-                extra = {"recipe.yaml": config.to_yaml()}
-                save(shrunk.model, staging[index], source=source, dtype=dtype, extra_files=extra)
-                verify(staging[index], shrunk.model, example_inputs(dense))
+                model, extra = shrunk.model, {"recipe.yaml": config.to_yaml()}
+                if config.quantize is not None:
+                    model = quantized(model, *quantized_bits(config.quantize, config.activations), dtype=dtype)
+                save(model, staging[index], source=source, dtype=dtype, extra_files=extra)
+                verify(staging[index], model, example_inputs(dense))
                 again = load(staging[index], dtype=torch.float32, device=device)
             saved.append(
                 _Saved(again, shrunk.plan, description.layers(shrunk.factors, shrunk.plan), own, staging[index])

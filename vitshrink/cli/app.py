@@ -14,6 +14,7 @@ from vitshrink.cli.evaluate import evaluate_command
 from vitshrink.cli.export import export_command
 from vitshrink.cli.inspect import inspect_command
 from vitshrink.cli.methods import methods_command
+from vitshrink.cli.quantize import quantize_command
 from vitshrink.cli.report import report_command
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("compress")(compress_command)
 app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)
+app.command("quantize")(quantize_command)
 app.command("export")(export_command)
 app.command("report")(report_command)
 app.command("methods")(methods_command)

@@ -87,6 +87,16 @@ def compress_command(
             rich_help_panel=LAYERS,
         ),
     ] = CompressConfig.storage,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Store factors and dense layers as int8 or int4 as well.", rich_help_panel=LAYERS),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help="With --quantize: dynamic (int8 arithmetic, the default for int8) or none.", rich_help_panel=LAYERS
+        ),
+    ] = None,
     refine: Annotated[
         int,
         typer.Option(

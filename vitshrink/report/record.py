@@ -35,6 +35,8 @@ class Report:
     """Of the weights of the layers that could be factorised: ``dense``, ``compressed``, ``kept``."""
     layers: list[Mapping[str, Any]]
     """``name``, ``shape`` (out, in), ``rank`` (None: dense), ``parameters``, ``relative_error``, ``reason``."""
+    quantization: Mapping[str, Any] | None = None
+    """``weights`` (``int8``, ``int4``) and ``activations`` (``none``, ``dynamic``); None: all in floating point."""
     bytes: Mapping[str, Any] = field(default_factory=dict)
     """Of the weight files: ``dense``, ``compressed``, ``kept``."""
     macs: Mapping[str, Any] = field(default_factory=dict)

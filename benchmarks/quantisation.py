@@ -1,0 +1,113 @@
+"""Integers on top of low rank: bytes, accuracy, divergence and latency of one model in every combination."""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from tables import print_head, print_row
+from torch import nn
+from transformers import PreTrainedModel
+
+import vitshrink
+from vitshrink import cost
+from vitshrink.config import DataConfig
+from vitshrink.data import Preprocessor
+from vitshrink.description import example_inputs
+from vitshrink.measurement import measure_each, open_data
+from vitshrink.models import load_dense, task_of
+from vitshrink.observer import Job, Silent
+from vitshrink.quantization import quantized
+
+
+def torchao_peer(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The linear layers by torchao, weights and activations in int8 a channel and a token; None where it is missing."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError:
+        return None
+    peer = copy.deepcopy(model)
+    quantize_(peer.base_model, Int8DynamicActivationInt8WeightConfig())
+    return peer
+
+
+def variants(dense: PreTrainedModel, calibration: str, keep: list[float], samples: int) -> dict[str, PreTrainedModel]:
+    """Every combination, by its name."""
+    models = {"fp32": dense, "fp16": copy.deepcopy(dense).half()}
+    if (peer := torchao_peer(dense)) is not None:
+        models["int8 dynamic, torchao"] = peer
+    small = {f"keep {k:g}": vitshrink.compress(dense, calibration, keep=k, samples=samples).model for k in keep}
+    for name, model in {"": dense, **small}.items():
+        if name:
+            models[name] = model
+            models[f"{name}, fp16"] = copy.deepcopy(model).half()
+        prefix = f"{name}, " if name else ""
+        models[f"{prefix}int8 weights"] = quantized(model, 8, "none")
+        models[f"{prefix}int8 dynamic"] = quantized(model, 8, "dynamic")
+        models[f"{prefix}int4 weights"] = quantized(model, 4, "none")
+    return models
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    known = argparse.ArgumentParser(description=__doc__)
+    known.add_argument("--model", required=True)
+    known.add_argument("--calibration", required=True)
+    known.add_argument("--eval", required=True)
+    known.add_argument("--limit", type=int)
+    known.add_argument("--samples", type=int, default=256)
+    known.add_argument("--keep", type=float, nargs="*", default=[0.7])
+    known.add_argument("--repeats", type=int, default=15)
+    known.add_argument("--length", type=int, default=32, help="tokens of the texts that are timed")
+    given = known.parse_args(arguments)
+
+    source = load_dense(given.model)
+    dense = source.model
+    preprocessor = Preprocessor.from_checkpoint(source.directory, source.family.modality)
+    data = open_data(DataConfig(given.eval), source, offline=True)
+    if given.limit is not None and given.limit < len(data):
+        data = data.select(given.limit, 0)
+    models = variants(dense, given.calibration, given.keep, given.samples)
+    # a weight of half precision is judged by its value; the sums are those of float32
+    judged: list[nn.Module] = [copy.deepcopy(m).float() if m.dtype == torch.float16 else m for m in models.values()]
+    found = measure_each(
+        judged,
+        data,
+        preprocessor,
+        Job(Silent()),
+        task=task_of(dense),
+        baseline=dense,
+        device=torch.device("cpu"),
+        batch_size=32,
+    )
+    timed = {}
+    for batch in (1, 8):
+        inputs = example_inputs(dense, batch)
+        if source.family.modality == "text":
+            inputs = {name: tensor[:, : given.length] for name, tensor in inputs.items()}
+        timed[batch] = cost.latency(models, inputs, repeats=given.repeats)
+    print(
+        f"{Path(given.model).name}, {len(data)} samples of {data.source.rsplit('/', 1)[-1]}; {torch.get_num_threads()}"
+    )
+    print(f"threads, torch {torch.__version__}, vitshrink {vitshrink.__version__}; milliseconds at batch 1 and 8.\n")
+    print_head(["", "MB", "of fp32", "score", "KL", "agreement", "ms, 1", "ms, 8"])
+    whole = cost.memory_bytes(dense)
+    for (name, model), each in zip(models.items(), found, strict=True):
+        evaluation, nbytes = each.evaluation, cost.memory_bytes(model)
+        scores, fidelity = evaluation.compressed or {}, evaluation.fidelity or {}
+        score = scores.get(evaluation.metric or "", float("nan"))
+        print_row(
+            [
+                name,
+                f"{nbytes / 1e6:.2f}" if "torchao" not in name else "",
+                f"{nbytes / whole:.3f}" if "torchao" not in name else "",
+                f"{score:.4f}",
+                f"{fidelity.get('kl', float('nan')):.4f}",
+                f"{fidelity.get('agreement', float('nan')):.4f}",
+                *(f"{1000 * timed[batch][name].median:.1f}" for batch in (1, 8)),
+            ]
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Integer weights: what is stored, how close it is, that it reloads with stock calls, and fails loudly without."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+import vitshrink
+from vitshrink import cost
+from vitshrink.cli.app import app
+from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.errors import CheckpointError, OutputError, UsageError
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.models import load_dense
+from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.quantization import quantized
+from vitshrink.quantizing import quantize_checkpoint
+from vitshrink.report import figures
+from vitshrink.structures.quantized import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedSpec,
+    dequantize,
+    quantize,
+)
+
+Compressed = Callable[..., CompressionResult]
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "available", lambda: False)
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.006), (4, 0.12)])
+@pytest.mark.parametrize("columns", [1, 31, 37, 64, 96])
+def test_integers_times_scales_are_close_to_the_matrix(bits: int, bound: float, columns: int) -> None:
+    matrix = torch.randn(20, columns, generator=torch.Generator().manual_seed(columns))
+    matrix[3] = 0
+    integers, scales = quantize(matrix, bits)
+    assert integers.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert integers.ndim == 3, "never the shape of the dense tensor"
+    again = dequantize(integers, scales, bits, columns)
+    assert torch.equal(again[3], matrix[3])
+    assert (again - matrix).norm() <= bound * matrix.norm()
+
+
+def test_four_bits_clip_where_it_pays() -> None:
+    matrix = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    integers, scales = quantize(matrix, 4)
+    plain = matrix.abs().amax(1, keepdim=True) / 7
+    error = (dequantize(integers, scales, 4, 32) - matrix).norm()
+    assert error < ((matrix / plain).round() * plain - matrix).norm()
+
+
+@pytest.mark.parametrize("pivot", [None, 0, 5])
+@pytest.mark.parametrize(("bits", "activations"), [(8, "none"), (8, "dynamic"), (4, "none")])
+def test_a_low_rank_layer_is_rounded_factor_by_factor(pivot: int | None, bits: int, activations: str) -> None:
+    torch.manual_seed(0)
+    up, down = torch.randn(24, 6), torch.randn(6, 40)
+    layer = LowRankLinear.from_factors(up, down, torch.randn(24), dtype=torch.float32, pivot=pivot)
+    made = QuantizedLinear.from_layer(layer, bits, activations)  # type: ignore[arg-type]
+    x = torch.randn(2, 7, 40)
+    with torch.no_grad():
+        error = (made(x) - layer(x)).norm() / layer(x).norm()
+        through_matrix = nn.functional.linear(x, made.dense_weight(), made.bias)
+        assert (made(x) - through_matrix).norm() <= (0.04 if activations == "dynamic" else 1e-5) * layer(x).norm()
+    assert error < (0.06 if bits == 8 else 0.5)  # any pivots do here: those of a job are better conditioned
+    assert cost.parameters(made) - cost.parameters(layer) <= (0 if bits == 8 else 2 * 30)
+
+
+def test_dynamic_products_do_not_depend_on_the_rest_of_the_batch() -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLinear.from_layer(nn.Linear(16, 8), 8, "dynamic")
+    x = torch.randn(5, 16)
+    x[4] *= 1000
+    with torch.no_grad():
+        assert torch.equal(layer(x)[:2], layer(x[:2]))
+        assert torch.equal(layer(torch.zeros(1, 16))[0], layer.bias)
+
+
+def test_integers_are_multiplied_exactly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitshrink.structures import quantized as module
+
+    layer = QuantizedLinear.from_layer(nn.Linear(64, 8), 8, "dynamic")
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        fast = layer(x)
+        monkeypatch.setattr(module, "_exact_on_this_cpu", lambda: False)
+        assert torch.allclose(layer(x), fast, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification", "BertForMaskedLM"])
+@pytest.mark.parametrize(("weights", "activations"), [("int8", "dynamic"), ("int4", None)])
+def test_a_quantised_checkpoint_reloads_with_stock_calls(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, weights: str, activations: str | None
+) -> None:
+    source = checkpoint(name)
+    result = quantize_checkpoint(str(source), str(tmp_path / "out"), weights=weights, activations=activations)
+    stock = getattr(transformers, name).from_pretrained(tmp_path / "out").eval()
+    ours, dense = vitshrink.load(tmp_path / "out"), load_dense(source).model
+    inputs = tiny.inputs(name)
+    with torch.no_grad():
+        assert torch.equal(stock(**inputs).logits, ours(**inputs).logits)
+        error = (stock(**inputs).logits - dense(**inputs).logits).norm() / dense(**inputs).logits.norm()
+    assert error < (0.05 if weights == "int8" else 0.5)
+    assert result.report.bytes["compressed"] < (0.75 if name.startswith("Bert") else 0.6) * result.report.bytes["dense"]
+    tables = [module for module in stock.modules() if isinstance(module, QuantizedEmbedding)]
+    assert len(tables) == (1 if name == "BertForSequenceClassification" else 0), "tied embeddings stay"
+    stock.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        again = getattr(transformers, name).from_pretrained(tmp_path / "again").eval()
+        assert torch.equal(again(**inputs).logits, ours(**inputs).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_keep_their_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = tiny.write("ViTForImageClassification", tmp_path / "half", dtype=dtype)
+    quantize_checkpoint(str(source), str(tmp_path / "out"))
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert model.dtype == dtype
+    kinds = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert kinds == {dtype, torch.int8}
+    inputs = {"pixel_values": tiny.inputs("ViTForImageClassification")["pixel_values"].to(dtype)}
+    with torch.no_grad():
+        dense = load_dense(source).model(pixel_values=inputs["pixel_values"].float()).logits
+        assert (model(**inputs).logits.float() - dense).norm() < 0.08 * dense.norm()
+
+
+def test_compress_quantises_its_result(
+    compressed: Compressed, vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    plain = compressed("ViTForImageClassification")
+    (result,) = compress(
+        CompressConfig(
+            str(vit_directory),
+            str(tmp_path / "out"),
+            keep=(0.8,),
+            quantize="int8",
+            calibration=str(flat_images),
+            samples=16,
+            holdout=8,
+            batch_size=7,
+        )
+    )
+    assert result.report.parameters == plain.report.parameters
+    assert result.report.bytes["compressed"] < 0.7 * plain.report.bytes["compressed"]
+    assert result.report.quantization == {"weights": "int8", "activations": "dynamic"}
+    assert result.report.macs["compressed"] == plain.report.macs["compressed"]
+    assert "stored as int8" in (tmp_path / "out" / "README.md").read_text()
+    afterwards = quantize_checkpoint(str(plain.directory), str(tmp_path / "later"))
+    assert afterwards.directory is not None
+    models = [vitshrink.load(directory) for directory in (tmp_path / "out", afterwards.directory)]
+    assert all(torch.equal(value, models[1].state_dict()[key]) for key, value in models[0].state_dict().items())
+
+
+def test_the_report_has_the_figures_of_both_models(vit_directory: Path, learned_images: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(vit_directory), str(tmp_path / "out"), "--eval", str(learned_images), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["evaluation"]["dense"]["correct"] == 34
+    assert report["evaluation"]["fidelity"]["kl"] < 0.05
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"report.json", "report.md", "README.md"}
+    assert CliRunner().invoke(app, arguments).exit_code == 1, "the output exists"
+
+
+def test_without_vitshrink_loading_fails(vit_directory: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(str(vit_directory), str(tmp_path / "out"))
+    program = (
+        "import sys, transformers\n"
+        "try: transformers.ViTForImageClassification.from_pretrained(sys.argv[1])\n"
+        "except RuntimeError as error: print('mismatch' in str(error))\n"
+        "else: print('loaded')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True, timeout=600, check=True
+    )
+    assert run.stdout.strip() == "True"
+
+
+def test_what_makes_no_sense_is_explained(vit_directory: Path, tmp_path: Path) -> None:
+    source, output = str(vit_directory), str(tmp_path / "out")
+    with pytest.raises(UsageError, match="int8"):
+        quantize_checkpoint(source, output, weights="int3")
+    with pytest.raises(UsageError, match="floating point"):
+        quantize_checkpoint(source, output, weights="int4", activations="dynamic")
+    with pytest.raises(OutputError, match="source model"):
+        quantize_checkpoint(source, source, overwrite=True)
+    quantize_checkpoint(source, output)
+    with pytest.raises(UsageError, match="quantised already"):
+        quantize_checkpoint(output, str(tmp_path / "twice"))
+    for size in ({"target_size": "1MB"}, {"max_kl": 0.1, "calibration": "there"}):
+        with pytest.raises(UsageError, match="before it is quantised"):
+            CompressConfig("a", "b", quantize="int8", **size)
+    with pytest.raises(UsageError, match="pass --quantize"):
+        CompressConfig("a", "b", keep=(0.5,), activations="none")
+    for entry in ({"bits": 3, "activations": "none"}, {"bits": 8}, {"bits": 8, "activations": "none", "rank": 0}):
+        with pytest.raises(CheckpointError):
+            QuantizedSpec.from_dict(entry)
+
+
+def test_the_original_is_not_changed() -> None:
+    model = tiny.build("ViTForImageClassification")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantized(model, 8, "dynamic")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not hasattr(model.config, "quantization_config")
+    assert DataConfig("x").source == "x"

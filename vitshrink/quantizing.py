@@ -1,0 +1,121 @@
+"""``vitshrink quantize``: a checkpoint, dense or compressed, with integer weights."""
+
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from vitshrink import __version__, cost
+from vitshrink.checkpoint import file_bytes, load, save, verify
+from vitshrink.config import DataConfig, quantized_bits
+from vitshrink.data import Preprocessor
+from vitshrink.description import example_inputs, quantization_of
+from vitshrink.measurement import measure, open_data
+from vitshrink.models import load_dense, task_of
+from vitshrink.observer import Job, Observer, Silent
+from vitshrink.pipeline import CompressionResult
+from vitshrink.publication import check_space, publish
+from vitshrink.quantization import quantized
+from vitshrink.report import Report, before_after, write
+
+
+def quantize_checkpoint(
+    model: str,
+    output: str,
+    *,
+    weights: str = "int8",
+    activations: str | None = None,
+    data: DataConfig | None = None,
+    baseline: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    class_map: Path | None = None,
+    seed: int = 0,
+    offline: bool = False,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+) -> CompressionResult:
+    """Write ``model`` with integer weights into the directory ``output``, verified, whole or not at all.
+
+    With ``data`` it is measured beside ``baseline``, which is the model itself if none is given.
+
+    Raises:
+        UsageError: weights or activations that there are not, or a model that is quantised already.
+        CheckpointError, DataError, OutputError: as the parts that read and write.
+    """
+    bits, treated = quantized_bits(weights, activations)
+    job = Job(observer or Silent())
+    with job.stage("load", "Loading the model"):
+        source = load_dense(model, offline=offline, allow_compressed=True)
+        dense = load_dense(baseline, offline=offline, allow_compressed=True) if baseline else source
+    check_space(Path(output), 2 * cost.parameters(source.model))
+    with publish(Path(output), overwrite=overwrite, protect=source.directory) as staging:
+        with job.stage("quantize", "Quantising, saving and verifying"):
+            rounded = quantized(source.model, bits, treated, dtype=source.source_dtype)
+            save(rounded, staging, source=source)
+            inputs = example_inputs(source.model)
+            verify(staging, rounded, inputs)
+            again = load(staging, dtype=torch.float32)
+        measurement, preprocessing = None, None
+        if data is not None:
+            preprocessor = Preprocessor.from_checkpoint(source.directory, source.family.modality, offline=offline)
+            samples = open_data(data, source, offline=offline)
+            if limit is not None and limit < len(samples):
+                samples = samples.select(limit, seed)
+            preprocessing = preprocessor.description
+            measurement = measure(
+                again,
+                samples,
+                preprocessor,
+                job,
+                task=task_of(source.model),
+                baseline=dense.model,
+                device=torch.device("cpu"),
+                batch_size=batch_size,
+                seed=seed,
+                class_map=class_map,
+            )
+        with job.stage("cost", "Measuring cost"):
+            latency = cost.latency({"dense": dense.model, "compressed": again}, inputs, repeats=10, warmup=2)
+            macs = before_after(cost.macs(dense.model, inputs), cost.macs(again, inputs))
+        parameters = before_after(cost.parameters(dense.model), cost.parameters(again))
+        report = Report(
+            vitshrink=__version__,
+            model=baseline or model,
+            task=task_of(source.model),
+            method="none",
+            allocation="none",
+            compensation="none",
+            quantization=quantization_of(weights, activations),
+            parameters=parameters,
+            layers_parameters={},
+            layers=[],
+            bytes=before_after(file_bytes(dense.directory), file_bytes(staging)),
+            macs=macs,
+            latency={role: asdict(timing) for role, timing in latency.items()},
+            evaluation=None
+            if measurement is None
+            else measurement.evaluation.to_dict()
+            | {
+                "source": measurement.source,
+                "fingerprint": measurement.fingerprint,
+                "label_rule": measurement.label_rule,
+                "bad_samples": dict(measurement.bad.reasons),
+                "preprocessing": preprocessing,
+            },
+            timings=dict(job.timings),
+            environment={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "platform": platform.platform(),
+                "device": "cpu",
+                "threads": torch.get_num_threads(),
+                "peak_memory": cost.peak_memory_bytes(),
+            },
+            warnings=list(job.warnings),
+        )
+        write(report, staging)
+    return CompressionResult(Path(output), report)
