@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "models",
         "onnx_model",
+        "hub",
         "source",
         "data",
         "calibration",

@@ -30,6 +30,7 @@ from vitshrink.structures.quantized import (
     QuantizedLinear,
     QuantizedSpec,
     dequantize,
+    dynamic_product,
     quantize,
 )
 
@@ -86,6 +87,17 @@ def test_dynamic_products_do_not_depend_on_the_rest_of_the_batch() -> None:
     with torch.no_grad():
         assert torch.equal(layer(x)[:2], layer(x[:2]))
         assert torch.equal(layer(torch.zeros(1, 16))[0], layer.bias)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 16, 33])
+@pytest.mark.parametrize("rows", [1, 2, 5, 33])
+def test_integer_products_are_exact_in_every_shape(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    integers = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    x = torch.randint(-127, 128, (9, columns), generator=generator).float()
+    x[:, 0] = 127  # so that a token is its own rounding
+    found = dynamic_product(x, integers, torch.ones(rows), None)
+    assert torch.allclose(found, x @ integers.float().T, rtol=1e-6, atol=1e-2)
 
 
 def test_integers_are_multiplied_exactly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

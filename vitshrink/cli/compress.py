@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,8 @@ from vitshrink.cli import console
 from vitshrink.cli.tables import plan_table, results_table
 from vitshrink.config import SIZES, CompressConfig, parse_option, read_recipe
 from vitshrink.errors import UsageError
-from vitshrink.pipeline import compress
+from vitshrink.hub import push, require_hub
+from vitshrink.pipeline import CompressionResult, compress
 
 SIZE, DATA, LAYERS, RUN = "Size", "Data", "Layers and method", "Run"
 
@@ -169,6 +171,13 @@ def compress_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.", rich_help_panel=RUN)
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="Upload the finished result to this Hub model, such as me/small-vit.", rich_help_panel=RUN),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: make it private.", rich_help_panel=RUN)
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.", rich_help_panel=RUN)] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on stdout.", rich_help_panel=RUN)
@@ -183,7 +192,7 @@ def compress_command(
         for name, value in context.params.items()
         if (given := context.get_parameter_source(name)) is not None and given.name == "COMMANDLINE"
     }
-    for own in ("config", "quiet", "as_json"):
+    for own in ("config", "quiet", "as_json", "push_to_hub", "private"):
         flags.pop(own, None)
     if "eval_data" in flags:
         flags["eval"] = flags.pop("eval_data")
@@ -193,7 +202,19 @@ def compress_command(
     if any(name in flags for name in SIZES):  # a size on the command line replaces the recipe's
         recipe = {name: value for name, value in recipe.items() if str(name).replace("-", "_") not in SIZES}
     job = CompressConfig.from_mapping(recipe | flags, str(config) if config else "the command line")
+    if push_to_hub is not None:
+        if len(job.keep) > 1 or job.dry_run:
+            raise UsageError("--push-to-hub uploads one finished model: give one size, and no --dry-run.")
+        require_hub(push_to_hub, offline=job.offline)
     results = compress(job, console.TerminalObserver(quiet=quiet or as_json))
+    _show(results, job, quiet=quiet, as_json=as_json)
+    if push_to_hub is not None:
+        address = push(Path(job.output), push_to_hub, private=private)
+        if not (quiet or as_json):
+            console.output.print(address, soft_wrap=True, markup=False)
+
+
+def _show(results: Sequence[CompressionResult], job: CompressConfig, *, quiet: bool, as_json: bool) -> None:
     if as_json:
         documents = [result.report.to_dict() for result in results]
         json.dump(documents[0] if len(documents) == 1 else documents, sys.stdout, indent=2, allow_nan=False)
