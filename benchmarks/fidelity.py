@@ -63,6 +63,8 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     replaced: Mapping[str, Any] = field(default_factory=dict)
     """Parts of ``vitshrink.curvature`` that an ablation takes out."""
+    dtype: torch.dtype = torch.float32
+    """What the weights are rounded to in the file."""
     factorise: Callable[[Compression, Job], Factors] = Compression.factorise_dense
     planner: Callable[[Compression, Factors], Callable[[int], Plan]] | None = None
 
@@ -85,6 +87,9 @@ ENTRIES: dict[str, Entry] = {
     "curvature-refine-1": Entry("curvature", refine=1),
     "curvature-refine-2": Entry("curvature", refine=2),
     "curvature-factors": Entry("curvature", storage="factors"),
+    "curvature-bfloat16": Entry("curvature", dtype=torch.bfloat16),
+    "curvature-float16": Entry("curvature", dtype=torch.float16),
+    "curvature-factors-bfloat16": Entry("curvature", storage="factors", dtype=torch.bfloat16),
     "curvature-uniform": Entry("curvature", allocation="uniform-ratio"),
     "curvature-energy": Entry("curvature", allocation="energy"),
     "curvature-loss": Entry("curvature", allocation="loss"),
@@ -233,7 +238,7 @@ class Bench:
             before = [first[1].timings.get(stage, 0.0) for stage in ("calibrate", "factorise")]
             statistics, factorising = (job.timings.get(stage, 0.0) for stage in ("calibrate", "factorise"))
             building = elapsed - (statistics + factorising - sum(before))
-            evaluation = self.evaluate(model)
+            evaluation = self.evaluate(model.to(entry.dtype).float())
             assert evaluation.fidelity is not None
             yield Outcome(
                 score=(evaluation.compressed or {}).get(evaluation.metric or ""),
@@ -261,7 +266,14 @@ def same_start(entry: Entry) -> Entry:
     allocation = entry.allocation or get_method(entry.method).allocation
     measured = "measured" if allocation == "measured" else None
     return replace(
-        entry, allocation=measured, compensation=str(centred), storage=None, refine=None, planner=None, replaced={}
+        entry,
+        allocation=measured,
+        compensation=str(centred),
+        storage=None,
+        refine=None,
+        planner=None,
+        replaced={},
+        dtype=torch.float32,
     )
 
 

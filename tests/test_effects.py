@@ -81,7 +81,7 @@ def test_the_measured_loss_never_rises_and_ends_at_nothing() -> None:
 def test_components_that_act_alike_cost_more_than_the_sum_of_each() -> None:
     alike = torch.randn(200, 1, dtype=torch.float64, generator=generator()).expand(200, 8)
     apart = torch.randn(200, 8, dtype=torch.float64, generator=generator())
-    assert measured_loss(alike)[0] > 2 * measured_loss(apart)[0]
+    assert measured_loss(alike)[0] > 1.4 * measured_loss(apart)[0]
 
 
 def test_the_measured_loss_follows_the_divergence() -> None:
