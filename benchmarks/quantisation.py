@@ -1,11 +1,14 @@
-"""Integers on top of low rank: bytes, accuracy, divergence and latency of one model in every combination."""
+"""Integers on top of low rank: bytes, accuracy, divergence and latency of one model in every combination.
+
+python benchmarks/quantisation.py --model MODEL --calibration UNLABELLED --eval LABELLED --keep 0.8 0.7
+"""
 
 import argparse
 import copy
 from pathlib import Path
 
 import torch
-from tables import print_head, print_row
+from tables import print_circumstances, print_head, print_row
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -50,7 +53,7 @@ def variants(dense: PreTrainedModel, calibration: str, keep: list[float], sample
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    known = argparse.ArgumentParser(description=__doc__)
+    known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known.add_argument("--model", required=True)
     known.add_argument("--calibration", required=True)
     known.add_argument("--eval", required=True)
@@ -86,10 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
         if source.family.modality == "text":
             inputs = {name: tensor[:, : given.length] for name, tensor in inputs.items()}
         timed[batch] = cost.latency(models, inputs, repeats=given.repeats)
-    print(
-        f"{Path(given.model).name}, {len(data)} samples of {data.source.rsplit('/', 1)[-1]}; {torch.get_num_threads()}"
+    print_circumstances(
+        "Quantisation",
+        model=f"{Path(given.model).name}, calibrated on {given.samples} samples",
+        data=f"{len(data)} samples of {Path(given.eval).name}",
+        latency=f"milliseconds at batch 1 and 8, median of {given.repeats}",
     )
-    print(f"threads, torch {torch.__version__}, vitshrink {vitshrink.__version__}; milliseconds at batch 1 and 8.\n")
     print_head(["", "MB", "of fp32", "score", "KL", "agreement", "ms, 1", "ms, 8"])
     whole = cost.memory_bytes(dense)
     for (name, model), each in zip(models.items(), found, strict=True):

@@ -30,7 +30,7 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("script", ["fidelity", "speed"])
+@pytest.mark.parametrize("script", ["fidelity", "speed", "quantisation", "export"])
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         benchmark(script).main(["--help"])
@@ -132,3 +132,32 @@ def test_a_job_is_set_against_its_bare_passes(
     )
     titles = [row[0] for row in rows(capsys.readouterr().out)]
     assert {"keep 0.9: Calibrating", "**keep 0.9: compressing**", "**keep 0.8: compressing**"} <= set(titles)
+
+
+def test_every_combination_with_integers_is_a_row(
+    benchmark: Benchmark,
+    vit_directory: Path,
+    flat_images: Path,
+    learned_images: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    benchmark("quantisation").main(
+        f"--model {vit_directory} --calibration {flat_images} --eval {learned_images} --samples 8 --keep 0.8 "
+        "--repeats 1".split()
+    )
+    head, *body = rows(capsys.readouterr().out)
+    megabytes = {row[0]: float(row[head.index("MB")]) for row in body if "torchao" not in row[0]}
+    assert (
+        megabytes["keep 0.8, int8 dynamic"] <= megabytes["keep 0.8, fp16"] < megabytes["keep 0.8"] < megabytes["fp32"]
+    )
+    assert all(-1e-6 <= float(row[head.index("KL")]) < 5 for row in body)
+    assert float(body[0][head.index("KL")]) == 0
+
+
+def test_onnx_is_timed_against_pytorch(
+    benchmark: Benchmark, vit_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("export").main(f"--model {vit_directory} --batches 1 --repeats 1".split())
+    head, row = rows(capsys.readouterr().out)
+    assert float(row[head.index("difference")]) <= 1e-4
+    assert float(row[head.index("onnxruntime, 1")]) > 0
