@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import vitshrink
 from vitshrink import cost
+from vitshrink.checkpoint import replace_layers
 from vitshrink.cli.app import app
 from vitshrink.config import CompressConfig, DataConfig
 from vitshrink.errors import CheckpointError, OutputError, UsageError
@@ -219,6 +220,14 @@ def test_what_makes_no_sense_is_explained(vit_directory: Path, tmp_path: Path) -
     for entry in ({"bits": 3, "activations": "none"}, {"bits": 8}, {"bits": 8, "activations": "none", "rank": 0}):
         with pytest.raises(CheckpointError):
             QuantizedSpec.from_dict(entry)
+
+
+def test_four_bits_leave_eight_to_factors() -> None:
+    model = tiny.build("ViTForImageClassification")
+    replace_layers(model, {"vit.layers.0.mlp.fc1": tiny.low_rank(model.vit.layers[0].mlp.fc1, 6)})
+    rounded = quantized(model, 4, "none")
+    assert rounded.vit.layers[0].mlp.fc1.spec == QuantizedSpec(8, "none", 6)
+    assert rounded.vit.layers[0].mlp.fc2.spec == QuantizedSpec(4, "none")
 
 
 def test_the_original_is_not_changed() -> None:

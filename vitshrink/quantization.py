@@ -19,8 +19,9 @@ def quantized(
 ) -> PreTrainedModel:
     """A copy of the model with integers in its blocks: in the linear layers, and in the factors of low-rank ones.
 
-    Word embeddings are rounded to 8 bits, unless they are tied to the output. Heads, norms, positions and the patch
-    projection stay as they are. ``dtype`` is that in which scales will be stored (the model's if not given).
+    Factors and word embeddings are rounded to 8 bits even where ``bits`` is 4; embeddings that are tied to the output
+    not at all. Heads, norms, positions and the patch projection stay as they are. ``dtype`` is that in which scales
+    will be stored (the model's if not given).
 
     Raises UsageError where the model is quantised already.
     """
@@ -31,7 +32,9 @@ def quantized(
     layers: dict[str, nn.Module] = {}
     for module in blocks_of(rounded).modules():
         if isinstance(module, nn.Linear | LowRankLinear):
-            layers[names[module]] = QuantizedLinear.from_layer(module, bits, activations)
+            # the factors of a layer with pivots differ too much in size for 4 bits: measured, it is not worth having
+            own = 8 if isinstance(module, LowRankLinear) else bits
+            layers[names[module]] = QuantizedLinear.from_layer(module, own, activations)
     table, head = rounded.get_input_embeddings(), rounded.get_output_embeddings()
     if isinstance(table, nn.Embedding) and (head is None or head.weight is not table.weight):
         layers[names[table]] = QuantizedEmbedding.from_layer(table)
