@@ -20,6 +20,7 @@ from vitshrink.checkpoint import replace_layers
 from vitshrink.cli.app import app
 from vitshrink.config import CompressConfig, DataConfig
 from vitshrink.errors import CheckpointError, OutputError, UsageError
+from vitshrink.exporting import export
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.models import load_dense
 from vitshrink.pipeline import CompressionResult, compress
@@ -220,6 +221,15 @@ def test_what_makes_no_sense_is_explained(vit_directory: Path, tmp_path: Path) -
     for entry in ({"bits": 3, "activations": "none"}, {"bits": 8}, {"bits": 8, "activations": "none", "rank": 0}):
         with pytest.raises(CheckpointError):
             QuantizedSpec.from_dict(entry)
+
+
+@pytest.mark.parametrize("form", ["torch", "dense"])
+def test_a_quantised_model_is_exported(bert_directory: Path, tmp_path: Path, form: str) -> None:
+    quantize_checkpoint(str(bert_directory), str(tmp_path / "int8"))
+    found = export(str(tmp_path / "int8"), str(tmp_path / "out"), form, tolerance=0.05)
+    assert found.difference <= (1e-5 if form == "torch" else 0.05 * found.largest)
+    with pytest.raises(UsageError, match="operators of its own"):
+        export(str(tmp_path / "int8"), str(tmp_path / "onnx"), "onnx")
 
 
 def test_four_bits_leave_eight_to_factors() -> None:

@@ -64,10 +64,13 @@ def facts(report: Report) -> list[Fact]:
 def headline(report: Report) -> str:
     """The same in one sentence."""
     parts = [f"{percent(report.parameters.get('kept'))} of the parameters"]
+    if report.quantization is not None:
+        parts = [f"{percent(report.bytes.get('kept'))} of the bytes ({report.quantization['weights']})", *parts]
     if report.macs.get("kept") is not None:
         parts.append(f"{percent(report.macs['kept'])} of the operations")
     worse, real = _worse(report), _real(report)
-    return f"{' and '.join(parts)}; {worse.answer} ({worse.detail}); {real.answer}."
+    counted = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"{counted}; {worse.answer} ({worse.detail}); {real.answer}."
 
 
 def is_hub_id(source: str) -> bool:

@@ -86,6 +86,8 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        if spec.activations == "dynamic":
+            _exact_on_this_cpu()  # here, and not first while the model is traced
         start, rank = spec.pivot or 0, spec.rank or 0
         if start + rank > in_features:
             raise CheckpointError(f"pivots {start}…{start + rank - 1} of {in_features} inputs do not exist.")
@@ -298,5 +300,5 @@ def _multiplies_integers(x: Tensor, integers: Tensor) -> bool:
 @functools.cache
 def _exact_on_this_cpu() -> bool:
     """CPUs without instructions for 8-bit dot products add pairs in 16 bits, which large values overflow."""
-    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     return bool((torch._int_mm(largest, -largest.T) == -64 * 127**2).all())
