@@ -1,6 +1,8 @@
 """``evaluate_checkpoint`` and the gates: dense and compressed alike, and bounds that a user sets."""
 
+import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from test_processes import run_together
 from typer.testing import CliRunner
 
 from vitshrink import cost
@@ -38,8 +41,8 @@ def test_a_dense_model_is_measured_alone(vit_directory: Path, learned_images: Pa
     assert evaluation.dense["correct"] == 34
     assert evaluation.compressed is None
     assert evaluation.fidelity is None
-    assert found.parameters == cost.parameters(tiny.build(CLASSIFIER))
-    assert found.bytes == (vit_directory / "model.safetensors").stat().st_size
+    assert found.footprint.parameters == cost.parameters(tiny.build(CLASSIFIER))
+    assert found.footprint.bytes == (vit_directory / "model.safetensors").stat().st_size
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["evaluation"]["samples"] == 40
 
 
@@ -53,7 +56,7 @@ def test_a_compressed_model_is_measured_beside_its_baseline(
     assert evaluation.compressed is not None
     assert evaluation.difference is not None
     assert evaluation.difference["drop"] == pytest.approx((34 - evaluation.compressed["correct"]) / 40)
-    assert found.parameters < cost.parameters(tiny.build(CLASSIFIER))
+    assert found.footprint.parameters < cost.parameters(tiny.build(CLASSIFIER))
     alone = evaluate_checkpoint(str(small), DataConfig(str(learned_images)))
     assert alone.measurement.evaluation.compressed == evaluation.compressed
 
@@ -228,5 +231,82 @@ def test_a_gate_that_cannot_be_judged_exits_with_2(small: Path, learned_images: 
 def test_the_table_shows_a_dense_model_too(vit_directory: Path, learned_images: Path) -> None:
     code, stdout, _ = run(vit_directory, "--data", learned_images, "--quiet")
     assert code == 0
-    assert "0.8500" in stdout
+    assert "85.0 %" in stdout
+    assert "preprocessing: resize to 32 × 32, bilinear; mean 0.5 0.5 0.5" in stdout
     assert "labels: class names; 4 of 4 classes occur" in stdout
+
+
+def test_the_table_shows_both_models_their_cost_and_whether_the_change_is_real(
+    small: Path, vit_directory: Path, learned_images: Path
+) -> None:
+    flags = ("--latency", "1", "--latency", "3", "--workers", "0", "--batch-size", "7", "--quiet")
+    code, stdout, _ = run(small, "--baseline", vit_directory, "--data", learned_images, *flags)
+    assert code == 0
+    lines = {line.split("  ")[0]: line for line in stdout.splitlines()}
+    for name in ("Top-1", "95 % interval", "Same prediction as dense", "Is the change real?", "Latency, batch of 3"):
+        assert name in lines
+    assert lines["Parameters"].rstrip().endswith("% kept")
+    assert "Throughput, batch of 3" in lines
+    assert "Throughput, batch of 1" not in lines
+    assert "–  " not in stdout
+
+
+def test_figures_are_appended_to_a_table(
+    small: Path, vit_directory: Path, learned_images: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.csv"
+    for flags in ((vit_directory,), (small, "--baseline", vit_directory, "--latency", "2")):
+        assert run(*flags, "--data", learned_images, "--csv", file, "--json")[0] == 0
+    alone, compared = list(csv.DictReader(file.open()))
+    assert float(alone["score"]) == 0.85
+    assert (alone["baseline"], alone["drop"], alone["kl"]) == ("", "", "")
+    assert float(compared["dense_score"]) == 0.85
+    assert float(compared["drop"]) == pytest.approx(0.85 - float(compared["score"]))
+    assert float(compared["kept"]) == int(compared["parameters"]) / int(alone["parameters"])
+    assert compared["latency_batch_size"] == "2"
+    assert alone["fingerprint"] == compared["fingerprint"]
+    code, stdout, stderr = run(vit_directory, "--data", learned_images, "--csv", tmp_path / "no" / "results.csv")
+    assert (code, stdout) == (1, "")
+    assert "Evaluating" not in stderr
+
+
+def test_timm_geometry_is_recorded_and_changes_what_the_model_sees(vit_directory: Path, learned_images: Path) -> None:
+    data = DataConfig(str(learned_images))
+    own, timm = (evaluate_checkpoint(str(vit_directory), data, preprocess=style) for style in ("checkpoint", "timm"))
+    assert timm.preprocessing["geometry"] == "timm"
+    assert timm.preprocessing["size"] == {"shortest_edge": 35}
+    assert timm.measurement.evaluation != own.measurement.evaluation
+    assert timm.measurement.fingerprint == own.measurement.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--image-column", "picture"), "--image-column picture: .* folder of images"),
+        (("--label-column", "label"), "--label-column label: .* folder of images"),
+        (("--text-column", "text"), "--text-column text: the model reads image samples"),
+        (("--labels", "truth.txt"), "class folders"),
+    ],
+)
+def test_a_flag_that_could_only_be_ignored_is_refused(
+    vit_directory: Path, learned_images: Path, flags: tuple[str, ...], said: str
+) -> None:
+    code, stdout, stderr = run(vit_directory, "--data", learned_images, *flags)
+    assert (code, stdout) == (2, "")
+    assert re.search(said, stderr)
+
+
+def test_two_processes_print_once_what_one_prints(
+    small: Path, vit_directory: Path, learned_images: Path, tmp_path: Path
+) -> None:
+    csv_file = tmp_path / "results.csv"
+    flags = ("--baseline", vit_directory, "--data", learned_images, "--json", "--csv", csv_file)
+    main, other = run_together("-m", "vitshrink", "eval", *map(str, (small, *flags)))
+    assert (main.returncode, other.returncode, other.stdout) == (0, 0, ""), (main, other)
+    code, stdout, _ = run(small, *flags)
+    assert code == 0
+    together, alone = json.loads(main.stdout), json.loads(stdout)
+    for changing in ("timings", "peak_memory"):
+        del together[changing], alone[changing]
+    assert together == alone
+    assert len(csv_file.read_text().splitlines()) == 3

@@ -23,6 +23,7 @@ from vitshrink.data import (
     decode_image,
     open_samples,
 )
+from vitshrink.data.timm_transform import TimmTransform
 from vitshrink.errors import CheckpointError, DataError, UsageError
 
 
@@ -363,3 +364,40 @@ def test_real_texts_are_all_tokenized(real_folder: Path) -> None:
     batches = list(preprocessor.batches(samples, 32))
     assert sorted(keys(batches)) == sorted(sample.key for sample in samples.samples)
     assert preprocessor.description["max_length"] == 512
+
+
+# timm's geometry
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (227, 227), (248, 248), (1000, 41), (249, 275)])
+def test_the_geometry_of_timm(size: tuple[int, int]) -> None:
+    """Resize(248, bicubic) and CenterCrop(224) of torchvision, which rounds halves to even, on pixels one can count."""
+    width, height = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    long = int(248 * max(size) / min(size))
+    resized = (248, long) if width < height else (long, 248)
+    whole = np.asarray(Image.fromarray(pixels).resize(resized, Image.Resampling.BICUBIC))
+    top, left = int(round((resized[1] - 224) / 2.0)), int(round((resized[0] - 224) / 2.0))  # noqa: RUF046
+    cut = np.asarray(TimmTransform(224)(Image.fromarray(pixels)))
+    assert cut.shape == (224, 224, 3)
+    assert np.array_equal(cut, whole[top : top + 224, left : left + 224])
+
+
+def test_from_384_pixels_on_timm_keeps_the_whole_middle() -> None:
+    assert (TimmTransform(224).short_side, TimmTransform(384).short_side) == (248, 384)
+    assert TimmTransform(384)(Image.new("RGB", (500, 400))).size == (384, 384)
+
+
+def test_timm_style_keeps_mean_and_deviation_of_the_checkpoint(vit_directory: Path, flat_images: Path) -> None:
+    timm = Preprocessor.from_checkpoint(vit_directory, "image", style="timm")
+    samples = open_samples(flat_images, "image")
+    pixels = torch.cat([batch.inputs["pixel_values"] for batch in timm.batches(samples, 5)])
+    first = TimmTransform(32)(decode_image(samples.samples[0].image or b""))
+    expected = (torch.from_numpy(np.asarray(first).copy()).permute(2, 0, 1) / 255 - 0.5) / 0.5
+    assert torch.allclose(pixels[0], expected, atol=1e-6)
+    assert timm.description["image_mean"] == [0.5, 0.5, 0.5]
+
+
+def test_timm_style_is_for_images(bert_directory: Path) -> None:
+    with pytest.raises(UsageError, match="--preprocess timm is for images"):
+        Preprocessor.from_checkpoint(bert_directory, "text", style="timm")

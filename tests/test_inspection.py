@@ -1,5 +1,10 @@
 """What ``inspect`` says of a layer: figures that can be worked out by hand."""
 
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,8 +12,11 @@ from test_calibration import batch_of
 from torch import Tensor, nn
 
 from vitshrink.calibration import collect
-from vitshrink.inspection import inspect_layers, rank_at
-from vitshrink.methods import Needs
+from vitshrink.curvature import collect_curvature
+from vitshrink.errors import DataError
+from vitshrink.inspection import inspect_layers, layer_spectra, rank_at, sample_activations, write_figures
+from vitshrink.inspection.spectra import output_loss
+from vitshrink.methods import Needs, get_method
 from vitshrink.models import Target, find_targets
 from vitshrink.ranks import break_even_rank
 from vitshrink.stats import LinearStats
@@ -78,3 +86,98 @@ def test_every_layer_of_a_model_is_inspected(name: str, calibrated: bool) -> Non
 )
 def test_a_fraction_of_the_full_rank_is_at_least_one(fraction: float, shape: tuple[int, int], rank: int) -> None:
     assert rank_at(fraction, shape) == rank
+
+
+# Figures
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd", "whitened"])
+def test_the_output_loss_is_that_of_the_truncated_layer(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(6, 9, generator=generator).double()
+    x = (torch.randn(50, 9, generator=generator) * torch.arange(1, 10)).double()
+    factors = get_method(method).factorise(W, LinearStats.from_inputs(x), centred=False)
+    lost = output_loss(W, factors, x)
+    y = x @ W.T
+    for rank in range(7):
+        left = y - x @ (factors.up[:, :rank] @ factors.down[:rank]).T
+        assert lost[rank] == pytest.approx(float(left.square().sum() / y.square().sum()), abs=1e-9)
+
+
+def test_whitening_loses_least_and_equal_scales_make_asvd_plain() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(8, 8, generator=generator).double()
+    x = torch.randn(4000, 8, generator=generator).double() @ torch.randn(8, 8, generator=generator).double()
+    x = x / x.abs().mean(0)
+    stats = LinearStats.from_inputs(x)
+    lost = {m: output_loss(W, get_method(m).factorise(W, stats, centred=False), x) for m in ("svd", "asvd", "whitened")}
+    assert torch.allclose(lost["svd"], lost["asvd"], atol=1e-6)
+    assert bool((lost["whitened"] <= lost["svd"] + 1e-9).all())
+
+
+def test_sampled_tokens_are_no_padding_and_the_same_for_all_layers() -> None:
+    model = tiny.build("BertModel")
+    targets = find_targets(model)
+    batches = [batch_of(tiny.inputs("BertModel", batch=8, seed=seed)) for seed in range(3)]
+    real = sum(int(batch.mask.sum()) for batch in batches if batch.mask is not None)
+    found = sample_activations(model, targets, batches)
+    assert {len(tokens) for tokens in found.inputs.values()} == {min(real, 3 * 64)}
+    assert sorted(found.pre_activations) == [0, 1]
+    assert found.pre_activations[0].shape[1] == 64
+    first = {target.role: target for target in targets if target.block == 0}
+    fc1 = model.get_submodule(first["fc1"].name)
+    with torch.no_grad():
+        assert torch.allclose(fc1(found.inputs[first["fc1"].input_group]), found.pre_activations[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForMaskedLM"])
+def test_every_figure_is_written_with_its_numbers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    model = tiny.build(name)
+    targets = find_targets(model)
+    batches = [batch_of(tiny.inputs(name, batch=8, seed=seed)) for seed in range(2)]
+    stats = collect(model, targets, batches, Needs.COVARIANCE)
+    activations = sample_activations(model, targets, batches)
+    page = write_figures(
+        tmp_path / "new" / "figures",
+        "Layers of a model",
+        {"model": "<b>", "samples": 16},
+        targets=targets,
+        plain=inspect_layers(model, targets, {}, FRACTIONS),
+        weighted=inspect_layers(model, targets, stats, FRACTIONS),
+        stats=stats,
+        activations=activations,
+        spectra=layer_spectra(model, targets, stats, activations, collect_curvature(model, targets, batches)),
+    )
+    drawn = sorted(file.stem for file in page.parent.glob("*.svg"))
+    assert drawn == [
+        "attention-inputs",
+        "effective-rank",
+        "explained-variance",
+        "output-loss",
+        "pre-activations",
+        "predicted-loss",
+    ]
+    for file in page.parent.glob("*.svg"):
+        ElementTree.fromstring(file.read_text())
+    text = page.read_text()
+    assert text.count("<svg") == 6
+    assert "<b>" not in text
+    assert not re.search(r"(?:src|href)=.https?:", text)
+    numbers = json.loads((page.parent / "inspection.json").read_text())
+    assert [layer["name"] for layer in numbers["layers"]] == [target.name for target in targets]
+    for layer in numbers["layers"]:
+        assert layer["predicted_loss"] > 0
+        for curve in (*layer["explained"].values(), *layer["output_loss"].values()):
+            assert set(curve) <= {str(rank) for rank in range(33)}
+            assert all(-1e-6 <= value <= 1 + 1e-6 for value in list(layer["explained"]["svd"].values()))
+
+
+def test_calibrating_costs_nothing_more_for_it() -> None:
+    """Hooks are gone when the sampling is over, whether it went well or not."""
+    model = tiny.build("ViTModel")
+    targets = find_targets(model)
+    with pytest.raises(DataError):
+        sample_activations(model, targets, [])
+    assert not any(model.get_submodule(target.name)._forward_hooks for target in targets)

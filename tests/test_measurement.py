@@ -263,7 +263,7 @@ def test_a_regression_is_measured_by_its_correlation(tmp_path: Path) -> None:
     words = tmp_path / "words.tsv"
     words.write_text("sentence\tlabel\ngood film\thigh\nbad film\tlow\n")
     named = open_data(DataConfig(str(words)), loaded, offline=True)
-    with pytest.raises(DataError, match="--label-column"):
+    with pytest.raises(DataError, match="name the column of the scores"):
         measure(
             loaded.model,
             named,

@@ -19,7 +19,8 @@ from PIL import Image
 from vitshrink import report as reports
 from vitshrink.data import Sample, SampleSet
 from vitshrink.errors import DataError
-from vitshrink.report import Report, figures, headline, summary_rows
+from vitshrink.report import Report, drawing, figures, headline, summary_rows
+from vitshrink.report.summary import prepared
 
 PLACES = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
 
@@ -217,12 +218,50 @@ def test_rows_carry_units_and_the_change() -> None:
     assert rows["KL(dense ‖ compressed), nats"][1] == "0.510"
 
 
-def timed(dense: float, compressed: float) -> Report:
-    timings = {
-        role: {"median": t, "lower_quartile": 0.95 * t, "upper_quartile": 1.05 * t, "batch_size": 8}
+def timings(dense: float, compressed: float, size: int = 8) -> dict[str, dict[str, Any]]:
+    return {
+        role: {
+            "median": t,
+            "lower_quartile": 0.95 * t,
+            "upper_quartile": 1.05 * t,
+            "batch_size": size,
+            "throughput": size / t,
+        }
         for role, t in (("dense", dense), ("compressed", compressed))
     }
-    return made(latency=timings)
+
+
+def timed(dense: float, compressed: float) -> Report:
+    return made(latency=timings(dense, compressed))
+
+
+def test_every_batch_size_has_its_time_with_the_spread_and_its_throughput() -> None:
+    others = [timings(2.0, 1.0, 64), timings(0.5, 0.25, 32)]
+    rows = cells(made(latency=timings(0.02, 0.016, 1) | {"others": others}))
+    assert rows["Latency, batch of 1"] == ("20.0 ms (19.0–21.0)", "16.0 ms (15.2–16.8)", "1.25× as fast")
+    assert "Throughput, batch of 1" not in rows
+    assert rows["Latency, batch of 64"][:2] == ("2.0 s (1.9–2.1)", "1.0 s (0.9–1.1)")
+    assert rows["Throughput, batch of 32"] == ("64 /s", "128 /s", "")
+
+
+@pytest.mark.parametrize(
+    ("description", "said"),
+    [
+        ({"kind": "text", "tokenizer": "BertTokenizer", "max_length": 128}, "BertTokenizer, up to 128 tokens"),
+        (
+            {"kind": "image", "size": {"height": 224, "width": 224}, "resample": "bilinear", "image_mean": [0.5] * 3},
+            "resize to 224 × 224, bilinear; mean 0.5 0.5 0.5",
+        ),
+        (
+            {"kind": "image", "geometry": "timm", "size": {"shortest_edge": 248}, "resample": "bicubic"}
+            | {"crop_size": {"height": 224, "width": 224}},
+            "timm geometry: resize to a short side of 248, bicubic; crop the middle 224 × 224",
+        ),
+        ({}, ""),
+    ],
+)
+def test_preprocessing_is_told_in_a_line(description: dict[str, Any], said: str) -> None:
+    assert prepared(description) == said
 
 
 @pytest.mark.parametrize(
@@ -399,7 +438,10 @@ def test_the_page_escapes_every_name() -> None:
 
 def test_thumbnails_stand_in_the_page() -> None:
     address = "data:image/png;base64,AAAA"
-    page = Page(reports.render_html(made(), {"n01440764/x.jpg": address}))
+    evaluation = copy.deepcopy(EVALUATION)
+    evaluation["disagreements"][0]["thumbnail"] = address  # type: ignore[index]
+    report = made(evaluation=evaluation)
+    page = Page(reports.render_html(Report.from_json(report.to_json())))
     assert page.addresses.count(address) == 1
 
 
@@ -409,15 +451,18 @@ def test_thumbnails_are_small_images_of_the_samples_asked_for(tmp_path: Path) ->
     (tmp_path / "broken.png").write_bytes(b"no image")
     files = sorted(tmp_path.iterdir())
     samples = SampleSet("here", "image", [Sample(file.name, image=file) for file in files])
-    made = reports.thumbnails(samples, ["wide.png", "000.png", "broken.png", "missing.png"])
-    assert sorted(made) == ["000.png", "wide.png"]
-    head, _, content = made["wide.png"].partition(",")
+    keys = ["wide.png", "broken.png", "missing.png", "000.png", "001.png"]
+    found = reports.with_thumbnails([{"sample": key, "kl": 1.0} for key in keys], samples, most=4)
+    assert [entry["sample"] for entry in found] == keys
+    assert [entry["sample"] for entry in found if "thumbnail" in entry] == ["wide.png", "000.png"]
+    head, _, content = found[0]["thumbnail"].partition(",")
     assert head == "data:image/jpeg;base64"
     assert Image.open(BytesIO(base64.b64decode(content))).size == (160, 53)
 
 
 def test_texts_have_no_thumbnails() -> None:
-    assert reports.thumbnails(SampleSet("here", "text", [Sample("row 1", text="good film")]), ["row 1"]) == {}
+    samples = SampleSet("here", "text", [Sample("row 1", text="good film")])
+    assert reports.with_thumbnails([{"sample": "row 1"}], samples) == [{"sample": "row 1"}]
 
 
 def test_pictures_are_valid_svg_in_the_colours_of_the_page() -> None:
@@ -428,7 +473,7 @@ def test_pictures_are_valid_svg_in_the_colours_of_the_page() -> None:
         ElementTree.fromstring(svg)
         assert "currentColor" in svg
         assert "DejaVu" not in svg
-        assert figures._INK not in svg
+        assert drawing.INK not in svg
     assert ">dense<" in str(drawn[0])
     assert figures.rank_plan(made()) == drawn[0]
 
@@ -484,9 +529,11 @@ document.documentElement.innerHTML = JSON.stringify({
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (500, False)])
 def test_a_browser_shows_the_pages_without_overflow(tmp_path: Path, width: int, dark: bool) -> None:
-    thumbnails = {"n01440764/x.jpg": "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="}
-    long_name = made(warnings=["x" * 200], command="vitshrink " + "y" * 300)
-    for page in (reports.render_html(long_name, thumbnails), reports.render_comparison_html([made(), smaller()])):
+    evaluation = copy.deepcopy(EVALUATION)
+    address = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+    evaluation["disagreements"][0]["thumbnail"] = address  # type: ignore[index]
+    long_name = made(warnings=["x" * 200], command="vitshrink " + "y" * 300, evaluation=evaluation)
+    for page in (reports.render_html(long_name), reports.render_comparison_html([made(), smaller()])):
         file = tmp_path / "page.html"
         file.write_text(page.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
         shown = browse(file, tmp_path / "profile", width, dark)

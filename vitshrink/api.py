@@ -34,6 +34,11 @@ FILES_ONLY = (
     "eval",
     "eval_split",
     "eval_limit",
+    "eval_image_column",
+    "eval_text_column",
+    "eval_text_pair_column",
+    "eval_label_column",
+    "eval_labels",
     "label_column",
     "class_map",
 )
@@ -225,4 +230,6 @@ def _preprocessor(model: PreTrainedModel, processor: Any, config: CompressConfig
     if not origin:
         what = "image processor" if kind == "image" else "tokenizer"
         raise UsageError(f"processor: the model does not say where it came from: pass its {what} as processor=.")
-    return Preprocessor.from_checkpoint(origin, kind, max_length=config.max_length, offline=config.offline)
+    return Preprocessor.from_checkpoint(
+        origin, kind, max_length=config.max_length, style=config.preprocess, offline=config.offline
+    )

@@ -1,20 +1,22 @@
 """``evaluate_checkpoint``: one model, dense or compressed, measured on a data set, alone or beside its baseline."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vitshrink import cost
+from vitshrink import __version__, cost, processes
 from vitshrink.checkpoint import file_bytes
-from vitshrink.config import DataConfig
+from vitshrink.config import DataConfig, Preprocessing
 from vitshrink.data import Preprocessor
+from vitshrink.description import example_inputs, latency_entries
 from vitshrink.errors import GateError, UsageError
 from vitshrink.measurement import Measurement, measure, open_data
 from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.onnx_model import SUFFIX, load_onnx, onnx_bytes, onnx_numbers
 from vitshrink.pipeline import find_device
+from vitshrink.report import evaluation_columns, latency_columns
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,31 @@ def _percent(fraction: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What one model needs, whatever it is measured on."""
+
+    parameters: int
+    bytes: int
+    """Of the weight files."""
+    memory: int | None
+    """Bytes of the weights in memory, in the type they are computed in; None where onnxruntime holds them."""
+    macs: int | None
+    """Of one sample; None where onnxruntime runs it."""
+
+    @classmethod
+    def of(cls, path_or_id: str, loaded: LoadedModel) -> "Footprint":
+        if path_or_id.endswith(SUFFIX):
+            return cls(onnx_numbers(Path(path_or_id)), onnx_bytes(Path(path_or_id)), None, None)
+        model = loaded.model
+        return cls(
+            cost.parameters(model),
+            file_bytes(loaded.directory),
+            cost.memory_bytes(model),
+            cost.macs(model, example_inputs(model)),
+        )
+
+
+@dataclass(frozen=True)
 class Assessment:
     """What ``vitshrink eval`` found."""
 
@@ -67,8 +94,13 @@ class Assessment:
     baseline: str | None
     measurement: Measurement
     preprocessing: Mapping[str, Any]
-    parameters: int
-    bytes: int
+    footprint: Footprint
+    baseline_footprint: Footprint | None
+    latency: Sequence[Mapping[str, cost.Latency]]
+    """By batch size: of the model (``compressed``) and the baseline (``dense``), timed in turn."""
+    peak_memory: int
+    """Bytes: allocated on the GPU, or else resident in this process."""
+    seed: int
     timings: Mapping[str, float]
     warnings: list[str]
 
@@ -76,17 +108,45 @@ class Assessment:
         return {
             "model": self.model,
             "baseline": self.baseline,
-            "parameters": self.parameters,
-            "bytes": self.bytes,
+            **asdict(self.footprint),
+            "baseline_footprint": None if self.baseline_footprint is None else asdict(self.baseline_footprint),
+            "latency": latency_entries(self.latency) if self.latency else None,
+            "peak_memory": self.peak_memory,
             "evaluation": self.measurement.evaluation.to_dict(),
             "source": self.measurement.source,
             "fingerprint": self.measurement.fingerprint,
             "label_rule": self.measurement.label_rule,
             "bad_samples": dict(self.measurement.bad.reasons),
             "preprocessing": dict(self.preprocessing),
+            "seed": self.seed,
             "timings": dict(self.timings),
             "warnings": self.warnings,
         }
+
+    def to_row(self) -> dict[str, Any]:
+        """What ``append_rows`` takes."""
+        document = self.to_dict()
+        described = {name: document[name] for name in ("source", "fingerprint", "preprocessing")}
+        row = {
+            "vitshrink": __version__,
+            "model": self.model,
+            "baseline": self.baseline,
+            "parameters": self.footprint.parameters,
+            "bytes": self.footprint.bytes,
+            "macs": self.footprint.macs,
+            "seed": self.seed,
+            "warnings": len(self.warnings),
+            **latency_columns(document["latency"] or {}),
+            **evaluation_columns(document["evaluation"] | described),
+        }
+        if self.baseline_footprint is not None:
+            row |= {
+                "kept": self.footprint.parameters / self.baseline_footprint.parameters,
+                "dense_parameters": self.baseline_footprint.parameters,
+                "dense_bytes": self.baseline_footprint.bytes,
+                "dense_macs": self.baseline_footprint.macs,
+            }
+        return row
 
 
 def evaluate_checkpoint(
@@ -97,8 +157,11 @@ def evaluate_checkpoint(
     limit: int | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
+    preprocess: Preprocessing = "checkpoint",
     class_map: Path | None = None,
     max_bad_samples: int | None = None,
+    workers: int | None = None,
+    latency: Sequence[int] = (),
     device: str = "auto",
     seed: int = 0,
     offline: bool = False,
@@ -107,6 +170,7 @@ def evaluate_checkpoint(
     """Measure a model on ``data`` and, with a ``baseline``, its difference from that on the same samples.
 
     ``limit`` samples are drawn by ``seed``. Weights are read in the type they are stored in and computed in float32.
+    ``latency`` are batch sizes to time. Where several processes work on the job each measures its share of the samples.
 
     Raises:
         CheckpointError, DataError, UsageError: as the parts that read the model and the data.
@@ -118,11 +182,10 @@ def evaluate_checkpoint(
     if reference is not None:
         _check_comparable(loaded, reference)
     preprocessor = Preprocessor.from_checkpoint(
-        loaded.directory, loaded.family.modality, max_length=max_length, offline=offline
+        loaded.directory, loaded.family.modality, max_length=max_length, style=preprocess, offline=offline
     )
-    samples = open_data(data, loaded, offline=offline)
-    if limit is not None and limit < len(samples):
-        samples = samples.select(limit, seed)
+    samples = open_data(data, loaded, offline=offline).at_most(limit, seed)
+    where = find_device(device)
     measurement = measure(
         loaded.model,
         samples,
@@ -130,18 +193,28 @@ def evaluate_checkpoint(
         job,
         task=task_of(loaded.model),
         baseline=None if reference is None else reference.model,
-        device=find_device(device),
+        device=where,
         batch_size=batch_size,
         seed=seed,
         class_map=class_map,
         max_bad_samples=max_bad_samples,
+        workers=workers,
     )
+    peak_memory = max(processes.gather(cost.peak_memory_bytes(where)))
+    with job.stage("cost", "Measuring cost"):
+        footprint = Footprint.of(model, loaded)
+        other = None if baseline is None or reference is None else Footprint.of(baseline, reference)
+        timed = processes.from_main(_time(loaded, reference, latency) if processes.is_main() else None)
     return Assessment(
         model,
         baseline,
         measurement,
         preprocessor.description,
-        *_stored(model, loaded),
+        footprint,
+        other,
+        timed,
+        peak_memory,
+        seed,
         job.timings,
         job.warnings,
     )
@@ -156,11 +229,14 @@ def open_model(path_or_id: str, device: str, *, offline: bool) -> LoadedModel:
     return load_onnx(Path(path_or_id))
 
 
-def _stored(path_or_id: str, loaded: LoadedModel) -> tuple[int, int]:
-    """Numbers and bytes of the weight files."""
-    if path_or_id.endswith(SUFFIX):
-        return onnx_numbers(Path(path_or_id)), onnx_bytes(Path(path_or_id))
-    return cost.parameters(loaded.model), file_bytes(loaded.directory)
+def _time(
+    model: LoadedModel, baseline: LoadedModel | None, batch_sizes: Sequence[int]
+) -> list[dict[str, cost.Latency]]:
+    """By the process that others wait for, so that they do not take the cores from under it."""
+    models = {} if baseline is None else {"dense": baseline.model}
+    return cost.latency_by_batch_size(
+        models | {"compressed": model.model}, lambda size: example_inputs(model.model, size), batch_sizes
+    )
 
 
 def _check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:

@@ -22,6 +22,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 Layers = Literal["attention", "mlp", "all"]
 
+Preprocessing = Literal["checkpoint", "timm"]
+
 SIZES = ("keep", "target_params", "target_size", "rank", "explained_variance", "max_drop", "max_kl")
 """The entries that say how small, the last two by what may be lost; a job has exactly one of them."""
 
@@ -67,6 +69,10 @@ class DataConfig:
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
+    labels: str | None = None
+    """File with the classes of a flat folder of images."""
+    flags: str = "--"
+    """How the flags begin that name the columns."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,21 @@ class CompressConfig:
     eval: str | None = None
     eval_split: str | None = None
     eval_limit: int | None = None
+    eval_image_column: str | None = None
+    eval_text_column: str | None = None
+    eval_text_pair_column: str | None = None
+    eval_label_column: str | None = None
+    eval_labels: str | None = None
     image_column: str | None = None
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
     class_map: str | None = None
     max_bad_samples: int | None = None
+    preprocess: Preprocessing = "checkpoint"
+    workers: int | None = None
+    latency: tuple[int, ...] = (1,)
+    thumbnails: bool = False
     seed: int = 0
     device: str = "auto"
     dtype: str | None = None
@@ -159,7 +174,9 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{flag_of(name)} {value}: must be at least 1.")
-        for name in ("refine", "holdout", "max_bad_samples"):
+        if not self.latency or min(self.latency) < 1:
+            raise UsageError(f"--latency {min(self.latency, default='')}: give batch sizes, which are at least 1.")
+        for name in ("refine", "holdout", "max_bad_samples", "workers"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"{flag_of(name)} {value}: must not be negative.")
@@ -179,21 +196,31 @@ class CompressConfig:
                     f"{judged[0]} is kept by the model before it is quantised: compress without --quantize, and then "
                     "run `vitshrink quantize` on the result."
                 )
+        if self.preprocess not in get_args(Preprocessing):
+            styles = list(get_args(Preprocessing))
+            raise UsageError(f"--preprocess {self.preprocess}: unknown. {_did_you_mean(self.preprocess, styles)}")
         if self.layers not in get_args(Layers):
             raise UsageError(f"--layers {self.layers}: unknown. {_did_you_mean(self.layers, list(get_args(Layers)))}")
 
     @property
     def calibration_data(self) -> DataConfig | None:
-        return self._data(self.calibration, self.calibration_split)
+        if self.calibration is None:
+            return None
+        columns = (self.image_column, self.text_column, self.text_pair_column, self.label_column)
+        return DataConfig(self.calibration, self.calibration_split, *columns)
 
     @property
     def eval_data(self) -> DataConfig | None:
-        return self._data(self.eval, self.eval_split)
-
-    def _data(self, source: str | None, split: str | None) -> DataConfig | None:
-        if source is None:
+        if self.eval is None:
             return None
-        return DataConfig(source, split, self.image_column, self.text_column, self.text_pair_column, self.label_column)
+        columns = (
+            self.eval_image_column,
+            self.eval_text_column,
+            self.eval_text_pair_column,
+            self.eval_label_column,
+            self.eval_labels,
+        )
+        return DataConfig(self.eval, self.eval_split, *columns, flags="--eval-")
 
     @classmethod
     def from_mapping(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Self:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from vitshrink.errors import VitshrinkError
 
 
 def parameters(model: nn.Module) -> int:
@@ -94,8 +96,37 @@ def latency(
     return {name: _summary(times, batch_size) for name, times in seconds.items()}
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far (Linux and macOS)."""
+def latency_by_batch_size(
+    models: Mapping[str, nn.Module],
+    inputs: Callable[[int], Mapping[str, Tensor]],
+    batch_sizes: Iterable[int],
+    *,
+    repeats: int = 20,
+) -> list[dict[str, Latency]]:
+    """``latency`` for each of the batch sizes, ``inputs`` making a batch of a size.
+
+    Raises VitshrinkError for a batch that does not fit into memory.
+    """
+    found = []
+    for batch_size in batch_sizes:
+        try:
+            found.append(latency(models, inputs(batch_size), repeats=repeats))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise VitshrinkError(f"out of memory with a batch of {batch_size}: give a smaller --latency.") from error
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On the CPU torch says so in a RuntimeError only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """Largest memory so far: allocated on a GPU, or else resident in this process (Linux and macOS)."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     import resource  # does not exist elsewhere, where everything but this must work
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from vitshrink.measurement import CalibrationData, Measurement
 from vitshrink.models import Target, task_of
 from vitshrink.observer import Job
 from vitshrink.ranks import Storage, dense_cost, rank_cost
-from vitshrink.report import Report, before_after
+from vitshrink.report import Report, before_after, with_thumbnails
 
 TEXT_TOKENS = 128
 """Length of the text for which operations and latency of a text model are given."""
@@ -35,6 +35,12 @@ def example_inputs(model: PreTrainedModel, batch_size: int = 1) -> dict[str, Ten
     length = min(TEXT_TOKENS, config.max_position_embeddings)
     tokens = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def latency_entries(timed: Sequence[Mapping[str, cost.Latency]]) -> dict[str, Any]:
+    """Plain data of the first batch size, and under ``others`` those of the others."""
+    first, *others = [{role: timing.to_dict() for role, timing in each.items()} for each in timed]
+    return first | ({"others": others} if others else {})
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,13 @@ class Description:
         dense, inputs = self.dense, example_inputs(self.dense)
         with job.stage("cost", "Measuring cost"):
             macs = before_after(cost.macs(dense, inputs), cost.macs(model, inputs))
-            latency = cost.latency({"dense": dense, "compressed": model}, inputs, repeats=10, warmup=2)
+            memory = before_after(cost.memory_bytes(dense), cost.memory_bytes(model))
+            timed = cost.latency_by_batch_size(
+                {"dense": dense, "compressed": model},
+                lambda size: example_inputs(dense, size),
+                self.config.latency,
+                repeats=10,
+            )
         evaluation = None
         if measurement is not None:
             evaluation = measurement.evaluation.to_dict() | {
@@ -85,6 +97,8 @@ class Description:
                 "bad_samples": dict(measurement.bad.reasons),
                 "preprocessing": self.preprocessing,
             }
+            if self.config.thumbnails:
+                evaluation["disagreements"] = with_thumbnails(evaluation["disagreements"], measurement.samples)
         return self._report(
             layers,
             plan,
@@ -92,7 +106,8 @@ class Description:
             parameters=before_after(cost.parameters(dense), cost.parameters(model)),
             bytes=before_after(*nbytes),
             macs=macs,
-            latency={role: asdict(timing) for role, timing in latency.items()},
+            memory=memory,
+            latency=latency_entries(timed),
             evaluation=evaluation,
         )
 
@@ -122,6 +137,7 @@ class Description:
                 "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
                 "threads": torch.get_num_threads(),
                 "peak_memory": cost.peak_memory_bytes(),
+                **({} if device.type == "cpu" else {"peak_device_memory": cost.peak_memory_bytes(device)}),
             },
             recipe=self.config.to_dict(),
             command=self.config.command(),

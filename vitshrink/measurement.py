@@ -43,6 +43,8 @@ def open_data(data: DataConfig, model: LoadedModel, *, offline: bool) -> SampleS
         text_column=data.text_column,
         text_pair_column=data.text_pair_column,
         label_column=data.label_column,
+        labels=data.labels,
+        flags=data.flags,
         offline=offline,
     )
 
@@ -56,6 +58,7 @@ def read_calibration(
     seed: int,
     batch_size: int,
     max_bad_samples: int | None = None,
+    workers: int | None = None,
 ) -> CalibrationData:
     """Select ``samples`` by seed and preprocess them. Warns where there are fewer."""
     chosen = source.select(samples, seed)
@@ -64,7 +67,7 @@ def read_calibration(
     bad, cut = BadSamples.of(chosen, max_bad_samples), Cut(source.source)
     with job.stage("preprocess", "Reading calibration data", len(chosen)) as advance:
         batches = []
-        for batch in cut.counted(preprocessor.batches(chosen, batch_size, bad=bad)):
+        for batch in cut.counted(preprocessor.batches(chosen, batch_size, bad=bad, workers=workers)):
             batches.append(batch)
             advance(len(batch.keys))
     warn_of_bad(bad, source.source, job)
@@ -116,6 +119,7 @@ class Measurement:
     """An evaluation and how its data were read."""
 
     evaluation: Evaluation
+    samples: SampleSet
     source: str
     fingerprint: str
     label_rule: str | None
@@ -213,7 +217,7 @@ def measure_each(
     if label_of is not None and _num_labels(models[0]) > 1:
         check_labels(evaluations[0], _num_labels(models[0]))
     fingerprint = processes.from_main(samples.fingerprint() if processes.is_main() else None)
-    return [Measurement(evaluation, samples.source, fingerprint, rule, bad) for evaluation in evaluations]
+    return [Measurement(evaluation, samples, samples.source, fingerprint, rule, bad) for evaluation in evaluations]
 
 
 def _scaled(advance: Callable[[int], None], factor: int) -> Callable[[int], None]:
@@ -244,7 +248,7 @@ def _number(label: Any) -> float:
     try:
         return float(label)
     except (TypeError, ValueError) as error:
-        raise DataError(f"the label {label!r} is not a score: pass --label-column.") from error
+        raise DataError(f"the label {label!r} is not a score: name the column of the scores.") from error
 
 
 def _side(samples: SampleSet, *, first: bool) -> SampleSet:

@@ -28,7 +28,7 @@ from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import check_space, publish
 from vitshrink.quantization import quantized
-from vitshrink.report import Report, write
+from vitshrink.report import Report, write, write_comparison
 from vitshrink.search import Bound
 from vitshrink.shrinking import Choices, Shrinking, Size
 
@@ -56,7 +56,7 @@ class _Saved:
 def compress(config: CompressConfig, observer: Observer | None = None) -> list[CompressionResult]:
     """Compress a checkpoint to every requested size, from one calibration, and publish what was verified.
 
-    All outputs appear whole at the end, or none does.
+    All outputs appear whole at the end, or none does; beside several of them lies a comparison.
 
     Raises:
         UsageError, TargetError: before any work where that can be known.
@@ -111,6 +111,11 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             report = description.written(each.layers, each.plan, each.job, each.model, nbytes, measurement)
             write(report, each.staging)
             results.append(CompressionResult(directory, report))
+    if len(saved) > 1:
+        try:
+            write_comparison([result.report for result in results], Path(config.output))
+        except OSError as error:  # what matters is in place
+            job.warn(f"the comparison of the sizes could not be written: {error}.")
     return results
 
 
@@ -140,7 +145,11 @@ def _data(
         job.warn("the result is not evaluated: pass --eval or --calibration.")
         return None, None, None, None
     preprocessor = Preprocessor.from_checkpoint(
-        source.directory, source.family.modality, max_length=config.max_length, offline=config.offline
+        source.directory,
+        source.family.modality,
+        max_length=config.max_length,
+        style=config.preprocess,
+        offline=config.offline,
     )
     calibration, held_out, samples = None, None, None
     if config.calibration_data is not None:
@@ -154,6 +163,7 @@ def _data(
                 seed=config.seed,
                 batch_size=config.batch_size,
                 max_bad_samples=config.max_bad_samples,
+                workers=config.workers,
             )
         if Bound.of(config) is not None or (config.eval_data is None and not config.dry_run):
             # the same samples for every method, so that methods can be compared; where there are enough
@@ -162,9 +172,7 @@ def _data(
     if config.eval_data is None:
         samples = held_out
     elif not config.dry_run:
-        samples = open_data(config.eval_data, source, offline=config.offline)
-        if config.eval_limit is not None and config.eval_limit < len(samples):
-            samples = samples.select(config.eval_limit, config.seed)
+        samples = open_data(config.eval_data, source, offline=config.offline).at_most(config.eval_limit, config.seed)
         # before any work: labels that cannot be aligned would otherwise be met at its end
         labels_of(source.model, samples, task_of(source.model), Path(config.class_map) if config.class_map else None)
         shared = overlap(calibration.samples, samples) if calibration is not None else 0
@@ -196,4 +204,5 @@ def _measure(
         labelled=config.eval is not None,
         class_map=Path(config.class_map) if config.class_map else None,
         max_bad_samples=config.max_bad_samples,
+        workers=config.workers,
     )

@@ -11,9 +11,11 @@ import typer
 from vitshrink.cli import console
 from vitshrink.cli.tables import plan_table, results_table
 from vitshrink.config import SIZES, CompressConfig, parse_option, read_recipe
+from vitshrink.data import recipe_defaults
 from vitshrink.errors import UsageError
 from vitshrink.hub import push, require_hub
 from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.report import append_rows, check_appendable, report_row
 
 SIZE, DATA, LAYERS, RUN = "Size", "Data", "Layers and method", "Run"
 
@@ -135,17 +137,50 @@ def compress_command(
     ] = None,
     eval_split: Annotated[str | None, typer.Option(help="Its split.", rich_help_panel=DATA)] = None,
     eval_limit: Annotated[int | None, typer.Option(help="Evaluate on this many at most.", rich_help_panel=DATA)] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of the images.", rich_help_panel=DATA)] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts.", rich_help_panel=DATA)] = None,
-    text_pair_column: Annotated[
-        str | None, typer.Option(help="Column of the second texts.", rich_help_panel=DATA)
+    eval_image_column: Annotated[str | None, typer.Option(help="Its column of images.", rich_help_panel=DATA)] = None,
+    eval_text_column: Annotated[str | None, typer.Option(help="Its column of texts.", rich_help_panel=DATA)] = None,
+    eval_text_pair_column: Annotated[
+        str | None, typer.Option(help="Its column of second texts.", rich_help_panel=DATA)
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels.", rich_help_panel=DATA)] = None,
+    eval_label_column: Annotated[str | None, typer.Option(help="Its column of labels.", rich_help_panel=DATA)] = None,
+    eval_labels: Annotated[
+        str | None,
+        typer.Option(help="File with the classes of a flat folder: `image class` lines.", rich_help_panel=DATA),
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Calibration column of images.", rich_help_panel=DATA)
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Calibration column of texts.", rich_help_panel=DATA)] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of their second texts.", rich_help_panel=DATA)
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of their labels.", rich_help_panel=DATA)] = None,
     class_map: Annotated[
         str | None, typer.Option(help="File that maps class names to indices.", rich_help_panel=DATA)
     ] = None,
     max_bad_samples: Annotated[
         int | None, typer.Option(help="Unreadable samples to put up with; 1 % if not given.", rich_help_panel=DATA)
+    ] = None,
+    preprocess: Annotated[
+        str,
+        typer.Option(help="checkpoint: as it says; timm: resized and cropped as there.", rich_help_panel=DATA),
+    ] = CompressConfig.preprocess,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode images; one a core if not given.", rich_help_panel=DATA)
+    ] = None,
+    latency: Annotated[
+        list[int] | None, typer.Option(help="Time a batch of this size; repeat it for several.", rich_help_panel=RUN)
+    ] = None,
+    thumbnails: Annotated[
+        bool,
+        typer.Option(
+            "--thumbnails",
+            help="Show the images that dense and compressed model disagree on in the report, which then holds them.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    csv: Annotated[
+        Path | None, typer.Option(help="Append a row for every output to this file.", rich_help_panel=RUN)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.", rich_help_panel=RUN)] = CompressConfig.seed,
     batch_size: Annotated[int, typer.Option(help="Samples a batch.", rich_help_panel=RUN)] = CompressConfig.batch_size,
@@ -192,7 +227,7 @@ def compress_command(
         for name, value in context.params.items()
         if (given := context.get_parameter_source(name)) is not None and given.name == "COMMANDLINE"
     }
-    for own in ("config", "quiet", "as_json", "push_to_hub", "private"):
+    for own in ("config", "csv", "quiet", "as_json", "push_to_hub", "private"):
         flags.pop(own, None)
     if "eval_data" in flags:
         flags["eval"] = flags.pop("eval_data")
@@ -201,12 +236,18 @@ def compress_command(
     recipe = read_recipe(config) if config else {}
     if any(name in flags for name in SIZES):  # a size on the command line replaces the recipe's
         recipe = {name: value for name, value in recipe.items() if str(name).replace("-", "_") not in SIZES}
-    job = CompressConfig.from_mapping(recipe | flags, str(config) if config else "the command line")
+    entries = recipe | flags
+    defaults = recipe_defaults(str(entries["calibration"])) if entries.get("calibration") else {}
+    job = CompressConfig.from_mapping(defaults | entries, str(config) if config else "the command line")
+    if csv is not None:
+        check_appendable(csv)
     if push_to_hub is not None:
         if len(job.keep) > 1 or job.dry_run:
             raise UsageError("--push-to-hub uploads one finished model: give one size, and no --dry-run.")
         require_hub(push_to_hub, offline=job.offline)
     results = compress(job, console.TerminalObserver(quiet=quiet or as_json))
+    if csv is not None:
+        append_rows(csv, [report_row(result.report, str(result.directory or "")) for result in results])
     _show(results, job, quiet=quiet, as_json=as_json)
     if push_to_hub is not None:
         address = push(Path(job.output), push_to_hub, private=private)
@@ -227,8 +268,10 @@ def _show(results: Sequence[CompressionResult], job: CompressConfig, *, quiet: b
         console.show(results_table([result.report for result in results]))
         for result in results:
             if result.directory is not None:
-                line = f"{result.directory}  (report.md, report.json beside the weights)"
+                line = f"{result.directory}  (report.html, report.md, report.json beside the weights)"
                 console.output.print(line, soft_wrap=True, markup=False)
+        if len(results) > 1 and not job.dry_run:
+            console.output.print(f"{Path(job.output) / 'comparison.html'}", soft_wrap=True, markup=False)
 
 
 def _parse_option(text: str) -> tuple[str, Any]:

@@ -39,7 +39,7 @@ def show(table: Table) -> None:
 
     Nothing is known of the width behind a pipe: columns always fit there.
     """
-    grid = Grid(box=None, pad_edge=False, header_style="bold", caption=table.caption, caption_justify="left")
+    grid = Grid(box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(table.headings):
         grid.add_column(heading, justify="left" if index < table.left else "right", no_wrap=True)
     for row in table.rows:
@@ -52,14 +52,14 @@ def show(table: Table) -> None:
             Console(highlight=False, emoji=False, width=max(needed, output.width)) if needed > output.width else output
         )
         wide.print(grid)
-        return
-    for row in table.rows:
-        output.print(Text(row[0] or " ", style="bold"))
-        for heading, cell in zip(table.headings[1:], row[1:], strict=True):
-            if cell:
-                output.print(Padding(Text(f"{heading}: {cell}" if heading else cell), (0, 0, 0, 2)))
+    else:
+        for row in table.rows:
+            output.print(Text(row[0] or " ", style="bold"))
+            for heading, cell in zip(table.headings[1:], row[1:], strict=True):
+                if cell:
+                    output.print(Padding(Text(f"{heading}: {cell}" if heading else cell), (0, 0, 0, 2)))
     if table.caption:
-        output.print(Text(table.caption))
+        output.print(Text(table.caption), soft_wrap=not bounded)
 
 
 class Terminated(BaseException):

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from vitshrink import processes
 from vitshrink.assessment import Gates, evaluate_checkpoint
 from vitshrink.cli import console
 from vitshrink.cli.tables import evaluation_table
-from vitshrink.config import DataConfig
+from vitshrink.config import DataConfig, Preprocessing
+from vitshrink.report import append_rows, check_appendable
 
 
 @console.reported
@@ -23,17 +25,33 @@ def evaluate_command(
     baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="This many samples at most, drawn by seed.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Samples a batch; halved where a GPU has too little memory.")
+    ] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Threads that decode images; one a core if not given.")
+    ] = None,
+    preprocess: Annotated[
+        Preprocessing,
+        typer.Option(help="checkpoint: as it says; timm: resized and cropped as there, to compare with its figures."),
+    ] = "checkpoint",
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text at most.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the images.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="Column of the second texts.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="File with the classes of a flat folder of images: `image class` lines.")
+    ] = None,
     class_map: Annotated[Path | None, typer.Option(help="File that maps class names to indices.")] = None,
     max_bad_samples: Annotated[int | None, typer.Option(min=0, help="Unreadable samples to put up with.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy, in percent.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Exit with 3 when more points are lost.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when the divergence is larger.")] = None,
+    latency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Time a batch of this size; repeat it for several.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Append the figures as a row to this file.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the samples, the masks and the intervals.")] = 0,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
@@ -46,21 +64,33 @@ def evaluate_command(
     """
     gates = Gates(min_accuracy, max_drop, max_kl)
     gates.require(baseline=baseline)
+    processes.join(device)
+    if csv is not None and processes.is_main():
+        check_appendable(csv)
     found = evaluate_checkpoint(
         model,
-        DataConfig(data, split, image_column, text_column, text_pair_column, label_column),
+        DataConfig(data, split, image_column, text_column, text_pair_column, label_column, labels),
         baseline=baseline,
         limit=limit,
         batch_size=batch_size,
         max_length=max_length,
+        preprocess=preprocess,
         class_map=class_map,
         max_bad_samples=max_bad_samples,
+        workers=workers,
+        latency=latency or (),
         device=device,
         seed=seed,
         offline=offline,
-        observer=console.TerminalObserver(quiet=quiet or as_json),
+        observer=console.TerminalObserver(quiet=quiet or as_json or not processes.is_main()),
     )
+    main = processes.is_main()
+    processes.leave()
+    if not main:
+        return
     document = found.to_dict()
+    if csv is not None:
+        append_rows(csv, [found.to_row()])
     if as_json:
         json.dump(document, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")

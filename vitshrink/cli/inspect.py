@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,13 +12,25 @@ from vitshrink.calibration import collect
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
 from vitshrink.config import DataConfig, Layers
-from vitshrink.data import Preprocessor
-from vitshrink.inspection import LayerInspection, inspect_layers, rank_at
+from vitshrink.curvature import collect_curvature
+from vitshrink.data import Batch, Preprocessor, recipe_defaults
+from vitshrink.errors import UsageError
+from vitshrink.inspection import (
+    LayerInspection,
+    check_available,
+    inspect_layers,
+    layer_spectra,
+    rank_at,
+    sample_activations,
+    write_figures,
+)
 from vitshrink.measurement import open_data, read_calibration
 from vitshrink.methods import Needs
 from vitshrink.models import find_targets, load_dense
 from vitshrink.observer import Job
 from vitshrink.pipeline import find_device
+from vitshrink.report.summary import base_name
+from vitshrink.stats import LinearStats
 
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)
 
@@ -27,13 +40,20 @@ def inspect_command(
     model: Annotated[str, typer.Argument(help="A dense checkpoint: a directory or a Hub id.")],
     calibration: Annotated[str | None, typer.Option(help="Samples that weight the spectra.")] = None,
     calibration_split: Annotated[str | None, typer.Option(help="Their split.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many to use.")] = 128,
+    samples: Annotated[int | None, typer.Option(min=1, help="How many to use; 128, or what a recipe says.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the images.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
+    text_pair_column: Annotated[str | None, typer.Option(help="Column of the second texts.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text at most.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Write figures, their numbers and a page with both to this directory.")
+    ] = None,
     layers: Annotated[Layers, typer.Option(help="Which layers of a block.")] = "all",
     include: Annotated[list[str] | None, typer.Option(help="Only layers whose name matches this.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No layer whose name matches this.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the samples; 0, or what a recipe says.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
 ) -> None:
@@ -41,30 +61,61 @@ def inspect_command(
 
     With --calibration the spectra are those of the layers' outputs on real samples, which is what counts.
     """
+    if figures is not None:
+        check_available()
+        if calibration is None:
+            raise UsageError("--figures shows what goes through the layers: pass --calibration.")
+    defaults = recipe_defaults(calibration) if calibration is not None else {}
+    samples = defaults.get("samples", 128) if samples is None else samples
+    seed = defaults.get("seed", 0) if seed is None else seed
     job = Job(console.TerminalObserver(quiet=as_json))
     with job.stage("load", "Loading the model"):
         source = load_dense(model, offline=offline)
         dense = source.model.to(find_device(device))
     targets = find_targets(dense, layers=layers, include=include or (), exclude=exclude or ())
-    stats = {}
+    stats: dict[str, LinearStats] = {}
+    batches: list[Batch] = []
     if calibration is not None:
+        columns = DataConfig(calibration, calibration_split, image_column, text_column, text_pair_column)
         data = read_calibration(
-            open_data(DataConfig(calibration, calibration_split), source, offline=offline),
-            Preprocessor.from_checkpoint(source.directory, source.family.modality, offline=offline),
+            open_data(columns, source, offline=offline),
+            Preprocessor.from_checkpoint(
+                source.directory, source.family.modality, max_length=max_length, offline=offline
+            ),
             job,
             samples=samples,
             seed=seed,
             batch_size=batch_size,
         )
+        batches = data.batches
         with job.stage("calibrate", "Calibrating", len(data.samples)) as advance:
-            stats = collect(dense, targets, data.batches, Needs.COVARIANCE, on_batch=advance)
+            stats = collect(dense, targets, batches, Needs.COVARIANCE, on_batch=advance)
     with job.stage("inspect", "Decomposing"):
         found = inspect_layers(dense, targets, stats, FRACTIONS)
+    if figures is not None:
+        with job.stage("sample", "Sampling activations"):
+            activations = sample_activations(dense, targets, batches, seed=seed)
+        with job.stage("curvature", "Measuring the curvature", len(data.samples)) as advance:
+            curvature = collect_curvature(dense, targets, batches, seed=seed, on_batch=advance)
+        with job.stage("figures", "Drawing"):
+            page = write_figures(
+                figures,
+                f"Layers of {base_name(model)}",
+                {"model": model, "calibration": calibration, "samples": len(data.samples), "seed": seed},
+                targets=targets,
+                plain=inspect_layers(dense, targets, {}, FRACTIONS),
+                weighted=found,
+                stats=stats,
+                activations=activations,
+                spectra=layer_spectra(dense, targets, stats, activations, curvature),
+            )
     if as_json:
         json.dump([asdict(layer) for layer in found], sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
     else:
         console.show(_table(found, weighted=bool(stats)))
+        if figures is not None:
+            console.output.print(str(page), soft_wrap=True, markup=False)
 
 
 def _table(layers: list[LayerInspection], *, weighted: bool) -> Table:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vitshrink.report import Report, summary_rows
+from vitshrink.report.summary import UNKNOWN, accuracy_rows, count, latency_rows, p_value, percent, prepared, size
 
 
 @dataclass
@@ -47,32 +48,41 @@ def results_table(reports: Sequence[Report]) -> Table:
 
 
 def evaluation_table(document: Mapping[str, Any]) -> Table:
-    """The figures of one evaluation with their 95 % intervals."""
-    evaluation = document["evaluation"]
-    rule = document["label_rule"]
-    table = Table(["figure", "baseline", "model", "95 % interval"], caption=f"labels: {rule}" if rule else None)
-    dense, compressed = evaluation["dense"] or {}, evaluation["compressed"] or {}
-    model, baseline = (compressed, dense) if compressed else (dense, {})
-    for name in ("top1", "top5", "spearman", "pearson"):
-        if name in model:
-            key = "interval" if name in ("top1", "spearman") else f"{name}_interval"
-            table.add(name, _figure(baseline.get(name)), _figure(model[name]), _interval(model.get(key)))
-    for name, value in (evaluation["fidelity"] or {}).items():
-        if not name.endswith("_interval"):
-            table.add(name, "", _figure(value), _interval(evaluation["fidelity"].get(f"{name}_interval")))
-    difference = evaluation["difference"] or {}
-    if difference.get("drop") is not None:
-        real = "real" if difference.get("significant") else "may be chance"
-        table.add("drop", "", f"{difference['drop']:.4f}", _interval(difference.get("drop_interval")))
-        table.add("", "", real, f"p = {difference['p_value']:.2g}" if difference.get("p_value") is not None else "")
-    table.add("samples", "", str(evaluation["samples"]), "")
-    table.add("parameters", "", f"{document['parameters']:,}", "")
+    """One evaluation, alone or beside its baseline: quality first, then cost."""
+    evaluation, other = document["evaluation"], document["baseline_footprint"]
+    alone = document["baseline"] is None
+    table = Table(["", "model"] if alone else ["", "baseline", "model", "change"], caption=_conditions(document))
+
+    def add(name: str, baseline: str, model: str, change: str) -> None:
+        cells = (name, model) if alone else (name, baseline, model, change)
+        table.add(*("" if cell == UNKNOWN else cell for cell in cells))
+
+    dense, compressed = evaluation["dense"], evaluation["compressed"]
+    if alone:  # whichever of the two it is, it is the only one
+        evaluation = evaluation | {"dense": None, "compressed": compressed or dense}
+    add("Samples", "", f"{evaluation['samples']:,}", "")
+    for row in accuracy_rows(evaluation):
+        add(row.name, row.dense, row.compressed, row.change)
+    if (difference := evaluation["difference"] or {}).get("drop") is not None:
+        add("Is the change real?", "", "", "yes" if difference["significant"] else "within noise")
+        add(f"  {difference['test']}", "", "", p_value(difference["p_value"]))
+    for name, key, show in (
+        ("Parameters", "parameters", count),
+        ("Weight files", "bytes", size),
+        ("Weights in memory", "memory", size),
+        ("MACs a sample", "macs", count),
+    ):
+        kept = f"{percent(document[key] / other[key])} kept" if other and other[key] and document[key] else ""
+        add(name, show(other[key]) if other else "", show(document[key]), kept)
+    for row in latency_rows(document["latency"] or {}):
+        add(row.name, row.dense, row.compressed, row.change)
+    add("Peak memory", "", size(document["peak_memory"]), "")
     return table
 
 
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+def _conditions(document: Mapping[str, Any]) -> str:
+    """What the figures rest on."""
+    lines = [f"preprocessing: {prepared(document['preprocessing'])}"]
+    if document["label_rule"]:
+        lines.append(f"labels: {document['label_rule']}")
+    return "\n".join(lines)

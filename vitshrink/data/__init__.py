@@ -6,7 +6,7 @@ from vitshrink.data.images import ImageError, ImageSource, decode_image
 from vitshrink.data.labels import align_labels
 from vitshrink.data.memory import ReadyBatches, is_items, samples_in_memory
 from vitshrink.data.preprocessing import Preprocessor
-from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_names
+from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_defaults, recipe_names
 from vitshrink.data.samples import Label, Sample, SampleSet, overlap
 from vitshrink.data.sources import open_samples
 from vitshrink.data.text_encoder import TextEncoder
@@ -31,6 +31,7 @@ __all__ = [
     "load_recipe",
     "open_samples",
     "overlap",
+    "recipe_defaults",
     "recipe_names",
     "samples_in_memory",
 ]

@@ -30,6 +30,8 @@ class Columns:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    flags: str = "--"
+    """How the flags begin that name them, ``--eval-`` for the evaluation data of ``compress``."""
 
 
 def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Columns) -> Columns:
@@ -40,6 +42,7 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
     Raises:
         DataError: a wanted column does not exist, or the usual names give no column, or more than one choice.
     """
+    flags = wanted.flags
     listed = [name if len(name) <= 40 else name[:37] + "..." for name in available]
     for column in (wanted.image, wanted.text, wanted.text_pair, wanted.label):
         if column is not None and column not in available:
@@ -56,9 +59,9 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
         return [(name,) for name in usual if name in available]
 
     labels = present(LABEL_COLUMNS)
-    label = wanted.label or (only(labels, "label", "Give --label-column.")[0] if labels else None)
+    label = wanted.label or (only(labels, "label", f"Give {flags}label-column.")[0] if labels else None)
     if kind == "image":
-        image = wanted.image or only(present(IMAGE_COLUMNS), "image", "Give --image-column.")[0]
+        image = wanted.image or only(present(IMAGE_COLUMNS), "image", f"Give {flags}image-column.")[0]
         return Columns(image=image, label=label)
     if wanted.text is not None:
         return Columns(text=wanted.text, text_pair=wanted.text_pair, label=label)
@@ -68,8 +71,8 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
     text, *pair = only(
         [*pairs, *singles] or alone,
         "text",
-        "Give --text-column, and --text-pair-column for pairs; a file without a header line needs a recipe that names "
-        "its columns.",
+        f"Give {flags}text-column, and {flags}text-pair-column for pairs; a file without a header line needs a recipe "
+        "that names its columns.",
     )
     return Columns(text=text, text_pair=wanted.text_pair or next(iter(pair), None), label=label)
 

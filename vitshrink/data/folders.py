@@ -4,10 +4,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vitshrink.data.ground_truth import read_ground_truth
 from vitshrink.data.images import IMAGE_SUFFIXES
 from vitshrink.data.recipes import suggestion
 from vitshrink.data.samples import Sample, SampleSet
-from vitshrink.errors import DataError
+from vitshrink.errors import DataError, UsageError
 
 _SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "dev"), ("test", "testing"))
 
@@ -41,10 +42,10 @@ def holds_images(folder: Path) -> bool:
 def open_image_folder(folder: Path, source: str, labels: Path | None = None) -> SampleSet:
     """Images in the order of their paths; the label is the name of the folder directly below ``folder``.
 
-    ``labels`` gives the classes of a flat folder instead: one name a line, in the order of the file names.
+    ``labels`` gives the classes of a flat folder instead: see ``read_ground_truth``.
 
     Raises:
-        DataError: no images, images both beside and inside class folders, or not one line of ``labels`` an image.
+        DataError: no images, images both beside and inside class folders, or ``labels`` that do not fit them.
     """
     flat = [entry for entry in _visible(folder) if entry.is_file() and _is_image(entry)]
     classes = [entry for entry in _visible(folder) if entry.is_dir()]
@@ -55,25 +56,19 @@ def open_image_folder(folder: Path, source: str, labels: Path | None = None) -> 
             "move one of them away, so that it is clear which images have a class."
         )
     if flat:
-        return _flat_folder(folder, source, flat, labels)
+        return _flat_folder(source, flat, labels)
     if not found:
         raise DataError(f"{folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
     if labels is not None:
-        raise DataError(f"{folder} has class folders: a file of labels ({labels}) is for a flat folder.")
+        raise UsageError(f"{folder} has class folders: a file of labels ({labels}) is for a flat folder.")
     samples = [Sample(str(file.relative_to(folder)), image=file, label=name) for file, name in found]
     return SampleSet(source, "image", samples, [entry.name for entry in classes], "names")
 
 
-def _flat_folder(folder: Path, source: str, files: list[Path], labels: Path | None) -> SampleSet:
+def _flat_folder(source: str, files: list[Path], labels: Path | None) -> SampleSet:
     if labels is None:
         return SampleSet(source, "image", [Sample(file.name, image=file) for file in files])
-    try:
-        names = labels.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the labels {labels}: {error}") from error
-    names = [name.strip() for name in names if name.strip()]
-    if len(names) != len(files):
-        raise DataError(f"{labels} has {len(names)} lines for the {len(files)} images of {folder}.")
+    names = read_ground_truth(labels, [file.name for file in files])
     samples = [Sample(file.name, image=file, label=name) for file, name in zip(files, names, strict=True)]
     return SampleSet(source, "image", samples, sorted(set(names)), "names")
 

@@ -18,6 +18,7 @@ from vitshrink.data.batches import BadSamples, Batch, batched
 from vitshrink.data.images import ImageError, decode_image
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import Sample, SampleSet
+from vitshrink.data.timm_transform import TimmTransform
 from vitshrink.errors import CheckpointError
 
 PREFETCHED_BATCHES = 3
@@ -40,10 +41,12 @@ class ImageEncoder:
 
     kind: Kind = "image"
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, geometry: TimmTransform | None = None) -> None:
+        """``geometry`` takes the place of the processor's resizing and cropping."""
         self.processor = processor
+        self._geometry = geometry
         self._levels = _levels(processor)
-        self.description = _describe(processor)
+        self.description = _describe(processor) | ({} if geometry is None else geometry.description)
 
     def batches(self, samples: SampleSet, batch_size: int, bad: BadSamples, workers: int | None) -> Iterator[Batch]:
         """Batches in the order of the samples; one with bad samples is smaller."""
@@ -73,7 +76,8 @@ class ImageEncoder:
                 failures.append((sample.key, "has no image"))
                 continue
             try:
-                images.append(decode_image(sample.image))
+                image = decode_image(sample.image)
+                images.append(image if self._geometry is None else self._geometry(image))
                 usable.append(sample)
             except ImageError as error:
                 failures.append((sample.key, str(error)))
@@ -83,9 +87,11 @@ class ImageEncoder:
             raise _processor_error(usable, error) from error
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
+        done = {} if self._geometry is None else {"do_resize": False, "do_center_crop": False}
         if self._levels is None:
-            return torch.as_tensor(self.processor(images, return_tensors="pt")["pixel_values"])
-        encoded = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+            return torch.as_tensor(self.processor(images, return_tensors="pt", **done)["pixel_values"])
+        levelled = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np", **done)
+        encoded = levelled["pixel_values"]
         return torch.from_numpy(_apply_levels(encoded, self._levels))
 
 

@@ -8,9 +8,9 @@ from importlib import resources
 from pathlib import Path
 
 from vitshrink.data.samples import Label, SampleSet
-from vitshrink.errors import DataError
+from vitshrink.errors import DataError, DependencyError
 
-_WNID = re.compile(r"n\d{8}")
+WORDNET_ID = re.compile(r"n\d{8}")
 _PLACEHOLDER = re.compile(r"label[ _]?\d+", re.IGNORECASE)
 _REMEDY = "Pass --class-map FILE with one line `name index` for each class."
 
@@ -40,7 +40,8 @@ def align_labels(
         if not 0 <= index < num_labels:
             raise DataError(
                 f"{samples.source}: {keys[label]} has the label {names[label]!r}, class {index}, but the model has the "
-                f"classes 0 to {num_labels - 1}. If the numbers are not the model's own: {_REMEDY}"
+                f"classes 0 to {num_labels - 1}. If the numbers are not its own: {_REMEDY} For those of the "
+                "development kit of ImageNet that is its meta.mat."
             )
     return classes, f"{rule}; {len(set(classes.values()))} of {num_labels} classes occur"
 
@@ -60,7 +61,7 @@ def _by_meaning(
     if in_order and all(isinstance(label, int) for label in names):
         # Position goes before the name: ImageNet has two classes called "crane".
         return {label: int(str(label)) for label in names}, "class names, which are those of the model in its order"
-    if all(map(_WNID.fullmatch, names.values())):
+    if all(map(WORDNET_ID.fullmatch, names.values())):
         return _by_wordnet_id(names, model_names, placeholders)
     if all(name.isdecimal() for name in names.values()) and not set(names.values()) <= set(model_names):
         return _by_value(names), "class names that are integers, by value"
@@ -140,11 +141,15 @@ def read_class_map(file: Path) -> dict[str, int]:
 
     JSON holds ``{"name": index}``, ``{"index": "name"}``, ``{"index": ["wnid", "name"]}`` or a list of names. A text
     file holds lines of ``name index`` (separated by a tab, a comma or blanks), or one name a line, the first being
-    class 0; a line that starts with a WordNet id is named by it.
+    class 0; a line that starts with a WordNet id is named by it. ``meta.mat`` of the ImageNet development kit turns
+    its numbers from 1 to 1000, which are in an order of their own, into classes; that needs scipy.
 
     Raises:
         DataError: unreadable, empty, of another form, or with a name on two lines.
+        DependencyError: a ``.mat`` file without scipy.
     """
+    if file.suffix == ".mat":
+        return _development_kit(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
         entries = _json_entries(json.loads(text)) if file.suffix == ".json" else _line_entries(text.splitlines())
@@ -157,6 +162,21 @@ def read_class_map(file: Path) -> dict[str, int]:
     if not table:
         raise DataError(f"the class map {file} is empty.")
     return table
+
+
+def _development_kit(file: Path) -> dict[str, int]:
+    """From ILSVRC2012_ID, as in ``ILSVRC2012_validation_ground_truth.txt``, to the position of its WordNet id."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DependencyError(f"reading {file} needs scipy: pip install scipy.") from error
+    order = {wnid: index for index, wnid in enumerate(imagenet_classes())}
+    try:
+        synsets = loadmat(file, squeeze_me=True)["synsets"]
+        numbers, wnids = synsets["ILSVRC2012_ID"], synsets["WNID"]
+        return {str(int(n)): order[str(wnid)] for n, wnid in zip(numbers, wnids, strict=True) if str(wnid) in order}
+    except Exception as error:  # a damaged file ends in any exception
+        raise DataError(f"cannot read the class map {file}: not meta.mat of the development kit ({error}).") from error
 
 
 def _json_entries(content: object) -> list[tuple[str, int]]:
@@ -181,7 +201,7 @@ def _line_entries(lines: Iterable[str]) -> list[tuple[str, int]]:
         return [(match["name"].strip("\"' ,\t"), int(match["index"])) for match in indexed if match]
     if all(line.isdecimal() for line in filled):
         raise ValueError("its lines hold numbers without names")
-    wnids = [_WNID.match(line) for line in filled]
+    wnids = [WORDNET_ID.match(line) for line in filled]
     return [(wnid[0] if wnid else line, index) for index, (line, wnid) in enumerate(zip(filled, wnids, strict=True))]
 
 
@@ -195,7 +215,9 @@ def imagenet_classes() -> dict[str, str]:
 def _first_keys(samples: SampleSet) -> dict[Label, str]:
     """The distinct labels, each with the key of the first sample that has it."""
     if samples.labels_are is None:
-        raise DataError(f"{samples.source} has no labels: pass --label-column, class folders or a labelled split.")
+        raise DataError(
+            f"{samples.source} has no labels: name their column, or pass class folders, --labels FILE or another split."
+        )
     if samples.labels_are == "scores":
         raise DataError(f"{samples.source} has scores, not classes: they are for a regression, or for text similarity.")
     keys: dict[Label, str] = {}

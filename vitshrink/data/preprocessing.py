@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
@@ -12,6 +12,7 @@ from vitshrink.data.memory import ReadyBatches
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import SampleSet
 from vitshrink.data.text_encoder import TextEncoder
+from vitshrink.data.timm_transform import TimmTransform
 from vitshrink.errors import CheckpointError, DataError, UsageError
 
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -19,7 +20,7 @@ _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model"
 
 
 class Preprocessor:
-    """The image processor or tokenizer of a checkpoint; never a default one.
+    """The image processor or tokenizer of a checkpoint; never a default one, and timm's geometry only when asked for.
 
     ``description`` says what it does to a sample: figures of two evaluations can be compared only where it is the same.
     """
@@ -32,19 +33,32 @@ class Preprocessor:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, kind: Kind, *, max_length: int | None = None, offline: bool = False
+        cls,
+        path: str | Path,
+        kind: Kind,
+        *,
+        max_length: int | None = None,
+        style: Literal["checkpoint", "timm"] = "checkpoint",
+        offline: bool = False,
     ) -> "Preprocessor":
         """The preprocessing that lies beside the weights, in a directory or on the Hub.
 
-        ``max_length`` in tokens lowers that of the tokenizer and the model. Code in a checkpoint is never run.
+        ``max_length`` in tokens lowers that of the tokenizer and the model. The style ``timm`` resizes and crops images
+        as timm does, whose published accuracies are measured so. Code in a checkpoint is never run.
 
         Raises:
             CheckpointError: the files are missing, damaged, need code of the checkpoint, or do not fit the model.
-            UsageError: ``max_length`` is not one that the model can take.
+            UsageError: ``max_length`` is not one that the model can take, or a style that it has no use for.
         """
         if kind == "image":
             _require(path, _IMAGE_PROCESSOR_FILES, "image processor")
-            return cls(ImageEncoder(_load(AutoImageProcessor.from_pretrained, path, offline, "image processor")))
+            processor = _load(AutoImageProcessor.from_pretrained, path, offline, "image processor")
+            if style == "checkpoint":
+                return cls(ImageEncoder(processor))
+            config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
+            return cls(ImageEncoder(processor, _timm_transform(path, config)))
+        if style != "checkpoint":
+            raise UsageError(f"--preprocess {style} is for images, and {path} reads text.")
         _require(path, _VOCABULARY_FILES, "tokenizer")
         tokenizer = _load(AutoTokenizer.from_pretrained, path, offline, "tokenizer")
         config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
@@ -125,6 +139,14 @@ def _load(loader: Callable[..., Any], path: str | Path, offline: bool, what: str
         if "trust_remote_code" in str(error) or "custom code" in reason:
             reason = "it needs code that lies in the checkpoint, which vitshrink never runs"
         raise CheckpointError(f"cannot read the {what} of {path}: {reason}") from error
+
+
+def _timm_transform(path: str | Path, config: Any) -> TimmTransform:
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise UsageError(f"--preprocess timm is for square images, and {path} takes {height} × {width} pixels.")
+    return TimmTransform(height)
 
 
 def _check_vocabulary(path: str | Path, tokenizer: Any, config: Any) -> None:

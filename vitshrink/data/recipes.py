@@ -83,6 +83,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return _checked(file, entries)
 
 
+def recipe_defaults(spec: str) -> dict[str, int]:
+    """``samples`` and ``seed`` of a recipe, for those who say nothing else; empty where ``spec`` names none.
+
+    ``spec`` may end in ``:split``.
+    """
+    name = spec.rpartition(":")[0] if ":" in spec and not Path(spec).expanduser().exists() else spec
+    if name not in recipe_names() and Path(name).suffix not in (".yaml", ".yml"):
+        return {}
+    recipe = load_recipe(name)
+    return {"seed": recipe.seed} | ({} if recipe.samples is None else {"samples": recipe.samples})
+
+
 def suggestion(name: str, available: list[str], limit: int = 20) -> str:
     """`` Did you mean …? Available: …`` for an error about a wrong name."""
     shown = ", ".join(available[:limit]) + (f" … ({len(available)} in all)" if len(available) > limit else "")

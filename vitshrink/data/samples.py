@@ -84,6 +84,12 @@ class SampleSet:
             raise DataError(f"{self.source}: no sample is left after skipping {skip}.")
         return replace(self, samples=chosen)
 
+    def at_most(self, count: int | None, seed: int) -> "SampleSet":
+        """All of them, or ``count`` drawn by ``seed``; of a stream no more is read than that."""
+        if count is None or (not isinstance(self.samples, Drawable) and count >= len(self)):
+            return self
+        return self.select(count, seed)
+
     @cached_property
     def digests(self) -> list[bytes]:
         """SHA-256 of the content of each sample, labels and names left out."""

@@ -24,6 +24,8 @@ def open_samples(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
+    labels: str | Path | None = None,
+    flags: str = "--",
     offline: bool = False,
 ) -> SampleSet:
     """Find the samples that ``spec`` names, without decoding any.
@@ -37,22 +39,28 @@ def open_samples(
     * a data set on the Hub: ``owner/name`` or ``owner/name/config``;
     * any of these with its split: ``spec:split``.
 
-    Columns and split given here go before those of a recipe. Columns that nobody names are guessed from usual names.
+    Columns, split and labels given here go before those of a recipe. Columns that nobody names are guessed from usual
+    names. ``labels`` is a file with the classes of a flat folder of images. ``flags`` is how the flags begin that
+    messages name.
 
     Raises:
         DataError: nothing there, no samples, or a split or column that is missing or cannot be told.
-        UsageError: a recipe that makes no sense, or one of the other kind.
+        UsageError: a recipe that makes no sense or is of the other kind; a column or file of labels where there is
+            nothing that it could stand for.
     """
-    wanted = Columns(image_column, text_column, text_pair_column, label_column)
+    wanted = Columns(image_column, text_column, text_pair_column, label_column, flags)
+    for flag, column in _foreign(wanted, kind):
+        raise UsageError(f"{flags}{flag} {column}: the model reads {kind} samples, which have no such column.")
     name, split = _divide(str(spec), split)
     path = Path(name).expanduser()
     if path.exists() and name in recipe_names():
         raise UsageError(f"{name!r} is a recipe, and also lies in this folder: write ./{name} for that.")
     if path.suffix in (".yaml", ".yml") or name in recipe_names():
-        samples = _open_recipe(load_recipe(name), kind, split, wanted, offline)
+        samples = _open_recipe(load_recipe(name), kind, split, wanted, _path(labels), offline)
     elif path.exists():
-        samples = _open_path(path, kind, split, wanted)
+        samples = _open_path(path, kind, split, wanted, _path(labels))
     else:
+        _no_labels(spec, labels)
         match = _HUB_ID.fullmatch(name)
         if match is None or _looks_like_a_path(name):
             raise DataError(_nothing_there(name, path))
@@ -70,7 +78,24 @@ def _divide(spec: str, split: str | None) -> tuple[str, str | None]:
     return name, inside
 
 
-def _open_recipe(recipe: Recipe, kind: Kind, split: str | None, wanted: Columns, offline: bool) -> SampleSet:
+def _path(file: str | Path | None) -> Path | None:
+    return None if file is None else Path(file).expanduser()
+
+
+def _foreign(wanted: Columns, kind: Kind) -> list[tuple[str, str]]:
+    """Flags and columns that are only for samples of the other kind."""
+    named = {"image-column": wanted.image, "text-column": wanted.text, "text-pair-column": wanted.text_pair}
+    return [(flag, column) for flag, column in named.items() if column and not flag.startswith(kind)]
+
+
+def _no_labels(source: str | Path, labels: str | Path | None) -> None:
+    if labels is not None:
+        raise UsageError(f"a file of labels ({labels}) is for a flat folder of images, and {source} is none.")
+
+
+def _open_recipe(
+    recipe: Recipe, kind: Kind, split: str | None, wanted: Columns, labels: Path | None, offline: bool
+) -> SampleSet:
     if recipe.kind != kind:
         raise UsageError(f"the recipe {recipe.name} is of the kind {recipe.kind}, but {kind} samples are needed here.")
     split = split or recipe.split
@@ -79,39 +104,51 @@ def _open_recipe(recipe: Recipe, kind: Kind, split: str | None, wanted: Columns,
         wanted.text or recipe.text_column,
         wanted.text_pair or recipe.text_pair_column,
         wanted.label or recipe.label_column,
+        wanted.flags,
     )
     if recipe.id is not None:
+        _no_labels(recipe.name, labels)
         samples = open_hub(Address(recipe.id, recipe.config, split), kind, wanted, offline=offline)
     else:
         assert recipe.location is not None
         if not recipe.location.exists():
             raise DataError(f"the recipe {recipe.name} reads {recipe.location}, which does not exist.")
-        samples = _open_path(recipe.location, kind, split, wanted, recipe)
+        if labels is None and recipe.labels is not None:
+            labels = recipe.folder / Path(recipe.labels).expanduser()
+        samples = _open_path(recipe.location, kind, split, wanted, labels, recipe)
     return replace(samples, recipe=recipe)
 
 
-def _open_path(path: Path, kind: Kind, split: str | None, wanted: Columns, recipe: Recipe | None = None) -> SampleSet:
+def _open_path(
+    path: Path, kind: Kind, split: str | None, wanted: Columns, labels: Path | None, recipe: Recipe | None = None
+) -> SampleSet:
     if split is not None and not path.is_dir():
         raise UsageError(f"{path} is one file and has no splits, but {split!r} was asked for: leave the split out.")
     if path.is_dir():
-        samples = _open_folder(path, kind, split, wanted, recipe)
-    elif path.suffix in SHARD_FORMATS:
-        samples = open_shards(Address(str(path)), kind, wanted)
-    elif path.suffix in TABLE_SUFFIXES:
-        table = read_table(path) if recipe is None else _read_by_recipe(path, recipe)
-        samples = _table_samples(table, path, kind, wanted)
+        samples = _open_folder(path, kind, split, wanted, labels)
     else:
-        known = ", ".join((*SHARD_FORMATS, *TABLE_SUFFIXES, ".yaml"))
-        raise DataError(f"{path} is not a data file that vitshrink reads: pass a folder or one of {known}.")
+        _no_labels(path, labels)
+        samples = _open_file(path, kind, wanted, recipe)
     if not len(samples):
         raise DataError(f"{path} holds no samples.")
     return samples
 
 
-def _open_folder(folder: Path, kind: Kind, split: str | None, wanted: Columns, recipe: Recipe | None) -> SampleSet:
+def _open_file(path: Path, kind: Kind, wanted: Columns, recipe: Recipe | None) -> SampleSet:
+    if path.suffix in SHARD_FORMATS:
+        return open_shards(Address(str(path)), kind, wanted)
+    if path.suffix in TABLE_SUFFIXES:
+        table = read_table(path) if recipe is None else _read_by_recipe(path, recipe)
+        return _table_samples(table, path, kind, wanted)
+    known = ", ".join((*SHARD_FORMATS, *TABLE_SUFFIXES, ".yaml"))
+    raise DataError(f"{path} is not a data file that vitshrink reads: pass a folder or one of {known}.")
+
+
+def _open_folder(folder: Path, kind: Kind, split: str | None, wanted: Columns, labels: Path | None) -> SampleSet:
     shards = {file.suffix for pattern in ("*", "*/*") for file in folder.glob(pattern)} & SHARD_FORMATS.keys()
     # Beside unpacked images a .tar is what they came from; beside .parquet an image is only an illustration.
     if ".parquet" in shards or (shards and not holds_images(folder)):
+        _no_labels(folder, labels)
         return open_shards(Address(str(folder), split=split), kind, wanted)
     if kind == "text":
         tables = [file.name for file in sorted(folder.iterdir()) if file.suffix in TABLE_SUFFIXES]
@@ -119,7 +156,9 @@ def _open_folder(folder: Path, kind: Kind, split: str | None, wanted: Columns, r
             f"{folder} holds no parquet or tar shards: pass one file of text."
             + (f" There are: {', '.join(tables)}." if tables else "")
         )
-    labels = None if recipe is None or recipe.labels is None else recipe.folder / Path(recipe.labels).expanduser()
+    for flag, column in (("image-column", wanted.image), ("label-column", wanted.label)):
+        if column is not None:
+            raise UsageError(f"{wanted.flags}{flag} {column}: {folder} is a folder of images, without columns.")
     return open_image_folder(split_folder(folder, split), str(folder), labels)
 
 
@@ -159,5 +198,6 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _nothing_there(name: str, path: Path) -> str:
-    beside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    beside = sorted(entry.name for entry in found if not entry.name.startswith("."))
     return f"there is no file or folder {name}.{suggestion(path.name, beside)} Recipes: {', '.join(recipe_names())}."

@@ -13,7 +13,7 @@ from typing import Any, Required, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from vitshrink import processes
+from vitshrink import cost, processes
 from vitshrink.errors import DataError, UsageError, VitshrinkError
 from vitshrink.evaluation.columns import (
     Batch,
@@ -241,7 +241,7 @@ def _run(step: Step, comparisons: Sequence[Models], batch: Batch) -> list[Column
             found.append({name: values.cpu() for name, values in examination.columns(outputs).items()})
         return found
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not cost.is_out_of_memory(error):
             raise
         if len(batch.keys) == 1:
             raise VitshrinkError(
@@ -252,11 +252,6 @@ def _run(step: Step, comparisons: Sequence[Models], batch: Batch) -> list[Column
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """On the CPU torch says so in a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)

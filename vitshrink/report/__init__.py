@@ -1,29 +1,39 @@
 """What there is to say of a compressed model: one record, written as JSON, Markdown, a model card and a web page."""
 
+from vitshrink.report.csv_file import append_rows, check_appendable, evaluation_columns, latency_columns, report_row
 from vitshrink.report.record import Report, before_after
 from vitshrink.report.render import (
     comparison_markdown,
     render_card,
     render_comparison_html,
+    render_figures,
     render_html,
     render_markdown,
     write,
+    write_comparison,
 )
 from vitshrink.report.summary import Row, headline, size, summary_rows
-from vitshrink.report.thumbnails import thumbnails
+from vitshrink.report.thumbnails import with_thumbnails
 
 __all__ = [
     "Report",
     "Row",
+    "append_rows",
     "before_after",
+    "check_appendable",
     "comparison_markdown",
+    "evaluation_columns",
     "headline",
+    "latency_columns",
     "render_card",
     "render_comparison_html",
+    "render_figures",
     "render_html",
     "render_markdown",
+    "report_row",
     "size",
     "summary_rows",
-    "thumbnails",
+    "with_thumbnails",
     "write",
+    "write_comparison",
 ]

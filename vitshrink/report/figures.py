@@ -1,30 +1,13 @@
-"""Pictures of a report as inline SVG, drawn by matplotlib where it is installed.
+"""Pictures of a report: its rank plan, its errors, and how several trade size for quality."""
 
-Text and axes take the colour of the page around them, so one picture serves a light and a dark page.
-"""
-
-import io
-import re
 from collections.abc import Sequence
-from typing import Any
 
+from vitshrink.report.drawing import COLOURS, INK, available, canvas, svg
 from vitshrink.report.layers import Layer, layers
 from vitshrink.report.record import Report
 from vitshrink.report.summary import metric_name
 
-# The palette of Okabe and Ito, without the black and yellow that vanish on one of the two backgrounds.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6fd1")
-_INK = "#010203"
-"""Stands for the colour of the page's text until the picture is placed in it."""
-
-
-def available() -> bool:
-    """Whether matplotlib can be imported."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+__all__ = ["available", "error_by_layer", "rank_plan", "trade_off"]
 
 
 def rank_plan(report: Report) -> str | None:
@@ -33,7 +16,7 @@ def rank_plan(report: Report) -> str | None:
     if not shown:
         return None
     blocks, places = sorted({int(layer.block or 0) for layer in shown}), _places(shown)
-    figure, axes = _figure(max(4.5, 0.62 * len(blocks) + 2.4), 0.42 * len(places) + 1.5)
+    figure, axes = canvas(max(4.5, 0.62 * len(blocks) + 2.4), 0.42 * len(places) + 1.5)
     import matplotlib
 
     colours = matplotlib.colormaps["viridis"]
@@ -45,7 +28,7 @@ def rank_plan(report: Report) -> str | None:
         colour = (0.5, 0.5, 0.5, 0.35) if dense else colours(min(layer.kept, 1.0))
         axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=colour, linewidth=0))
         light = not dense and sum(colour[:3]) > 1.5
-        ink = _INK if dense else "#1a1a1a" if light else "#ffffff"
+        ink = INK if dense else "#1a1a1a" if light else "#ffffff"
         axes.text(x, y, "dense" if dense else str(layer.rank), ha="center", va="center", fontsize=8, color=ink)
     axes.set_xlim(-0.5, len(blocks) - 0.5)
     axes.set_ylim(len(places) - 0.5, -0.5)
@@ -59,7 +42,7 @@ def rank_plan(report: Report) -> str | None:
     bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=12)
     bar.set_label("fraction of the weights kept")
     bar.outline.set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def error_by_layer(report: Report) -> str | None:
@@ -71,7 +54,7 @@ def error_by_layer(report: Report) -> str | None:
     ]
     if not shown:
         return None
-    figure, axes = _figure(9.6, 3.4)
+    figure, axes = canvas(9.6, 3.4)
     for i, place in enumerate(_places(shown)):
         line = sorted((layer.block or 0, layer.relative_error or 0.0) for layer in shown if layer.place == place)
         axes.plot(*zip(*line, strict=True), color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, label=place)
@@ -79,9 +62,9 @@ def error_by_layer(report: Report) -> str | None:
     axes.set_ylabel("relative error")
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.2, color=_INK)
+    axes.grid(alpha=0.2, color=INK)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _svg(figure)
+    return svg(figure)
 
 
 def trade_off(reports: Sequence[Report]) -> str | None:
@@ -105,7 +88,7 @@ def trade_off(reports: Sequence[Report]) -> str | None:
         points.setdefault(report.method, []).append((report.parameters["kept"], value, *bounds))
     if sum(map(len, points.values())) < 2:
         return None
-    figure, axes = _figure(9.6, 3.8)
+    figure, axes = canvas(9.6, 3.8)
     for i, (method, line) in enumerate(sorted(points.items())):
         kept, value, low, high = zip(*sorted(line), strict=True)
         spread = [
@@ -115,48 +98,13 @@ def trade_off(reports: Sequence[Report]) -> str | None:
         colour = COLOURS[i % len(COLOURS)]
         axes.errorbar(kept, value, yerr=spread, color=colour, marker="o", markersize=5, capsize=3, label=method)
     if reference is not None:
-        axes.axhline(reference, color=_INK, alpha=0.5, linewidth=1, linestyle="--", label="dense")
+        axes.axhline(reference, color=INK, alpha=0.5, linewidth=1, linestyle="--", label="dense")
     axes.set_xlabel("fraction of the parameters kept")
     axes.set_ylabel(label)
-    axes.grid(alpha=0.2, color=_INK)
+    axes.grid(alpha=0.2, color=INK)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _places(shown: Sequence[Layer]) -> list[str]:
     return list(dict.fromkeys(layer.place for layer in shown))
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    for text in figure.findobj(matplotlib.text.Text):
-        if text.get_color() in ("black", "k"):
-            text.set_color(_INK)
-    for axes in figure.axes:
-        axes.tick_params(colors=_INK)
-        axes.yaxis.label.set_color(_INK)
-        for side in axes.spines.values():
-            side.set_edgecolor(_INK)
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "vitshrink", "font.family": "sans-serif"}
-    stream = io.StringIO()
-    with matplotlib.rc_context(settings):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    # the page says which font it uses; matplotlib would name those of the machine that drew the picture
-    return re.sub(r"font(?:-family)?: *[^;\"]*?(\d+(?:\.\d+)?px)?[^;\"]*(?=[;\"])", _font_size, svg)
-
-
-def _font_size(match: re.Match[str]) -> str:
-    return f"font-size: {match[1]}" if match[1] else ""

@@ -39,12 +39,15 @@ class Report:
     """``weights`` (``int8``, ``int4``) and ``activations`` (``none``, ``dynamic``); None: all in floating point."""
     bytes: Mapping[str, Any] = field(default_factory=dict)
     """Of the weight files: ``dense``, ``compressed``, ``kept``."""
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    """Of the weights in memory as they were measured: ``dense``, ``compressed``, ``kept``."""
     macs: Mapping[str, Any] = field(default_factory=dict)
     """Multiply-accumulate operations of one sample: ``dense``, ``compressed``, ``kept``."""
     latency: Mapping[str, Any] = field(default_factory=dict)
-    """``dense`` and ``compressed``, each as ``vitshrink.cost.Latency``."""
+    """``dense`` and ``compressed``, each as ``vitshrink.cost.Latency``; ``others``: the same for other batch sizes."""
     evaluation: Mapping[str, Any] | None = None
-    """As ``vitshrink.evaluation.Evaluation``, with ``source``, ``fingerprint``, ``label_rule``, ``preprocessing``."""
+    """As ``vitshrink.evaluation.Evaluation``, with ``source``, ``fingerprint``, ``label_rule``, ``preprocessing``; a
+    ``thumbnail`` in disagreements where the user asked for them."""
     calibration: Mapping[str, Any] | None = None
     """``source``, ``samples``, ``tokens``, ``seed``, ``fingerprint``."""
     timings: Mapping[str, float] = field(default_factory=dict)

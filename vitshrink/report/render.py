@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,32 @@ from markupsafe import Markup
 from vitshrink.report import figures, summary
 from vitshrink.report.layers import layers
 from vitshrink.report.record import FILE_NAME, Report
+from vitshrink.report.thumbnails import SHOWN
 
 SHOWN_CLASSES = 15
-SHOWN_DISAGREEMENTS = 12
 
 
-def write(report: Report, directory: Path, thumbnails: Mapping[str, str] | None = None) -> None:
-    """Write ``report.json``, ``report.md``, ``report.html`` and the model card ``README.md``. Raises OSError.
-
-    ``thumbnails``: see ``render_html``.
-    """
+def write(report: Report, directory: Path) -> None:
+    """Write ``report.json``, ``report.md``, ``report.html`` and the model card ``README.md``. Raises OSError."""
     for name, text in (
         (FILE_NAME, report.to_json()),
         ("report.md", render_markdown(report)),
-        ("report.html", render_html(report, thumbnails)),
+        ("report.html", render_html(report)),
         ("README.md", render_card(report)),
     ):
         (directory / name).write_text(text, encoding="utf-8")
+
+
+def write_comparison(reports: Sequence[Report], directory: Path) -> Path:
+    """Write ``comparison.html``, whose path is returned, and ``comparison.md``. Raises OSError."""
+    for name, text in (
+        ("comparison.md", comparison_markdown(reports)),
+        ("comparison.html", render_comparison_html(reports)),
+    ):
+        staged = directory / f".{name}"
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(directory / name)
+    return directory / "comparison.html"
 
 
 def render_markdown(report: Report) -> str:
@@ -42,11 +52,8 @@ def render_card(report: Report) -> str:
     return _markdown("card.md", report, front_matter=_front_matter(report))
 
 
-def render_html(report: Report, thumbnails: Mapping[str, str] | None = None) -> str:
-    """One self-contained page; it says so where matplotlib is missing and its pictures are left out.
-
-    ``thumbnails`` are ``data:`` addresses of small images of samples that the two models disagree on, by sample.
-    """
+def render_html(report: Report) -> str:
+    """One self-contained page; it says so where matplotlib is missing and its pictures are left out."""
     drawn = figures.available()
     return _page(
         "report.html",
@@ -55,10 +62,15 @@ def render_html(report: Report, thumbnails: Mapping[str, str] | None = None) -> 
         figures_available=drawn,
         rank_plan=_picture(figures.rank_plan(report)) if drawn else None,
         error_by_layer=_picture(figures.error_by_layer(report)) if drawn else None,
-        disagreements=((report.evaluation or {}).get("disagreements") or [])[:SHOWN_DISAGREEMENTS],
-        thumbnails=thumbnails or {},
+        disagreements=((report.evaluation or {}).get("disagreements") or [])[:SHOWN],
         **_view(report),
     )
+
+
+def render_figures(title: str, facts: Mapping[str, Any], pictures: Sequence[tuple[str, str, str]]) -> str:
+    """One page of pictures, each with its heading and what it shows."""
+    shown = [(heading, caption, _picture(picture)) for heading, caption, picture in pictures]
+    return _page("figures.html", title=title, facts=facts, figures=shown)
 
 
 def comparison_markdown(reports: Sequence[Report]) -> str:
@@ -155,7 +167,9 @@ def _view(report: Report) -> dict[str, Any]:
     }
 
 
+@cache
 def _environment(*, autoescape: bool) -> Environment:
+    """Compiled templates are kept in it."""
     environment = Environment(
         loader=PackageLoader("vitshrink.report"),
         autoescape=autoescape,
@@ -164,7 +178,7 @@ def _environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("count", "size", "percent", "duration", "number", "plain", "base_name"):
+    for name in ("count", "size", "percent", "duration", "number", "plain", "prepared", "base_name"):
         environment.filters[name] = getattr(summary, name)
     environment.filters["cell"] = _cell
     environment.filters["code"] = _code

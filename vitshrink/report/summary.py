@@ -49,11 +49,27 @@ def summary_rows(report: Report) -> list[Row]:
         _size_row("Parameters", report.parameters, count),
         _size_row("Parameters of the compressible layers", report.layers_parameters, count),
         _size_row("Weight files", report.bytes, size),
+        _size_row("Weights in memory", report.memory, size),
         _size_row("MACs a sample", report.macs, count),
     ]
-    if (timing := _timing(report)) is not None:
-        rows.append(Row(f"Latency, batch of {timing.batch_size}", timing.dense, timing.compressed, timing.change))
-    return [*(row for row in rows if row), *_accuracy_rows(report)]
+    return [*(row for row in rows if row), *latency_rows(report.latency), *accuracy_rows(report.evaluation or {})]
+
+
+def latency_rows(latency: Mapping[str, Any]) -> list[Row]:
+    """Median times and their middle halves, a row a batch size; for batches of more than one also the throughput."""
+    rows = []
+    for each in (latency, *(latency.get("others") or [])):
+        timings = each.get("dense") or {}, each.get("compressed") or {}
+        size = max(timing.get("batch_size", 0) for timing in timings)
+        if not size:
+            continue
+        both = _timing(each)
+        times = [f"{duration(t['median'])} ({_quartiles(t)})" if t else UNKNOWN for t in timings]
+        rows.append(Row(f"Latency, batch of {size}", times[0], times[1], both.change if both else UNKNOWN))
+        if size > 1:
+            rates = [f"{t['throughput']:,.4g} /s" if t else UNKNOWN for t in timings]
+            rows.append(Row(f"Throughput, batch of {size}", rates[0], rates[1], ""))
+    return rows
 
 
 def facts(report: Report) -> list[Fact]:
@@ -161,6 +177,32 @@ def plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def prepared(description: Mapping[str, Any]) -> str:
+    """The effective preprocessing in a line, from ``Preprocessor.description``; empty where there is none."""
+    if description.get("kind") != "image":
+        words = [str(description[key]) for key in ("tokenizer",) if key in description]
+        length = description.get("max_length")
+        return ", ".join(words + ([f"up to {length} tokens"] if length else []))
+    parts = [f"{description['geometry']} geometry:"] if "geometry" in description else []
+    steps = []
+    if size := description.get("size"):
+        steps.append(f"resize to {_pixels(size)}, {description.get('resample', 'default')}")
+    if crop := description.get("crop_size"):
+        steps.append(f"crop the middle {_pixels(crop)}")
+    for key, name in (("image_mean", "mean"), ("image_std", "std")):
+        if key in description:
+            steps.append(f"{name} {' '.join(f'{value:.4g}' for value in description[key])}")
+    return " ".join([*parts, "; ".join(steps)])
+
+
+def _pixels(size: Any) -> str:
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return f"a short side of {size['shortest_edge']}"
+    if isinstance(size, Mapping):
+        return f"{size.get('height')} × {size.get('width')}"
+    return f"{size} × {size}"
+
+
 def interval(metric: str | None, bounds: Any) -> str:
     return UNKNOWN if not bounds else f"{score(metric, bounds[0])} to {score(metric, bounds[1])}"
 
@@ -181,8 +223,8 @@ def _size_row(name: str, group: Mapping[str, Any], show: Callable[[float | None]
     return Row(name, show(group["dense"]), show(group.get("compressed")), f"{percent(group.get('kept'))} kept")
 
 
-def _accuracy_rows(report: Report) -> list[Row]:
-    evaluation = report.evaluation or {}
+def accuracy_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+    """Scores with their intervals, and the fidelity to the dense model."""
     dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
     fidelity, metric = evaluation.get("fidelity") or {}, evaluation.get("metric")
     rows = []
@@ -215,23 +257,30 @@ def _accuracy_rows(report: Report) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Timing:
-    dense: str
-    compressed: str
+    dense: Mapping[str, Any]
+    compressed: Mapping[str, Any]
     change: str
     tone: str
     batch_size: int
 
 
-def _timing(report: Report) -> _Timing | None:
+def _timing(latency: Mapping[str, Any]) -> _Timing | None:
     """The measured latency; where the middle halves of the two models' times overlap, no difference is claimed."""
-    dense, compressed = (report.latency.get(role) or {} for role in ("dense", "compressed"))
+    dense, compressed = (latency.get(role) or {} for role in ("dense", "compressed"))
     if not dense or not compressed:
         return None
     ratio = dense["median"] / compressed["median"]
     change, tone = f"{ratio:.2f}× as fast", "good" if ratio > 1 else "bad"
     if _overlap(dense, compressed):
         change, tone = "no clear difference in time", "neutral"
-    return _Timing(duration(dense["median"]), duration(compressed["median"]), change, tone, dense["batch_size"])
+    return _Timing(dense, compressed, change, tone, dense["batch_size"])
+
+
+def _quartiles(timing: Mapping[str, Any]) -> str:
+    """``11.9–12.4``, in the unit of the median."""
+    scale = 1000 if timing["median"] < 1 else 1
+    digits = 1 if timing["median"] < 0.1 or timing["median"] >= 1 else 0
+    return "–".join(f"{scale * timing[name]:.{digits}f}" for name in ("lower_quartile", "upper_quartile"))
 
 
 def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -249,10 +298,11 @@ def _smaller(report: Report) -> Fact:
 
 
 def _faster(report: Report) -> Fact:
-    macs, timing = report.macs, _timing(report)
+    macs, timing = report.macs, _timing(report.latency)
     counted = f"{count(macs['dense'])} → {count(macs.get('compressed'))} MACs" if macs.get("dense") else ""
     if timing is not None:
-        detail = f"measured: {timing.dense} → {timing.compressed}, batch of {timing.batch_size}"
+        times = " → ".join(duration(each["median"]) for each in (timing.dense, timing.compressed))
+        detail = f"measured: {times}, batch of {timing.batch_size}"
         detail = f"{detail}; {counted}" if counted else detail
         return Fact("How much faster?", timing.change, detail, timing.tone)
     if counted and macs.get("kept") is not None:

@@ -1,21 +1,35 @@
-"""Small images of samples for a page, as ``data:`` addresses."""
+"""Small images of the samples on which two models disagree, as ``data:`` addresses."""
 
 import base64
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence, Set
 from io import BytesIO
+from typing import Any
 
 from vitshrink.data import ImageError, SampleSet, decode_image
 
 SIDE = 160
 """Pixels of the longer side."""
 
+SHOWN = 12
+"""So many are shown: about 100 kB."""
 
-def thumbnails(samples: SampleSet, keys: Collection[str]) -> dict[str, str]:
-    """JPEG thumbnails of the samples with these keys; texts and images that cannot be read have none.
 
-    A page with thumbnails publishes the samples: make one only when the user asks for it.
+def with_thumbnails(
+    disagreements: Sequence[Mapping[str, Any]], samples: SampleSet, most: int = SHOWN
+) -> list[dict[str, Any]]:
+    """The entries of an evaluation, the first ``most`` with an image under ``thumbnail``; texts have none.
+
+    A report with thumbnails publishes the samples: make one only when the user asks for it.
     """
-    wanted, made = set(keys), {}
+    made = _thumbnails(samples, {entry["sample"] for entry in disagreements[:most]})
+    return [
+        {**entry, "thumbnail": made[entry["sample"]]} if entry["sample"] in made else dict(entry)
+        for entry in disagreements
+    ]
+
+
+def _thumbnails(samples: SampleSet, wanted: Set[str]) -> dict[str, str]:
+    made = {}
     for sample in samples.samples:
         if sample.key in wanted and sample.image is not None:
             try:

@@ -1,0 +1,71 @@
+"""A file that says which class each image of a flat folder shows."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from vitshrink.data.labels import WORDNET_ID
+from vitshrink.errors import DataError
+
+_NUMBERED = re.compile(r"_(\d{8})\.\w+")
+"""``ILSVRC2012_val_00000017.JPEG`` is line 17 of a list of labels, also where only some of the images are there."""
+
+
+def read_ground_truth(file: Path, images: Sequence[str]) -> list[str]:
+    """The label of every image, in the order of ``images``, which are file names.
+
+    Either a line an image, its name (with or without suffix) and its label separated by a tab, a comma or a blank,
+    with a header line or without; or a label a line, in the order of the names. JSON holds ``{"image": label}``. After
+    a WordNet id the rest of its line is left out, as the boxes in the solution file of Kaggle.
+
+    Raises:
+        DataError: unreadable, images without a label, or not one line an image.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        content = json.loads(text) if file.suffix == ".json" else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the labels {file}: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if content is not None and not isinstance(content, Mapping):
+        raise DataError(f"cannot read the labels {file}: a JSON object of images and labels was expected.")
+    if isinstance(content, Mapping):
+        table = {PurePosixPath(str(image)).name: str(label) for image, label in content.items()}
+    else:
+        known = {part for name in images for part in (name, Path(name).stem)}
+        table = next(
+            (found for separator in ("\t", ",", None) if (found := _table(lines, separator)).keys() & known), {}
+        )
+    if not table:
+        return [_label(line) for line in _in_order(file, lines, images)]
+    labels = [table.get(name, table.get(Path(name).stem)) for name in images]
+    missing = [name for name, label in zip(images, labels, strict=True) if label is None]
+    if missing:
+        raise DataError(
+            f"{file} has no label for {len(missing)} of the {len(images)} images: {', '.join(missing[:5])}."
+        )
+    return [_label(label) for label in labels if label is not None]
+
+
+def _table(lines: Sequence[str], separator: str | None) -> dict[str, str]:
+    """The rest of each line by the name in front of it."""
+    parts = (line.split(separator, 1) for line in lines)
+    return {PurePosixPath(part[0].strip("\"' ")).name: part[1].strip("\"' ") for part in parts if len(part) == 2}
+
+
+def _in_order(file: Path, lines: Sequence[str], images: Sequence[str]) -> Sequence[str]:
+    numbers = [int(match[1]) for match in map(_NUMBERED.search, images) if match]
+    if len(numbers) == len(images) and len(lines) != len(images) and 0 < min(numbers) <= max(numbers) <= len(lines):
+        return [lines[number - 1] for number in numbers]
+    if len(lines) != len(images):
+        raise DataError(
+            f"{file} has {len(lines)} lines for the {len(images)} images, and none of them names one: "
+            "give a label a line in the order of the file names, or lines of `image label`."
+        )
+    return lines
+
+
+def _label(text: str) -> str:
+    wnid = WORDNET_ID.match(text)
+    return wnid[0] if wnid else text
