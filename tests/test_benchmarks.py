@@ -30,7 +30,7 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("script", ["fidelity", "speed", "quantisation", "export"])
+@pytest.mark.parametrize("script", ["evaluation", "fidelity", "speed", "quantisation", "export"])
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         benchmark(script).main(["--help"])
@@ -161,3 +161,13 @@ def test_onnx_is_timed_against_pytorch(
     head, row = rows(capsys.readouterr().out)
     assert float(row[head.index("difference")]) <= 1e-4
     assert float(row[head.index("onnxruntime, 1")]) > 0
+
+
+def test_an_evaluation_is_timed_beside_its_passes(
+    benchmark: Benchmark, vit_directory: Path, learned_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("evaluation").main(f"--model {vit_directory} --data {learned_images} --limit 20 --repeats 2".split())
+    head, *body = rows(capsys.readouterr().out)
+    assert head == ["run", "passes, s", "evaluation, s", "overhead"]
+    assert [row[0] for row in body] == ["1", "2", "median"]
+    assert all(float(row[1]) >= 0 and float(row[2]) > 0 and row[3].endswith("%") for row in body)

@@ -340,7 +340,7 @@ def test_the_type_of_the_label_column_decides(
 def test_columns_that_hold_something_else_are_refused(tmp_path: Path, column: str, kind: Kind, message: str) -> None:
     Dataset.from_dict({"number": [1, 2]}).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(DataError, match=message):
-        open_samples(tmp_path / "x.parquet", kind, text_column=column, image_column=column)
+        open_samples(tmp_path / "x.parquet", kind, **{f"{kind}_column": column})  # type: ignore[arg-type]
 
 
 def test_an_archive_beside_its_unpacked_images_is_passed_over(tmp_path: Path) -> None:
