@@ -1,5 +1,6 @@
 import base64
 import copy
+import html
 import html.parser
 import json
 import math
@@ -516,27 +517,36 @@ def test_comparison_takes_every_kind_of_report(report: Report) -> None:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PROBE = """<script>
-const style = getComputedStyle(document.body);
-const boxes = [...document.querySelectorAll(".scroll")];
-const tables = boxes.every((box) => box.getBoundingClientRect().right <= innerWidth);
-document.documentElement.innerHTML = JSON.stringify({
-  width: innerWidth, content: document.documentElement.scrollWidth, tables,
-  paper: style.backgroundColor, ink: style.color,
+addEventListener("load", () => {
+  const style = getComputedStyle(document.body);
+  const boxes = [...document.querySelectorAll(".scroll")];
+  const tables = boxes.every((box) => box.getBoundingClientRect().right <= innerWidth);
+  parent.postMessage(JSON.stringify({
+    width: innerWidth, content: document.documentElement.scrollWidth, tables,
+    paper: style.backgroundColor, ink: style.color,
+  }), "*");
 });
 </script>"""
+FRAME = """<!doctype html><body style="margin: 0"><script>
+addEventListener("message", (event) => { document.body.textContent = event.data; });
+</script><iframe style="border: 0; width: WIDTHpx; height: 900px" srcdoc="PAGE"></iframe></body>"""
+"""A window cannot be as narrow as a phone, but a frame can."""
+
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)")
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (500, False)])
+@browser
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True), (320, False)])
 def test_a_browser_shows_the_pages_without_overflow(tmp_path: Path, width: int, dark: bool) -> None:
     evaluation = copy.deepcopy(EVALUATION)
     address = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
     evaluation["disagreements"][0]["thumbnail"] = address  # type: ignore[index]
     long_name = made(warnings=["x" * 200], command="vitshrink " + "y" * 300, evaluation=evaluation)
     for page in (reports.render_html(long_name), reports.render_comparison_html([made(), smaller()])):
+        probed = html.escape(page.replace("</body>", f"{PROBE}</body>"))
         file = tmp_path / "page.html"
-        file.write_text(page.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
-        shown = browse(file, tmp_path / "profile", width, dark)
+        file.write_text(FRAME.replace("WIDTH", str(width)).replace("PAGE", probed), encoding="utf-8")
+        shown = browse(file, tmp_path / "profile", dark)
         assert shown["width"] == width
         assert shown["content"] <= width
         assert shown["tables"]
@@ -545,12 +555,30 @@ def test_a_browser_shows_the_pages_without_overflow(tmp_path: Path, width: int, 
         assert (sum(map(int, re.findall(r"\d+", shown["ink"])[:3])) > 384) == dark
 
 
-def browse(file: Path, profile: Path, width: int, dark: bool) -> dict[str, Any]:
+@browser
+def test_a_browser_prints_the_pages(tmp_path: Path) -> None:
+    for name, page in (
+        ("report", reports.render_html(made(blocks=12))),
+        ("comparison", reports.render_comparison_html([made(), smaller()])),
+    ):
+        file, printed = tmp_path / f"{name}.html", tmp_path / f"{name}.pdf"
+        file.write_text(page, encoding="utf-8")
+        run_browser(file, tmp_path / "profile", f"--print-to-pdf={printed}", "--no-pdf-header-footer")
+        content = printed.read_bytes()
+        assert content.startswith(b"%PDF")
+        assert 1 <= len(re.findall(rb"/Type */Page\b", content)) <= 10
+
+
+def browse(file: Path, profile: Path, dark: bool) -> dict[str, Any]:
     """What the probe in the page found."""
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    shown = run_browser(file, profile, scheme, "--window-size=1300,950", "--virtual-time-budget=5000", "--dump-dom")
+    found = re.search(r"\{.*\}", shown)
+    assert found, shown
+    return dict(json.loads(html.unescape(found[0])))
+
+
+def run_browser(file: Path, profile: Path, *flags: str) -> str:
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += ["--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}", f"--window-size={width},900"]
-    command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r"\{.*\}", done.stdout)
-    assert found, done.stdout + done.stderr
-    return dict(json.loads(found[0]))
+    command += ["--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}", *flags, file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
