@@ -302,7 +302,9 @@ def test_several_sizes_come_from_one_calibration(vit_directory: Path, flat_image
         assert keep - 0.01 < cost.parameters(load(result)) / result.report.parameters["dense"] <= keep
         single = compress(replace(config, keep=(keep,), output=str(tmp_path / f"single-{keep}")))[0]
         assert weights_of(single) == weights_of(result)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["keep-0.6", "keep-0.7", "keep-0.8"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["comparison.html", "comparison.md", "keep-0.6", "keep-0.7", "keep-0.8"]
+    assert (tmp_path / "out" / "comparison.md").read_text().count("\n") == 5
 
 
 def test_each_of_several_reports_times_its_own_stages(vit_directory: Path, tmp_path: Path) -> None:
