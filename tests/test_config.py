@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -180,6 +180,7 @@ def test_a_recipe_written_and_read_is_the_same_job(job: CompressConfig) -> None:
     assert CompressConfig.from_mapping(yaml.safe_load(job.to_yaml())) == job
 
 
+@settings(deadline=None)
 @given(jobs)
 def test_the_command_line_of_a_job_asks_for_the_same_job(job: CompressConfig) -> None:
     seen: list[CompressConfig] = []

@@ -250,9 +250,11 @@ class CompressConfig:
     def command(self) -> str:
         """The command line that does the same: what differs from the defaults, as flags."""
         words = ["vitshrink", "compress", self.model, self.output]
+        # a data recipe has defaults of its own
+        said = ("samples", "seed") if re.search(r"\.ya?ml(:|$)", self.calibration or "") else ()
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("model", "output") or value in (f.default, (), {}):
+            if f.name in ("model", "output") or (value in (f.default, (), {}) and f.name not in said):
                 continue
             if isinstance(value, bool):
                 words.append(flag_of(f.name))
