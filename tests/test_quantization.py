@@ -186,6 +186,8 @@ def test_the_report_has_the_figures_of_both_models(vit_directory: Path, learned_
     assert report["evaluation"]["fidelity"]["kl"] < 0.05
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"report.json", "report.md", "README.md"}
     assert CliRunner().invoke(app, arguments).exit_code == 1, "the output exists"
+    shown = CliRunner().invoke(app, ["quantize", str(vit_directory), str(tmp_path / "four"), "--weights", "int4"])
+    assert "keep 1.000, int4" in shown.output
 
 
 def test_without_vitshrink_loading_fails(vit_directory: Path, tmp_path: Path) -> None:

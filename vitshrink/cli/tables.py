@@ -38,9 +38,14 @@ def plan_table(report: Report) -> Table:
     return table
 
 
+def _size(report: Report) -> str:
+    kept = f"keep {report.parameters['kept']:.3f}"
+    return kept if report.quantization is None else f"{kept}, {report.quantization['weights']}"
+
+
 def results_table(reports: Sequence[Report]) -> Table:
     """Before and after, one column a size."""
-    table = Table(["", "dense", *(f"keep {report.parameters['kept']:.3f}" for report in reports)])
+    table = Table(["", "dense", *map(_size, reports)])
     rows = [summary_rows(report) for report in reports]
     for index, row in enumerate(rows[0]):
         table.add(row.name, row.dense, *(each[index].compressed for each in rows))
