@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "assessment", "api", "exporting", "quantizing"),
     ("shrinking",),
     ("description", "inspection", "search"),
+    ("attentions",),
     ("compression",),
     ("report", "sequential", "rescaling", "measurement", "storage", "quantization"),
     ("effects",),

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Protocol
 
 from torch import Tensor
 
@@ -11,6 +13,68 @@ from vitshrink.ranks import Storage, break_even_rank, dense_cost, largest_rank, 
 
 BISECTIONS = 60
 """Halvings of an interval: float64 has no more to give."""
+
+
+class Offer(Protocol):
+    """Something to choose the rank of: a layer, or a part of an attention."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def loss(self) -> Tensor:
+        """By rank, from 0; what a rank that is not on offer loses is not asked for."""
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """On offer, in ascending order: those that cost less than what is there."""
+
+    @property
+    def cheapest(self) -> int | None:
+        """The smallest rank on offer."""
+
+    def cost(self, rank: int | None) -> int:
+        """Stored numbers at ``rank``; None: left as it is."""
+
+    def within(self, budget: float) -> int:
+        """The largest rank on offer that costs at most ``budget`` numbers, or 0."""
+
+    def nearest(self, rank: int) -> int | None:
+        """What a user who asks for ``rank`` gets; None: it would not make this smaller."""
+
+
+@dataclass(frozen=True)
+class Menu:
+    """An offer whose costs follow no formula.
+
+    Attributes:
+        dense: stored numbers of what is there; costs: those of every rank that there is.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dense: int
+    costs: Mapping[int, int]
+    loss: Tensor
+    multiple: int = 1
+
+    def cost(self, rank: int | None) -> int:
+        return self.dense if rank is None else self.costs[rank]
+
+    @cached_property
+    def ranks(self) -> Sequence[int]:
+        return sorted(rank for rank, cost in self.costs.items() if rank % self.multiple == 0 and cost < self.dense)
+
+    @property
+    def cheapest(self) -> int | None:
+        return next(iter(self.ranks), None)
+
+    def within(self, budget: float) -> int:
+        return max((rank for rank in self.ranks if self.costs[rank] <= budget), default=0)
+
+    def nearest(self, rank: int) -> int | None:
+        return max((offered for offered in self.ranks if offered <= rank), default=None)
 
 
 @dataclass(frozen=True)
@@ -41,22 +105,29 @@ class Curve:
     def cheapest(self) -> int | None:
         return self.ranks[0] if len(self.ranks) else None
 
+    def within(self, budget: float) -> int:
+        return largest_rank(*self.shape, budget, self.storage, self.multiple)
+
+    def nearest(self, rank: int) -> int | None:
+        rounded = max(rank // self.multiple, 1) * self.multiple
+        return rounded if rounded in self.ranks else None
+
 
 Plan = dict[str, int | None]
 """Layer name → rank, or None: stays dense."""
 
 
-def plan_cost(curves: Sequence[Curve], plan: Mapping[str, int | None]) -> int:
+def plan_cost(curves: Sequence[Offer], plan: Mapping[str, int | None]) -> int:
     """Stored numbers of all layers under ``plan``."""
     return sum(curve.cost(plan[curve.name]) for curve in curves)
 
 
-def least_cost(curves: Sequence[Curve]) -> int:
+def least_cost(curves: Sequence[Offer]) -> int:
     """The smallest budget that any plan meets."""
     return sum(curve.cost(curve.cheapest) for curve in curves)
 
 
-def _largest_feasible(curves: Sequence[Curve], budget: int, plan_at: Callable[[float], Plan]) -> Plan:
+def _largest_feasible(curves: Sequence[Offer], budget: int, plan_at: Callable[[float], Plan]) -> Plan:
     """The most generous of the plans ``plan_at(0…1)``, whose costs rise with their argument, within the budget."""
     low, high = 0.0, 1.0
     best = plan_at(low)
@@ -72,22 +143,23 @@ def _largest_feasible(curves: Sequence[Curve], budget: int, plan_at: Callable[[f
     return best
 
 
-def _spend(curves: Sequence[Curve], budget: int, plan: Plan, losses: Mapping[str, list[float]]) -> Plan:
+def _spend(curves: Sequence[Offer], budget: int, plan: Plan, losses: Mapping[str, list[float]]) -> Plan:
     """Use what is left of the budget: raise ranks one step at a time, each time where a parameter buys the most."""
     plan = dict(plan)
     left = budget - plan_cost(curves, plan)
     while True:
-        best: tuple[float, Curve, int, int] | None = None
+        best: tuple[float, Offer, int, int] | None = None
         for curve in curves:
             rank = plan[curve.name]
-            if rank is None or rank + curve.multiple not in curve.ranks:
+            if rank is None or rank == curve.ranks[-1]:
                 continue
-            price = curve.cost(rank + curve.multiple) - curve.cost(rank)
+            following = curve.ranks[curve.ranks.index(rank) + 1]
+            price = curve.cost(following) - curve.cost(rank)
             if price <= left:
                 loss = losses[curve.name]
-                gain = (loss[rank] - loss[rank + curve.multiple]) / price
+                gain = (loss[rank] - loss[following]) / price
                 if best is None or gain > best[0]:
-                    best = (gain, curve, rank + curve.multiple, price)
+                    best = (gain, curve, following, price)
         if best is None:
             return plan
         _, curve, rank, price = best
@@ -95,7 +167,7 @@ def _spend(curves: Sequence[Curve], budget: int, plan: Plan, losses: Mapping[str
         left -= price
 
 
-def _hull(curve: Curve, loss: list[float]) -> list[tuple[int, float, int | None]]:
+def _hull(curve: Offer, loss: list[float]) -> list[tuple[int, float, int | None]]:
     """The lower convex hull of (cost, loss, rank) over the ranks on offer and the dense layer, which loses nothing."""
     points: list[tuple[int, float, int | None]] = [(curve.cost(rank), loss[rank], rank) for rank in curve.ranks]
     points.append((curve.cost(None), 0.0, None))
@@ -111,7 +183,7 @@ def _slope(start: tuple[int, float, int | None], end: tuple[int, float, int | No
     return (end[1] - start[1]) / (end[0] - start[0])
 
 
-def _least_total_loss(curves: Sequence[Curve], budget: int, losses: Mapping[str, list[float]]) -> Plan:
+def _least_total_loss(curves: Sequence[Offer], budget: int, losses: Mapping[str, list[float]]) -> Plan:
     """Minimise the summed loss within the budget: the Lagrangian solution on the layers' convex hulls.
 
     Every step along a hull has a price; steps are taken from the best gain a parameter downwards, a step that no longer
@@ -135,12 +207,12 @@ def _least_total_loss(curves: Sequence[Curve], budget: int, losses: Mapping[str,
     return _spend(curves, budget, plan, losses)
 
 
-def _shares(curves: Sequence[Curve]) -> dict[str, list[float]]:
+def _shares(curves: Sequence[Offer]) -> dict[str, list[float]]:
     """Loss as a fraction of what the layer loses at rank 0: one minus its energy."""
     return {curve.name: (curve.loss / curve.loss[0].clamp_min(1e-300)).tolist() for curve in curves}
 
 
-def uniform_rank(curves: Sequence[Curve], budget: int) -> Plan:
+def uniform_rank(curves: Sequence[Offer], budget: int) -> Plan:
     """One rank for all layers, the largest that fits; a layer that this rank does not shrink stays dense."""
     return next(
         plan
@@ -149,16 +221,12 @@ def uniform_rank(curves: Sequence[Curve], budget: int) -> Plan:
     )
 
 
-def fixed_rank(curves: Sequence[Curve], rank: int) -> Plan:
+def fixed_rank(curves: Sequence[Offer], rank: int) -> Plan:
     """``rank`` everywhere, rounded down to the multiple; layers it does not shrink stay dense."""
-    plan: Plan = {}
-    for curve in curves:
-        rounded = max(rank // curve.multiple, 1) * curve.multiple
-        plan[curve.name] = rounded if rounded in curve.ranks else None
-    return plan
+    return {curve.name: curve.nearest(rank) for curve in curves}
 
 
-def explained_variance(curves: Sequence[Curve], share: float) -> Plan:
+def explained_variance(curves: Sequence[Offer], share: float) -> Plan:
     """The smallest rank on offer that keeps this share of each layer's energy; a layer where none does stays dense."""
     shares = _shares(curves)
     return {
@@ -167,20 +235,20 @@ def explained_variance(curves: Sequence[Curve], share: float) -> Plan:
     }
 
 
-def uniform_ratio(curves: Sequence[Curve], budget: int) -> Plan:
+def uniform_ratio(curves: Sequence[Offer], budget: int) -> Plan:
     """The same fraction of parameters in every layer."""
 
     def plan_at(fraction: float) -> Plan:
         plan: Plan = {}
         for curve in curves:
-            rank = largest_rank(*curve.shape, fraction * dense_cost(*curve.shape), curve.storage, curve.multiple)
+            rank = curve.within(fraction * curve.cost(None))
             plan[curve.name] = None if fraction >= 1 or curve.cheapest is None else max(rank, curve.cheapest)
         return plan
 
     return _spend(curves, budget, _largest_feasible(curves, budget, plan_at), _shares(curves))
 
 
-def energy(curves: Sequence[Curve], budget: int) -> Plan:
+def energy(curves: Sequence[Offer], budget: int) -> Plan:
     """Greedy mixed ranks that keep the most layer energy (Azizi et al. 2024, arXiv 2402.06004).
 
     Energy is 1 − loss(r) / loss(0) in the method's own metric. The rank is raised where a parameter buys the largest
@@ -189,17 +257,17 @@ def energy(curves: Sequence[Curve], budget: int) -> Plan:
     return _least_total_loss(curves, budget, _shares(curves))
 
 
-def loss(curves: Sequence[Curve], budget: int) -> Plan:
+def loss(curves: Sequence[Offer], budget: int) -> Plan:
     """Least total loss: for methods whose losses share one unit, such as ``curvature``."""
     return _least_total_loss(curves, budget, {curve.name: curve.loss.tolist() for curve in curves})
 
 
-def measured(curves: Sequence[Curve], budget: int) -> Plan:
+def measured(curves: Sequence[Offer], budget: int) -> Plan:
     """Least total loss at the model's output, where the effects of every component were measured: for any method."""
     return loss(curves, budget)
 
 
-Allocation = Callable[[Sequence[Curve], int], Plan]
+Allocation = Callable[[Sequence[Offer], int], Plan]
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform-rank": uniform_rank,
     "uniform-ratio": uniform_ratio,
@@ -209,7 +277,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
-def allocate(curves: Sequence[Curve], budget: int, allocation: Allocation) -> Plan:
+def allocate(curves: Sequence[Offer], budget: int, allocation: Allocation) -> Plan:
     """A plan within ``budget`` stored numbers.
 
     Raises:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from vitshrink import __version__, cost
 from vitshrink.allocation import (
     Allocation,
     Curve,
+    Offer,
     Plan,
     allocate,
     explained_variance,
@@ -47,9 +48,42 @@ from vitshrink.storage import fix_gauge
 class Factors:
     """The factorisations of a model's layers, why those that are missing are, and the statistics behind them."""
 
-    layers: dict[str, Factorisation]
+    layers: dict[str, Any]
+    """``Factorisation`` of a layer, or ``Part`` of an attention; both tell their ``loss`` by rank."""
     failures: dict[str, str]
     stats: Mapping[str, LinearStats]
+
+
+class Compressor(Protocol):
+    """A dense model and every choice that is not the size: of layers here, of attentions in ``attentions``."""
+
+    @property
+    def config(self) -> CompressConfig: ...
+    @property
+    def dense(self) -> PreTrainedModel: ...
+    def units(self) -> Sequence[Offer]:
+        """What there is to choose the rank of; only the costs are told."""
+
+    def factorise_dense(self, job: Job) -> Factors:
+        """Calibrate on the dense model and factorise once; a rank is then a slice."""
+
+    def refine(self, factors: Factors, plan: Plan, job: Job) -> Factors:
+        """Factorise again for what the model compressed by ``plan`` shows."""
+
+    def plan(self, factors: Factors, budget: int) -> Plan:
+        """Ranks for a budget of the whole model's parameters. Raises TargetError."""
+
+    def least_budget(self, factors: Factors) -> int:
+        """The smallest budget that ``plan`` can meet."""
+
+    def parameters(self, factors: Factors, plan: Plan) -> int:
+        """Parameters of the whole model that ``build`` gives for ``plan``."""
+
+    def build(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
+        """The compressed model, compensated, in the form in which it is stored."""
+
+    def truncate(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
+        """The compressed model before the repairs and the form that come with storing it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +98,11 @@ class Compression:
     compensation: str
     storage: Storage
     calibration: CalibrationData | None
+
+    def units(self) -> list[Curve]:
+        """What there is to choose the rank of; only the costs are told."""
+        nothing = torch.zeros(1, dtype=torch.float64)
+        return [Curve(t.name, t.shape, nothing, self.storage, self.config.rank_multiple) for t in self.targets]
 
     def factorise_dense(self, job: Job) -> Factors:
         """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
@@ -127,22 +166,7 @@ class Compression:
     def plan(self, factors: Factors, budget: int) -> Plan:
         """Ranks for a budget of the whole model's parameters. Raises TargetError."""
         ready, curves = self._curves(factors)
-        if self.config.rank is not None:
-            plan = fixed_rank(curves, self.config.rank)
-            if all(rank is None for rank in plan.values()):
-                largest = max(rank for curve in curves for rank in curve.ranks)
-                raise TargetError(
-                    f"--rank {self.config.rank} makes no layer smaller: the largest that does is {largest}."
-                )
-        elif self.config.explained_variance is not None:
-            plan = explained_variance(curves, self.config.explained_variance)
-            if all(rank is None for rank in plan.values()):
-                raise TargetError(
-                    f"--explained-variance {self.config.explained_variance} leaves every layer dense: no rank that "
-                    "keeps so much makes one smaller. Ask for less."
-                )
-        else:
-            plan = allocate(curves, budget - fixed_parameters(self.dense, ready), self.allocation)
+        plan = choose_ranks(self.config, curves, budget - fixed_parameters(self.dense, ready), self.allocation)
         return plan | dict.fromkeys(factors.failures)
 
     def least_budget(self, factors: Factors) -> int:
@@ -304,3 +328,25 @@ def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
 def fixed_parameters(model: nn.Module, targets: Sequence[Target]) -> int:
     """Parameters that no plan changes: embeddings, norms, biases, heads, and layers that are not targets."""
     return cost.parameters(model) - sum(target.shape[0] * target.shape[1] for target in targets)
+
+
+def choose_ranks(config: CompressConfig, offers: Sequence[Offer], budget: int, allocation: Allocation) -> Plan:
+    """The ranks that a job asks for: one for all, those that keep a share of the energy, or those of a budget.
+
+    Raises TargetError where that makes nothing smaller, or cannot be reached.
+    """
+    if config.rank is not None:
+        plan = fixed_rank(offers, config.rank)
+        if all(rank is None for rank in plan.values()):
+            largest = max(rank for offer in offers for rank in offer.ranks)
+            raise TargetError(f"--rank {config.rank} makes no layer smaller: the largest that does is {largest}.")
+        return plan
+    if config.explained_variance is not None:
+        plan = explained_variance(offers, config.explained_variance)
+        if all(rank is None for rank in plan.values()):
+            raise TargetError(
+                f"--explained-variance {config.explained_variance} leaves every layer dense: no rank that "
+                "keeps so much makes one smaller. Ask for less."
+            )
+        return plan
+    return allocate(offers, budget, allocation)

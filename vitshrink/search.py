@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from vitshrink import cost
 from vitshrink.allocation import Plan
 from vitshrink.calibration import to_device
-from vitshrink.compression import Compression, Factors
+from vitshrink.compression import Compressor, Factors
 from vitshrink.config import CompressConfig
 from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
 from vitshrink.errors import DataError, GateError, UsageError
@@ -89,7 +89,7 @@ class Search:
         DataError: no held-out sample, or more unusable ones than allowed.
     """
 
-    compression: Compression
+    compression: Compressor
     bound: Bound
     batches: Sequence[Batch]
     masking: Masking | None = None
@@ -108,7 +108,7 @@ class Search:
         cls,
         samples: SampleSet | None,
         preprocessor: Preprocessor | None,
-        compression: Compression,
+        compression: Compressor,
         bound: Bound,
         dtype: torch.dtype,
         job: Job,

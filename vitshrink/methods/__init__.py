@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from vitshrink.methods.attention import AttentionMethod, attention_methods, find_method
 from vitshrink.methods.registry import (
     Factorisation,
     Method,
@@ -15,4 +16,14 @@ from vitshrink.methods.registry import (
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Factorisation", "Method", "Needs", "available_methods", "choose", "get_method"]
+__all__ = [
+    "AttentionMethod",
+    "Factorisation",
+    "Method",
+    "Needs",
+    "attention_methods",
+    "available_methods",
+    "choose",
+    "find_method",
+    "get_method",
+]

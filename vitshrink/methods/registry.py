@@ -104,6 +104,11 @@ def method(
     return enter
 
 
+def known_methods() -> Mapping[str, Method]:
+    """All registered methods for linear layers, by name."""
+    return _METHODS
+
+
 def available_methods() -> list[str]:
     """Names of all registered methods."""
     return sorted(_METHODS)

@@ -1,10 +1,11 @@
 """The table of structures, and how each is found again: from a checkpoint's config, and from a module of a model."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
 from vitshrink.lowrank import LayerSpec
@@ -92,3 +93,10 @@ def parameters(found: Structure, module: nn.Module) -> int:
     """Parameters that the structure has in the place of ``module``: what is built is what is counted."""
     built = found.build(copy.deepcopy(module).to("meta"))
     return sum(parameter.numel() for parameter in built.parameters())
+
+
+@torch.no_grad()
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of these names; cast once, here."""
+    for name, tensor in tensors.items():
+        module.get_parameter(name).copy_(tensor)

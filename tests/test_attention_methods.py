@@ -1,0 +1,266 @@
+"""The contract of methods that replace an attention: exact where nothing is lost, within budget, and reloadable."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import vitshrink
+from vitshrink import cost
+from vitshrink.allocation import ALLOCATIONS
+from vitshrink.attentions import AttentionCompression, attentions_of
+from vitshrink.checkpoint import compressed_layers
+from vitshrink.config import CompressConfig
+from vitshrink.data import Batch
+from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.measurement import CalibrationData
+from vitshrink.methods import attention_methods, find_method
+from vitshrink.methods.attention import AttentionMethod
+from vitshrink.models import find_targets
+from vitshrink.observer import Job, Silent
+from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.structures import describe, read, structure_of
+
+Compressed = Callable[..., CompressionResult]
+
+every_method = pytest.mark.parametrize("method", attention_methods())
+NAMES = ("ViTForImageClassification", "DeiTForImageClassificationWithTeacher", "BertForMaskedLM")
+
+
+class _Samples(list):  # type: ignore[type-arg]
+    """As many as there are: all that a compression asks of its samples."""
+
+
+def compression(model: PreTrainedModel, name: str, method: str, **entries: Any) -> AttentionCompression:
+    """A method on a model in memory, calibrated on random inputs."""
+    found = find_method(method)
+    assert isinstance(found, AttentionMethod)
+    inputs = tiny.inputs(name, 8)
+    mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+    data = CalibrationData(_Samples(range(8)), [Batch(inputs, mask, [], [])])  # type: ignore[arg-type]
+    config = CompressConfig("model", "out", method=method, calibration="x", **({"keep": (0.9,)} | entries))
+    return AttentionCompression(config, model, find_targets(model), found, ALLOCATIONS[found.allocation], "none", data)
+
+
+def at_rank(model: PreTrainedModel, name: str, method: str, rank: int) -> PreTrainedModel:
+    job = Job(Silent())
+    found = compression(model, name, method, keep=(), rank=rank)
+    factors = found.factorise_dense(job)
+    return found.build(factors, {unit.name: unit.nearest(rank) for unit in found.units()}, job).eval()
+
+
+def outputs(model: PreTrainedModel, name: str) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**tiny.inputs(name, 8))[0]
+    return found
+
+
+@torch.no_grad()
+def with_low_rank_heads(name: str, role: str, rank: int) -> PreTrainedModel:
+    """A model whose heads need only ``rank`` dimensions for one projection; its biases are as random as ever."""
+    model = tiny.build(name)
+    for attention in attentions_of(model, find_targets(model)):
+        layer = model.get_submodule(attention.places[role])
+        assert isinstance(layer.weight, Tensor)
+        heads = layer.weight.view(attention.dimensions.heads, attention.dimensions.head, -1)
+        U, S, Vh = torch.linalg.svd(heads, full_matrices=False)
+        heads.copy_(U[..., :rank] * S[:, None, :rank] @ Vh[:, :rank])
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("method", "role"), [("qk-joint", "key"), ("qk-joint", "query"), ("vo-joint", "value")])
+def test_heads_that_need_few_dimensions_lose_nothing_with_their_biases(name: str, method: str, role: str) -> None:
+    """A query that is its bias alone needs one dimension more."""
+    model = with_low_rank_heads(name, role, 5)
+    rank = 6 if role == "query" else 5
+    smaller = at_rank(model, name, method, rank)
+    assert cost.parameters(smaller) < cost.parameters(model)
+    torch.testing.assert_close(outputs(smaller, name), outputs(model, name), rtol=1e-4, atol=1e-4)
+    wrong = at_rank(model, name, method, rank - 2)
+    assert (outputs(wrong, name) - outputs(model, name)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_attention_that_is_symmetric_already_is_kept_with_its_biases(name: str) -> None:
+    model = tiny.build(name)
+    for attention in attentions_of(model, find_targets(model)):
+        query, key = (model.get_submodule(attention.places[role]) for role in ("query", "key"))
+        assert isinstance(query.weight, Tensor)
+        assert isinstance(key.weight, Tensor)
+        with torch.no_grad():
+            query.weight.copy_(key.weight)
+    smaller = at_rank(model, name, "cholesky", 16)
+    saved = cost.parameters(model) - cost.parameters(smaller)
+    # of each of two blocks with two heads: one of two projections, the triangle below its diagonal, the key bias
+    assert saved == 2 * (32 * 32 + 2 * 16 * 15 // 2 + 32)
+    torch.testing.assert_close(outputs(smaller, name), outputs(model, name), rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_losses_fall_and_say_what_is_lost(method: str) -> None:
+    """The error of the first block's attention output falls as the promised loss does."""
+    name = "ViTForImageClassification"
+    model = tiny.build(name)
+    found = compression(model, name, method)
+    factors = found.factorise_dense(Job(Silent()))
+    for unit in found.units():
+        loss = factors.layers[unit.name].loss[[0, *unit.ranks]]
+        assert (loss[:-1] >= loss[1:] - 1e-12).all()
+        assert loss[-1] < 0.9 * loss[0]
+    errors = []
+    for rank in (2, 8, 14):
+        smaller = found.build(factors, {unit.name: unit.nearest(rank) for unit in found.units()}, Job(Silent()))
+        errors.append(float((outputs(smaller.eval(), name) - outputs(model, name)).square().mean()))
+    # half of a random form is not positive: of that, no rank of the symmetric one is an approximation
+    assert method == "cholesky" or errors[0] > errors[-1]
+
+
+@every_method
+def test_the_source_is_untouched_and_the_result_deterministic(method: str) -> None:
+    name = "BertForMaskedLM"
+    model = tiny.build(name)
+    before = copy.deepcopy(model.state_dict())
+    one, other = (at_rank(model, name, method, 7).state_dict() for _ in range(2))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not any(structure_of(module) for module in model.modules())
+
+
+@every_method
+@pytest.mark.parametrize("damage", ["dead channel", "zero query", "zero value"])
+def test_degenerate_attentions_stay_finite(method: str, damage: str) -> None:
+    name = "ViTForImageClassification"
+    model = tiny.build(name)
+    block = model.vit.layers[0]
+    with torch.no_grad():
+        if damage == "dead channel":
+            block.layernorm_before.weight[3] = 0
+            block.layernorm_before.bias[3] = 0
+        else:
+            layer = block.attention.q_proj if damage == "zero query" else block.attention.v_proj
+            layer.weight.zero_()
+    for rank in (1, 9):
+        assert torch.isfinite(outputs(at_rank(model, name, method, rank), name)).all()
+
+
+@every_method
+@pytest.mark.parametrize("name", NAMES)
+def test_a_result_reloads_with_stock_calls_within_its_budget(compressed: Compressed, method: str, name: str) -> None:
+    result = compressed(name, method=method, keep=(0.93,))
+    assert result.directory is not None
+    model = getattr(transformers, name).from_pretrained(result.directory).eval()
+    strict = vitshrink.load(result.directory)
+    assert result.report.parameters["compressed"] == cost.parameters(model) <= 0.93 * result.report.parameters["dense"]
+    assert torch.equal(outputs(model, name), outputs(strict, name))
+    layers = result.report.layers
+    assert {entry["parameters"] < entry["shape"][0] * entry["shape"][1] for entry in layers if entry["rank"]} == {True}
+    assert any(entry["rank"] for entry in layers)
+
+
+@every_method
+def test_without_vitshrink_a_shape_does_not_fit(method: str) -> None:
+    """Which stops transformers from loading the rest at random."""
+    name = "ViTForImageClassification"
+    model = tiny.build(name)
+    changed = at_rank(model, name, method, 7)
+    dense, there = model.state_dict(), changed.state_dict()
+    for path in compressed_layers(changed):
+        inside = [key for key in there if key.startswith(path) and key in dense]
+        assert any(there[key].shape != dense[key].shape for key in inside)
+
+
+@every_method
+def test_a_smaller_attention_saves_copies_casts_trains_and_shows_its_maps(
+    compressed: Compressed, method: str, tmp_path: Path
+) -> None:
+    name = "ViTForImageClassification"
+    directory = compressed(name, method=method, keep=(0.93,)).directory
+    model = transformers.ViTForImageClassification.from_pretrained(directory, attn_implementation="eager")
+    maps = model(**tiny.inputs(name), output_attentions=True).attentions
+    assert [each.shape for each in maps] == [(3, 2, 17, 17)] * 2
+    loss = model(**tiny.inputs(name), labels=torch.tensor([0, 1, 2])).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.vit.layers.parameters())
+    twin = copy.deepcopy(model.eval())
+    twin.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "again", attn_implementation="eager"
+    )
+    assert torch.equal(outputs(again.eval(), name), outputs(model, name))
+    half = model.to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.isfinite(half(tiny.inputs(name)["pixel_values"].bfloat16()).logits).all()
+
+
+@every_method
+def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path, tmp_path: Path, method: str) -> None:
+    def job(**entries: Any) -> None:
+        given = {"keep": (0.93,), "calibration": str(flat_images)} | entries
+        compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), method=method, **given))
+
+    for entries, message in (
+        ({"layers": "mlp"}, "--layers mlp are none: use --layers attention"),
+        ({"include": (r"fc1",)}, "no block has all of"),
+        ({"include": (r"q_proj",)}, "no block has all of"),
+        ({"keep": (), "rank": 500}, "--rank 500: ranks .* heads of this model have 16 dimensions"),
+        ({"storage": "gauge"}, "--storage gauge is for linear layers"),
+        ({"compensation": "residual"}, "unknown compensation of method"),
+        ({"calibration": None}, "needs calibration data"),
+        ({"options": {"nonsense": 1}}, "nonsense"),
+        ({"keep": (0.2,)}, "cannot reach"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            job(**entries)
+    assert not (tmp_path / "out").exists()
+
+
+@every_method
+def test_every_method_names_its_origin(method: str) -> None:
+    found = find_method(method)
+    assert found.summary.endswith((".", ":"))
+    assert len(found.factorise.__doc__ or "") > 100
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"structure": "headwise", "qk": 4},
+        {"structure": "headwise", "value": 3},
+        {"structure": "narrow", "inputs": 6},
+        {"structure": "symmetric", "rank": 5},
+    ],
+)
+def test_descriptions_read_back_and_damaged_ones_do_not(entry: dict[str, Any]) -> None:
+    assert describe(read(entry)) == entry
+    for damaged in ({**entry, "new": 1}, {name: 0 if name != "structure" else value for name, value in entry.items()}):
+        with pytest.raises(CheckpointError, match="expected positive whole numbers"):
+            read(damaged)
+
+
+def test_a_rank_above_the_head_dimension_is_refused_by_the_loader() -> None:
+    attention = tiny.build("ViTModel").layers[0].attention
+    with pytest.raises(CheckpointError, match="qk 16 is not below the head dimension, 16"):
+        read({"structure": "headwise", "qk": 16}).build(copy.deepcopy(attention))
+    with pytest.raises(CheckpointError, match="rank 17 is above the head dimension, 16"):
+        read({"structure": "symmetric", "rank": 17}).build(copy.deepcopy(attention))
+    assert not read({"structure": "symmetric", "rank": 3}).fits(attention.q_proj)
+
+
+def test_drift_is_corrected_behind_smaller_heads(compressed: Compressed) -> None:
+    plain, corrected = (
+        compressed("ViTForImageClassification", method="heads-joint", keep=(0.9,), compensation=compensation)
+        for compensation in ("none", "drift")
+    )
+    assert plain.report.parameters == corrected.report.parameters
+    assert plain.report.evaluation is not None
+    assert corrected.report.evaluation is not None
+    assert corrected.report.evaluation["fidelity"]["kl"] != plain.report.evaluation["fidelity"]["kl"]

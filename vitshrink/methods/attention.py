@@ -1,0 +1,155 @@
+"""The table of methods that replace a whole attention. Like those for layers: a pure function in a file of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitshrink.errors import NumericsError, UsageError
+from vitshrink.methods.registry import Method, Needs, choose, known_methods
+from vitshrink.ranks import Storage
+from vitshrink.stats import LinearStats
+from vitshrink.structures import Structure
+
+ATTENTION = "attention"
+"""Where, beside the four roles, a structure may stand: the module that holds the projections."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Of one attention: its heads, the dimension of each, and the width of what it reads."""
+
+    heads: int
+    head: int
+    width: int
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One dense attention and what calibration left of it, in float64; expectations are over the calibration tokens.
+
+    Attributes:
+        weights: (out, in) by role: query, key, value, output.
+        biases: (out,) by role; zeros where the layer has none.
+        stats: by role; those of query, key and value are of the same inputs.
+    """
+
+    dimensions: Dimensions
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    stats: Mapping[str, LinearStats]
+
+    def by_head(self, role: str) -> Tensor:
+        """(heads, d, n) of a projection of the inputs, (heads, m, d) of the output projection."""
+        weight, heads = self.weights[role], self.dimensions.heads
+        if role == "output":
+            return weight.reshape(weight.shape[0], heads, -1).transpose(0, 1)
+        return weight.reshape(heads, -1, weight.shape[1])
+
+    def bias_by_head(self, role: str) -> Tensor:
+        """(heads, d)"""
+        return self.biases[role].reshape(self.dimensions.heads, -1)
+
+    def covariance(self, role: str) -> Tensor:
+        """Of the inputs around their mean, (n, n). Raises NumericsError where it was not collected."""
+        return self.stats[role].covariance(centred=True)
+
+    def mean(self, role: str) -> Tensor:
+        """Of the inputs, (n,)."""
+        return self.stats[role].mean
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an attention method offers to choose the rank of.
+
+    Attributes:
+        loss: by rank, from 0; what the rank loses in the method's metric. Never rises.
+        tensors: from a rank to the values of the parameters that change, by place (a role, or ``attention``) and name.
+    """
+
+    loss: Tensor
+    tensors: Callable[[int], dict[str, dict[str, Tensor]]]
+
+    def check_finite(self) -> "Part":
+        if not torch.isfinite(self.loss).all():
+            raise NumericsError("the factorisation gave NaN or Inf.")
+        return self
+
+
+Decompose = Callable[..., dict[str, Part]]
+"""``f(attention, ranks, parts, *, **options)``: the parts asked for, for the ranks on offer; nothing is changed."""
+
+Structures = Callable[..., dict[str, Structure]]
+"""``f(dimensions, ranks by part, **options)``: what stands where at these ranks; parts that are left out stay."""
+
+
+@dataclass(frozen=True)
+class AttentionMethod:
+    """A registered method for attentions; ``factorise``, ``needs`` and the others are as those of ``Method``."""
+
+    name: str
+    factorise: Decompose
+    structures: Structures
+    parts: Mapping[str, tuple[str, ...]]
+    """What there is to choose the rank of, and the roles it replaces."""
+    ranks: Callable[[Dimensions], Sequence[int]]
+    allocation: str
+    needs: Needs = Needs.COVARIANCE
+    compensation: str = "none"
+    storage: Storage = "factors"
+    extra: str | None = None
+    """The optional extra that it needs."""
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (self.factorise.__doc__ or "").strip().splitlines()[0]
+
+    def require(self, *, layers: str, storage: Storage) -> None:
+        """Raises UsageError for what makes no sense with a method of attentions, before any work."""
+        if layers == "mlp":
+            raise UsageError(
+                f"--method {self.name} replaces attentions, and --layers mlp are none: use --layers attention."
+            )
+        if storage != "factors":
+            raise UsageError(f"--method {self.name} has a form of its own: --storage {storage} is for linear layers.")
+
+
+_METHODS: dict[str, AttentionMethod] = {}
+
+
+def below_head_dimension(dimensions: Dimensions) -> Sequence[int]:
+    return range(1, dimensions.head)
+
+
+def attention_method(
+    name: str,
+    *,
+    parts: Mapping[str, tuple[str, ...]],
+    structures: Structures,
+    ranks: Callable[[Dimensions], Sequence[int]] = below_head_dimension,
+    allocation: str = "energy",
+    extra: str | None = None,
+) -> Callable[[Decompose], Decompose]:
+    """Enter the decorated function as method ``name``."""
+
+    def enter(function: Decompose) -> Decompose:
+        if name in _METHODS or name in known_methods():
+            raise ValueError(f"two methods are called {name!r}")
+        _METHODS[name] = AttentionMethod(name, function, structures, parts, ranks, allocation, extra=extra)
+        return function
+
+    return enter
+
+
+def attention_methods() -> list[str]:
+    """Names of all registered methods for attentions."""
+    return sorted(_METHODS)
+
+
+def find_method(name: str) -> Method | AttentionMethod:
+    """Look a method of either kind up. Raises UsageError with the nearest name."""
+    table: dict[str, Method | AttentionMethod] = {**known_methods(), **_METHODS}
+    return choose(name, table, "method")

@@ -1,0 +1,137 @@
+"""What structures of an attention share: where its projections are, and how it runs once they have been replaced.
+
+The class of the dense attention stays the base of what replaces it, so that transformers finds its attention maps and
+settings where it looks for them.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import eager_attention_forward
+
+from vitshrink.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the projections in an attention module; ``output`` is None where it lies in another module."""
+
+    query: str
+    key: str
+    value: str
+    output: str | None
+
+
+_LAYOUTS = (Layout("q_proj", "k_proj", "v_proj", "o_proj"), Layout("query", "key", "value", None))
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """Where the projections of an attention are; None where the module is no attention of linear layers."""
+    for layout in _LAYOUTS:
+        names = (layout.query, layout.key, layout.value, *([layout.output] if layout.output else []))
+        if all(isinstance(getattr(module, name, None), nn.Linear) for name in names) and hasattr(module, "scaling"):
+            return layout
+    return None
+
+
+def linear(module: nn.Module, name: str) -> nn.Linear:
+    """A projection of an attention that is still dense."""
+    layer = getattr(module, name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def resized(like: nn.Linear, *, inputs: int | None = None, outputs: int | None = None, bias: bool) -> nn.Linear:
+    """An empty linear layer of another size, on the device and in the type of ``like``."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features = like.in_features if inputs is None else inputs
+    layer.out_features = like.out_features if outputs is None else outputs
+    options: Any = {"device": like.weight.device, "dtype": like.weight.dtype}
+    layer.weight = nn.Parameter(torch.empty(layer.out_features, layer.in_features, **options))
+    layer.register_parameter("bias", nn.Parameter(torch.empty(layer.out_features, **options)) if bias else None)
+    return layer
+
+
+class StructuredAttention(nn.Module):
+    """Attention whose queries, keys and values come from ``project``; the scale of the softmax stays what it was.
+
+    The head dimension of queries and keys may differ from that of the values, and either from the dense model's.
+    """
+
+    config: Any
+    scaling: float
+    num_attention_heads: int
+    layout: Layout
+
+    @abstractmethod
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (batch, tokens, n) to queries, keys and values, each (batch, heads, tokens, its head dimension)."""
+
+    def heads(self, y: Tensor) -> Tensor:
+        """(batch, tokens, heads · d) to (batch, heads, tokens, d)."""
+        return y.view(*y.shape[:-1], self.num_attention_heads, -1).transpose(1, 2)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if past_key_values is not None:
+            raise ValueError("a compressed attention keeps no keys and values of earlier tokens: it is no decoder's.")
+        query, key, value = self.project(hidden_states)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, maps = interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output.flatten(2).contiguous()
+        return (output if self.layout.output is None else getattr(self, self.layout.output)(output)), maps
+
+
+def become(module: nn.Module, kind: type[StructuredAttention], spec: object) -> nn.Module:
+    """Make a dense attention one of ``kind``, in place; its projections are still to be replaced."""
+    layout = layout_of(module)
+    assert layout is not None
+    module.__class__ = _joined(kind, type(module))
+    module.layout = layout  # type: ignore[assignment]
+    module.spec = spec  # type: ignore[assignment]
+    return module
+
+
+_JOINED: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def _joined(kind: type[StructuredAttention], base: type[nn.Module]) -> type[nn.Module]:
+    if (kind, base) not in _JOINED:
+        _JOINED[kind, base] = type(f"{kind.__name__.removesuffix('Attention')}{base.__name__}", (kind, base), {})
+    return _JOINED[kind, base]
+
+
+def head_dimension(module: nn.Module) -> int:
+    """Of the queries of a dense attention."""
+    layout = layout_of(module)
+    assert layout is not None
+    heads = module.num_attention_heads
+    assert isinstance(heads, int)
+    return linear(module, layout.query).out_features // heads
+
+
+def read_numbers(entry: Any, required: set[str], optional: frozenset[str] = frozenset()) -> dict[str, int]:
+    """The entry of a structure that is described by positive whole numbers. Raises CheckpointError."""
+    known = isinstance(entry, dict) and required <= set(entry) <= required | optional
+    if not known or any(type(number) is not int or number < 1 for number in entry.values()):
+        expected = ", ".join(sorted(required | optional))
+        raise CheckpointError(
+            f"cannot read the description {entry!r}: expected positive whole numbers for {expected}. "
+            "The checkpoint is damaged or was written by a newer vitshrink."
+        )
+    return dict(entry)
