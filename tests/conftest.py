@@ -104,6 +104,7 @@ def compressed(
         entries = {"calibration": str(data), "samples": 16, "holdout": 8, "batch_size": 7} | entries
         if not entries.keys() & {"target_params", "target_size", "rank", "explained_variance"}:
             entries.setdefault("keep", (0.8,))
+        entries = {name: value for name, value in entries.items() if value is not None}
         key = f"{name} {sorted(entries.items())}"
         if key not in results:
             output = str(root / f"{len(results)}-{name}")

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("description", "inspection", "search"),
     ("attentions",),
     ("compression",),
-    ("report", "sequential", "rescaling", "measurement", "storage", "quantization"),
+    ("report", "resolution", "sequential", "rescaling", "measurement", "storage", "quantization"),
     ("effects",),
     (
         "models",

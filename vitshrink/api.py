@@ -41,6 +41,7 @@ FILES_ONLY = (
     "eval_labels",
     "label_column",
     "class_map",
+    "resolution",
 )
 """Entries of a config that say what is read and written, where compress is given and returns objects."""
 

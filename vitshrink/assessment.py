@@ -17,6 +17,8 @@ from vitshrink.observer import Job, Observer, Silent
 from vitshrink.onnx_model import SUFFIX, load_onnx, onnx_bytes, onnx_numbers
 from vitshrink.pipeline import find_device
 from vitshrink.report import evaluation_columns, latency_columns
+from vitshrink.resolution import mix_tokens, set_resolution
+from vitshrink.structures.tokens import MixedTokens
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,13 @@ def evaluate_checkpoint(
     device: str = "auto",
     seed: int = 0,
     offline: bool = False,
+    resolution: int | None = None,
+    tokens: MixedTokens | None = None,
     observer: Observer | None = None,
 ) -> Assessment:
     """Measure a model on ``data`` and, with a ``baseline``, its difference from that on the same samples.
 
+    ``tokens`` are those of the model alone, ``resolution`` is that of both.
     ``limit`` samples are drawn by ``seed``. Weights are read in the type they are stored in and computed in float32.
     ``latency`` are batch sizes to time. Where several processes work on the job each measures its share of the samples.
 
@@ -179,10 +184,20 @@ def evaluate_checkpoint(
     with job.stage("load", "Loading"):
         loaded = open_model(model, device, offline=offline)
         reference = open_model(baseline, device, offline=offline) if baseline else None
+        for each in (loaded, reference):
+            if each is not None and resolution is not None:
+                set_resolution(each.model, resolution)
+        if tokens is not None:
+            mix_tokens(loaded.model, tokens)
     if reference is not None:
         _check_comparable(loaded, reference)
     preprocessor = Preprocessor.from_checkpoint(
-        loaded.directory, loaded.family.modality, max_length=max_length, style=preprocess, offline=offline
+        loaded.directory,
+        loaded.family.modality,
+        max_length=max_length,
+        style=preprocess,
+        offline=offline,
+        resolution=resolution,
     )
     samples = open_data(data, loaded, offline=offline).at_most(limit, seed)
     where = find_device(device)

@@ -15,16 +15,15 @@ from vitshrink.calibration import collect
 from vitshrink.checkpoint import replace_layers
 from vitshrink.compression import Factors, choose_ranks
 from vitshrink.config import CompressConfig
-from vitshrink.drift import correct_drift
 from vitshrink.errors import NumericsError, UsageError
 from vitshrink.measurement import CalibrationData
 from vitshrink.methods.attention import ATTENTION, AttentionMethod, AttentionWeights, Dimensions
-from vitshrink.models import Target, blocks_of, find_targets
+from vitshrink.models import Target, find_targets
 from vitshrink.observer import Job
 from vitshrink.structures import fill
 
-COMPENSATIONS = ("none", "drift")
-"""Repairs of a model whose attentions were replaced; what a bias can absorb is part of the methods themselves."""
+COMPENSATIONS = ("none",)
+"""Repairs of a model whose attentions were replaced: what a bias can absorb is part of the methods themselves."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +129,8 @@ class AttentionCompression:
         return self._fixed(units) + plan_cost(units, plan)
 
     def build(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
-        """The compressed model, compensated."""
-        model = self.truncate(factors, plan, job)
-        if self.compensation == "drift" and self.calibration is not None:
-            targets = [t for t in find_targets(self.dense) if t.role in ("output", "fc1", "fc2")]
-            tokens = next(iter(factors.stats.values())).tokens
-            weights = {target.name: torch.ones(tokens) for target in targets}
-            with job.stage("compensate", "Correcting drift", len(blocks_of(model))) as advance:
-                correct_drift(model, self.dense, targets, weights, self.calibration.batches, on_block=advance)
-        return model
+        """The compressed model, which is stored as it is truncated."""
+        return self.truncate(factors, plan, job)
 
     @torch.no_grad()
     def truncate(self, factors: Factors, plan: Plan, _job: Job) -> PreTrainedModel:

@@ -108,6 +108,11 @@ class CompressConfig:
     layers: Layers = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    tokens: Literal["all", "mixed"] = "all"
+    token_budget: int | None = None
+    token_levels: int = 2
+    token_scorer: str = "blur"
+    resolution: int | None = None
     calibration: str | None = None
     calibration_split: str | None = None
     samples: int = 512
@@ -141,7 +146,13 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         sizes = [flag_of(name) for name in SIZES if getattr(self, name) not in (None, ())]
-        if len(sizes) != 1:
+        if self.tokens not in ("all", "mixed"):
+            raise UsageError(f"--tokens {self.tokens}: {_did_you_mean(self.tokens, ['all', 'mixed'])}")
+        if (self.tokens == "mixed") is not (self.token_budget is not None):
+            raise UsageError("--tokens mixed and --token-budget, the patches of an image, go together.")
+        if self.tokens == "mixed" and {"--max-drop", "--max-kl"} & set(sizes):
+            raise UsageError(f"{sizes[0]} searches the size of the weights: with --tokens mixed ask for a size.")
+        if len(sizes) != 1 and (sizes or self.tokens == "all"):
             given = f"{' and '.join(sizes)} were given" if sizes else "none was"
             known = ", ".join(map(flag_of, SIZES))
             raise UsageError(f"say how small: exactly one of {known}, such as --keep 0.6; {given}.")
@@ -170,7 +181,18 @@ class CompressConfig:
                 raise UsageError(
                     f"{flag_of(name)} is judged on held-out calibration samples: pass --calibration, not --holdout 0."
                 )
-        for name in ("rank", "rank_multiple", "probes", "samples", "batch_size", "eval_limit", "max_length"):
+        for name in (
+            "rank",
+            "rank_multiple",
+            "token_budget",
+            "token_levels",
+            "resolution",
+            "probes",
+            "samples",
+            "batch_size",
+            "eval_limit",
+            "max_length",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{flag_of(name)} {value}: must be at least 1.")
@@ -201,6 +223,11 @@ class CompressConfig:
             raise UsageError(f"--preprocess {self.preprocess}: unknown. {_did_you_mean(self.preprocess, styles)}")
         if self.layers not in get_args(Layers):
             raise UsageError(f"--layers {self.layers}: unknown. {_did_you_mean(self.layers, list(get_args(Layers)))}")
+
+    @property
+    def sized(self) -> bool:
+        """Whether the weights are to get smaller; fewer tokens alone leave them as they are."""
+        return any(getattr(self, name) not in (None, ()) for name in SIZES)
 
     @property
     def calibration_data(self) -> DataConfig | None:

@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink import __version__, cost
-from vitshrink.allocation import Plan
+from vitshrink.allocation import Offer, Plan
 from vitshrink.compression import Factors
 from vitshrink.config import CompressConfig, quantized_bits
 from vitshrink.measurement import CalibrationData, Measurement
-from vitshrink.models import Target, task_of
+from vitshrink.models import task_of
 from vitshrink.observer import Job
-from vitshrink.ranks import Storage, dense_cost, rank_cost
 from vitshrink.report import Report, before_after, with_thumbnails
 
 TEXT_TOKENS = 128
@@ -49,10 +48,9 @@ class Description:
 
     config: CompressConfig
     dense: PreTrainedModel
-    targets: Sequence[Target]
+    units: Sequence[Offer]
     allocation: str
     compensation: str
-    storage: Storage
     calibration: CalibrationData | None
     preprocessing: Mapping[str, Any] | None
 
@@ -66,7 +64,7 @@ class Description:
 
     def layers(self, factors: Factors, plan: Plan) -> list[dict[str, Any]]:
         """What became of each target: all that a report needs to know of the factors."""
-        return [self._layer(target, plan[target.name], factors) for target in self.targets]
+        return [self._layer(unit, plan[unit.name], factors) for unit in self.units]
 
     def written(
         self,
@@ -112,8 +110,8 @@ class Description:
         )
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
-        before = sum(dense_cost(*target.shape) for target in self.targets)
-        return before, sum(self._cost(target, plan[target.name]) for target in self.targets)
+        before = sum(unit.cost(None) for unit in self.units)
+        return before, sum(unit.cost(plan[unit.name]) for unit in self.units)
 
     def _report(self, layers: list[dict[str, Any]], plan: Plan, job: Job, **measured: Any) -> Report:
         device = next(self.dense.parameters()).device
@@ -145,21 +143,18 @@ class Description:
             **measured,
         )
 
-    def _layer(self, target: Target, rank: int | None, factors: Factors) -> dict[str, Any]:
+    def _layer(self, unit: Offer, rank: int | None, factors: Factors) -> dict[str, Any]:
         return {
-            "name": target.name,
-            "shape": list(target.shape),
+            "name": unit.name,
+            "shape": list(unit.shape),
             "rank": rank,
-            "parameters": self._cost(target, rank),
-            "relative_error": 0.0 if rank is None else _relative_error(factors.layers[target.name].loss, rank),
-            "reason": self._reason(target, factors) if rank is None else None,
+            "parameters": unit.cost(rank),
+            "relative_error": 0.0 if rank is None else _relative_error(factors.layers[unit.name].loss, rank),
+            "reason": self._reason(unit, factors) if rank is None else None,
         }
 
-    def _cost(self, target: Target, rank: int | None) -> int:
-        return dense_cost(*target.shape) if rank is None else rank_cost(*target.shape, rank, self.storage)
-
-    def _reason(self, target: Target, factors: Factors) -> str:
-        return factors.failures.get(target.name) or (
+    def _reason(self, unit: Offer, factors: Factors) -> str:
+        return factors.failures.get(unit.name) or (
             "this rank would not make the layer smaller"
             if self.config.rank is not None
             else "no smaller rank keeps the variance asked for"

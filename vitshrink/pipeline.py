@@ -29,6 +29,7 @@ from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import check_space, publish
 from vitshrink.quantization import quantized
 from vitshrink.report import Report, write, write_comparison
+from vitshrink.resolution import set_resolution
 from vitshrink.search import Bound
 from vitshrink.shrinking import Choices, Shrinking, Size
 
@@ -69,6 +70,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         source = load_dense(config.model, offline=config.offline)
         device = find_device(config.device)
         dense = source.model.to(device)
+        if config.resolution is not None:
+            set_resolution(dense, config.resolution)
     dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
     shrinking = Shrinking.of(choices, dense, dtype)
     directories = _directories(config, shrinking.sizes)
@@ -94,6 +97,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
                 continue
             with own.stage("save", "Saving and verifying"):
                 model, extra = shrunk.model, {"recipe.yaml": config.to_yaml()}
+                if config.resolution is not None and preprocessor is not None:
+                    extra["preprocessor_config.json"] = preprocessor.processor.to_json_string()
                 if config.quantize is not None:
                     model = quantized(model, *quantized_bits(config.quantize, config.activations), dtype=dtype)
                 save(model, staging[index], source=source, dtype=dtype, extra_files=extra)
@@ -143,13 +148,15 @@ def _data(
     """What to calibrate on, where that is needed, what is held out of it, and what to evaluate on."""
     if config.calibration_data is None and config.eval_data is None:
         job.warn("the result is not evaluated: pass --eval or --calibration.")
-        return None, None, None, None
+        if config.resolution is None:
+            return None, None, None, None
     preprocessor = Preprocessor.from_checkpoint(
         source.directory,
         source.family.modality,
         max_length=config.max_length,
         style=config.preprocess,
         offline=config.offline,
+        resolution=config.resolution,
     )
     calibration, held_out, samples = None, None, None
     if config.calibration_data is not None:

@@ -1,5 +1,6 @@
 """A job on a model in memory, to which loading, saving and measuring are added elsewhere: one smaller model a size."""
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,20 +10,23 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from vitshrink import cost
-from vitshrink.allocation import ALLOCATIONS, Allocation, Curve, Plan, least_cost
+from vitshrink import attentions, cost
+from vitshrink.allocation import ALLOCATIONS, Allocation, Offer, Plan, least_cost
+from vitshrink.attentions import AttentionCompression
 from vitshrink.compensation import COMPENSATIONS
-from vitshrink.compression import Compression, Factors, fixed_parameters
+from vitshrink.compression import Compression, Compressor, Factors
 from vitshrink.config import CompressConfig, parse_quantity
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.description import Description
 from vitshrink.errors import TargetError, UsageError
 from vitshrink.measurement import CalibrationData
-from vitshrink.methods import Method, Needs, choose, get_method
+from vitshrink.methods import AttentionMethod, Method, Needs, choose, find_method
 from vitshrink.models import Target, find_targets
 from vitshrink.observer import Job
 from vitshrink.ranks import Storage
+from vitshrink.resolution import mix_tokens
 from vitshrink.search import Bound, Search
+from vitshrink.structures.tokens import MixedTokens
 
 HEADER_BYTES_A_TENSOR = 200
 """Room for one entry of a safetensors header; real ones take about 120 bytes."""
@@ -33,7 +37,7 @@ class Choices:
     """What a config asks for, complete: what it leaves open is decided by the method."""
 
     config: CompressConfig
-    method: Method
+    method: Method | AttentionMethod
     allocation: str
     compensation: str
     storage: Storage
@@ -41,10 +45,12 @@ class Choices:
     @classmethod
     def of(cls, config: CompressConfig) -> Self:
         """Raises UsageError for what can be known to make no sense before a model is loaded."""
-        method = get_method(config.method)
+        method = find_method(config.method)
         allocation = config.allocation or method.allocation
         choose(allocation, ALLOCATIONS, "allocation")
-        compensation = choose(config.compensation or method.compensation, {c: c for c in COMPENSATIONS}, "compensation")
+        repairs = attentions.COMPENSATIONS if isinstance(method, AttentionMethod) else COMPENSATIONS
+        what = f"compensation of method {method.name!r}"
+        compensation = choose(config.compensation or method.compensation, {c: c for c in repairs}, what)
         choices = cls(
             config, method, allocation, compensation, method.storage if config.storage == "auto" else config.storage
         )
@@ -57,15 +63,31 @@ class Choices:
                 "(a few hundred unlabelled samples do), or use --method svd --compensation none."
             )
         check_options(method, config.options)
+        if isinstance(method, AttentionMethod):
+            method.require(layers=config.layers, storage=choices.storage, allocation=allocation)
         return choices
 
     @property
     def calibrated(self) -> bool:
         """Whether anything is learned from samples."""
-        return self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
+        learned = self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
+        return self.config.sized and learned
+
+    def compressor(
+        self, dense: PreTrainedModel, targets: Sequence[Target], calibration: CalibrationData | None = None
+    ) -> Compressor:
+        """What turns ``dense`` into smaller models. Raises UsageError where it cannot."""
+        allocation: Allocation = ALLOCATIONS[self.allocation]
+        if isinstance(self.method, AttentionMethod):
+            return AttentionCompression(
+                self.config, dense, targets, self.method, allocation, self.compensation, calibration
+            )
+        return Compression(
+            self.config, dense, targets, self.method, allocation, self.compensation, self.storage, calibration
+        )
 
 
-def check_options(method: Method, options: Mapping[str, Any]) -> None:
+def check_options(method: Method | AttentionMethod, options: Mapping[str, Any]) -> None:
     """Raises UsageError for an option that the method does not have, or of another kind than its default."""
     parameters = inspect.signature(method.factorise).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centred"}
@@ -105,7 +127,11 @@ class Shrinking:
 
     choices: Choices
     dense: PreTrainedModel
+    base: PreTrainedModel
+    """The dense model, with the tokens that the smaller ones will read."""
     targets: Sequence[Target]
+    units: Sequence[Offer]
+    """What there is to choose the rank of; nothing, where only the tokens change."""
     dtype: torch.dtype
     """Of the weights that will be stored."""
     bound: Bound | None
@@ -115,12 +141,17 @@ class Shrinking:
     def of(cls, choices: Choices, dense: PreTrainedModel, dtype: torch.dtype) -> Self:
         """Raises UsageError and TargetError for what this model cannot become, before any work."""
         config = choices.config
-        targets = find_targets(dense, layers=config.layers, include=config.include, exclude=config.exclude)
+        base = dense
+        if config.tokens == "mixed" and config.token_budget is not None:
+            base = copy.deepcopy(dense)
+            mix_tokens(base, MixedTokens(config.token_budget, config.token_levels, config.token_scorer))
+        targets = find_targets(base, layers=config.layers, include=config.include, exclude=config.exclude)
+        units = choices.compressor(base, targets).units() if config.sized else []
         bound = Bound.of(config)
         if bound is not None:
             bound.require(dense)
-        sizes = requested_sizes(config, dense, targets, dtype, choices.storage)
-        return cls(choices, dense, targets, dtype, bound, sizes)
+        sizes = requested_sizes(config, dense, units, dtype) if config.sized else [Size("", cost.parameters(dense))]
+        return cls(choices, dense, base, targets, units, dtype, bound, sizes)
 
     def description(self, calibration: CalibrationData | None, preprocessor: Preprocessor | None) -> Description:
         """What the reports of all sizes have in common."""
@@ -128,10 +159,9 @@ class Shrinking:
         return Description(
             choices.config,
             self.dense,
-            self.targets,
+            self.units,
             _allocated_by(choices.config, choices.allocation),
             choices.compensation,
-            choices.storage,
             calibration,
             preprocessor.description if preprocessor else None,
         )
@@ -151,17 +181,11 @@ class Shrinking:
             GateError: no size keeps within ``max_drop`` or ``max_kl``.
         """
         config, method = self.choices.config, self.choices.method
-        allocation: Allocation = ALLOCATIONS[self.choices.allocation]
-        compression = Compression(
-            config,
-            self.dense,
-            self.targets,
-            method,
-            allocation,
-            self.choices.compensation,
-            self.choices.storage,
-            calibration,
-        )
+        if not config.sized:
+            nothing = Factors({}, {}, {})
+            yield Shrunk(nothing, {}, None if config.dry_run else copy.deepcopy(self.base), job.branch())
+            return
+        compression = self.choices.compressor(self.base, self.targets, calibration)
         search = (
             None if self.bound is None else Search.on(held_out, preprocessor, compression, self.bound, self.dtype, job)
         )
@@ -183,14 +207,13 @@ class Shrinking:
 def requested_sizes(
     config: CompressConfig,
     dense: PreTrainedModel,
-    targets: Sequence[Target],
+    units: Sequence[Offer],
     dtype: torch.dtype,
-    storage: Storage,
 ) -> list[Size]:
     """The requested sizes as budgets of the whole model. Raises TargetError for what no rank can reach."""
     total = cost.parameters(dense)
-    least = fixed_parameters(dense, targets) + least_cost(_empty_curves(config, targets, storage))
-    header = HEADER_BYTES_A_TENSOR * (len(dense.state_dict()) + len(targets))
+    least = total - sum(unit.cost(None) for unit in units) + least_cost(units)
+    header = HEADER_BYTES_A_TENSOR * (len(dense.state_dict()) + 2 * len(units))
     if config.keep:
         sizes = [Size(f"keep-{keep}", int(keep * total)) for keep in config.keep]
     elif config.target_params:
@@ -220,6 +243,8 @@ def requested_sizes(
 
 
 def _allocated_by(config: CompressConfig, allocation: str) -> str:
+    if not config.sized:
+        return "none"
     if config.explained_variance is not None:
         return "explained variance"
     return allocation if config.rank is None else "fixed rank"
@@ -228,8 +253,3 @@ def _allocated_by(config: CompressConfig, allocation: str) -> str:
 def _up(number: float) -> str:
     """Rounded up to three decimals, so that what a message calls reachable is."""
     return f"{math.ceil(number * 1000) / 1000:g}"
-
-
-def _empty_curves(config: CompressConfig, targets: Sequence[Target], storage: Storage) -> list[Curve]:
-    nothing = torch.zeros(1, dtype=torch.float64)
-    return [Curve(target.name, target.shape, nothing, storage, config.rank_multiple) for target in targets]

@@ -17,7 +17,7 @@ from vitshrink.hub import push, require_hub
 from vitshrink.pipeline import CompressionResult, compress
 from vitshrink.report import append_rows, check_appendable, report_row
 
-SIZE, DATA, LAYERS, RUN = "Size", "Data", "Layers and method", "Run"
+SIZE, DATA, LAYERS, TOKENS, RUN = "Size", "Data", "Layers and method", "Images and tokens", "Run"
 
 
 @console.reported
@@ -117,6 +117,27 @@ def compress_command(
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="No layer whose name matches this.", rich_help_panel=LAYERS)
+    ] = None,
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="all, or mixed: large patches where an image has no detail (ViT and DeiT).", rich_help_panel=TOKENS
+        ),
+    ] = CompressConfig.tokens,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Patches of an image, with --tokens mixed.", rich_help_panel=TOKENS)
+    ] = None,
+    token_levels: Annotated[
+        int, typer.Option(help="Sizes of patches, each twice as wide as the one before.", rich_help_panel=TOKENS)
+    ] = CompressConfig.token_levels,
+    token_scorer: Annotated[
+        str, typer.Option(help="What decides on a split: blur or features.", rich_help_panel=TOKENS)
+    ] = CompressConfig.token_scorer,
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels of an image, if not the model's; positions are interpolated.", rich_help_panel=TOKENS
+        ),
     ] = None,
     calibration: Annotated[
         str | None,

@@ -12,7 +12,9 @@ from vitshrink.assessment import Gates, evaluate_checkpoint
 from vitshrink.cli import console
 from vitshrink.cli.tables import evaluation_table
 from vitshrink.config import DataConfig, Preprocessing
+from vitshrink.errors import UsageError
 from vitshrink.report import append_rows, check_appendable
+from vitshrink.structures.tokens import MixedTokens
 
 
 @console.reported
@@ -52,6 +54,11 @@ def evaluate_command(
         list[int] | None, typer.Option(min=1, help="Time a batch of this size; repeat it for several.")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Append the figures as a row to this file.")] = None,
+    tokens: Annotated[str, typer.Option(help="all, or mixed: few patches where there is no detail.")] = "all",
+    token_budget: Annotated[int | None, typer.Option(min=1, help="Patches of an image, with --tokens mixed.")] = None,
+    token_levels: Annotated[int, typer.Option(min=2, help="Sizes of patches, each twice the one before.")] = 2,
+    token_scorer: Annotated[str, typer.Option(help="What decides on a split: blur or features.")] = "blur",
+    resolution: Annotated[int | None, typer.Option(min=1, help="Pixels of an image, if not the model's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the samples, the masks and the intervals.")] = 0,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
@@ -64,6 +71,9 @@ def evaluate_command(
     """
     gates = Gates(min_accuracy, max_drop, max_kl)
     gates.require(baseline=baseline)
+    if tokens not in ("all", "mixed") or (tokens == "mixed") is not (token_budget is not None):
+        raise UsageError("--tokens is all, or mixed, which goes together with --token-budget, the patches of an image.")
+    mixed = None if token_budget is None else MixedTokens(token_budget, token_levels, token_scorer)
     processes.join(device)
     if csv is not None and processes.is_main():
         check_appendable(csv)
@@ -82,6 +92,8 @@ def evaluate_command(
         device=device,
         seed=seed,
         offline=offline,
+        resolution=resolution,
+        tokens=mixed,
         observer=console.TerminalObserver(quiet=quiet or as_json or not processes.is_main()),
     )
     main = processes.is_main()

@@ -1,5 +1,6 @@
 """A checkpoint's own preprocessing: found, described, and applied to samples batch by batch."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -40,11 +41,13 @@ class Preprocessor:
         max_length: int | None = None,
         style: Literal["checkpoint", "timm"] = "checkpoint",
         offline: bool = False,
+        resolution: int | None = None,
     ) -> "Preprocessor":
         """The preprocessing that lies beside the weights, in a directory or on the Hub.
 
         ``max_length`` in tokens lowers that of the tokenizer and the model. The style ``timm`` resizes and crops images
-        as timm does, whose published accuracies are measured so. Code in a checkpoint is never run.
+        as timm does, whose published accuracies are measured so. ``resolution`` in pixels takes the place of the size
+        of its images, and what is resized before it is cropped is scaled along. Code in a checkpoint is never run.
 
         Raises:
             CheckpointError: the files are missing, damaged, need code of the checkpoint, or do not fit the model.
@@ -53,6 +56,10 @@ class Preprocessor:
         if kind == "image":
             _require(path, _IMAGE_PROCESSOR_FILES, "image processor")
             processor = _load(AutoImageProcessor.from_pretrained, path, offline, "image processor")
+            if style != "checkpoint" and resolution is not None:
+                raise UsageError(f"--preprocess {style} goes by the model's own size: leave --resolution out.")
+            if resolution is not None:
+                _scale(processor, resolution, path)
             if style == "checkpoint":
                 return cls(ImageEncoder(processor))
             config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
@@ -119,6 +126,21 @@ class Preprocessor:
         if empty:
             reasons = "".join(f" {key} {reason}." for key, reason in bad.reasons.items())
             raise DataError(f"{samples.source}: there is no usable sample.{reasons}")
+
+
+def _scale(processor: Any, resolution: int, path: str | Path) -> None:
+    """Make an image processor give images of ``resolution`` pixels. Raises UsageError where it cannot be told how."""
+    settings = json.loads(processor.to_json_string())
+    cropped = settings.get("do_center_crop") and settings.get("crop_size")
+    final = settings.get("crop_size") if cropped else settings.get("size")
+    side = final.get("height", final.get("shortest_edge")) if isinstance(final, dict) else final
+    if not settings.get("do_resize") or not isinstance(side, int):
+        raise UsageError(f"--resolution: the image processor of {path} does not say to which size it resizes.")
+    for name in ("size", "crop_size"):
+        entries = settings.get(name)
+        if isinstance(entries, dict):
+            scaled = {key: round(value * resolution / side) for key, value in entries.items() if value is not None}
+            setattr(processor, name, type(getattr(processor, name))(**scaled))
 
 
 def _require(path: str | Path, names: tuple[str, ...], what: str) -> None:

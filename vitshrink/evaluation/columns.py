@@ -212,8 +212,10 @@ def _hits(logits: Mapping[str, Tensor], labels: Tensor | None) -> Columns:
 def _cosines(features: Mapping[str, Tensor], mask: Tensor | None) -> Columns:
     """Cosines between two models' features (batch, tokens, width): mean over real tokens, and of the pooled vectors."""
     dense, compressed = features["dense"], features["compressed"]
-    tokens = torch.cosine_similarity(dense, compressed, dim=-1)
     pooled = torch.cosine_similarity(metrics.masked_mean(dense, mask), metrics.masked_mean(compressed, mask), dim=-1)
+    if dense.shape[1] != compressed.shape[1]:  # other patches: only the first token stands for the same thing
+        dense, compressed = dense[:, :1], compressed[:, :1]
+    tokens = torch.cosine_similarity(dense, compressed, dim=-1)
     return {
         "feature_cosine": metrics.masked_mean(tokens.unsqueeze(-1), mask).squeeze(-1),
         "pooled_cosine": pooled,

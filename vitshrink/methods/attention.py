@@ -107,11 +107,15 @@ class AttentionMethod:
         """First line of the docstring."""
         return (self.factorise.__doc__ or "").strip().splitlines()[0]
 
-    def require(self, *, layers: str, storage: Storage) -> None:
+    def require(self, *, layers: str, storage: Storage, allocation: str) -> None:
         """Raises UsageError for what makes no sense with a method of attentions, before any work."""
         if layers == "mlp":
             raise UsageError(
                 f"--method {self.name} replaces attentions, and --layers mlp are none: use --layers attention."
+            )
+        if allocation == "measured":
+            raise UsageError(
+                f"--allocation measured is for the components of linear layers, not for --method {self.name}."
             )
         if storage != "factors":
             raise UsageError(f"--method {self.name} has a form of its own: --storage {storage} is for linear layers.")

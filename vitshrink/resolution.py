@@ -1,0 +1,66 @@
+"""What an image model looks at: at which resolution, and in how many tokens."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.checkpoint import replace_layers
+from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.hf_quantizer import base_prefix
+from vitshrink.models import family_of
+from vitshrink.structures import fill
+from vitshrink.structures.tokens import SCORERS, MixedTokens
+
+
+def _embeddings(model: PreTrainedModel, flag: str) -> Any:
+    family = family_of(model)
+    if family.modality != "image":
+        raise UsageError(
+            f"{flag} is about the patches of an image, and {type(model).__name__} ({family.model_type}) reads text."
+        )
+    return model.base_model.get_submodule("embeddings")
+
+
+@torch.no_grad()
+def set_resolution(model: PreTrainedModel, size: int) -> None:
+    """Make a dense model take images of ``size`` × ``size`` pixels: positions are interpolated, in place.
+
+    Bicubic, as transformers does for ``interpolate_pos_encoding``. Raises UsageError.
+    """
+    embeddings = _embeddings(model, "--resolution")
+    patches = embeddings.patch_embeddings
+    kernel = patches.projection.kernel_size
+    if size < 1 or any(size % each for each in kernel):
+        raise UsageError(f"--resolution {size}: give a multiple of the patch size, {kernel[0]} pixels.")
+    native = [old // each for old, each in zip(patches.image_size, kernel, strict=True)]
+    grid = [size // each for each in kernel]
+    positions = embeddings.position_embeddings
+    assert isinstance(positions, Tensor)
+    special = positions.shape[1] - native[0] * native[1]
+    plane = positions[:, special:].view(1, *native, -1).permute(0, 3, 1, 2)
+    plane = F.interpolate(plane, size=grid, mode="bicubic", align_corners=False)
+    own = torch.cat([positions[:, :special], plane.flatten(2).transpose(1, 2)], 1)
+    embeddings.position_embeddings = nn.Parameter(own, requires_grad=positions.requires_grad)
+    embeddings.image_size = patches.image_size = (size, size)
+    patches.num_patches = grid[0] * grid[1]
+    model.config.image_size = size
+
+
+def mix_tokens(model: PreTrainedModel, tokens: MixedTokens) -> None:
+    """Make a dense model read mixed-resolution tokens, in place. Raises UsageError where it cannot."""
+    embeddings = _embeddings(model, "--tokens mixed")
+    if tokens.scorer not in SCORERS:
+        raise UsageError(f"--token-scorer {tokens.scorer}: unknown. Available: {', '.join(SCORERS)}.")
+    if not tokens.fits(embeddings):
+        raise UsageError("--tokens mixed: this model already has other tokens than the dense one.")
+    positions = embeddings.position_embeddings
+    assert isinstance(positions, Tensor)
+    try:
+        built = tokens.build(embeddings)
+    except CheckpointError as error:
+        raise UsageError(f"--tokens mixed: {error}") from error
+    fill(built, {"position_embeddings": positions.detach()[0]})
+    replace_layers(model, {f"{base_prefix(model)}embeddings": built})
