@@ -213,6 +213,7 @@ def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path
         ({"include": (r"q_proj",)}, "no block has all of"),
         ({"keep": (), "rank": 500}, "--rank 500: ranks .* heads of this model have 16 dimensions"),
         ({"storage": "gauge"}, "--storage gauge is for linear layers"),
+        ({"allocation": "measured"}, "--allocation measured is for the components of linear layers"),
         ({"compensation": "residual"}, "unknown compensation of method"),
         ({"calibration": None}, "needs calibration data"),
         ({"options": {"nonsense": 1}}, "nonsense"),
@@ -253,14 +254,3 @@ def test_a_rank_above_the_head_dimension_is_refused_by_the_loader() -> None:
     with pytest.raises(CheckpointError, match="rank 17 is above the head dimension, 16"):
         read({"structure": "symmetric", "rank": 17}).build(copy.deepcopy(attention))
     assert not read({"structure": "symmetric", "rank": 3}).fits(attention.q_proj)
-
-
-def test_drift_is_corrected_behind_smaller_heads(compressed: Compressed) -> None:
-    plain, corrected = (
-        compressed("ViTForImageClassification", method="heads-joint", keep=(0.9,), compensation=compensation)
-        for compensation in ("none", "drift")
-    )
-    assert plain.report.parameters == corrected.report.parameters
-    assert plain.report.evaluation is not None
-    assert corrected.report.evaluation is not None
-    assert corrected.report.evaluation["fidelity"]["kl"] != plain.report.evaluation["fidelity"]["kl"]

@@ -30,7 +30,7 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("script", ["evaluation", "fidelity", "speed", "quantisation", "export"])
+@pytest.mark.parametrize("script", ["evaluation", "fidelity", "speed", "quantisation", "export", "techniques"])
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         benchmark(script).main(["--help"])
@@ -171,3 +171,18 @@ def test_an_evaluation_is_timed_beside_its_passes(
     assert head == ["run", "passes, s", "evaluation, s", "overhead"]
     assert [row[0] for row in body] == ["1", "2", "median"]
     assert all(float(row[1]) >= 0 and float(row[2]) > 0 and row[3].endswith("%") for row in body)
+
+
+def test_techniques_go_into_one_table(
+    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"--model {vit_directory} --calibration {flat_images} --samples 12 --keep 0.93 --tokens 10 --scorers blur"
+    benchmark("techniques").main([*given.split(), "--only", "qk-joint", "tokens, blur", "heads", "output, pca"])
+    head, *found = rows(capsys.readouterr().out)
+    assert head == ["technique", "parameters", "MACs", "time", "top-1", "KL"]
+    assert [cells[0] for cells in found] == [
+        "qk-joint 0.93",
+        "heads-joint 0.93",
+        "10 tokens, blur",
+    ]
+    assert all(0 < float(cells[1]) <= 1 and float(cells[5]) > 0 for cells in found)

@@ -128,8 +128,10 @@ def test_mixed_tokens_train_save_again_and_cast(compressed: Compressed, tmp_path
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "again").eval()
     assert torch.equal(logits(again, pixels), logits(model, pixels))
     assert torch.isfinite(logits(again.to(torch.bfloat16), pixels.bfloat16())).all()
-    larger = again.float()(torch.randn(2, 3, 64, 64), interpolate_pos_encoding=True).logits
+    larger = again.float()(torch.randn(2, 3, 48, 48), interpolate_pos_encoding=True).logits
     assert torch.isfinite(larger).all()
+    with pytest.raises(ValueError, match=r"a budget of 10 patches is not possible.* 16 to 64"):
+        again(torch.randn(2, 3, 64, 64), interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="pass interpolate_pos_encoding=True"):
         again(torch.randn(2, 3, 64, 64))
     with pytest.raises(ValueError, match="cannot be masked"):

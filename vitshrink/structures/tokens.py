@@ -175,15 +175,15 @@ class MixedTokens:
         return self.coarse(grid) + 3 * self.splits(grid)
 
     def check(self, grid: tuple[int, int]) -> None:
-        """Raises CheckpointError where the grid has no such quadtree."""
+        """Raises ValueError where the grid has no such quadtree."""
         step = 2 ** (self.levels - 1)
         if self.levels < 2 or any(size % step for size in grid):
-            raise CheckpointError(
+            raise ValueError(
                 f"{self.levels} sizes of patches need a grid that divides by {step}, not {grid[0]} × {grid[1]}: "
                 "choose another number of levels (2 or more), or another resolution."
             )
         if not self.coarse(grid) <= self.budget <= grid[0] * grid[1]:
-            raise CheckpointError(
+            raise ValueError(
                 f"a budget of {self.budget} patches is not possible: this grid of {grid[0]} × {grid[1]} in "
                 f"{self.levels} sizes takes {self.coarse(grid)} to {grid[0] * grid[1]}."
             )
@@ -197,7 +197,10 @@ class MixedTokens:
         projection = module.patch_embeddings.projection  # type: ignore[union-attr]
         size: Any = module.image_size
         assert isinstance(projection, nn.Conv2d)
-        self.check((size[0] // projection.kernel_size[0], size[1] // projection.kernel_size[1]))
+        try:
+            self.check((size[0] // projection.kernel_size[0], size[1] // projection.kernel_size[1]))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         base = type(module)
         if base not in _MIXED:
             _MIXED[base] = type(f"Mixed{base.__name__}", (MixedEmbeddings, base), {})
