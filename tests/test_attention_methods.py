@@ -1,7 +1,9 @@
 """The contract of methods that replace an attention: exact where nothing is lost, within budget, and reloadable."""
 
 import copy
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from vitshrink.attentions import AttentionCompression, attentions_of
 from vitshrink.checkpoint import compressed_layers
 from vitshrink.config import CompressConfig
 from vitshrink.data import Batch
-from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.errors import CheckpointError, DependencyError, UsageError
 from vitshrink.measurement import CalibrationData
 from vitshrink.methods import attention_methods, find_method
 from vitshrink.methods.attention import AttentionMethod
@@ -27,6 +29,7 @@ from vitshrink.models import find_targets
 from vitshrink.observer import Job, Silent
 from vitshrink.pipeline import CompressionResult, compress
 from vitshrink.structures import describe, read, structure_of
+from vitshrink.structures.tensor import TensorProjection
 
 Compressed = Callable[..., CompressionResult]
 
@@ -116,8 +119,8 @@ def test_losses_fall_and_say_what_is_lost(method: str) -> None:
         assert (loss[:-1] >= loss[1:] - 1e-12).all()
         assert loss[-1] < 0.9 * loss[0]
     errors = []
-    for rank in (2, 8, 14):
-        smaller = found.build(factors, {unit.name: unit.nearest(rank) for unit in found.units()}, Job(Silent()))
+    for place in (0, -1):
+        smaller = found.build(factors, {unit.name: unit.ranks[place] for unit in found.units()}, Job(Silent()))
         errors.append(float((outputs(smaller.eval(), name) - outputs(model, name)).square().mean()))
     # half of a random form is not positive: of that, no rank of the symmetric one is an approximation
     assert method == "cholesky" or errors[0] > errors[-1]
@@ -238,6 +241,9 @@ def test_every_method_names_its_origin(method: str) -> None:
         {"structure": "headwise", "value": 3},
         {"structure": "narrow", "inputs": 6},
         {"structure": "symmetric", "rank": 5},
+        {"structure": "tensor-tucker", "parts": 3, "heads": 2, "dims": 4, "inputs": 8},
+        {"structure": "tensor-cp", "rank": 9},
+        {"structure": "tensor-train", "parts": 3, "heads": 4, "inputs": 8},
     ],
 )
 def test_descriptions_read_back_and_damaged_ones_do_not(entry: dict[str, Any]) -> None:
@@ -254,3 +260,67 @@ def test_a_rank_above_the_head_dimension_is_refused_by_the_loader() -> None:
     with pytest.raises(CheckpointError, match="rank 17 is above the head dimension, 16"):
         read({"structure": "symmetric", "rank": 17}).build(copy.deepcopy(attention))
     assert not read({"structure": "symmetric", "rank": 3}).fits(attention.q_proj)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["tucker", "cp", "tt"])
+def test_tensor_forms_reload_within_their_budget(compressed: Compressed, form: str, name: str) -> None:
+    result = compressed(name, method="tensor", options={"form": form}, keep=(0.93,))
+    model = getattr(transformers, name).from_pretrained(result.directory).eval()
+    assert result.report.parameters["compressed"] == cost.parameters(model) <= 0.93 * result.report.parameters["dense"]
+    assert result.directory is not None
+    assert torch.equal(outputs(model, name), outputs(vitshrink.load(result.directory), name))
+
+
+@pytest.mark.parametrize("form", ["tucker", "cp", "tt"])
+def test_both_orders_of_contraction_agree(form: str) -> None:
+    name = "ViTModel"
+    model = tiny.build(name)
+    entries = {"options": {"form": form}, "keep": (), "rank": 8}
+    found = compression(model, name, "tensor", **entries)
+    factors = found.factorise_dense(Job(Silent()))
+    smaller = found.build(factors, {unit.name: unit.nearest(8) for unit in found.units()}, Job(Silent()))
+    projection = smaller.layers[0].attention.q_proj
+    assert isinstance(projection, TensorProjection)
+    x = torch.randn(2, 3, 32)
+    z = torch.nn.functional.linear(x, projection.inputs)
+    stepwise, at_once = projection._contract(z), torch.nn.functional.linear(z, projection.matrix())
+    torch.testing.assert_close(stepwise, at_once, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(projection(x), -1), at_once + projection.bias, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["tucker", "tt"])
+def test_a_tensor_of_few_dimensions_is_kept(form: str) -> None:
+    """Projections that read 12 of the 32 directions and write to 6 of each head's 16 lose nothing, biases included."""
+    name = "ViTForImageClassification"
+    model = tiny.build(name)
+    generator = torch.Generator().manual_seed(0)
+    for attention in attentions_of(model, find_targets(model)):
+        read_from = torch.linalg.qr(torch.randn(32, 12, generator=generator))[0]
+        written_to = torch.linalg.qr(torch.randn(16, 6, generator=generator))[0]
+        for role in ("query", "key", "value"):
+            weight = model.get_submodule(attention.places[role]).weight
+            assert isinstance(weight, Tensor)
+            with torch.no_grad():
+                kept = written_to @ written_to.T @ weight.view(2, 16, 32) @ read_from @ read_from.T
+                weight.copy_(kept.reshape(32, 32))
+    found = compression(model, name, "tensor", options={"form": form}, keep=(), rank=12)
+    factors = found.factorise_dense(Job(Silent()))
+    smaller = found.build(factors, {unit.name: 12 for unit in found.units()}, Job(Silent())).eval()
+    if form == "tucker":
+        torch.testing.assert_close(outputs(smaller, name), outputs(model, name), rtol=1e-3, atol=1e-3)
+    assert torch.isfinite(outputs(smaller, name)).all()
+
+
+def test_a_missing_package_and_an_unknown_form_are_named_before_any_work(
+    vit_directory: Path, flat_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CompressConfig(
+        str(vit_directory), str(tmp_path / "out"), method="tensor", keep=(0.93,), calibration=str(flat_images)
+    )
+    with pytest.raises(UsageError, match=r"form=qr: unknown\. Available: tucker, cp, tt"):
+        compress(replace(config, options={"form": "qr"}))
+    monkeypatch.setitem(sys.modules, "tensorly", None)
+    with pytest.raises(DependencyError, match=r"--method tensor needs the package tensorly.*vitshrink\[tensor\]"):
+        compress(config)
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from importlib import import_module
 from vitshrink.errors import DependencyError
 
 EXTRAS = {
+    "tensor": ("tensorly",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 """The packages behind the optional extras of the same names in pyproject.toml."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from vitshrink import attentions, cost
+from vitshrink import attentions, cost, extras
 from vitshrink.allocation import ALLOCATIONS, Allocation, Offer, Plan, least_cost
 from vitshrink.attentions import AttentionCompression
 from vitshrink.compensation import COMPENSATIONS
@@ -65,6 +65,8 @@ class Choices:
         check_options(method, config.options)
         if isinstance(method, AttentionMethod):
             method.require(layers=config.layers, storage=choices.storage, allocation=allocation)
+            if method.extra is not None:
+                extras.require(method.extra, f"--method {method.name}")
         return choices
 
     @property

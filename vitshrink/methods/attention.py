@@ -94,7 +94,7 @@ class AttentionMethod:
     structures: Structures
     parts: Mapping[str, tuple[str, ...]]
     """What there is to choose the rank of, and the roles it replaces."""
-    ranks: Callable[[Dimensions], Sequence[int]]
+    ranks: Callable[..., Sequence[int]]
     allocation: str
     needs: Needs = Needs.COVARIANCE
     compensation: str = "none"
@@ -133,7 +133,7 @@ def attention_method(
     *,
     parts: Mapping[str, tuple[str, ...]],
     structures: Structures,
-    ranks: Callable[[Dimensions], Sequence[int]] = below_head_dimension,
+    ranks: Callable[..., Sequence[int]] = below_head_dimension,
     allocation: str = "energy",
     extra: str | None = None,
 ) -> Callable[[Decompose], Decompose]:
