@@ -65,6 +65,8 @@ class Choices:
         check_options(method, config.options)
         if isinstance(method, AttentionMethod):
             method.require(layers=config.layers, storage=choices.storage, allocation=allocation)
+            if config.quantize is not None:
+                raise UsageError(f"--quantize is for linear and low-rank layers: not with --method {method.name}.")
             if method.extra is not None:
                 extras.require(method.extra, f"--method {method.name}")
         return choices
