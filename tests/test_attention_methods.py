@@ -218,7 +218,7 @@ def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path
         ({"storage": "gauge"}, "--storage gauge is for linear layers"),
         ({"allocation": "measured"}, "--allocation measured is for the components of linear layers"),
         ({"quantize": "int8"}, "--quantize is for linear and low-rank layers"),
-        ({"compensation": "residual"}, "unknown compensation of method"),
+        ({"compensation": "residual"}, "unknown compensation 'residual'.* Available: none"),
         ({"calibration": None}, "needs calibration data"),
         ({"options": {"nonsense": 1}}, "nonsense"),
         ({"keep": (0.2,)}, "cannot reach"),

@@ -49,8 +49,7 @@ class Choices:
         allocation = config.allocation or method.allocation
         choose(allocation, ALLOCATIONS, "allocation")
         repairs = attentions.COMPENSATIONS if isinstance(method, AttentionMethod) else COMPENSATIONS
-        what = f"compensation of method {method.name!r}"
-        compensation = choose(config.compensation or method.compensation, {c: c for c in repairs}, what)
+        compensation = choose(config.compensation or method.compensation, {c: c for c in repairs}, "compensation")
         choices = cls(
             config, method, allocation, compensation, method.storage if config.storage == "auto" else config.storage
         )
