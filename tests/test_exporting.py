@@ -108,8 +108,8 @@ def test_an_onnx_file_is_evaluated_like_the_checkpoint(
     ours = evaluate_checkpoint(str(small("ViTForImageClassification")), data, baseline=str(vit_directory))
     theirs = evaluate_checkpoint(str(found.directory / "model.onnx"), data, baseline=str(vit_directory))
     assert theirs.measurement.evaluation.compressed == ours.measurement.evaluation.compressed
-    assert theirs.bytes == found.bytes
-    assert theirs.parameters == found.parameters >= ours.parameters
+    assert theirs.footprint.bytes == found.bytes
+    assert theirs.footprint.parameters == found.parameters >= ours.footprint.parameters
     with pytest.raises(UsageError, match="run on the CPU"):
         evaluate_checkpoint(str(found.directory / "model.onnx"), data, device="cuda")
 
