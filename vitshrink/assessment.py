@@ -8,55 +8,15 @@ from typing import Any
 from vitshrink import cost
 from vitshrink.checkpoint import file_bytes
 from vitshrink.config import DataConfig
+from vitshrink.cost import Latency
 from vitshrink.data import Preprocessor
-from vitshrink.errors import GateError, UsageError
+from vitshrink.description import example_inputs
+from vitshrink.errors import UsageError
 from vitshrink.measurement import Measurement, measure, open_data
 from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.onnx_model import SUFFIX, load_onnx, onnx_bytes, onnx_numbers
 from vitshrink.pipeline import find_device
-
-
-@dataclass(frozen=True)
-class Gates:
-    """Bounds that the user sets; None is no bound."""
-
-    min_accuracy: float | None = None
-    """Percent."""
-    max_drop: float | None = None
-    """Percentage points below the baseline (hundredths of a correlation)."""
-    max_kl: float | None = None
-    """Nats from the baseline."""
-
-    def require(self, *, baseline: str | None) -> None:
-        """Raises UsageError for a bound that needs a baseline, where there is none; before any work."""
-        for flag, bound in (("--max-drop", self.max_drop), ("--max-kl", self.max_kl)):
-            if bound is not None and baseline is None:
-                raise UsageError(f"{flag} compares with the dense model: pass it as --baseline.")
-
-    def check(self, evaluation: Mapping[str, Any]) -> None:
-        """Raises GateError naming the bound and by how much it is missed, UsageError where it cannot be judged."""
-        scores = evaluation["compressed"] or evaluation["dense"] or {}
-        accuracy = scores.get(evaluation["metric"])
-        drop = (evaluation["difference"] or {}).get("drop")
-        missed = []
-        for flag, bound, value, sign, why in (
-            ("--min-accuracy", self.min_accuracy, _percent(accuracy), 1, "the data have no labels"),
-            ("--max-drop", self.max_drop, _percent(drop), -1, "the data have no labels"),
-            ("--max-kl", self.max_kl, (evaluation["fidelity"] or {}).get("kl"), -1, "the models give no probabilities"),
-        ):
-            if bound is None:
-                continue
-            if value is None:
-                raise UsageError(f"{flag} cannot be judged: {why}.")
-            if sign * value < sign * bound:
-                missed.append(f"{flag} {bound:g} is missed by {abs(value - bound):.3g} ({value:.4g})")
-        if missed:
-            raise GateError("; ".join(missed) + ".")
-
-
-def _percent(fraction: float | None) -> float | None:
-    return None if fraction is None else 100 * fraction
 
 
 @dataclass(frozen=True)
@@ -71,6 +31,13 @@ class Assessment:
     bytes: int
     timings: Mapping[str, float]
     warnings: list[str]
+    latency: Mapping[str, Latency] | None = None
+    """Of the baseline (``dense``) and the model (``compressed``), timed in turn."""
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Median time of a pass over that of the baseline."""
+        return None if self.latency is None else self.latency["compressed"].median / self.latency["dense"].median
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -78,6 +45,7 @@ class Assessment:
             "baseline": self.baseline,
             "parameters": self.parameters,
             "bytes": self.bytes,
+            "latency": None if self.latency is None else {role: t.to_dict() for role, t in self.latency.items()},
             "evaluation": self.measurement.evaluation.to_dict(),
             "source": self.measurement.source,
             "fingerprint": self.measurement.fingerprint,
@@ -102,11 +70,13 @@ def evaluate_checkpoint(
     device: str = "auto",
     seed: int = 0,
     offline: bool = False,
+    timed: bool = False,
     observer: Observer | None = None,
 ) -> Assessment:
     """Measure a model on ``data`` and, with a ``baseline``, its difference from that on the same samples.
 
     ``limit`` samples are drawn by ``seed``. Weights are read in the type they are stored in and computed in float32.
+    With ``timed``, passes of the two models are timed in turn.
 
     Raises:
         CheckpointError, DataError, UsageError: as the parts that read the model and the data.
@@ -136,6 +106,11 @@ def evaluate_checkpoint(
         class_map=class_map,
         max_bad_samples=max_bad_samples,
     )
+    latency = None
+    if timed and reference is not None:
+        with job.stage("latency", "Timing"):
+            models = {"dense": reference.model, "compressed": loaded.model}
+            latency = cost.latency(models, example_inputs(loaded.model))
     return Assessment(
         model,
         baseline,
@@ -144,6 +119,7 @@ def evaluate_checkpoint(
         *_stored(model, loaded),
         job.timings,
         job.warnings,
+        latency,
     )
 
 

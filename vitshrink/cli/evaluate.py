@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from vitshrink.assessment import Gates, evaluate_checkpoint
+from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli import console
 from vitshrink.cli.tables import evaluation_table
-from vitshrink.config import DataConfig
+from vitshrink.config import DataConfig, parse_quantity
+from vitshrink.gates import Gates
 
 
 @console.reported
@@ -34,6 +35,10 @@ def evaluate_command(
     min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy, in percent.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Exit with 3 when more points are lost.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when the divergence is larger.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="Exit with 3 when the files are larger, e.g. 90MB.")] = None,
+    max_latency_ratio: Annotated[
+        float | None, typer.Option(help="Exit with 3 when a pass takes longer than this fraction of the baseline's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the samples, the masks and the intervals.")] = 0,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
@@ -44,7 +49,8 @@ def evaluate_command(
 
     Example: vitshrink eval ./my-vit-small --baseline ./my-vit --data ./val
     """
-    gates = Gates(min_accuracy, max_drop, max_kl)
+    largest = None if max_size is None else parse_quantity(max_size, "--max-size")
+    gates = Gates(min_accuracy, max_drop, max_kl, largest, max_latency_ratio)
     gates.require(baseline=baseline)
     found = evaluate_checkpoint(
         model,
@@ -58,6 +64,7 @@ def evaluate_command(
         device=device,
         seed=seed,
         offline=offline,
+        timed=max_latency_ratio is not None,
         observer=console.TerminalObserver(quiet=quiet or as_json),
     )
     document = found.to_dict()
@@ -66,4 +73,4 @@ def evaluate_command(
         sys.stdout.write("\n")
     else:
         console.show(evaluation_table(document))
-    gates.check(document["evaluation"])
+    gates.check(document["evaluation"], nbytes=found.bytes, latency_ratio=found.latency_ratio)

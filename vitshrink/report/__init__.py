@@ -3,6 +3,7 @@
 from vitshrink.report.record import Report, before_after
 from vitshrink.report.render import (
     comparison_markdown,
+    markdown_table,
     render_card,
     render_comparison_html,
     render_html,
@@ -18,6 +19,7 @@ __all__ = [
     "before_after",
     "comparison_markdown",
     "headline",
+    "markdown_table",
     "render_card",
     "render_comparison_html",
     "render_html",
