@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitshrink.errors import UsageError
@@ -120,6 +120,7 @@ def test_what_makes_no_sense_is_refused_before_any_job(entries: dict[str, Any], 
         plan(tmp_path, **entries)
 
 
+@settings(derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(labels=st.lists(st.text(max_size=30), min_size=1, max_size=4))
 def test_names_stay_within_the_output(tmp_path_factory: pytest.TempPathFactory, labels: list[str]) -> None:
     root = tmp_path_factory.mktemp("plans")
