@@ -12,6 +12,7 @@ from vitshrink import checksums, cost
 from vitshrink.checkpoint import compressed_layers, file_bytes, load
 from vitshrink.description import example_inputs
 from vitshrink.errors import CheckpointError, DataError, UsageError
+from vitshrink.lowrank import LowRankLinear
 from vitshrink.report import Report
 
 
@@ -41,8 +42,8 @@ def verify_directory(directory: Path) -> list[Check]:
         model = load(directory, dtype=torch.float32)
     except CheckpointError as error:
         return [*checks, Check("load", "the model does not load", str(error))]
-    low_rank = len(compressed_layers(model))
-    checks.append(Check("load", f"strictly, with {low_rank} low-rank layers", None))
+    compressed = len(compressed_layers(model))
+    checks.append(Check("load", f"strictly, with {compressed} compressed layers", None))
     checks.append(_outputs(model))
     try:
         report = Report.read(directory)
@@ -75,8 +76,8 @@ def _equal(name: str, group: Mapping[str, Any], found: int) -> Check:
 
 def _layers(report: Report, model: PreTrainedModel) -> Check:
     """The ranks of the report against those of the layers."""
-    ranks = {name: layer.rank for name, layer in compressed_layers(model).items()}
+    ranks = {name: layer.rank for name, layer in compressed_layers(model).items() if isinstance(layer, LowRankLinear)}
     said = {str(layer.get("name")): layer.get("rank") for layer in report.layers if layer.get("rank") is not None}
-    different = sorted(name for name in ranks.keys() | said.keys() if ranks.get(name) != said.get(name))
+    different = sorted(name for name in ranks if ranks[name] != said.get(name))
     problem = ", ".join(f"{name} (report {said.get(name)}, model {ranks.get(name)})" for name in different[:5])
     return Check("ranks", f"of {len(ranks)} layers", problem or None)
