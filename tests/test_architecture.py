@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitshrink"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo",),
-    ("pipeline", "assessment", "api", "exporting", "quantizing"),
+    ("demo", "sweep"),
+    ("pipeline", "assessment", "api", "exporting", "quantizing", "verification"),
     ("shrinking",),
     ("description", "inspection", "search"),
     ("attentions",),
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "digits",
     ),
     ("methods", "allocation", "compensation", "hf_quantizer"),
-    ("structures",),
+    ("structures", "gates", "checksums"),
     ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer", "processes", "extras"),
     ("errors",),
 )

@@ -1,11 +1,10 @@
-"""``evaluate_checkpoint`` and the gates: dense and compressed alike, and bounds that a user sets."""
+"""``evaluate_checkpoint``: dense and compressed alike, and gates on the command line."""
 
 import csv
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -14,10 +13,11 @@ from test_processes import run_together
 from typer.testing import CliRunner
 
 from vitshrink import cost
-from vitshrink.assessment import Gates, evaluate_checkpoint
+from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli.app import app
 from vitshrink.config import DataConfig
-from vitshrink.errors import CheckpointError, DataError, GateError, UsageError
+from vitshrink.errors import CheckpointError, DataError, UsageError
+from vitshrink.gates import Gates
 from vitshrink.pipeline import CompressionResult
 
 Compressed = Callable[..., CompressionResult]
@@ -132,72 +132,6 @@ def test_a_wrong_model_or_baseline_is_named(small: Path, flat_images: Path, tmp_
     for entries in ({"model": str(tmp_path / "none")}, {"model": str(small), "baseline": str(tmp_path / "none")}):
         with pytest.raises(CheckpointError, match="none"):
             evaluate_checkpoint(data=DataConfig(str(flat_images)), **entries)
-
-
-# Gates
-
-
-def evaluation(**entries: Any) -> dict[str, Any]:
-    return {"metric": "top1", "dense": None, "compressed": None, "fidelity": None, "difference": None} | entries
-
-
-FULL = evaluation(dense={"top1": 0.8}, compressed={"top1": 0.75}, fidelity={"kl": 0.3}, difference={"drop": 0.05})
-
-
-@pytest.mark.parametrize(
-    "gates",
-    [
-        Gates(),
-        Gates(min_accuracy=75),
-        Gates(max_drop=5.1),
-        Gates(max_kl=0.3),
-        Gates(min_accuracy=0, max_drop=100, max_kl=10),
-    ],
-)
-def test_a_bound_that_is_met_passes(gates: Gates) -> None:
-    gates.check(FULL)
-
-
-@pytest.mark.parametrize(
-    ("gates", "said"),
-    [
-        (Gates(min_accuracy=76), r"--min-accuracy 76 is missed by 1 \(75\)"),
-        (Gates(max_drop=4), r"--max-drop 4 is missed by 1 \(5\)"),
-        (Gates(max_kl=0.25), r"--max-kl 0.25 is missed by 0.05 \(0.3\)"),
-        (Gates(min_accuracy=90, max_kl=0.1), r"--min-accuracy 90 .*; --max-kl 0.1 "),
-    ],
-)
-def test_a_bound_that_is_missed_says_by_how_much(gates: Gates, said: str) -> None:
-    with pytest.raises(GateError, match=said) as caught:
-        gates.check(FULL)
-    assert caught.value.exit_code == 3
-
-
-def test_a_gain_passes_and_a_dense_model_can_be_gated() -> None:
-    Gates(max_drop=0).check(evaluation(compressed={"top1": 0.9}, difference={"drop": -0.1}))
-    with pytest.raises(GateError):
-        Gates(min_accuracy=81).check(evaluation(dense={"top1": 0.8}))
-
-
-@pytest.mark.parametrize(
-    ("gates", "said"),
-    [
-        (Gates(min_accuracy=1), "--min-accuracy cannot be judged: the data have no labels"),
-        (Gates(max_drop=1), "--max-drop cannot be judged: the data have no labels"),
-        (Gates(max_kl=1), "--max-kl cannot be judged"),
-    ],
-)
-def test_a_bound_that_cannot_be_judged_is_no_pass(gates: Gates, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        gates.check(evaluation(metric=None))
-
-
-@pytest.mark.parametrize("gates", [Gates(max_drop=1), Gates(max_kl=1)])
-def test_a_comparison_without_baseline_is_refused_before_any_work(gates: Gates) -> None:
-    with pytest.raises(UsageError, match="pass it as --baseline"):
-        gates.require(baseline=None)
-    gates.require(baseline="dense")
-    Gates(min_accuracy=1).require(baseline=None)
 
 
 # The command

@@ -195,7 +195,7 @@ def test_files_get_the_modes_that_the_umask_asks_for(mask: int, file_mode: int, 
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")}
-    assert modes == {"sub": 0o777 & ~mask, "private": file_mode, "program": file_mode}
+    assert modes == {"sub": 0o777 & ~mask, "private": file_mode, "program": file_mode, "SHA256SUMS": file_mode}
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~mask
 
 

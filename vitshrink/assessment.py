@@ -10,7 +10,7 @@ from vitshrink.checkpoint import file_bytes
 from vitshrink.config import DataConfig, Preprocessing
 from vitshrink.data import Preprocessor
 from vitshrink.description import example_inputs, latency_entries
-from vitshrink.errors import GateError, UsageError
+from vitshrink.errors import UsageError
 from vitshrink.measurement import Measurement, measure, open_data
 from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
@@ -19,48 +19,6 @@ from vitshrink.pipeline import find_device
 from vitshrink.report import evaluation_columns, latency_columns
 from vitshrink.resolution import mix_tokens, set_resolution
 from vitshrink.structures.tokens import MixedTokens
-
-
-@dataclass(frozen=True)
-class Gates:
-    """Bounds that the user sets; None is no bound."""
-
-    min_accuracy: float | None = None
-    """Percent."""
-    max_drop: float | None = None
-    """Percentage points below the baseline (hundredths of a correlation)."""
-    max_kl: float | None = None
-    """Nats from the baseline."""
-
-    def require(self, *, baseline: str | None) -> None:
-        """Raises UsageError for a bound that needs a baseline, where there is none; before any work."""
-        for flag, bound in (("--max-drop", self.max_drop), ("--max-kl", self.max_kl)):
-            if bound is not None and baseline is None:
-                raise UsageError(f"{flag} compares with the dense model: pass it as --baseline.")
-
-    def check(self, evaluation: Mapping[str, Any]) -> None:
-        """Raises GateError naming the bound and by how much it is missed, UsageError where it cannot be judged."""
-        scores = evaluation["compressed"] or evaluation["dense"] or {}
-        accuracy = scores.get(evaluation["metric"])
-        drop = (evaluation["difference"] or {}).get("drop")
-        missed = []
-        for flag, bound, value, sign, why in (
-            ("--min-accuracy", self.min_accuracy, _percent(accuracy), 1, "the data have no labels"),
-            ("--max-drop", self.max_drop, _percent(drop), -1, "the data have no labels"),
-            ("--max-kl", self.max_kl, (evaluation["fidelity"] or {}).get("kl"), -1, "the models give no probabilities"),
-        ):
-            if bound is None:
-                continue
-            if value is None:
-                raise UsageError(f"{flag} cannot be judged: {why}.")
-            if sign * value < sign * bound:
-                missed.append(f"{flag} {bound:g} is missed by {abs(value - bound):.3g} ({value:.4g})")
-        if missed:
-            raise GateError("; ".join(missed) + ".")
-
-
-def _percent(fraction: float | None) -> float | None:
-    return None if fraction is None else 100 * fraction
 
 
 @dataclass(frozen=True)
@@ -105,6 +63,12 @@ class Assessment:
     seed: int
     timings: Mapping[str, float]
     warnings: list[str]
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Median time of a pass over that of the baseline, at the first of the batch sizes; None if not timed."""
+        timed = next(iter(self.latency), {})
+        return timed["compressed"].median / timed["dense"].median if "dense" in timed else None
 
     def to_dict(self) -> dict[str, Any]:
         return {

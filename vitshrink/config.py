@@ -54,6 +54,14 @@ def quantized_bits(weights: str, activations: str | None) -> tuple[int, Literal[
     return 8, "none" if activations == "none" else "dynamic"
 
 
+def parse_duration(text: str, flag: str) -> float:
+    """``90``, ``90s``, ``30m`` or ``1.5h`` as seconds. Raises UsageError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smh]?)\s*", text)
+    if not match or float(match[1]) == 0:
+        raise UsageError(f"{flag}: cannot read {text!r}; write a time such as 90s, 30m or 1.5h.")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 def _did_you_mean(name: str, available: list[str]) -> str:
     near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
     return (f"Did you mean {near[0]!r}? " if near else "") + f"Available: {', '.join(available)}."

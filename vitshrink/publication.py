@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vitshrink import checksums
 from vitshrink.errors import CheckpointError, OutputError
 from vitshrink.hf_quantizer import QUANT_METHOD
 from vitshrink.source import CONFIG, read_json
@@ -43,6 +44,7 @@ def publish(target: Path, *, overwrite: bool = False, protect: Path | None = Non
         with _staging(target) as staging:
             yield staging
             with _explaining(target):
+                checksums.record(staging)
                 _settle(staging)
                 _check_target(target, overwrite=overwrite, protect=protect)
                 _swap(staging, target)

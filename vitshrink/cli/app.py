@@ -16,6 +16,8 @@ from vitshrink.cli.inspect import inspect_command
 from vitshrink.cli.methods import methods_command
 from vitshrink.cli.quantize import quantize_command
 from vitshrink.cli.report import report_command
+from vitshrink.cli.sweep import sweep_command
+from vitshrink.cli.verify import verify_command
 
 app = typer.Typer(
     name="vitshrink",
@@ -26,9 +28,11 @@ app = typer.Typer(
 )
 app.command("compress")(compress_command)
 app.command("eval")(evaluate_command)
+app.command("sweep")(sweep_command)
 app.command("inspect")(inspect_command)
 app.command("quantize")(quantize_command)
 app.command("export")(export_command)
+app.command("verify")(verify_command)
 app.command("report")(report_command)
 app.command("methods")(methods_command)
 app.command("demo")(demo_command)

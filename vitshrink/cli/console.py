@@ -105,20 +105,20 @@ def reported(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except VitshrinkError as error:
-            _fail(str(error), error.exit_code)
+            fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; nothing was written.", INTERRUPTED)
+            fail("interrupted; nothing was written.", INTERRUPTED)
         except Terminated:
-            _fail("terminated; nothing was written.", TERMINATED)
+            fail("terminated; nothing was written.", TERMINATED)
         except BrokenPipeError:  # the reader of stdout has gone: nobody is left to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
-            _fail(f"out of memory: lower --batch-size or --samples. {error}".strip(), 1)
+            fail(f"out of memory: lower --batch-size or --samples. {error}".strip(), 1)
         except typer.Exit:
             raise
         except Exception as error:
-            _fail(
+            fail(
                 f"unexpected {type(error).__name__}: {error}. This is a bug: run `vitshrink --debug …` for the place, "
                 "and report it.",
                 1,
@@ -131,7 +131,7 @@ debug = False
 """Set by the ``--debug`` option, before a command runs."""
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int) -> NoReturn:
     if debug:
         traceback.print_exc()
     errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)

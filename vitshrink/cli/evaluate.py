@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from vitshrink import processes
-from vitshrink.assessment import Gates, evaluate_checkpoint
+from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli import console
 from vitshrink.cli.tables import evaluation_table
-from vitshrink.config import DataConfig, Preprocessing
+from vitshrink.config import DataConfig, Preprocessing, parse_quantity
 from vitshrink.errors import UsageError
+from vitshrink.gates import Gates
 from vitshrink.report import append_rows, check_appendable
 from vitshrink.structures.tokens import MixedTokens
 
@@ -50,6 +51,10 @@ def evaluate_command(
     min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy, in percent.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Exit with 3 when more points are lost.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when the divergence is larger.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="Exit with 3 when the files are larger, e.g. 90MB.")] = None,
+    max_latency_ratio: Annotated[
+        float | None, typer.Option(help="Exit with 3 when a pass takes longer than this fraction of the baseline's.")
+    ] = None,
     latency: Annotated[
         list[int] | None, typer.Option(min=1, help="Time a batch of this size; repeat it for several.")
     ] = None,
@@ -69,7 +74,8 @@ def evaluate_command(
 
     Example: vitshrink eval ./my-vit-small --baseline ./my-vit --data ./val
     """
-    gates = Gates(min_accuracy, max_drop, max_kl)
+    largest = None if max_size is None else parse_quantity(max_size, "--max-size")
+    gates = Gates(min_accuracy, max_drop, max_kl, largest, max_latency_ratio)
     gates.require(baseline=baseline)
     if tokens not in ("all", "mixed") or (tokens == "mixed") is not (token_budget is not None):
         raise UsageError("--tokens is all, or mixed, which goes together with --token-budget, the patches of an image.")
@@ -88,7 +94,7 @@ def evaluate_command(
         class_map=class_map,
         max_bad_samples=max_bad_samples,
         workers=workers,
-        latency=latency or (),
+        latency=latency or ((1,) if max_latency_ratio is not None else ()),
         device=device,
         seed=seed,
         offline=offline,
@@ -108,4 +114,4 @@ def evaluate_command(
         sys.stdout.write("\n")
     else:
         console.show(evaluation_table(document))
-    gates.check(document["evaluation"])
+    gates.check(document["evaluation"], nbytes=found.footprint.bytes, latency_ratio=found.latency_ratio)

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from vitshrink import checksums
 from vitshrink.cli import console
+from vitshrink.publication import REPORT
 from vitshrink.report import Report, comparison_markdown, render_comparison_html, write
 
 
@@ -19,6 +21,7 @@ def report_command(
     for report, directory in zip(reports, directories, strict=True):
         if directory.is_dir():
             write(report, directory)
+            checksums.renew(directory, REPORT)
     if html is not None:
         html.write_text(render_comparison_html(reports), encoding="utf-8")
     console.output.print(comparison_markdown(reports), markup=False, soft_wrap=True, end="")

@@ -4,6 +4,7 @@ from vitshrink.report.csv_file import append_rows, check_appendable, evaluation_
 from vitshrink.report.record import Report, before_after
 from vitshrink.report.render import (
     comparison_markdown,
+    markdown_table,
     render_card,
     render_comparison_html,
     render_figures,
@@ -25,6 +26,7 @@ __all__ = [
     "evaluation_columns",
     "headline",
     "latency_columns",
+    "markdown_table",
     "render_card",
     "render_comparison_html",
     "render_figures",

@@ -58,6 +58,12 @@ class Report:
     recipe: Mapping[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def latency_ratio(self) -> float | None:
+        """Median time of a pass, as a fraction of the dense model's."""
+        dense, compressed = ((self.latency.get(role) or {}).get("median") for role in ("dense", "compressed"))
+        return compressed / dense if dense and compressed else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: what is not a finite number becomes None."""
         plain: dict[str, Any] = _plain(asdict(self))

@@ -76,8 +76,13 @@ def render_figures(title: str, facts: Mapping[str, Any], pictures: Sequence[tupl
 def comparison_markdown(reports: Sequence[Report]) -> str:
     """One Markdown table, a line a report."""
     columns = comparison_columns(reports)
-    lines = [list(columns), [":--" if i < 2 else "--:" for i in range(len(columns))]]
-    lines += [[_cell(column[i]) for column in columns.values()] for i in range(len(reports))]
+    return markdown_table(list(columns), [[column[i] for column in columns.values()] for i in range(len(reports))], 2)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first ``left`` columns start at the left, and whose cells stay text whatever is in them."""
+    lines = [list(headings), [":--" if i < left else "--:" for i in range(len(headings))]]
+    lines += [[_cell(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -1,0 +1,156 @@
+"""From a file to jobs: the matrix, its exceptions, and what makes no sense."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vitshrink.errors import UsageError
+from vitshrink.sweep import SweepPlan, fingerprints, read_sweep
+
+DATA = {"calibration": "images"}
+
+
+def plan(tmp_path: Path, *, options: dict[str, Any] | None = None, **entries: Any) -> SweepPlan:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"output": "results", "defaults": DATA, **entries}, sort_keys=False))
+    return read_sweep(file, **(options or {}))
+
+
+def names(found: SweepPlan) -> list[str]:
+    return [job.name for job in found.jobs]
+
+
+def test_every_combination_is_a_job_with_a_directory_of_its_own(tmp_path: Path) -> None:
+    found = plan(tmp_path, matrix={"model": ["a/vit", "b/deit"], "method": ["svd", "curvature"], "keep": [0.7, 0.5]})
+    assert len(found.jobs) == 8
+    assert names(found)[:3] == ["vit-svd-keep-0.7", "vit-svd-keep-0.5", "vit-curvature-keep-0.7"]
+    first = found.jobs[0].config
+    assert (first.model, first.method, first.keep, first.calibration) == ("a/vit", "svd", (0.7,), "images")
+    assert first.output == "results/vit-svd-keep-0.7/model"
+    assert {job.config.cache for job in found.jobs} == {"results/cache"}
+
+
+def test_a_value_may_stand_for_several_entries(tmp_path: Path) -> None:
+    models = [
+        {"name": "pets", "model": "m/pets", "calibration": "pets/train", "eval": "pets/val"},
+        {"model": "m/cars", "calibration": "cars"},
+    ]
+    found = plan(tmp_path, matrix={"model": models, "size": [{"keep": 0.5}, {"target-size": "9MB"}]})
+    assert names(found) == ["pets-keep-0.5", "pets-9MB", "cars-keep-0.5", "cars-9MB"]
+    assert (found.jobs[1].config.target_size, found.jobs[1].config.eval) == ("9MB", "pets/val")
+    assert found.jobs[2].config.eval is None
+
+
+def test_exclude_takes_out_what_has_all_of_its_values(tmp_path: Path) -> None:
+    matrix = {"model": [{"name": "one", "model": "m"}, "other"], "method": ["svd", "asvd"], "keep": [0.7, 0.5]}
+    found = plan(tmp_path, matrix=matrix, exclude=[{"model": "one", "method": "svd"}, {"keep": 0.5, "method": "asvd"}])
+    assert names(found) == ["one-asvd-keep-0.7", "other-svd-keep-0.7", "other-svd-keep-0.5", "other-asvd-keep-0.7"]
+
+
+def test_include_adds_entries_where_they_fit_and_jobs_where_they_do_not(tmp_path: Path) -> None:
+    found = plan(
+        tmp_path,
+        matrix={"model": ["vit"], "method": ["svd", "asvd"], "keep": [0.5]},
+        include=[
+            {"method": "asvd", "samples": 64},
+            {"seed": 3},
+            {"model": "vit", "method": "whitened", "keep": 0.9},
+            {"name": "extra", "model": "vit", "method": "svd", "keep": 0.3},
+        ],
+    )
+    assert names(found) == ["vit-svd-keep-0.5", "vit-asvd-keep-0.5", "vit-whitened-keep-0.9", "extra"]
+    assert [job.config.samples for job in found.jobs] == [512, 64, 512, 512]
+    assert [job.config.seed for job in found.jobs] == [3, 3, 0, 0]
+
+
+def test_jobs_may_be_listed_without_a_matrix(tmp_path: Path) -> None:
+    found = plan(tmp_path, include=[{"name": "a", "model": "m", "keep": 0.5}, {"name": "b", "model": "m", "rank": 8}])
+    assert names(found) == ["a", "b"]
+
+
+def test_bounds_are_shared_and_overridden_by_flags_and_jobs(tmp_path: Path) -> None:
+    found = plan(
+        tmp_path,
+        matrix={"model": ["m"], "keep": [0.5, 0.9]},
+        include=[{"keep": 0.9, "gates": {"max_kl": 0.1}}],
+        gates={"max_kl": 1.0, "max_size": "10MB"},
+        options={"gates": {"max_latency_ratio": 2.0}, "time_limit": "1.5h", "output": tmp_path / "elsewhere"},
+    )
+    assert [job.gates.max_kl for job in found.jobs] == [1.0, 0.1]
+    assert {job.gates.max_latency_ratio for job in found.jobs} == {2.0}
+    assert found.jobs[0].gates.max_size == 10_000_000
+    assert found.time_limit == 5400
+    assert found.output == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "outptu": "x"}, "unknown entry 'outptu'"),
+        ({"output": None, "matrix": {"model": ["m"]}}, "where the results go"),
+        ({}, "no job is left"),
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "exclude": [{"keep": 0.5}]}, "no job is left"),
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "exclude": [{"keep": 0.4}]}, "no combination has"),
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "exclude": [{"metod": "svd"}]}, "'metod' is on no axis"),
+        ({"matrix": {"model": ["m"], "keep": []}}, "keep lists no value"),
+        ({"matrix": {"model": ["m"], "keep": [[0.5]]}}, "is no value"),
+        ({"matrix": ["m"]}, "must hold entries"),
+        ({"include": {"model": "m"}}, "must list entries"),
+        ({"matrix": {"model": ["m"]}}, "job m: say how small|say how small"),
+        ({"matrix": {"model": ["m"], "keep": [0.5, 7]}}, "--keep 7"),
+        ({"matrix": {"model": ["m"], "kep": [0.5]}}, "unknown entry 'kep'. Did you mean 'keep'"),
+        ({"matrix": {"model": ["m"], "keep": [0.5], "output": ["x"]}}, "'output' is set by the sweep"),
+        ({"matrix": {"model": ["a/m", "b/m"], "keep": [0.5]}}, "two jobs are called 'm-keep-0.5'"),
+        ({"matrix": {"model": ["m"], "size": [{"keep": [0.5, 0.6]}]}}, "several sizes as an axis"),
+        ({"matrix": {"model": ["m"], "a": [{"keep": 0.5}], "b": [{"keep": 0.6}]}}, "two axes set 'keep'"),
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "gates": {"max_drop": 1}}, "--max-drop needs labelled samples"),
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "gates": {"max_dorp": 1}}, "unknown gate"),
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "time_limit": "soon"}, "cannot read 'soon'"),
+        ({"matrix": {"model": ["m"], "method": ["svdd"], "keep": [0.5]}}, "Did you mean 'svd'"),
+        ({"matrix": {"model": ["m" * 300], "keep": [0.5]}}, "too long for a directory"),
+        ({"matrix": {f"axis{i}": list(range(100)) for i in range(20)}}, "at most 1,000"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_job(entries: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        plan(tmp_path, **entries)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@given(labels=st.lists(st.text(max_size=30), min_size=1, max_size=4))
+def test_names_stay_within_the_output(tmp_path_factory: pytest.TempPathFactory, labels: list[str]) -> None:
+    root = tmp_path_factory.mktemp("plans")
+    try:
+        found = plan(root, matrix={"model": [{"name": label, "model": "m"} for label in labels], "keep": [0.5]})
+    except UsageError:
+        return
+    for name in names(found):
+        assert Path(name).name == name
+        assert not name.startswith((".", "-"))
+
+
+def test_fingerprints_follow_what_the_result_depends_on(tmp_path: Path) -> None:
+    model, images = tmp_path / "model", tmp_path / "images"
+    for directory in (model, images):
+        directory.mkdir()
+        (directory / "file").write_text("content")
+
+    def of(**entries: Any) -> str:
+        defaults = {"model": str(model), "calibration": str(images), "keep": 0.5, **entries}
+        (found,) = fingerprints([plan(tmp_path, include=[{"name": "job", **defaults}]).jobs[0].config])
+        return found
+
+    first = of()
+    assert of() == first
+    assert of(cache=None, offline=True) == first
+    others = [of(seed=1), of(method="svd"), of(keep=0.6), of(calibration=str(model))]
+    assert len({first, *others}) == 5
+    (images / "another").write_text("more")
+    changed = of()
+    assert changed != first
+    (model / "file").write_text("other content")
+    assert of() not in (first, changed)

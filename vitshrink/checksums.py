@@ -1,0 +1,72 @@
+"""Checksums beside a published model, in the form that ``sha256sum --check`` reads."""
+
+import hashlib
+import re
+from pathlib import Path, PurePosixPath
+
+from vitshrink.errors import OutputError
+
+FILE_NAME = "SHA256SUMS"
+
+RENDERED = ("README.md", "report.md", "report.html")
+"""Texts that are made from ``report.json`` and may be made again or edited: they have no checksum."""
+
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def record(directory: Path) -> None:
+    """Write the checksums of all files below ``directory``. Raises OSError."""
+    _write(directory, {name: _digest(directory / name) for name in _files(directory)})
+
+
+def renew(directory: Path, name: str) -> None:
+    """Record a file that was meant to change, where there are checksums; those of the others stay. Raises OSError."""
+    if (directory / FILE_NAME).exists():
+        _write(directory, _read(directory) | {name: _digest(directory / name)})
+
+
+def broken_files(directory: Path) -> dict[str, str]:
+    """The files that are not as they were published, and what is wrong with them; none when all is well."""
+    try:
+        recorded = _read(directory)
+    except FileNotFoundError:
+        return {FILE_NAME: "is missing"}
+    except (OSError, OutputError) as error:
+        return {FILE_NAME: f"cannot be read ({error})"}
+    broken = {}
+    for name, digest in recorded.items():
+        try:
+            if _digest(directory / name) != digest:
+                broken[name] = "was changed"
+        except FileNotFoundError:
+            broken[name] = "is missing"
+        except OSError as error:
+            broken[name] = f"cannot be read ({error.strerror})"
+    return broken | {name: "was added" for name in _files(directory) if name not in recorded}
+
+
+def _files(directory: Path) -> list[str]:
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != FILE_NAME and PurePosixPath(name).name not in RENDERED)
+
+
+def _read(directory: Path) -> dict[str, str]:
+    found = {}
+    for line in (directory / FILE_NAME).read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        match = _LINE.fullmatch(line)
+        if match is None or PurePosixPath(match[2]).is_absolute() or ".." in PurePosixPath(match[2]).parts:
+            raise OutputError(f"the line {line[:100]!r} is no checksum of a file in this directory")
+        found[match[2]] = match[1]
+    if not found:
+        raise OutputError("it is empty")
+    return found
+
+
+def _write(directory: Path, digests: dict[str, str]) -> None:
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    (directory / FILE_NAME).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,38 @@
+"""``vitshrink verify``: whether a compressed directory still is what was published."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitshrink.cli import console
+from vitshrink.cli.tables import Table
+from vitshrink.errors import OutputError
+from vitshrink.verification import verify_directory
+
+
+@console.reported
+def verify_command(
+    directory: Annotated[Path, typer.Argument(help="A directory that vitshrink has written.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+) -> None:
+    """Check DIRECTORY: checksums, strict load, finite outputs, and that its figures are those of its report.
+
+    Exits with 1 when anything differs from what was published.
+    """
+    checks = verify_directory(directory)
+    if as_json:
+        json.dump([asdict(check) for check in checks], sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    elif not quiet:
+        table = Table(["check", "", "found"], left=3)
+        for check in checks:
+            table.add(check.name, "ok" if check.problem is None else "WRONG", check.found)
+        console.show(table)
+    wrong = [f"{check.name}: {check.problem}" for check in checks if check.problem is not None]
+    if wrong:
+        raise OutputError(f"{directory} is not as it was published. {'. '.join(wrong)}")
