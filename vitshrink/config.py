@@ -111,7 +111,7 @@ class CompressConfig:
     quantize: str | None = None
     activations: str | None = None
     probes: int = 1
-    refine: int = 1
+    refine: int = 2
     cache: str | None = None
     layers: Layers = "all"
     include: tuple[str, ...] = ()
