@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitshrink"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo", "sweep"),
+    ("demo", "sweep", "finetuning"),
     ("pipeline", "assessment", "api", "exporting", "quantizing", "verification"),
     ("shrinking",),
     ("description", "inspection", "search"),
     ("attentions",),
     ("compression",),
-    ("report", "resolution", "sequential", "rescaling", "measurement", "storage", "quantization"),
+    ("report", "resolution", "sequential", "rescaling", "measurement", "storage", "quantization", "recovery"),
     ("effects",),
     (
         "models",

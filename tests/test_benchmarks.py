@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,9 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("script", ["evaluation", "fidelity", "speed", "quantisation", "export", "techniques"])
+@pytest.mark.parametrize(
+    "script", ["evaluation", "fidelity", "speed", "quantisation", "export", "techniques", "recovery"]
+)
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         benchmark(script).main(["--help"])
@@ -183,3 +186,30 @@ def test_techniques_go_into_one_table(
     names = ["qk-joint 0.93", "heads-joint 0.93", "attention output, pca 0.93", "10 tokens, blur"]
     assert [cells[0] for cells in found] == names
     assert all(0 < float(cells[1]) <= 1 and float(cells[5]) >= 0 for cells in found)
+
+
+def test_a_technique_of_recovery_gives_a_row(
+    benchmark: Benchmark,
+    compressed: Callable[..., Any],
+    vit_directory: Path,
+    flat_images: Path,
+    learned_images: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = compressed("ViTForImageClassification", method="svd", keep=(0.6,)).directory
+    benchmark("recovery").main(
+        f"--small {small} --teacher {vit_directory} --data {flat_images} --eval {learned_images} --epochs 2 "
+        "--learning-rate 0.001 --techniques distill".split()
+    )
+    _, _, none, distilled = rows(capsys.readouterr().out)
+    kl = [float(row[2]) for row in (none, distilled)]
+    assert kl[1] < kl[0]
+
+
+def test_reversible_training_keeps_less_than_plain(benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark("recovery").main(["--memory", "--batch", "1", "--depths", "4", "--repeats", "1"])
+    _, plain, checkpointed, bdia, reversible = rows(capsys.readouterr().out)
+    kept = [float(row[2]) for row in (plain, checkpointed, bdia, reversible)]
+    assert kept[3] < 0.6 * kept[0]
+    assert kept[1] < 0.6 * kept[0]
+    assert kept[2] >= kept[0]

@@ -42,8 +42,10 @@ FILES_ONLY = (
     "label_column",
     "class_map",
     "resolution",
+    "finetune",
+    "attention",
 )
-"""Entries of a config that say what is read and written, where compress is given and returns objects."""
+"""Entries of a config that say what is read, written and trained, where compress is given and returns objects."""
 
 
 @dataclass(frozen=True)

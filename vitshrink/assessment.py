@@ -154,7 +154,7 @@ def evaluate_checkpoint(
         if tokens is not None:
             mix_tokens(loaded.model, tokens)
     if reference is not None:
-        _check_comparable(loaded, reference)
+        check_comparable(loaded, reference)
     preprocessor = Preprocessor.from_checkpoint(
         loaded.directory,
         loaded.family.modality,
@@ -218,7 +218,7 @@ def _time(
     )
 
 
-def _check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
+def check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
     """Raises UsageError when the outputs of the two models do not stand for the same things."""
     for what, of in (
         ("task", lambda loaded: task_of(loaded.model)),

@@ -93,6 +93,7 @@ def load(
     device: torch.device | str | None = None,
     offline: bool = False,
     revision: str | None = None,
+    attention: str = "sdpa",
 ) -> PreTrainedModel:
     """Load a compressed (or dense) checkpoint strictly, in evaluation mode.
 
@@ -102,7 +103,7 @@ def load(
     Raises CheckpointError.
     """
     source = examine(resolve(path_or_id, offline=offline, revision=revision))
-    return load_source(source, dtype=dtype or source.dtype).model.to(device or "cpu")
+    return load_source(source, dtype=dtype or source.dtype, attention=attention).model.to(device or "cpu")
 
 
 @torch.no_grad()

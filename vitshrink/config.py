@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, get_args, get_origin
@@ -21,6 +21,10 @@ _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2*
 DTYPES = ("float32", "float16", "bfloat16")
 
 Layers = Literal["attention", "mlp", "all"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Objective = Literal["distill", "supervised"]
+Trained = Literal["all", "factors"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
 
 Preprocessing = Literal["checkpoint", "timm"]
 
@@ -84,6 +88,83 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """How a compressed model is trained to recover: the flags of ``finetune``, the options of ``compress --finetune``.
+
+    ``distill`` needs no labels: the dense model's answers are the targets. What is None depends on the objective.
+    """
+
+    objective: Objective = "distill"
+    data: str | None = None
+    """Samples to train on, other than those of the calibration."""
+    split: str | None = None
+    samples: int | None = None
+    epochs: float | None = None
+    """None: as many as ``minutes`` allow, or else a usual number."""
+    minutes: float | None = None
+    learning_rate: float | None = None
+    batch_size: int = 32
+    accumulation: int = 1
+    validation: float = 0.1
+    """Part of the samples that is held out to choose the best state."""
+    patience: int = 4
+    """Evaluations without a gain after which training stops."""
+    blockwise: int = 0
+    """Epochs of block-wise reconstruction before the whole model is trained."""
+    train: Trained = "all"
+    augment: bool = True
+    mixing: float = 0.0
+    views: int | None = None
+    """Different augmentations of a sample, so that the dense model's answers are kept; None: new ones in each epoch."""
+    features: float = 0.0
+    temperature: float = 1.0
+    distillation: float | None = None
+    """Share of the dense model's answers in the supervised objective."""
+    label_smoothing: float = 0.1
+    decatt: float = 0.0
+    bdia: bool = False
+    reversible: bool = False
+    gradient_checkpointing: bool = False
+    precision: Precision = "auto"
+    checkpoints: str | None = None
+    """A directory that keeps the state of training, from which a killed job goes on."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("objective", Objective), ("train", Trained), ("precision", Precision)):
+            value = getattr(self, name)
+            if value not in get_args(known):
+                raise UsageError(
+                    f"finetune: {name} {value!r} is unknown. {_did_you_mean(value, list(get_args(known)))}"
+                )
+        for name in ("epochs", "minutes", "learning_rate", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"finetune: {name} {value} must be above 0.")
+        for name in ("samples", "batch_size", "accumulation", "patience", "views"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"finetune: {name} {value} must be at least 1.")
+        for name in ("features", "decatt", "blockwise"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"finetune: {name} {value} must not be negative.")
+        for name in ("mixing", "distillation", "label_smoothing"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"finetune: {name} {value} is a share: give a number from 0 to 1.")
+        if not 0 < self.validation < 1:
+            raise UsageError(f"finetune: validation {self.validation} is the part held out: above 0 and below 1.")
+        if self.reversible and self.gradient_checkpointing:
+            raise UsageError("finetune: reversible already recomputes activations: leave gradient_checkpointing out.")
+        if self.reversible and self.decatt:
+            raise UsageError("finetune: decatt reads activations that reversible does not keep: choose one, or bdia.")
+
+    def of_size(self, label: str) -> "FinetuneConfig":
+        """The same for one of several sizes, each with checkpoints of its own."""
+        return self if self.checkpoints is None else replace(self, checkpoints=str(Path(self.checkpoints) / label))
+
+
+@dataclass(frozen=True)
 class CompressConfig:
     """Everything ``compress`` needs to know; the field names are the flags and the keys of a recipe.
 
@@ -106,6 +187,8 @@ class CompressConfig:
     explained_variance: float | None = None
     max_drop: float | None = None
     max_kl: float | None = None
+    finetune: FinetuneConfig | None = None
+    attention: Attention = "sdpa"
     rank_multiple: int = 1
     storage: Literal["auto", "gauge", "factors"] = "auto"
     quantize: str | None = None
@@ -229,8 +312,10 @@ class CompressConfig:
         if self.preprocess not in get_args(Preprocessing):
             styles = list(get_args(Preprocessing))
             raise UsageError(f"--preprocess {self.preprocess}: unknown. {_did_you_mean(self.preprocess, styles)}")
-        if self.layers not in get_args(Layers):
-            raise UsageError(f"--layers {self.layers}: unknown. {_did_you_mean(self.layers, list(get_args(Layers)))}")
+        for name, choices in (("layers", get_args(Layers)), ("attention", get_args(Attention))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise UsageError(f"{flag_of(name)} {value}: unknown. {_did_you_mean(value, list(choices))}")
 
     @property
     def sized(self) -> bool:
@@ -257,16 +342,17 @@ class CompressConfig:
         )
         return DataConfig(self.eval, self.eval_split, *columns, flags="--eval-")
 
+    @property
+    def finetune_data(self) -> DataConfig | None:
+        if self.finetune is None or self.finetune.data is None:
+            return None
+        columns = (self.image_column, self.text_column, self.text_pair_column, self.label_column)
+        return DataConfig(self.finetune.data, self.finetune.split, *columns)
+
     @classmethod
     def from_mapping(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Self:
         """Build from flags or YAML keys. Raises UsageError that names the entry, and the nearest known one."""
-        known = {f.name: f for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in entries.items():
-            name = str(key).replace("-", "_")
-            if name not in known:
-                raise UsageError(f"{where}: unknown entry {key!r}. {_did_you_mean(name, list(known))}")
-            values[name] = _fitting(value, known[name].type, f"{where}: {key}")
+        values = _values(cls, entries, where)
         for required, what in (("model", "the checkpoint to compress"), ("output", "the directory to write")):
             if not values.get(required):
                 raise UsageError(
@@ -291,7 +377,12 @@ class CompressConfig:
             value = getattr(self, f.name)
             if f.name in ("model", "output") or (value in (f.default, (), {}) and f.name not in said):
                 continue
-            if isinstance(value, bool):
+            if isinstance(value, FinetuneConfig):
+                words += [flag_of(f.name), value.objective]
+                for option in fields(value)[1:]:
+                    if getattr(value, option.name) != option.default:
+                        words += ["--finetune-option", f"{option.name}={_option(getattr(value, option.name))}"]
+            elif isinstance(value, bool):
                 words.append(flag_of(f.name))
             elif isinstance(value, Mapping):
                 words += [word for key, entry in value.items() for word in ("--option", f"{key}={_option(entry)}")]
@@ -299,6 +390,105 @@ class CompressConfig:
                 items = value if isinstance(value, tuple) else (value,)
                 words += [word for item in items for word in (flag_of(f.name), str(item))]
         return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Everything ``finetune`` needs to know; the names are the flags, those of ``finetune`` among them."""
+
+    model: str
+    output: str
+    finetune: FinetuneConfig
+    teacher: str | None = None
+    eval: str | None = None
+    eval_split: str | None = None
+    eval_limit: int | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    class_map: str | None = None
+    max_length: int | None = None
+    max_bad_samples: int | None = None
+    seed: int = 0
+    attention: Attention = "sdpa"
+    device: str = "auto"
+    dtype: str | None = None
+    offline: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.finetune.data is None:
+            raise UsageError("--data is missing: samples to train on, as a folder, a file, a recipe or a Hub data set.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype}: not a type to save in. {_did_you_mean(self.dtype, list(DTYPES))}")
+        if self.attention not in get_args(Attention):
+            known = list(get_args(Attention))
+            raise UsageError(f"--attention {self.attention}: unknown. {_did_you_mean(self.attention, known)}")
+
+    @property
+    def data(self) -> DataConfig | None:
+        return self._data(self.finetune.data, self.finetune.split)
+
+    @property
+    def eval_data(self) -> DataConfig | None:
+        return self._data(self.eval, self.eval_split)
+
+    def _data(self, source: str | None, split: str | None) -> DataConfig | None:
+        if source is None:
+            return None
+        return DataConfig(source, split, self.image_column, self.text_column, self.text_pair_column, self.label_column)
+
+    @classmethod
+    def from_mapping(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Self:
+        """Build from flags or YAML keys; those of training may stand beside the others. Raises UsageError."""
+        own = {f.name for f in fields(cls)}
+        nested = entries.get("finetune") or {}
+        training = dict(nested) if isinstance(nested, Mapping) else {"objective": nested}
+        outer: dict[str, Any] = {}
+        for key, value in entries.items():
+            name = str(key).replace("-", "_")
+            if name in {f.name for f in fields(FinetuneConfig)} and name not in own:
+                training[name] = value
+            elif name != "finetune":
+                outer[name] = value
+        for required, what in (("model", "the compressed checkpoint"), ("output", "the directory to write")):
+            if not outer.get(required):
+                raise UsageError(
+                    f"{where}: {required!r}, {what}, is missing, as in "
+                    "`vitshrink finetune ./small ./recovered --teacher ./model --data ./photos`."
+                )
+        return cls(**_values(cls, outer | {"finetune": training}, where))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every entry as plain data."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The recipe: what ``--config`` reads."""
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def command(self) -> str:
+        """The command line that does the same: what differs from the defaults, as flags."""
+        words = ["vitshrink", "finetune", self.model, self.output]
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in ("model", "output") or value == entry.default:
+                continue
+            if isinstance(value, FinetuneConfig):
+                for option in fields(value):
+                    setting = getattr(value, option.name)
+                    if setting != option.default:
+                        words += _flag(option.name, setting)
+            else:
+                words += _flag(entry.name, value)
+        return shlex.join(words)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag_of(name) if value else "--no-" + flag_of(name)[2:]]
+    return [flag_of(name), str(value)]
 
 
 def _option(value: Any) -> str:
@@ -327,6 +517,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return entries
 
 
+def _values(cls: type[Any], entries: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The entries in the types of the fields of a dataclass. Raises UsageError for one that it does not have."""
+    known = {f.name: f for f in fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in entries.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"{where}: unknown entry {key!r}. {_did_you_mean(name, list(known))}")
+        values[name] = _fitting(value, known[name].type, f"{where}: {key}")
+    return values
+
+
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -335,6 +537,11 @@ def _fitting(value: Any, kind: Any, where: str) -> Any:
     allowed = get_args(kind) if get_origin(kind) is UnionType else (kind,)
     if value is None and NoneType in allowed:
         return None
+    if FinetuneConfig in allowed:
+        if isinstance(value, FinetuneConfig):
+            return value
+        entries = value if isinstance(value, Mapping) else {"objective": value}
+        return FinetuneConfig(**_values(FinetuneConfig, entries, where))
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_fitting(item, get_args(kind)[0], where) for item in items)

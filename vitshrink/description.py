@@ -17,6 +17,7 @@ from vitshrink.config import CompressConfig, quantized_bits
 from vitshrink.measurement import CalibrationData, Measurement
 from vitshrink.models import task_of
 from vitshrink.observer import Job
+from vitshrink.recovery import Recovery
 from vitshrink.report import Report, before_after, with_thumbnails
 
 TEXT_TOKENS = 128
@@ -74,6 +75,7 @@ class Description:
         model: PreTrainedModel,
         nbytes: tuple[int, int],
         measurement: Measurement | None,
+        recovery: Recovery | None = None,
     ) -> Report:
         """The report of a finished model; ``nbytes`` are those of the stored weights before and after."""
         dense, inputs = self.dense, example_inputs(self.dense)
@@ -107,6 +109,7 @@ class Description:
             memory=memory,
             latency=latency_entries(timed),
             evaluation=evaluation,
+            recovery=None if recovery is None else recovery.to_dict(),
         )
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:

@@ -11,9 +11,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
-from vitshrink.errors import CheckpointError, UsageError, VitshrinkError
+from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
 from vitshrink.hf_quantizer import QUANT_METHOD, base_prefix
 from vitshrink.source import Source, examine, resolve
 from vitshrink.structures import structure_of
@@ -21,6 +22,9 @@ from vitshrink.structures import structure_of
 Role = Literal["query", "key", "value", "output", "fc1", "fc2"]
 Task = Literal["image-classification", "text-classification", "masked-lm", "features"]
 Layers = Literal["attention", "mlp", "all"]
+
+FLASH = "flash_attention_2"
+"""The attention that computes in half precision only, so that it serves training with mixed precision."""
 
 _ROLES: dict[str, tuple[Role, ...]] = {
     "attention": ("query", "key", "value", "output"),
@@ -222,6 +226,7 @@ def load_dense(
     offline: bool = False,
     revision: str | None = None,
     allow_compressed: bool = False,
+    attention: str = "sdpa",
 ) -> LoadedModel:
     """Load a checkpoint in float32 on the CPU, in evaluation mode, with the class that its config names.
 
@@ -232,7 +237,7 @@ def load_dense(
     source = examine(resolve(path_or_id, offline=offline, revision=revision))
     if is_compressed(source) and not allow_compressed:
         raise CheckpointError(f"{source.directory} is already compressed by vitshrink: start from the original model.")
-    return load_source(source, dtype=torch.float32)
+    return load_source(source, dtype=torch.float32, attention=attention)
 
 
 def is_compressed(source: Source) -> bool:
@@ -248,8 +253,10 @@ def is_compressed(source: Source) -> bool:
     return True
 
 
-def load_source(source: Source, *, dtype: torch.dtype) -> LoadedModel:
+def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") -> LoadedModel:
     """Load a checked checkpoint strictly: every weight of the model comes from the files, and is finite.
+
+    ``attention`` is an implementation that transformers knows; what needs half precision waits until training.
 
     Raises:
         CheckpointError: the architecture is not supported, or weights are missing, of another shape, left
@@ -275,7 +282,9 @@ def load_source(source: Source, *, dtype: torch.dtype) -> LoadedModel:
                 trust_remote_code=False,
                 use_safetensors=source.safetensors,
                 weights_only=True,
-                attn_implementation="sdpa",  # otherwise the config may name a kernel to be fetched and run
+                attn_implementation="sdpa"
+                if attention == FLASH
+                else attention,  # otherwise the config may name a kernel to be fetched and run
                 ignore_mismatched_sizes=True,  # reported below, with names and shapes
                 output_loading_info=True,
                 **options,
@@ -309,6 +318,29 @@ def check_finite(model: nn.Module, where: str) -> None:
                 f"{where}: {name} has {wrong} of {tensor.numel()} values that are NaN or infinite. "
                 "The model was damaged in training or conversion: use another checkpoint."
             )
+
+
+@contextmanager
+def flash_attention(*models: PreTrainedModel) -> Iterator[None]:
+    """Inside, the models use the kernels of FlashAttention 2, for training with mixed precision on a GPU."""
+    before = [model.config._attn_implementation for model in models]
+    try:
+        for model in models:
+            model.set_attn_implementation(FLASH)
+        yield
+    finally:
+        for model, name in zip(models, before, strict=True):
+            model.set_attn_implementation(name)
+
+
+def require_attention(name: str, device: torch.device) -> None:
+    """Raises DependencyError or UsageError where this attention cannot be computed, before any work."""
+    if name != FLASH:
+        return
+    if device.type != "cuda":
+        raise UsageError(f"--attention {FLASH} needs a CUDA device, and this is {device}: use --attention sdpa.")
+    if not is_flash_attn_2_available():
+        raise DependencyError(f"--attention {FLASH} needs flash-attn: pip install flash-attn, or use --attention sdpa.")
 
 
 @contextmanager

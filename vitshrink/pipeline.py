@@ -24,10 +24,12 @@ from vitshrink.measurement import (
     open_data,
     read_calibration,
 )
-from vitshrink.models import LoadedModel, load_dense, task_of
+from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import check_space, publish
 from vitshrink.quantization import quantized
+from vitshrink.recovery import Material, Recovery, open_material, recover
+from vitshrink.recovery import check as check_recovery
 from vitshrink.report import Report, write, write_comparison
 from vitshrink.resolution import set_resolution
 from vitshrink.search import Bound
@@ -52,6 +54,7 @@ class _Saved:
     layers: list[dict[str, Any]]
     job: Job
     staging: Path
+    recovery: Recovery | None
 
 
 def compress(config: CompressConfig, observer: Observer | None = None) -> list[CompressionResult]:
@@ -66,9 +69,13 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     """
     job = Job(observer or Silent())
     choices = Choices.of(config)
+    trains = config.finetune is not None and config.finetune.data is None
+    if trains and config.calibration is None:
+        raise UsageError("--finetune needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
     with job.stage("load", "Loading the model"):
-        source = load_dense(config.model, offline=config.offline)
         device = find_device(config.device)
+        require_attention(config.attention, device)
+        source = load_dense(config.model, offline=config.offline, attention=config.attention)
         dense = source.model.to(device)
         if config.resolution is not None:
             set_resolution(dense, config.resolution)
@@ -85,8 +92,9 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
                 for path in directories
             ]
         preprocessor, calibration, held_out, evaluation_samples = _data(
-            config, source, job, calibrated=choices.calibrated
+            config, source, job, calibrated=choices.calibrated or trains
         )
+        material = _material(config, source, calibration, evaluation_samples, job)
         description = shrinking.description(calibration, preprocessor)
         results = []
         saved: list[_Saved] = []
@@ -95,6 +103,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             if config.dry_run or shrunk.model is None:
                 results.append(CompressionResult(None, description.planned(shrunk.factors, shrunk.plan, own)))
                 continue
+            label = shrinking.sizes[index].label
+            recovery = _recover(config, shrunk.model, dense, material, preprocessor, label, own)
             with own.stage("save", "Saving and verifying"):
                 model, extra = shrunk.model, {"recipe.yaml": config.to_yaml()}
                 if config.resolution is not None and preprocessor is not None:
@@ -103,17 +113,18 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
                     model = quantized(model, *quantized_bits(config.quantize, config.activations), dtype=dtype)
                 save(model, staging[index], source=source, dtype=dtype, extra_files=extra)
                 verify(staging[index], model, example_inputs(dense))
-                again = load(staging[index], dtype=torch.float32, device=device)
-            saved.append(
-                _Saved(again, shrunk.plan, description.layers(shrunk.factors, shrunk.plan), own, staging[index])
-            )
+                again = load(staging[index], dtype=torch.float32, device=device, attention=config.attention)
+            layers = description.layers(shrunk.factors, shrunk.plan)
+            saved.append(_Saved(again, shrunk.plan, layers, own, staging[index], recovery))
         measuring = Job(job.observer)
         reloaded = [each.model for each in saved]
         measurements = _measure(config, reloaded, dense, evaluation_samples, preprocessor, measuring)
         for each, measurement, directory in zip(saved, measurements, directories, strict=False):
             each.job.include(measuring)
             nbytes = (file_bytes(source.directory), file_bytes(each.staging))
-            report = description.written(each.layers, each.plan, each.job, each.model, nbytes, measurement)
+            report = description.written(
+                each.layers, each.plan, each.job, each.model, nbytes, measurement, each.recovery
+            )
             write(report, each.staging)
             results.append(CompressionResult(directory, report))
     if len(saved) > 1:
@@ -122,6 +133,59 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         except OSError as error:  # what matters is in place
             job.warn(f"the comparison of the sizes could not be written: {error}.")
     return results
+
+
+def _material(
+    config: CompressConfig,
+    source: LoadedModel,
+    calibration: CalibrationData | None,
+    evaluation: SampleSet | None,
+    job: Job,
+) -> Material | None:
+    """What to train on, where that is asked for."""
+    if config.finetune is None or config.dry_run:
+        return None
+    material = open_material(
+        config.finetune,
+        config.finetune_data,
+        source,
+        calibration,
+        class_map=Path(config.class_map) if config.class_map else None,
+        seed=config.seed,
+        offline=config.offline,
+    )
+    check_recovery(source.model, config.finetune, dense=True, labelled=material.label_of is not None)
+    shared = overlap(material.samples, evaluation) if evaluation is not None and config.finetune.data else 0
+    if shared:
+        job.warn(
+            f"{shared} of the {len(evaluation or ())} evaluation samples are also trained on: figures may flatter."
+        )
+    return material
+
+
+def _recover(
+    config: CompressConfig,
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    material: Material | None,
+    preprocessor: Preprocessor | None,
+    label: str,
+    job: Job,
+) -> Recovery | None:
+    """Train a compressed model, in place, where that is asked for."""
+    if config.finetune is None or material is None or preprocessor is None:
+        return None
+    return recover(
+        model,
+        dense,
+        material,
+        preprocessor,
+        config.finetune.of_size(label),
+        job,
+        seed=config.seed,
+        attention=config.attention,
+        max_bad_samples=config.max_bad_samples,
+    )
 
 
 def find_device(name: str) -> torch.device:
@@ -148,7 +212,7 @@ def _data(
     """What to calibrate on, where that is needed, what is held out of it, and what to evaluate on."""
     if config.calibration_data is None and config.eval_data is None:
         job.warn("the result is not evaluated: pass --eval or --calibration.")
-        if config.resolution is None:
+        if config.resolution is None and config.finetune_data is None:
             return None, None, None, None
     preprocessor = Preprocessor.from_checkpoint(
         source.directory,

@@ -12,6 +12,7 @@ from vitshrink.cli.compress import compress_command
 from vitshrink.cli.demo import demo_command
 from vitshrink.cli.evaluate import evaluate_command
 from vitshrink.cli.export import export_command
+from vitshrink.cli.finetune import finetune_command
 from vitshrink.cli.inspect import inspect_command
 from vitshrink.cli.methods import methods_command
 from vitshrink.cli.quantize import quantize_command
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("compress")(compress_command)
 app.command("eval")(evaluate_command)
 app.command("sweep")(sweep_command)
+app.command("finetune")(finetune_command)
 app.command("inspect")(inspect_command)
 app.command("quantize")(quantize_command)
 app.command("export")(export_command)

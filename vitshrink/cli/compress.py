@@ -17,7 +17,8 @@ from vitshrink.hub import push, require_hub
 from vitshrink.pipeline import CompressionResult, compress
 from vitshrink.report import append_rows, check_appendable, report_row
 
-SIZE, DATA, LAYERS, TOKENS, RUN = "Size", "Data", "Layers and method", "Images and tokens", "Run"
+SIZE, DATA, LAYERS, TOKENS = "Size", "Data", "Layers and method", "Images and tokens"
+RECOVERY, RUN = "Recovery", "Run"
 
 
 @console.reported
@@ -213,6 +214,23 @@ def compress_command(
             rich_help_panel=RUN,
         ),
     ] = None,
+    finetune: Annotated[
+        str | None,
+        typer.Option(
+            help="Train afterwards: distill (no labels needed) or supervised; see `vitshrink finetune --help`.",
+            rich_help_panel=RECOVERY,
+        ),
+    ] = None,
+    finetune_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A flag of `vitshrink finetune`, e.g. minutes=5 or learning-rate=1e-4; repeat it for several.",
+            rich_help_panel=RECOVERY,
+        ),
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="sdpa, eager, or flash_attention_2 (in training, on a GPU).", rich_help_panel=RUN)
+    ] = CompressConfig.attention,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = CompressConfig.device,
     dtype: Annotated[
         str | None, typer.Option(help="Type to save in; that of the source if not given.", rich_help_panel=RUN)
@@ -255,6 +273,8 @@ def compress_command(
     if option:
         flags["options"] = dict(_parse_option(text) for text in flags.pop("option"))
     recipe = read_recipe(config) if config else {}
+    if "finetune" in flags or finetune_option:
+        flags["finetune"] = _finetune(flags, recipe)
     if any(name in flags for name in SIZES):  # a size on the command line replaces the recipe's
         recipe = {name: value for name, value in recipe.items() if str(name).replace("-", "_") not in SIZES}
     entries = recipe | flags
@@ -295,8 +315,20 @@ def _show(results: Sequence[CompressionResult], job: CompressConfig, *, quiet: b
             console.output.print(f"{Path(job.output) / 'comparison.html'}", soft_wrap=True, markup=False)
 
 
+def _finetune(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the recipe with those of the flags over them."""
+    own = dict(_parse_option(text) for text in flags.pop("finetune_option", ()))
+    before = recipe.get("finetune") or {}
+    before = dict(before) if isinstance(before, dict) else {"objective": before}
+    if "finetune" in flags:
+        own["objective"] = flags["finetune"]
+    elif "objective" not in before:
+        raise UsageError("--finetune-option needs --finetune distill or --finetune supervised.")
+    return {key.replace("-", "_"): value for key, value in (before | own).items()}
+
+
 def _parse_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise UsageError(f"--option {text!r}: write name=value.")
+        raise UsageError(f"{text!r} is no option: write name=value.")
     return name, parse_option(value)

@@ -52,6 +52,10 @@ def summary_rows(report: Report) -> list[Row]:
         _size_row("Weights in memory", report.memory, size),
         _size_row("MACs a sample", report.macs, count),
     ]
+    recovery = report.recovery
+    if recovery is not None:
+        before, after = number(recovery.get("before")), number(recovery.get("after"))
+        rows.append(Row("Held-out loss before and after recovery", "", f"{before} → {after}", ""))
     return [*(row for row in rows if row), *latency_rows(report.latency), *accuracy_rows(report.evaluation or {})]
 
 

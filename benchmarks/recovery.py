@@ -1,0 +1,203 @@
+"""What recovery gives back, and what its techniques cost: Markdown tables.
+
+    python benchmarks/recovery.py --small COMPRESSED --teacher DENSE --data UNLABELLED --eval LABELLED --minutes 5
+    python benchmarks/recovery.py --memory
+
+With ``--small``, one row a technique: each trains the same compressed directory on the same samples, and is judged on
+the same others. With ``--memory``, one step of training on the shapes of ViT-S/16 at 224 pixels: the bytes that
+autograd keeps between the forward and the backward pass, and the seconds of both.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tables import print_circumstances, print_head, print_row
+from torch import Tensor
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from vitshrink.assessment import evaluate_checkpoint
+from vitshrink.config import DataConfig, FinetuneJob
+from vitshrink.finetuning import finetune_checkpoint
+from vitshrink.recovery.recover import recompute, train_mode
+from vitshrink.recovery.reversible import bidirectional
+
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "distill": {},
+    "distill, factors only": {"train": "factors"},
+    "distill, no augmentation": {"augment": False},
+    "distill, mixing 0.5": {"mixing": 0.5},
+    "distill, features 1": {"features": 1.0},
+    "distill, 2 epochs block by block first": {"blockwise": 2},
+    "distill, DeCAtt 0.01": {"decatt": 0.01},
+    "distill, BDIA": {"bdia": True},
+    "distill, reversible": {"reversible": True},
+    "supervised": {"objective": "supervised"},
+    "supervised, half distillation": {"objective": "supervised", "distillation": 0.5},
+}
+
+
+def print_recovery(arguments: argparse.Namespace) -> None:
+    data = DataConfig(arguments.eval)
+    limits = {"limit": arguments.eval_limit, "offline": True}
+    start = evaluate_checkpoint(arguments.small, data, baseline=arguments.teacher, **limits).to_dict()["evaluation"]
+    print_head(["training", "top-1", "KL", "agreement", "held-out before", "held-out after", "epochs", "minutes"])
+    print_row(["dense", _figure((start["dense"] or {}).get("top1")), *["–"] * 6])
+    print_row(["none", *_scores(start), *["–"] * 4])
+    for name in arguments.techniques:
+        with TemporaryDirectory() as folder:
+            entries = {"epochs": arguments.epochs, "minutes": arguments.minutes, "samples": arguments.samples}
+            entries |= {"learning_rate": arguments.learning_rate} if arguments.learning_rate else {}
+            job = FinetuneJob.from_mapping(
+                {
+                    "model": arguments.small,
+                    "output": str(Path(folder) / "out"),
+                    "teacher": arguments.teacher,
+                    "data": arguments.data,
+                    "eval": arguments.eval,
+                    "eval_limit": arguments.eval_limit,
+                    "offline": True,
+                    **entries,
+                    **TECHNIQUES[name],
+                }
+            )
+            report = finetune_checkpoint(job).report
+        assert report.recovery is not None
+        found = report.recovery
+        print_row(
+            [
+                name,
+                *_scores(report.evaluation or {}),
+                _figure(found["before"]),
+                _figure(found["after"]),
+                f"{found['history'][-1]['epoch']:.1f}",
+                f"{found['seconds'] / 60:.1f}",
+            ]
+        )
+
+
+def _scores(evaluation: Any) -> list[str]:
+    fidelity = evaluation.get("fidelity") or {}
+    top1 = (evaluation.get("compressed") or {}).get("top1")
+    return [_figure(top1), _figure(fidelity.get("kl")), _figure(fidelity.get("agreement"))]
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def print_memory(batch: int, depths: Sequence[int], repeats: int) -> None:
+    print_head(["depth", "training", "activations an image, MB", "of plain", "seconds a step", "of plain"])
+    for depth in depths:
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_hidden_layers=depth, num_labels=1000
+        )
+        model = ViTForImageClassification(config)
+        pixels = torch.randn(batch, 3, 224, 224)
+        first: tuple[float, float] | None = None
+        for name, enter in WAYS.items():
+            with ExitStack() as inside:
+                enter(model, inside)
+                train_mode(model, dropout=False)
+                kept = activation_bytes(model, pixels) / batch / 1e6
+                seconds = min(_step_seconds(model, pixels) for _ in range(repeats))
+            first = first or (kept, seconds)
+            print_row(
+                [
+                    str(depth),
+                    name,
+                    f"{kept:.1f}",
+                    f"{kept / first[0]:.2f}",
+                    f"{seconds:.2f}",
+                    f"{seconds / first[1]:.2f}",
+                ]
+            )
+
+
+Enter = Callable[[PreTrainedModel, ExitStack], Any]
+
+WAYS: dict[str, Enter] = {
+    "plain": lambda _model, _inside: None,
+    "gradient checkpointing": lambda model, inside: inside.callback(recompute(model)),
+    "BDIA": lambda model, inside: inside.enter_context(bidirectional(model, reversible=False)),
+    "BDIA, reversible": lambda model, inside: inside.enter_context(bidirectional(model, reversible=True)),
+}
+
+
+def activation_bytes(model: PreTrainedModel, pixels: Tensor) -> int:
+    """Bytes kept for the backward pass of one step, parameters and pixels left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), pixels)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(pixel_values=pixels).logits.square().mean()
+    node = next((fn for fn in _nodes(loss.grad_fn) if hasattr(fn, "odd")), None)
+    total = sum(kept.values()) + (sum(bits.nbytes for bits in node.odd) if node is not None else 0)
+    loss.backward()
+    model.zero_grad()
+    return total
+
+
+def _nodes(node: Any) -> Any:
+    """All nodes of a graph of gradients."""
+    seen, waiting = set(), [node]
+    while waiting:
+        current = waiting.pop()
+        if current is None or current in seen:
+            continue
+        seen.add(current)
+        yield current
+        waiting += [entry for entry, _ in current.next_functions]
+
+
+def _step_seconds(model: PreTrainedModel, pixels: Tensor) -> float:
+    started = time.perf_counter()
+    model(pixel_values=pixels).logits.square().mean().backward()
+    elapsed = time.perf_counter() - started
+    model.zero_grad()
+    return elapsed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="memory and time of a step")
+    parser.add_argument("--small", help="a compressed directory")
+    parser.add_argument("--teacher", help="the dense model")
+    parser.add_argument("--data", help="samples to train on")
+    parser.add_argument("--eval", help="samples to judge by")
+    parser.add_argument("--eval-limit", type=int)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--epochs", type=float, default=100.0)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--techniques", nargs="+", default=["distill"], choices=TECHNIQUES, metavar="TECHNIQUE")
+    parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args(arguments)
+    if given.memory:
+        print_circumstances("A step of training, ViT-S/16 shapes", batch=given.batch)
+        print_memory(given.batch, given.depths, given.repeats)
+        return
+    if not all((given.small, given.teacher, given.data, given.eval)):
+        parser.error("pass --memory, or --small, --teacher, --data and --eval")
+    print_circumstances(
+        "Recovery", small=Path(given.small).name, teacher=Path(given.teacher).name, minutes=given.minutes
+    )
+    print_recovery(given)
+
+
+if __name__ == "__main__":
+    main()

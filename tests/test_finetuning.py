@@ -1,0 +1,142 @@
+"""``vitshrink finetune`` and ``vitshrink compress --finetune``: what is written, and what is refused."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import vitshrink
+from vitshrink import cost
+from vitshrink.cli.app import app
+from vitshrink.config import CompressConfig, FinetuneConfig, FinetuneJob
+from vitshrink.errors import UsageError
+from vitshrink.pipeline import CompressionResult
+from vitshrink.report import Report
+
+QUICK = {"epochs": 1.0, "batch_size": 8, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def small(compressed: Callable[..., CompressionResult]) -> Path:
+    directory = compressed("ViTForImageClassification", keep=(0.7,)).directory
+    assert directory is not None
+    return directory
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_compress_trains_and_says_so(compressed: Callable[..., CompressionResult], class_images: Path) -> None:
+    for finetune in (
+        FinetuneConfig(**QUICK),
+        FinetuneConfig("supervised", data=str(class_images), **QUICK),
+    ):
+        result = compressed("ViTForImageClassification", keep=(0.7,), finetune=finetune)
+        assert result.directory is not None
+        report = Report.read(result.directory)
+        assert report.recovery is not None
+        assert report.recovery["objective"] == finetune.objective
+        assert report.recovery["after"] <= report.recovery["before"]
+        assert len(report.recovery["history"]) == 2
+        assert "## Recovery" in (result.directory / "report.md").read_text()
+        recipe = yaml.safe_load((result.directory / "recipe.yaml").read_text())
+        assert CompressConfig.from_mapping(recipe).finetune == finetune
+        assert cost.parameters(vitshrink.load(result.directory)) == report.parameters["compressed"]
+
+
+def test_finetune_writes_the_same_sizes_and_an_updated_report(
+    small: Path, vit_directory: Path, flat_images: Path, learned_images: Path, tmp_path: Path
+) -> None:
+    flags = ["--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--offline", "--quiet"]
+    out = tmp_path / "out"
+    result = run(
+        *("finetune", small, out, "--teacher", vit_directory, "--data", flat_images, "--eval", learned_images, *flags)
+    )
+    assert result.exit_code == 0, result.stderr
+    before, after = Report.read(small), Report.read(out)
+    assert before.recovery is None
+    assert after.recovery is not None
+    assert (after.method, after.parameters, after.layers) == (before.method, before.parameters, before.layers)
+    assert after.evaluation is not None
+    assert after.evaluation["source"] == str(learned_images)
+    assert cost.parameters(vitshrink.load(out)) == cost.parameters(vitshrink.load(small))
+    again = tmp_path / "again"
+    result = run("finetune", small, again, "--config", out / "recipe.yaml", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    for name in ("model.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_labels_need_no_teacher_and_a_lost_report_is_made_anew(small: Path, class_images: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for file in small.iterdir():
+        if not file.name.startswith("report"):
+            (copied / file.name).write_bytes(file.read_bytes())
+    result = run(
+        *("finetune", copied, tmp_path / "out", "--objective", "supervised", "--data", class_images),
+        *("--epochs", 1, "--json", "--offline"),
+    )
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["recovery"]["objective"] == "supervised"
+    assert document["layers"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ((), 2, "--teacher"),
+        (("--teacher", "TEACHER", "--objective", "guess"), 2, "distill"),
+        (("--teacher", "TEACHER", "--epochs", "0"), 2, "epochs"),
+        (("--teacher", "TEACHER", "--attention", "flash_attention_2", "--device", "cpu"), 2, "CUDA"),
+        (("--teacher", "TEACHER", "--reversible", "--gradient-checkpointing"), 2, "gradient_checkpointing"),
+        (("--objective", "supervised"), 2, "labels"),
+        (("--teacher", "BERT"), 2, "baseline"),
+    ],
+)
+def test_what_makes_no_sense_ends_before_any_work(
+    words: tuple[str, ...],
+    code: int,
+    said: str,
+    small: Path,
+    vit_directory: Path,
+    bert_directory: Path,
+    flat_images: Path,
+    tmp_path: Path,
+) -> None:
+    places = {"TEACHER": vit_directory, "BERT": bert_directory}
+    out = tmp_path / "out"
+    result = run("finetune", small, out, "--data", flat_images, "--offline", *(places.get(w, w) for w in words))
+    assert result.exit_code == code
+    assert said in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dense_model_has_nothing_to_recover(vit_directory: Path, flat_images: Path, tmp_path: Path) -> None:
+    result = run("finetune", vit_directory, tmp_path / "out", "--teacher", vit_directory, "--data", flat_images)
+    assert result.exit_code == 1
+    assert "not compressed" in " ".join(result.stderr.split())
+    result = run("finetune", vit_directory, tmp_path / "out", "--teacher", vit_directory)
+    assert result.exit_code == 2
+    assert "--data" in result.stderr
+
+
+def test_options_of_compress_are_the_flags_of_finetune() -> None:
+    job = CompressConfig("m", "o", keep=(0.5,), finetune=FinetuneConfig("supervised", epochs=3.0, bdia=True))
+    words = shlex.split(job.command())
+    assert words[words.index("--finetune") + 1] == "supervised"
+    assert {"epochs=3.0", "bdia=true"} <= set(words)
+    assert CompressConfig.from_mapping(yaml.safe_load(job.to_yaml())) == job
+    with pytest.raises(UsageError, match="Did you mean 'epochs'"):
+        CompressConfig.from_mapping({"model": "m", "output": "o", "keep": 0.5, "finetune": {"epoch": 1}})
+    flat = {"model": "m", "output": "o", "data": "d", "minutes": 5}
+    nested = {"model": "m", "output": "o", "finetune": {"data": "d", "minutes": 5}}
+    assert FinetuneJob.from_mapping(flat) == FinetuneJob.from_mapping(nested)
+    assert "--minutes 5.0" in FinetuneJob.from_mapping(flat).command()

@@ -1,0 +1,261 @@
+"""Recovery: training brings a compressed model nearer to the dense one, and never takes it further away."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink.checkpoint import compressed_layers, replace_layers
+from vitshrink.config import FinetuneConfig
+from vitshrink.data import Preprocessor, open_samples
+from vitshrink.errors import DataError, NumericsError, UsageError
+from vitshrink.models import blocks_of, find_targets
+from vitshrink.observer import Job, Silent
+from vitshrink.recovery import Material, Recovery, recover
+from vitshrink.recovery.factors import pack, unpack
+from vitshrink.recovery.training import Loop
+from vitshrink.storage import fix_gauge
+
+QUICK = FinetuneConfig(epochs=4, batch_size=8, learning_rate=2e-3)
+
+
+def truncated(dense: PreTrainedModel, rank: int = 8, *, pivots: bool = True) -> PreTrainedModel:
+    """All linear layers of the blocks at one rank, by plain SVD."""
+    model = copy.deepcopy(dense)
+    targets = find_targets(model)
+    replace_layers(model, {t.name: tiny.low_rank(model.get_submodule(t.name), rank) for t in targets})
+    if pivots:
+        fix_gauge(model, targets)
+    return model
+
+
+@pytest.fixture(scope="module")
+def train(
+    checkpoint: Callable[[str], Path], flat_images: Path, text_file: Path
+) -> Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]]:
+    """``train(name, **settings)``: the compressed model before and after, and what is said of it."""
+
+    def run(
+        name: str, *, config: FinetuneConfig = QUICK, data: Path | None = None, **settings: Any
+    ) -> tuple[PreTrainedModel, PreTrainedModel, Recovery]:
+        kind = "text" if name in tiny.TEXT_MODELS else "image"
+        dense = tiny.build(name)
+        before = truncated(dense)
+        after = copy.deepcopy(before)
+        samples = open_samples(data or (text_file if kind == "text" else flat_images), kind)
+        label_of = None
+        if config.objective == "supervised" or settings.get("objective") == "supervised":
+            label_of = tiny.IMAGE_CLASSES.index
+        preprocessor = Preprocessor.from_checkpoint(checkpoint(name), kind)
+        recovery = recover(
+            after, dense, Material(samples, label_of), preprocessor, replace(config, **settings), Job(Silent())
+        )
+        return before, after, recovery
+
+    return run
+
+
+def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_every_architecture_comes_nearer_to_its_dense_model_and_keeps_its_size(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], name: str
+) -> None:
+    before, after, recovery = train(name)
+    assert recovery.after < 0.9 * recovery.before
+    assert recovery.history[0]["held_out"] == recovery.before
+    specs = [{n: (s.rank, s.spec.pivot is None) for n, s in compressed_layers(m).items()} for m in (before, after)]
+    assert specs[0] == specs[1]
+    assert sum(p.numel() for p in before.parameters()) == sum(p.numel() for p in after.parameters())
+    x = tiny.inputs(name)
+    dense = tiny.build(name)
+    with torch.no_grad():
+        errors = [(m(**x)[0] - dense(**x)[0]).square().sum().item() for m in (before, after)]
+    assert errors[1] < errors[0]
+    assert not after.training
+    assert "forward" not in after.__dict__, "what accelerate wrapped around the model is gone"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"blockwise": 2},
+        {"reversible": True},
+        {"bdia": True, "decatt": 0.1},
+        {"gradient_checkpointing": True},
+        {"accumulation": 2, "train": "factors"},
+        {"views": 2, "features": 1.0},
+        {"augment": False, "precision": "bf16"},
+        {"mixing": 0.5, "temperature": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+def test_every_technique_trains(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], name: str, settings: dict[str, Any]
+) -> None:
+    _, after, recovery = train(name, **settings)
+    assert recovery.after < recovery.before
+    assert all("forward" not in block.__dict__ for block in blocks_of(after))
+
+
+def test_only_factors_learn_where_only_they_should(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+) -> None:
+    before, after, _ = train("ViTForImageClassification", train="factors")
+    assert torch.equal(before.classifier.weight, after.classifier.weight)
+    changed = [n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))]
+    # the biases of the layers before an MLP's second one follow its pivots
+    assert all(n.endswith((".weight", ".down", "fc1.bias")) for n in changed)
+    assert all(p.requires_grad for p in after.parameters()), "what is frozen is frozen for the training only"
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+) -> None:
+    plain, recomputed = (
+        train("ViTForImageClassification", gradient_checkpointing=flag, precision="no")[1] for flag in (False, True)
+    )
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_model(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+) -> None:
+    assert same(train("ViTForImageClassification")[1], train("ViTForImageClassification")[1])
+
+
+def test_a_training_that_only_harms_leaves_the_model_as_it_was(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+) -> None:
+    before, after, recovery = train("ViTForImageClassification", learning_rate=10.0, patience=2)
+    assert recovery.after == recovery.before
+    assert recovery.ended in ("early", "done", "diverged")
+    assert recovery.best_step == 0
+    x = tiny.inputs("ViTForImageClassification")
+    with torch.no_grad():
+        torch.testing.assert_close(before(**x).logits, after(**x).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_labels_teach_too(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], learned_images: Path
+) -> None:
+    _, _, recovery = train("ViTForImageClassification", data=learned_images, objective="supervised", epochs=8)
+    assert recovery.after < recovery.before
+    assert recovery.objective == "supervised"
+
+
+def test_time_ends_a_training(train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]]) -> None:
+    _, _, recovery = train("ViTForImageClassification", epochs=1000, minutes=1 / 60)
+    assert recovery.ended == "time"
+    assert recovery.history[-1]["learning_rate"] < 1e-4, "the schedule ends with the time"
+
+
+def test_numbers_that_are_not_finite_take_training_back_to_the_last_good_state(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitshrink.recovery.criteria import Criterion
+
+    healthy, calls = Criterion.training_loss, []
+
+    def sick(self: Criterion, batch: Any, epoch: int) -> torch.Tensor:
+        calls.append(epoch)
+        loss = healthy(self, batch, epoch)
+        return loss * float("nan") if len(calls) == 4 else loss
+
+    monkeypatch.setattr(Criterion, "training_loss", sick)
+    _, after, recovery = train("ViTForImageClassification")
+    assert recovery.after < recovery.before
+    assert all(p.isfinite().all() for p in after.parameters())
+
+    monkeypatch.setattr(Criterion, "training_loss", lambda *args: healthy(*args) * float("inf"))
+    _, after, recovery = train("ViTForImageClassification")
+    assert recovery.ended == "diverged"
+    assert recovery.after == recovery.before
+
+
+def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    whole = train("ViTForImageClassification", precision="no")[1]
+    healthy = Loop._after_step
+
+    def dies(loop: Loop) -> str:
+        if loop.progress.step == 7:
+            raise Killed
+        return healthy(loop)
+
+    checkpoints = str(tmp_path / "state")
+    monkeypatch.setattr(Loop, "_after_step", dies)
+    with pytest.raises(Killed):
+        train("ViTForImageClassification", precision="no", checkpoints=checkpoints)
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match=r"another job .*settings"):
+        train("ViTForImageClassification", precision="no", checkpoints=checkpoints, epochs=9)
+    _, resumed, recovery = train("ViTForImageClassification", precision="no", checkpoints=checkpoints)
+    assert same(whole, resumed)
+    assert [entry["step"] for entry in recovery.history] == [0, 2, 4, 6, 8]
+    assert not Path(checkpoints).exists(), "what a finished job leaves would only be in the way"
+
+
+def test_what_cannot_be_trained_is_refused(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="at least 16"):
+        train("ViTForImageClassification", data=tiny.write_images(tmp_path / "few", 5))
+    with pytest.raises(UsageError, match="predicts labels"):
+        train("BertForMaskedLM", objective="supervised")
+    samples = open_samples(tiny.write_images(tmp_path / "more", 20), "image")
+    model = truncated(tiny.build("ViTForImageClassification"))
+    preprocessor = Preprocessor.from_checkpoint(tiny.write("ViTForImageClassification", tmp_path / "vit"), "image")
+    with pytest.raises(UsageError, match="--teacher"):
+        recover(model, None, Material(samples), preprocessor, QUICK, Job(Silent()))
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    dense = tiny.build("ViTForImageClassification")
+    with pytest.raises(NumericsError, match="not finite"):
+        recover(model, dense, Material(samples), preprocessor, QUICK, Job(Silent()))
+
+
+def test_a_broken_image_is_left_out_and_named(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], tmp_path: Path
+) -> None:
+    folder = tiny.write_images(tmp_path / "images", 24)
+    (folder / "broken.png").write_bytes(b"not an image")
+    _, _, recovery = train("ViTForImageClassification", data=folder)
+    assert recovery.samples + recovery.held_out == 24
+    (folder / "empty.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"broken\.png|empty\.png"):
+        train("ViTForImageClassification", data=folder)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertModel"])
+def test_plain_factors_and_back_lose_nothing(name: str) -> None:
+    model = truncated(tiny.build(name))
+    x = tiny.inputs(name)
+    with torch.no_grad():
+        before = model(**x)[0]
+        pivots = unpack(model)
+        assert all(layer.spec.pivot is None for layer in compressed_layers(model).values())
+        for layer in compressed_layers(model).values():
+            up, down = layer.factors()
+            torch.testing.assert_close(up.T @ up, down @ down.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(**x)[0], before, rtol=1e-4, atol=1e-4)
+        pack(model, pivots)
+        assert all(layer.spec.pivot is not None for layer in compressed_layers(model).values())
+        torch.testing.assert_close(model(**x)[0], before, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,200 @@
+"""``finetune_checkpoint``: a compressed directory, trained and written anew with an updated report."""
+
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from vitshrink import __version__, cost, processes
+from vitshrink.assessment import check_comparable
+from vitshrink.checkpoint import compressed_layers, file_bytes, load, save, verify
+from vitshrink.config import FinetuneJob
+from vitshrink.data import Preprocessor, SampleSet, overlap
+from vitshrink.description import example_inputs
+from vitshrink.errors import CheckpointError, DataError
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.measurement import Measurement, labels_of, measure, open_data
+from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
+from vitshrink.observer import Job, Observer, Silent
+from vitshrink.pipeline import CompressionResult, find_device
+from vitshrink.publication import check_space, publish
+from vitshrink.recovery import Recovery, check, open_material, recover
+from vitshrink.report import Report, before_after, write
+
+
+def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -> CompressionResult:
+    """Train a compressed checkpoint, verify and publish it; ranks, sizes and the source stay as they are.
+
+    Where a launcher has started several processes, and they have met, they train together.
+
+    Raises:
+        UsageError: before any work where that can be known.
+        CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
+    """
+    job = Job(observer or Silent())
+    device = find_device(config.device)
+    require_attention(config.attention, device)
+    with job.stage("load", "Loading the models"):
+        options: dict[str, Any] = {"offline": config.offline, "attention": config.attention, "allow_compressed": True}
+        source = load_dense(config.model, **options)
+        teacher = load_dense(config.teacher, **options) if config.teacher else None
+    if not compressed_layers(source.model):
+        raise CheckpointError(f"{source.directory} is not compressed: there is nothing to recover.")
+    if any(not parameter.is_floating_point() for parameter in source.model.parameters()):
+        raise CheckpointError(f"{source.directory} is quantised: train what it was made from, and quantise the result.")
+    if teacher is not None:
+        check_comparable(source, teacher)
+    check(source.model, config.finetune, dense=teacher is not None, labelled=True)
+    with _published(config, source) as staging:
+        check_space(Path(config.output), 2 * file_bytes(source.directory))
+        preprocessor = Preprocessor.from_checkpoint(
+            source.directory, source.family.modality, max_length=config.max_length, offline=config.offline
+        )
+        class_map = Path(config.class_map) if config.class_map else None
+        material = open_material(
+            config.finetune, config.data, source, class_map=class_map, seed=config.seed, offline=config.offline
+        )
+        evaluation_samples = _evaluation_samples(config, source, class_map)
+        shared = overlap(material.samples, evaluation_samples) if evaluation_samples is not None else 0
+        if shared:
+            job.warn(f"{shared} of the evaluation samples are also trained on: figures may flatter.")
+        model = source.model.to(device)
+        dense = None if teacher is None else teacher.model.to(device)
+        recovery = recover(
+            model,
+            dense,
+            material,
+            preprocessor,
+            config.finetune,
+            job,
+            seed=config.seed,
+            attention=config.attention,
+            max_bad_samples=config.max_bad_samples,
+        )
+        with job.stage("save", "Saving and verifying"):
+            if processes.is_main():
+                dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
+                save(model, staging, source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
+                verify(staging, model, example_inputs(model))
+            processes.wait()
+            reloaded = load(staging, dtype=torch.float32, device=device, attention=config.attention)
+        measurement = None
+        if evaluation_samples is not None:
+            measurement = measure(
+                reloaded,
+                evaluation_samples,
+                preprocessor,
+                job,
+                task=task_of(model),
+                baseline=dense,
+                device=device,
+                batch_size=config.finetune.batch_size,
+                class_map=class_map,
+                max_bad_samples=config.max_bad_samples,
+            )
+        else:
+            job.warn("the result is not evaluated: pass --eval.")
+        report = _report(config, source, teacher, recovery, measurement, preprocessor, staging, job)
+        if processes.is_main():
+            write(report, staging)
+    return CompressionResult(Path(config.output), report)
+
+
+@contextmanager
+def _published(config: FinetuneJob, source: LoadedModel) -> Iterator[Path]:
+    """The staging directory; the first process publishes it, the others only read what it writes there."""
+    if not processes.is_main():
+        yield Path(processes.from_main(None))
+        processes.wait()
+        return
+    with publish(Path(config.output), overwrite=config.overwrite, protect=source.directory) as staging:
+        yield Path(processes.from_main(str(staging)))
+        processes.wait()
+
+
+def _evaluation_samples(config: FinetuneJob, source: LoadedModel, class_map: Path | None) -> SampleSet | None:
+    if config.eval_data is None:
+        return None
+    samples = open_data(config.eval_data, source, offline=config.offline)
+    if config.eval_limit is not None and config.eval_limit < len(samples):
+        samples = samples.select(config.eval_limit, config.seed)
+    # before any work: labels that cannot be aligned would otherwise be met at its end
+    labels_of(source.model, samples, task_of(source.model), class_map)
+    return samples
+
+
+def _report(
+    config: FinetuneJob,
+    source: LoadedModel,
+    teacher: LoadedModel | None,
+    recovery: Recovery,
+    measurement: Measurement | None,
+    preprocessor: Preprocessor,
+    staging: Path,
+    job: Job,
+) -> Report:
+    """The report of the compression, where there is one, with what training changed."""
+    evaluation = None
+    if measurement is not None:
+        evaluation = measurement.evaluation.to_dict() | {
+            "source": measurement.source,
+            "fingerprint": measurement.fingerprint,
+            "label_rule": measurement.label_rule,
+            "bad_samples": dict(measurement.bad.reasons),
+            "preprocessing": preprocessor.description,
+        }
+    try:
+        before = Report.read(source.directory)
+    except DataError:
+        before = _from_model(config, source, teacher)
+    return replace(
+        before,
+        vitshrink=__version__,
+        bytes={**before.bytes, "compressed": file_bytes(staging)},
+        evaluation=evaluation,
+        recovery=recovery.to_dict(),
+        timings=dict(job.timings),
+        environment={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "platform": platform.platform(),
+            "device": config.device,
+            "threads": torch.get_num_threads(),
+            "peak_memory": cost.peak_memory_bytes(),
+        },
+        recipe=config.to_dict(),
+        command=config.command(),
+        warnings=[*before.warnings, *job.warnings],
+    )
+
+
+def _from_model(config: FinetuneJob, source: LoadedModel, teacher: LoadedModel | None) -> Report:
+    """What a compressed directory without a report says of itself."""
+    reference = source if teacher is None else teacher
+    layers: list[Mapping[str, Any]] = []
+    for name, layer in compressed_layers(source.model).items():
+        if isinstance(layer, LowRankLinear):
+            stored = cost.layers_parameters(source.model, [name])
+            shape = [layer.out_features, layer.in_features]
+            layers.append({"name": name, "shape": shape, "rank": layer.rank, "parameters": stored})
+    names = [str(layer["name"]) for layer in layers]
+    stored = cost.layers_parameters(source.model, names)
+    whole = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    return Report(
+        vitshrink=__version__,
+        model=config.teacher or config.model,
+        task=task_of(source.model),
+        method="unknown",
+        allocation="unknown",
+        compensation="unknown",
+        parameters=before_after(cost.parameters(reference.model), cost.parameters(source.model)),
+        layers_parameters=before_after(whole, stored),
+        layers=layers,
+        bytes=before_after(file_bytes(reference.directory), file_bytes(source.directory)),
+    )

@@ -1,0 +1,95 @@
+"""The state of a training on disk, from which a killed run goes on as if nothing had happened."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitshrink.errors import OutputError, UsageError
+from vitshrink.recovery.progress import Progress
+
+_STATE, _NEW, _OLD = "state", "state.new", "state.old"
+_JOB, _PROGRESS, _BEST = "job.json", "progress.json", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """A directory that holds the last state of one job; ``job`` is all that the job's result follows from.
+
+    Raises:
+        OutputError: the directory cannot be read or written.
+        UsageError: it holds the state of another job.
+    """
+
+    directory: Path
+    job: Mapping[str, Any]
+
+    def save(self, accelerator: Accelerator, progress: Progress, best: Mapping[str, Tensor]) -> None:
+        """Replace the state; a kill at any moment leaves the old one or the new one."""
+        new, state, old = (self.directory / name for name in (_NEW, _STATE, _OLD))
+        try:
+            if accelerator.is_main_process:
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(new))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in best.items()}, new / _BEST)
+                (new / _PROGRESS).write_text(json.dumps(progress.to_dict()), encoding="utf-8")
+                (new / _JOB).write_text(json.dumps(self.job, sort_keys=True, default=str), encoding="utf-8")
+                for file in new.iterdir():
+                    with file.open("rb") as written:
+                        os.fsync(written.fileno())
+                if state.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    state.rename(old)
+                new.rename(state)
+                shutil.rmtree(old, ignore_errors=True)
+            accelerator.wait_for_everyone()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise OutputError(
+                f"cannot write the state of training to {self.directory}: {error}. Check free space and permissions."
+            ) from error
+
+    def load(self, accelerator: Accelerator, progress: Progress) -> dict[str, Tensor] | None:
+        """Take up the last state; gives the best weights so far, or None where nothing was saved."""
+        state = next((self.directory / name for name in (_STATE, _OLD) if (self.directory / name).is_dir()), None)
+        if state is None:
+            return None
+        try:
+            found = json.loads((state / _JOB).read_text(encoding="utf-8"))
+            saved = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
+            job = json.loads(json.dumps(self.job, sort_keys=True, default=str))
+            if found != job:
+                different = sorted(key for key in found.keys() | job.keys() if found.get(key) != job.get(key))
+                raise UsageError(
+                    f"{self.directory} holds the state of another job ({', '.join(different)} differ): "
+                    "pass another --checkpoints, or remove it to start anew."
+                )
+            best = load_file(state / _BEST, device=str(accelerator.device))
+            accelerator.load_state(str(state))
+            known = {each.name for each in fields(Progress)}
+            for name, value in saved.items():
+                if name in known:
+                    setattr(progress, name, value)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+            raise OutputError(
+                f"the state of training in {self.directory} cannot be read ({error}): remove it to start anew."
+            ) from error
+        return best
+
+    def clear(self) -> None:
+        """Remove the state of a job that is done, and the directory where nothing else is in it."""
+        for name in (_STATE, _NEW, _OLD):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        if self.directory.is_dir() and not any(self.directory.iterdir()):
+            self.directory.rmdir()

@@ -1,0 +1,82 @@
+"""The two things that a compressed model can be trained for: the dense model's answers, or labels."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vitshrink.recovery.answers import Answer, Reader, Teacher
+from vitshrink.recovery.augmentation import Augmentation
+from vitshrink.recovery.decatt import HeadOutputs
+from vitshrink.recovery.objectives import Distillation, Supervision
+from vitshrink.recovery.samples import TrainingBatch, TrainingSet
+
+HELD_OUT = -1
+"""The view of a sample by which a model is judged: never augmented, but with tokens hidden where that is the task."""
+
+
+@dataclass
+class Criterion:
+    """A batch to its loss; the held-out samples to the mean of the plain one.
+
+    ``teacher`` is None where only labels count.
+    """
+
+    accelerator: Accelerator
+    reader: Reader
+    teacher: Teacher | None
+    objective: Distillation | Supervision
+    augmentation: Augmentation
+    data: TrainingSet
+    held_out: Sequence[int]
+    batch_size: int
+    augment: bool
+    views: int | None
+    decatt: float = 0.0
+    heads: HeadOutputs | None = None
+    training_mode: Callable[[], None] = lambda: None
+
+    def training_loss(self, batch: TrainingBatch, epoch: int) -> Tensor:
+        """The loss (), from which gradients flow."""
+        view = epoch if self.views is None else epoch % self.views
+        if self.augment:
+            batch = self.augmentation.apply(batch, view)
+            known = None if self.views is None or self.augmentation.mixing else view
+        else:
+            batch = self.augmentation.hide_only(batch, view)
+            known = 0
+        self.training_mode()
+        loss = self._rows(self.objective, batch, known).mean()
+        if self.heads is not None:
+            loss = loss + self.decatt * self.heads.correlation(batch.mask)
+        return loss
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The mean over all held-out samples, the same in every process."""
+        self.reader.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        with self.accelerator.split_between_processes(list(self.held_out)) as own:
+            for start in range(0, len(own), self.batch_size):
+                items = self.data.__getitems__(own[start : start + self.batch_size])
+                if not items:
+                    continue
+                batch = self.augmentation.hide_only(self.data.collate(items), HELD_OUT).to(self.accelerator.device)
+                rows = self._rows(self.objective.plain, batch, HELD_OUT)
+                total += torch.stack([rows.double().sum().cpu(), torch.tensor(float(len(rows))).double()])
+        # float32 at the end only: not every backend adds float64
+        total = self.accelerator.reduce(total.float().to(self.accelerator.device), "sum")
+        return float(total[0] / total[1])
+
+    def _rows(self, objective: Distillation | Supervision, batch: TrainingBatch, view: int | None) -> Tensor:
+        dense: Answer | None = None
+        if self.teacher is not None and objective.asks_dense:
+            dense = self.teacher(batch, view)
+        answer = self.reader(batch)
+        if isinstance(objective, Distillation):
+            assert dense is not None
+            return objective.loss(answer, dense)
+        assert batch.labels is not None
+        return objective.loss(answer, batch.labels, dense)

@@ -1,0 +1,68 @@
+"""DeCAtt: heads of one attention layer that do not say the same.
+
+Bhattacharyya et al., "DeCAtt: Efficient Vision Transformers with Decorrelated Attention Heads", CVPR Workshops 2023.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.models import blocks_of, family_of
+
+
+class HeadOutputs:
+    """What the attention heads of every block gave in the last pass of a model, gradients included."""
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.layers: list[Tensor] = []
+        """(batch, tokens, heads × head width) of each block."""
+
+    def correlation(self, mask: Tensor | None) -> Tensor:
+        """The mean of ``head_correlation`` over the layers of the last pass, which is then forgotten."""
+        layers, self.layers = self.layers, []
+        return torch.stack([head_correlation(layer, self.heads, mask) for layer in layers]).mean()
+
+
+def head_correlation(outputs: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """Σ_{i≠j} ρ_ij² over the heads of a layer, averaged over the batch.
+
+    Args:
+        outputs: (batch, tokens, heads × head width).
+        mask: (batch, tokens), True at real tokens; None where all are.
+
+    ρ_ij is the correlation of two heads' outputs, each unrolled over tokens and channels to one vector a sample.
+    """
+    batch, tokens, width = outputs.shape
+    unrolled = outputs.float().view(batch, tokens, heads, width // heads)
+    weight = torch.ones(batch, tokens, device=outputs.device) if mask is None else mask.to(unrolled)
+    weight = weight[:, :, None, None]
+    count = weight.sum(1, keepdim=True) * (width // heads)
+    unrolled = (unrolled - (unrolled * weight).sum((1, 3), keepdim=True) / count) * weight
+    rows = unrolled.transpose(1, 2).flatten(2)
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny ** 0.5)
+    correlation = rows @ rows.transpose(1, 2)
+    off_diagonal: Tensor = correlation * (1 - torch.eye(heads, device=correlation.device))
+    squared: Tensor = off_diagonal.square()
+    return squared.sum((1, 2)).mean()
+
+
+@contextmanager
+def observed_heads(model: PreTrainedModel) -> Iterator[HeadOutputs]:
+    """Inside, every pass in training mode leaves the outputs of its attention heads, as the output projection reads."""
+    found = HeadOutputs(model.config.num_attention_heads)
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            found.layers.append(inputs[0])
+
+    path = family_of(model).modules["output"]
+    handles = [block.get_submodule(path).register_forward_pre_hook(hook) for block in blocks_of(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

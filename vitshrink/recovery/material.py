@@ -1,0 +1,51 @@
+"""What a compressed model is trained on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitshrink.config import DataConfig, FinetuneConfig
+from vitshrink.data import Batch, SampleSet
+from vitshrink.errors import UsageError
+from vitshrink.measurement import CalibrationData, labels_of, open_data
+from vitshrink.models import LoadedModel, task_of
+
+
+@dataclass(frozen=True)
+class Material:
+    """Samples, how their labels are understood, and those that were preprocessed already."""
+
+    samples: SampleSet
+    label_of: Callable[[Any], Any] | None = None
+    read: Sequence[Batch] = ()
+
+
+def open_material(
+    config: FinetuneConfig,
+    data: DataConfig | None,
+    model: LoadedModel,
+    calibration: CalibrationData | None = None,
+    *,
+    class_map: Path | None = None,
+    seed: int = 0,
+    offline: bool = False,
+) -> Material:
+    """The samples of ``data``, or else those of the calibration; labels are aligned where the objective needs them.
+
+    Raises:
+        UsageError: neither is there.
+        DataError: no such data, or labels that are not the model's.
+    """
+    if data is not None:
+        samples = open_data(data, model, offline=offline)
+    elif calibration is not None:
+        samples = calibration.samples
+    else:
+        raise UsageError("recovery needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
+    if config.samples is not None and config.samples < len(samples):
+        samples = samples.select(config.samples, seed)
+    label_of = None
+    if config.objective == "supervised":
+        label_of, _ = labels_of(model.model, samples, task_of(model.model), class_map)
+    return Material(samples, label_of, calibration.batches if calibration is not None and data is None else ())

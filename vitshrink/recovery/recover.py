@@ -1,0 +1,383 @@
+"""``recover``: train a compressed model until it is as near to the dense one, or to the labels, as the data allow."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
+
+from vitshrink import __version__, processes
+from vitshrink.cache import model_digest
+from vitshrink.checkpoint import compressed_layers
+from vitshrink.config import FinetuneConfig
+from vitshrink.data import Preprocessor, SampleSet
+from vitshrink.errors import DataError, NumericsError, UsageError
+from vitshrink.measurement import warn_of_bad
+from vitshrink.models import FLASH, blocks_of, flash_attention, task_of
+from vitshrink.observer import Job
+from vitshrink.recovery.answers import Reader, Teacher
+from vitshrink.recovery.augmentation import TOKENS_HIDDEN, Augmentation
+from vitshrink.recovery.blockwise import reconstruct
+from vitshrink.recovery.checkpoints import Checkpoints
+from vitshrink.recovery.criteria import Criterion
+from vitshrink.recovery.decatt import observed_heads
+from vitshrink.recovery.factors import pack, unpack
+from vitshrink.recovery.material import Material
+from vitshrink.recovery.objectives import Distillation, Supervision
+from vitshrink.recovery.progress import Progress
+from vitshrink.recovery.reversible import bidirectional
+from vitshrink.recovery.samples import TrainingSet
+from vitshrink.recovery.training import Loop, steps_an_epoch
+
+RATES = {"distill": 5e-5, "supervised": 1e-4}
+"""Peak learning rates."""
+EPOCHS = 10.0
+MOST_EPOCHS = 1000.0
+"""Where time is the limit."""
+BLOCKWISE_RATE = 1e-4
+BETAS = (0.9, 0.99)
+TOKENS_AUGMENTED = 0.05
+"""Part of the tokens of a text that augmentation hides."""
+LEAST_HELD_OUT = 8
+MOST_HELD_OUT = 512
+MOST_STEPS_UNJUDGED = 200
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What training did; losses are those of the held-out samples, in nats where the model gives probabilities."""
+
+    objective: str
+    before: float
+    """As compression left the model."""
+    after: float
+    best_step: int
+    ended: str
+    """``done``, ``time``, ``early`` (nothing gained any more) or ``diverged``."""
+    samples: int
+    held_out: int
+    seconds: float
+    settings: Mapping[str, Any]
+    history: list[dict[str, Any]]
+    blocks: list[dict[str, float]]
+    """Relative errors ``before`` and ``after`` of every block, where blocks were reconstructed first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recover(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    material: Material,
+    preprocessor: Preprocessor,
+    config: FinetuneConfig,
+    job: Job,
+    *,
+    seed: int = 0,
+    attention: str = "sdpa",
+    max_bad_samples: int | None = None,
+) -> Recovery:
+    """Train ``model``, in place, on ``material``; it ends as the best state by held-out loss, at worst as it began.
+
+    Layers with pivots are trained as two whole factors, and stored with pivots again: ranks and sizes stay.
+
+    Args:
+        dense: the model that was compressed; None where only labels count.
+
+    Raises:
+        UsageError: an objective that this model or these data do not allow, or the checkpoints of another job.
+        DataError: too few samples, or too many unusable ones.
+        NumericsError: the model's answers are not finite before training.
+    """
+    check(model, config, dense=dense is not None, labelled=material.label_of is not None)
+    samples = material.samples
+    start = model_digest(model) if config.checkpoints else ""
+    data = _read(material, preprocessor, config, job, max_bad_samples)
+    training, held_out = _split(data.usable(), config, seed, samples.source)
+    pivots = unpack(model)
+    with _accelerator(next(model.parameters()).device, config) as accelerator, ExitStack() as inside:
+        set_seed(seed)
+        parameters = _trainable(model, config)
+        loader = DataLoader(Subset(data, training), config.batch_size, shuffle=True, collate_fn=data.collate)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, betas=BETAS, weight_decay=0.0)
+        wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        inside.callback(model.eval)
+        inside.callback(_unwrap, accelerator, model, wrapped)
+        criterion = Criterion(
+            accelerator,
+            Reader(model, wrapped),
+            Teacher(Reader(dense), autocast=accelerator.autocast) if dense is not None and _asks(config) else None,
+            _objective(config),
+            _augmentation(config, preprocessor, model, seed),
+            data,
+            held_out,
+            config.batch_size,
+            config.augment,
+            config.views,
+            config.decatt,
+            training_mode=lambda: train_mode(model, dropout=config.objective == "supervised"),
+        )
+        steps = steps_an_epoch(len(loader), config.accumulation)
+        loop = Loop(
+            accelerator,
+            wrapped,
+            optimizer,
+            loader,
+            criterion,
+            parameters,
+            config.learning_rate or RATES[config.objective],
+            config.patience,
+            evaluate_every=min(steps, MOST_STEPS_UNJUDGED),
+            progress=Progress(
+                steps,
+                config.epochs or (EPOCHS if config.minutes is None else MOST_EPOCHS),
+                None if config.minutes is None else 60 * config.minutes,
+            ),
+            warn=job.warn,
+        )
+        resumed = False
+        if config.checkpoints:
+            identity = _identity(start, dense, samples, config, seed, accelerator)
+            loop.checkpoints = Checkpoints(Path(config.checkpoints), identity)
+            resumed = loop.resume()
+            if resumed:
+                job.warn(f"{config.checkpoints}: training goes on from step {loop.progress.step}.")
+        if not resumed:
+            before = loop.begin()
+            if not math.isfinite(before):
+                raise NumericsError(
+                    "the answers of the compressed model to the held-out samples are not finite: it cannot be trained. "
+                    "Compress it again, less strongly."
+                )
+        blocks: list[dict[str, float]] = []
+        if config.blockwise and dense is not None and not resumed:
+            with job.stage("blockwise", "Reconstructing blocks", len(blocks_of(model))) as advance:
+                sets = (data.batches(training, config.batch_size), data.batches(held_out, config.batch_size))
+                blocks = reconstruct(
+                    model,
+                    dense,
+                    *([batch.to(accelerator.device) for batch in batches] for batches in sets),
+                    epochs=config.blockwise,
+                    learning_rate=BLOCKWISE_RATE,
+                    parameters=parameters,
+                    autocast=accelerator.autocast,
+                    on_block=advance,
+                )
+            loop.judge()
+        if config.gradient_checkpointing:
+            inside.callback(recompute(model))
+        if attention == FLASH:
+            inside.enter_context(flash_attention(model, *([] if dense is None else [dense])))
+        if config.bdia or config.reversible:
+            inside.enter_context(bidirectional(model, reversible=config.reversible))
+        if config.decatt:
+            criterion.heads = inside.enter_context(observed_heads(model))
+        with job.stage("finetune", f"Recovering ({config.objective})", 100) as advance:
+            loop.on_progress = _in_percent(advance)
+            ended = loop.run()
+        progress = loop.progress
+        settings = {
+            "learning_rate": loop.learning_rate,
+            "precision": accelerator.mixed_precision,
+            "processes": accelerator.num_processes,
+        }
+    warn_of_bad(data.bad, samples.source, job)
+    if pivots:
+        pack(model, pivots)
+    if loop.checkpoints is not None and processes.is_main():
+        loop.checkpoints.clear()
+    return Recovery(
+        objective=config.objective,
+        before=progress.history[0]["held_out"],
+        after=progress.best,
+        best_step=progress.best_step,
+        ended=ended,
+        samples=len(training),
+        held_out=len(held_out),
+        seconds=progress.elapsed,
+        settings=asdict(config) | settings,
+        history=progress.history,
+        blocks=blocks,
+    )
+
+
+def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labelled: bool) -> None:
+    """Raises UsageError for an objective that a model does not allow, or that lacks what it needs; before any work."""
+    if config.objective == "distill":
+        if not dense:
+            raise UsageError("distillation learns from the dense model: pass it as --teacher.")
+        return
+    task = task_of(model)
+    if task in ("features", "masked-lm"):
+        raise UsageError(f"supervised fine-tuning needs a model that predicts labels, and this is one for {task}.")
+    if not labelled:
+        raise UsageError("supervised fine-tuning needs labels, and the samples have none: pass labelled data.")
+    if config.distillation and not dense:
+        raise UsageError("distillation learns from the dense model: pass it as --teacher.")
+
+
+def _asks(config: FinetuneConfig) -> bool:
+    """Whether the dense model is asked at all."""
+    return config.objective == "distill" or bool(config.distillation)
+
+
+def _objective(config: FinetuneConfig) -> Distillation | Supervision:
+    if config.objective == "distill":
+        return Distillation(config.features, config.temperature)
+    return Supervision(config.label_smoothing, config.distillation or 0.0, config.temperature)
+
+
+def _augmentation(
+    config: FinetuneConfig, preprocessor: Preprocessor, model: PreTrainedModel, seed: int
+) -> Augmentation:
+    if preprocessor.kind == "image":
+        return Augmentation(seed, mixing=config.mixing)
+    guessing = task_of(model) == "masked-lm"
+    tokenizer = preprocessor.processor
+    return Augmentation(
+        seed,
+        tokens=TOKENS_HIDDEN if guessing else TOKENS_AUGMENTED,
+        mask_token=tokenizer.mask_token_id,
+        special_tokens=tuple(tokenizer.all_special_ids),
+        guessing=guessing,
+    )
+
+
+def _read(
+    material: Material, preprocessor: Preprocessor, config: FinetuneConfig, job: Job, max_bad_samples: int | None
+) -> TrainingSet:
+    labels = None
+    if config.objective == "supervised" and material.label_of is not None:
+        labels = [material.label_of(sample.label) for sample in material.samples.samples]
+    data = TrainingSet(material.samples, preprocessor, labels=labels, max_bad_samples=max_bad_samples)
+    data.take(material.read)
+    if data.missing():
+        with job.stage("training data", "Reading training data", len(data.missing())) as advance:
+            data.fill(config.batch_size, advance)
+    return data
+
+
+def _split(usable: list[int], config: FinetuneConfig, seed: int, source: str) -> tuple[list[int], list[int]]:
+    """Samples to train on, and those that choose the best state."""
+    count = min(MOST_HELD_OUT, max(LEAST_HELD_OUT, round(config.validation * len(usable))))
+    if len(usable) < 2 * LEAST_HELD_OUT:
+        raise DataError(
+            f"{source} has {len(usable)} usable samples: recovery needs at least {2 * LEAST_HELD_OUT}, of which "
+            f"{LEAST_HELD_OUT} are held out to judge it. A few hundred unlabelled ones do."
+        )
+    shuffled = list(usable)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[count:], shuffled[:count]
+
+
+def _trainable(model: PreTrainedModel, config: FinetuneConfig) -> dict[str, nn.Parameter]:
+    factors = set()
+    for layer in compressed_layers(model).values():
+        factors |= {id(parameter) for parameter in layer.parameters() if parameter.ndim > 1}
+    for parameter in model.parameters():
+        parameter.requires_grad_(config.train == "all" or id(parameter) in factors)
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise UsageError("the model has no low-rank factor to train: it is not compressed. Use train=all.")
+    return found
+
+
+def _unwrap(accelerator: Accelerator, model: PreTrainedModel, wrapped: nn.Module) -> None:
+    """Take from ``model`` what accelerate put around it: it will be copied, saved and packed."""
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    for name in ("forward", "_original_forward"):
+        model.__dict__.pop(name, None)
+    model.requires_grad_(True)
+
+
+def train_mode(model: PreTrainedModel, *, dropout: bool) -> None:
+    """Training mode, but where the dense model is the target without the noise of dropout."""
+    model.train(dropout)
+    model.training = True
+    for block in blocks_of(model):
+        block.training = True  # where transformers looks whether to recompute activations
+
+
+def recompute(model: PreTrainedModel) -> Callable[[], None]:
+    """Have the blocks recompute their activations in the backward pass; returns what ends it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        return model.activation_checkpointing_disable  # type: ignore[no-any-return]
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # transformers before 5.2x
+    return model.gradient_checkpointing_disable  # type: ignore[no-any-return]
+
+
+def precision(device: torch.device, wanted: str) -> str:
+    """Bfloat16 where the processor multiplies it faster than float32."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+@contextmanager
+def _accelerator(device: torch.device, config: FinetuneConfig) -> Iterator[Accelerator]:
+    """accelerate keeps its choices for a whole process: another job in it must be free to make its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision(device, config.precision),
+        gradient_accumulation_steps=config.accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    try:
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _identity(
+    start: str,
+    dense: PreTrainedModel | None,
+    samples: SampleSet,
+    config: FinetuneConfig,
+    seed: int,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """All that the result of a training follows from."""
+    return {
+        "vitshrink": __version__,
+        "torch": torch.__version__,
+        "model": start,
+        "teacher": None if dense is None else model_digest(dense),
+        "data": samples.fingerprint(),
+        "seed": seed,
+        "settings": asdict(replace(config, checkpoints=None)),
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+    }
+
+
+def _in_percent(advance: Callable[[int], None]) -> Callable[[float], None]:
+    shown = 0
+
+    def on_progress(fraction: float) -> None:
+        nonlocal shown
+        percent = round(100 * fraction)
+        if percent > shown:
+            advance(percent - shown)
+            shown = percent
+
+    return on_progress

@@ -1,0 +1,178 @@
+"""The training loop, on accelerate: it never ends with a model that is worse on the held-out samples."""
+
+import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vitshrink.recovery.checkpoints import Checkpoints
+from vitshrink.recovery.progress import Progress
+from vitshrink.recovery.samples import TrainingBatch
+
+GRADIENT_NORM = 1.0
+"""Longer gradients are shortened to this."""
+MOST_FAILURES = 3
+"""Times that training goes back to the last good state before it gives up."""
+
+
+class Criterion(Protocol):
+    """What is trained for, and what is judged by."""
+
+    def training_loss(self, batch: TrainingBatch, epoch: int) -> Tensor:
+        """The loss (), from which gradients flow."""
+
+    def held_out_loss(self) -> float:
+        """The mean over all held-out samples, the same in every process."""
+
+
+@dataclass
+class Loop:
+    """Everything that a step needs; ``model`` is what accelerate made of the model, ``parameters`` those that learn."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    loader: Any
+    criterion: Criterion
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+    patience: int
+    evaluate_every: int
+    progress: Progress
+    checkpoints: Checkpoints | None = None
+    on_progress: Callable[[float], None] = lambda _fraction: None
+    warn: Callable[[str], None] = lambda _message: None
+    best: dict[str, Tensor] = field(default_factory=dict)
+    _good: tuple[dict[str, Tensor], Any] | None = None
+    _losses: list[Tensor] = field(default_factory=list)
+
+    def begin(self) -> float:
+        """Judge the model as it is; returns its held-out loss."""
+        self.progress.resume_clock()
+        self._good = self._state()
+        self.judge()
+        return self.progress.best
+
+    def resume(self) -> bool:
+        """Take up the state on disk, if there is one."""
+        assert self.checkpoints is not None
+        best = self.checkpoints.load(self.accelerator, self.progress)
+        if best is None:
+            return False
+        self.best = best
+        self._good = self._state()
+        self.progress.resume_clock()
+        return True
+
+    def run(self) -> str:
+        """Train to the end and leave the best state in the model; returns why it ended."""
+        progress = self.progress
+        ended = ""
+        while not ended:
+            self.loader.set_epoch(progress.epoch)
+            done = progress.step % progress.steps_an_epoch * self.accelerator.gradient_accumulation_steps
+            for batch in self.accelerator.skip_first_batches(self.loader, done) if done else self.loader:
+                if self._step(batch):
+                    ended = self._after_step()
+                if ended:
+                    break
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
+        return ended
+
+    def _step(self, batch: TrainingBatch) -> bool:
+        """Run one batch; True when it ended with a step of the optimiser, or with the return to a good state."""
+        accelerator, progress = self.accelerator, self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * progress.learning_rate
+        with accelerator.accumulate(self.model):
+            loss = self.criterion.training_loss(batch, progress.epoch)
+            accelerator.backward(loss)
+            norm = torch.zeros(())
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(list(self.parameters.values()), GRADIENT_NORM)
+            mean = accelerator.reduce(loss.detach().float(), "mean")  # the same, and as finite, in every process
+            scaled = accelerator.scaler is not None  # half precision: it skips steps of infinite gradients itself
+            if math.isfinite(mean.item()) and (scaled or math.isfinite(float(norm))):
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self._losses.append(mean)
+            else:
+                self._go_back()
+                return True
+        return bool(accelerator.sync_gradients)
+
+    def _after_step(self) -> str:
+        progress = self.progress
+        progress.step += 1
+        progress.tick()
+        if progress.seconds is not None:
+            elapsed = torch.tensor(progress.elapsed, device=self.accelerator.device)
+            progress.tick(self.accelerator.reduce(elapsed, "mean").item())
+        self.on_progress(progress.fraction)
+        over = progress.fraction >= 1
+        if over or progress.step % self.evaluate_every == 0:
+            self.judge()
+            if self.checkpoints is not None and not over:
+                self.checkpoints.save(self.accelerator, progress, self.best)
+        if progress.failures > MOST_FAILURES:
+            return "diverged"
+        if over:
+            return "time" if progress.step < progress.steps else "done"
+        return "early" if progress.stale(self.patience) else ""
+
+    def judge(self) -> None:
+        """Run the held-out samples, and keep the state where it is the best so far."""
+        progress = self.progress
+        held_out = self.criterion.held_out_loss()
+        losses, self._losses = self._losses, []
+        progress.history.append(
+            {
+                "step": progress.step,
+                "epoch": round(progress.step / progress.steps_an_epoch, 3),
+                "seconds": round(progress.elapsed, 3),
+                "learning_rate": self.learning_rate * progress.learning_rate,
+                "loss": torch.stack(losses).mean().item() if losses else None,
+                "held_out": held_out if math.isfinite(held_out) else None,
+            }
+        )
+        if progress.improves(held_out):
+            self.best = _copy(self.parameters)
+        if math.isfinite(held_out):
+            self._good = self._state()
+        elif progress.step:
+            self._go_back()
+
+    def _state(self) -> tuple[dict[str, Tensor], Any]:
+        return _copy(self.parameters), deepcopy(self.optimizer.state_dict())
+
+    def _go_back(self) -> None:
+        """After numbers that are not finite: the last good state, at half the learning rate."""
+        assert self._good is not None
+        self.progress.failures += 1
+        self.progress.rate /= 2
+        self.warn(
+            f"training met NaN or infinity at step {self.progress.step}: it goes on from the last good state at half "
+            f"the learning rate ({self.progress.failures} of at most {MOST_FAILURES} times)."
+        )
+        weights, optimizer = self._good
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+        self.optimizer.load_state_dict(deepcopy(optimizer))
+        self.optimizer.zero_grad()
+        self._losses.clear()
+
+
+def _copy(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def steps_an_epoch(batches: int, accumulation: int) -> int:
+    return max(1, math.ceil(batches / accumulation))
