@@ -25,6 +25,7 @@ from vitshrink.pipeline import CompressionResult, find_device
 from vitshrink.publication import check_space, publish
 from vitshrink.recovery import Recovery, check, open_material, recover
 from vitshrink.report import Report, before_after, write
+from vitshrink.resolution import set_resolution
 
 
 def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -> CompressionResult:
@@ -48,6 +49,9 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     if any(not parameter.is_floating_point() for parameter in source.model.parameters()):
         raise CheckpointError(f"{source.directory} is quantised: train what it was made from, and quantise the result.")
     if teacher is not None:
+        size = getattr(source.model.config, "image_size", None)
+        if isinstance(size, int) and not compressed_layers(teacher.model):
+            _look_as_closely(teacher, size, job)
         check_comparable(source, teacher)
     check(source.model, config.finetune, dense=teacher is not None, labelled=True)
     with _published(config, source) as staging:
@@ -105,6 +109,13 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     return CompressionResult(Path(config.output), report)
 
 
+def _look_as_closely(teacher: LoadedModel, size: int, job: Job) -> None:
+    """Give the dense model the resolution that the compressed one was given."""
+    if teacher.family.modality == "image" and teacher.model.config.image_size != size:
+        job.warn(f"{teacher.directory} takes images of {size} pixels here, as the compressed model does.")
+        set_resolution(teacher.model, size)
+
+
 @contextmanager
 def _published(config: FinetuneJob, source: LoadedModel) -> Iterator[Path]:
     """The staging directory; the first process publishes it, the others only read what it writes there."""
@@ -120,9 +131,7 @@ def _published(config: FinetuneJob, source: LoadedModel) -> Iterator[Path]:
 def _evaluation_samples(config: FinetuneJob, source: LoadedModel, class_map: Path | None) -> SampleSet | None:
     if config.eval_data is None:
         return None
-    samples = open_data(config.eval_data, source, offline=config.offline)
-    if config.eval_limit is not None and config.eval_limit < len(samples):
-        samples = samples.select(config.eval_limit, config.seed)
+    samples = open_data(config.eval_data, source, offline=config.offline).at_most(config.eval_limit, config.seed)
     # before any work: labels that cannot be aligned would otherwise be met at its end
     labels_of(source.model, samples, task_of(source.model), class_map)
     return samples

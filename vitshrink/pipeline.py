@@ -94,7 +94,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         preprocessor, calibration, held_out, evaluation_samples = _data(
             config, source, job, calibrated=choices.calibrated or trains
         )
-        material = _material(config, source, calibration, evaluation_samples, job)
+        material = _material(config, source, shrinking.base, calibration, evaluation_samples, job)
         description = shrinking.description(calibration, preprocessor)
         results = []
         saved: list[_Saved] = []
@@ -138,6 +138,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
 def _material(
     config: CompressConfig,
     source: LoadedModel,
+    base: PreTrainedModel,
     calibration: CalibrationData | None,
     evaluation: SampleSet | None,
     job: Job,
@@ -154,7 +155,7 @@ def _material(
         seed=config.seed,
         offline=config.offline,
     )
-    check_recovery(source.model, config.finetune, dense=True, labelled=material.label_of is not None)
+    check_recovery(base, config.finetune, dense=True, labelled=material.label_of is not None)
     shared = overlap(material.samples, evaluation) if evaluation is not None and config.finetune.data else 0
     if shared:
         job.warn(

@@ -43,8 +43,7 @@ def open_material(
         samples = calibration.samples
     else:
         raise UsageError("recovery needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
-    if config.samples is not None and config.samples < len(samples):
-        samples = samples.select(config.samples, seed)
+    samples = samples.at_most(config.samples, seed)
     label_of = None
     if config.objective == "supervised":
         label_of, _ = labels_of(model.model, samples, task_of(model.model), class_map)

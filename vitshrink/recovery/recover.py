@@ -38,6 +38,7 @@ from vitshrink.recovery.progress import Progress
 from vitshrink.recovery.reversible import bidirectional
 from vitshrink.recovery.samples import TrainingSet
 from vitshrink.recovery.training import Loop, steps_an_epoch
+from vitshrink.structures.tokens import MixedTokens
 
 RATES = {"distill": 5e-5, "supervised": 1e-4}
 """Peak learning rates."""
@@ -214,6 +215,15 @@ def recover(
 
 def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labelled: bool) -> None:
     """Raises UsageError for an objective that a model does not allow, or that lacks what it needs; before any work."""
+    if any(isinstance(layer.spec, MixedTokens) for layer in compressed_layers(model).values()):
+        if config.blockwise:
+            raise UsageError(
+                "--blockwise compares blocks token by token, and this model has mixed tokens: leave it out."
+            )
+        if task_of(model) == "features":
+            raise UsageError(
+                "a headless model with mixed tokens cannot be trained: its tokens are not the dense one's."
+            )
     if config.objective == "distill":
         if not dense:
             raise UsageError("distillation learns from the dense model: pass it as --teacher.")
