@@ -185,7 +185,7 @@ def test_a_terminal_gets_bars_that_vanish_and_colours_unless_not_wanted(
 def test_every_flag_is_an_entry_of_a_recipe_and_the_other_way_round() -> None:
     flags = set(inspect.signature(compress_module.compress_command).parameters)
     own = {"context", "config", "csv", "quiet", "as_json", "push_to_hub", "private"}
-    renamed = {"eval_data": "eval", "option": "options"}
+    renamed = {"eval_data": "eval", "option": "options", "finetune_option": "finetune"}
     assert {renamed.get(flag, flag) for flag in flags - own} == {field.name for field in fields(CompressConfig)}
 
 

@@ -140,3 +140,55 @@ def test_options_of_compress_are_the_flags_of_finetune() -> None:
     nested = {"model": "m", "output": "o", "finetune": {"data": "d", "minutes": 5}}
     assert FinetuneJob.from_mapping(flat) == FinetuneJob.from_mapping(nested)
     assert "--minutes 5.0" in FinetuneJob.from_mapping(flat).command()
+
+
+def test_integer_weights_are_not_trained(small: Path, vit_directory: Path, flat_images: Path, tmp_path: Path) -> None:
+    result = run("quantize", small, tmp_path / "int8", "--offline", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    out = tmp_path / "out"
+    result = run("finetune", tmp_path / "int8", out, "--teacher", vit_directory, "--data", flat_images, "--offline")
+    assert result.exit_code == 1
+    assert "is quantised: train what it was made from" in " ".join(result.stderr.split())
+    assert not out.exists()
+
+
+def test_labels_that_the_model_does_not_have_end_it_before_training(
+    small: Path, class_images: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    for file in class_images.rglob("*.png"):
+        place = data / file.relative_to(class_images)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    next(data.iterdir()).rename(data / "no such class")
+    out = tmp_path / "out"
+    for words in (("--data", data), ("--data", class_images, "--eval", data)):
+        result = run("finetune", small, out, "--objective", "supervised", *words, "--offline")
+        assert result.exit_code == 1
+        assert "no such class" in " ".join(result.stderr.split())
+        assert "Recovering" not in result.stderr
+        assert not out.exists()
+
+
+def test_the_teacher_sees_at_the_resolution_of_the_small_model_and_its_own_tokens(
+    compressed: Callable[..., CompressionResult], vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    other = compressed(
+        "ViTForImageClassification",
+        method="svd",
+        resolution=64,
+        tokens="mixed",
+        token_budget=40,
+        finetune=FinetuneConfig(**QUICK),
+    )
+    assert other.directory is not None
+    assert other.report.recovery is not None
+    words = ("--teacher", vit_directory, "--data", flat_images, "--eval", flat_images, "--offline")
+    out = tmp_path / "out"
+    result = run("finetune", other.directory, out, *words, "--epochs", 1, "--batch-size", 8)
+    assert result.exit_code == 0, result.stderr
+    assert "images of 64 pixels" in " ".join(result.stderr.split())
+    assert vitshrink.load(out).config.image_size == 64
+    refused = run("finetune", other.directory, tmp_path / "blocks", *words, "--blockwise", 1)
+    assert refused.exit_code == 2
+    assert "mixed tokens" in " ".join(refused.stderr.split())

@@ -33,6 +33,8 @@ def fingerprints(configs: Sequence[CompressConfig]) -> list[str]:
     for config in configs:
         recipe = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in ASIDE}
         read = {name: files(str(recipe[name])) for name in READ if recipe.get(name) is not None}
+        if config.finetune_data is not None:
+            read["finetune"] = files(config.finetune_data.source)
         text = json.dumps({"vitshrink": __version__, "recipe": recipe, "read": read}, sort_keys=True, default=str)
         found.append(hashlib.sha256(text.encode()).hexdigest())
     return found
