@@ -1,5 +1,6 @@
 """Jobs that share a cache directory: what they need not do again, and what they must."""
 
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -285,3 +286,14 @@ def test_digests_tell_models_and_data_apart() -> None:
         for batches in ([batch()], [batch(ones)], [batch(~ones)], [batch(shape=(3, 2))], [batch(), batch()], [])
     ]
     assert len(set(digests)) == len(digests)
+
+
+def test_what_a_killed_run_had_half_written_is_removed_after_a_day(tmp_path: Path) -> None:
+    stem = f".linearstats-{'0a' * 16}"
+    young, aged, foreign = (tmp_path / name for name in (f"{stem}-young.tmp", f"{stem}-aged.tmp", ".notes-of-mine.tmp"))
+    for file in (young, aged, foreign):
+        file.write_bytes(b"half")
+    for file in (aged, foreign):
+        os.utime(file, (0, 0))
+    Cache(tmp_path, torch.device("cpu"), pytest.fail)
+    assert set(tmp_path.iterdir()) == {young, foreign}

@@ -72,6 +72,7 @@ def test_source_distribution_can_build_and_test_itself(tmp_path: Path) -> None:
         "Makefile",
         "constraints.txt",
         "tests/conftest.py",
+        "examples/sweep.yaml",
     } <= names
     assert not {name for name in names if name.startswith((".venv", "demo-output"))}
 

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +27,16 @@ Entry = TypeVar("Entry", LinearStats, Factorisation)
 Key = Mapping[str, Any]
 """All that the entries follow from, as JSON; ``layers`` lists their names."""
 
+DAY = 24 * 3600.0
+"""Seconds; no file takes so long to write."""
+
 
 @dataclass(frozen=True)
 class Cache:
     """One safetensors file for every key, named by its digest; files of other keys are left alone.
 
-    Files appear whole or not at all, so that any number of processes may share the directory.
+    Files appear whole or not at all, so that any number of processes may share the directory; what a killed one
+    had half written is removed after a day.
 
     Raises:
         OutputError: the directory cannot be made.
@@ -45,6 +51,10 @@ class Cache:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"--cache {self.directory} cannot be used: {error}.") from error
+        for half in self.directory.glob(f".*-{'[0-9a-f]' * 32}-*.tmp"):
+            with suppress(OSError):  # its process ended just now, or another one removes it
+                if time.time() - half.stat().st_mtime > DAY:
+                    half.unlink()
 
     def read(self, kind: type[Entry], key: Key) -> dict[str, Entry] | None:
         """The entries of ``key``, or None; warns of a file that is damaged or of another key."""
