@@ -776,3 +776,12 @@ def test_a_dry_run_writes_nothing_and_plans_what_the_job_does(compressed: Compre
     assert dry.report.parameters == real.report.parameters
     assert dry.report.layers == real.report.layers
     assert dry.report.evaluation is None
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+def test_a_dry_run_says_that_it_does_not_refine(
+    refine: int, vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    flags: dict[str, Any] = {"method": "curvature", "compensation": None, "calibration": str(flat_images), "samples": 8}
+    (dry,) = compress(job(vit_directory, tmp_path / "out", refine=refine, dry_run=True, **flags))
+    assert any("does not refine" in warning for warning in dry.report.warnings) == bool(refine)

@@ -26,6 +26,9 @@ Layers = Literal["attention", "mlp", "all"]
 FLASH = "flash_attention_2"
 """The attention that computes in half precision only, so that it serves training with mixed precision."""
 
+HARMLESS = 2**24
+"""Numbers that a parameter may have whatever is stored; a shape that does not fit is then named with both its sides."""
+
 _ROLES: dict[str, tuple[Role, ...]] = {
     "attention": ("query", "key", "value", "output"),
     "mlp": ("fc1", "fc2"),
@@ -273,6 +276,9 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     options: dict[str, Any] = {}
     if family.tasks[architectures[0]] == "features" and not any("pooler." in name for name in source.tensors):
         options["add_pooling_layer"] = False  # saved without one: transformers would add a random pooler
+    if source.config.get("output_attentions"):
+        options["output_attentions"] = False  # nobody looks at them, and fast attention has none
+    _check_size(source, getattr(transformers, architectures[0]), options, where)
     try:
         with quiet_transformers():
             model, info = getattr(transformers, architectures[0]).from_pretrained(
@@ -294,6 +300,7 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     except Exception as error:  # from_pretrained raises whatever a contradictory config leads to
         raise CheckpointError(f"transformers cannot load {source.directory}: {error}") from error
     _check_complete(source, info, strict=is_compressed(source))
+    model.config.return_dict = True  # outputs are read by name; what asks for them by place gets the same
     for parameter in model.parameters():
         # Out of the mapped file, which may be replaced while the model lives, and into aligned memory, on which
         # the order of summation may depend.
@@ -307,6 +314,35 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
         companions=source.companions,
         ignored=tuple(sorted(info["unexpected_keys"])),
     )
+
+
+def _check_size(source: Source, architecture: type[PreTrainedModel], options: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError where the config describes far more than the files hold, before memory is taken for it.
+
+    Each side of a matrix is a side of something stored, factors and biases included; anything else is stored itself.
+    """
+    side = max(length for tensor in source.tensors.values() for length in (1, *tensor.shape))
+    most = max(HARMLESS, side**2, *(tensor.numel for tensor in source.tensors.values()))
+    labels = source.config.get("num_labels")
+    if isinstance(labels, int) and labels > most:
+        raise CheckpointError(
+            f"{where} promises {labels} classes, more than the checkpoint has numbers: it is damaged."
+        )
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = architecture.config_class.from_dict(source.config | {"output_attentions": False})
+            config._attn_implementation = "sdpa"  # the config may name a kernel to be fetched and run
+            model = architecture(config, **{k: v for k, v in options.items() if k != "output_attentions"})
+    except MemoryError:
+        raise
+    except Exception as error:  # a constructor raises whatever a contradictory config leads to
+        raise CheckpointError(f"transformers cannot load what {where} describes: {error}") from error
+    for name, parameter in model.named_parameters():
+        if parameter.numel() > most:
+            raise CheckpointError(
+                f"{where} makes {name} {list(parameter.shape)}, far larger than anything in the weight files: "
+                "the config or the weights are damaged, or do not belong together."
+            )
 
 
 def check_finite(model: nn.Module, where: str) -> None:

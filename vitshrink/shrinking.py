@@ -193,7 +193,10 @@ class Shrinking:
             None if self.bound is None else Search.on(held_out, preprocessor, compression, self.bound, self.dtype, job)
         )
         first = compression.factorise_dense(job)
-        refine = config.refine if method.needs is Needs.CURVATURE and not config.dry_run else 0
+        refine = config.refine if method.needs is Needs.CURVATURE else 0
+        if refine and config.dry_run:
+            job.warn("a dry run does not refine: the ranks of the job itself may differ a little.")
+            refine = 0
         for size in self.sizes:
             own = job.branch()
             if search is not None:
