@@ -1,109 +1,267 @@
-"""What each technique keeps and costs on one checkpoint: methods for layers and attentions, and mixed tokens.
+"""What each technique keeps and costs on one checkpoint, without and with a short recovery: one table.
 
-Every row is a job of ``vitshrink compress``, written, read again and measured as the tool does it; nothing is kept.
+Every row is a job of ``vitshrink compress``, written, read again and measured as the tool does it. Figures are kept in
+--results, so that a run that was stopped goes on, and rows of several runs make one table.
 
-    python benchmarks/techniques.py --model MODEL --calibration UNLABELLED --eval LABELLED --keep 0.93
+    python benchmarks/techniques.py --model MODEL --calibration UNLABELLED --eval LABELLED --results tiny.json \\
+        --keep 0.93 --tokens 100 148 --landmarks 49 --recovery 2 --stop-after 10
+    python benchmarks/techniques.py --results tiny.json
 """
 
 import argparse
+import hashlib
+import json
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tables import print_circumstances, print_head, print_row
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from vitshrink.config import CompressConfig
+from vitshrink.checkpoint import load
+from vitshrink.config import CompressConfig, DataConfig, FinetuneConfig
+from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.errors import VitshrinkError
+from vitshrink.measurement import measure_each, open_data
+from vitshrink.models import load_dense, task_of
+from vitshrink.observer import Job, Silent
 from vitshrink.pipeline import compress
-from vitshrink.report import Report
+from vitshrink.resolution import set_resolution
 
-LAYERS = ("svd", "pca", "whitened", "curvature")
+LAYERS = ("svd", "asvd", "pca", "whitened", "mixed-rank", "curvature")
 ATTENTIONS = ("qk-joint", "vo-joint", "heads-joint", "cholesky")
-OUTPUTS = {
-    "attention output, pca": {"method": "pca", "include": (r"o_proj$|attention\.output\.dense$",)},
-    "attention output, whitened": {"method": "whitened", "include": (r"o_proj$|attention\.output\.dense$",)},
-}
+TENSORS = ("tucker", "cp", "tt")
+OUTPUTS = ("pca", "whitened")
+OUTPUT = r"o_proj$|attention\.output\.dense$"
+COLUMNS = ("technique", "parameters", "MACs", "time", "top-1", "KL", "top-1 recovered", "KL recovered")
 
 
-def techniques(keep: Sequence[float], budgets: Sequence[int], scorers: Sequence[str]) -> dict[str, dict[str, Any]]:
+def techniques(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Rows by name: the entries of a config that differ from row to row."""
     found: dict[str, dict[str, Any]] = {}
-    for fraction in keep:
+    for fraction in given.keep:
+        size = {"keep": (fraction,)}
         for method in (*LAYERS, *ATTENTIONS):
-            found[f"{method} {fraction:g}"] = {"method": method, "keep": (fraction,)}
-        for name, entries in OUTPUTS.items():
-            found[f"{name} {fraction:g}"] = {**entries, "keep": (fraction,)}
-    for budget in budgets:
-        for scorer in scorers:
+            found[f"{method} {fraction:g}"] = {"method": method, **size}
+        for form in TENSORS:
+            found[f"tensor {form} {fraction:g}"] = {"method": "tensor", "options": {"form": form}, **size}
+        for method in OUTPUTS:
+            found[f"output projections, {method} {fraction:g}"] = {"method": method, "include": (OUTPUT,), **size}
+    for budget in given.tokens:
+        for scorer in given.scorers:
             tokens = {"tokens": "mixed", "token_budget": budget, "token_scorer": scorer}
             found[f"{budget} tokens, {scorer}"] = tokens
-            if scorer == scorers[0]:
-                for fraction in keep:
+            if scorer == given.scorers[0]:
+                for fraction in given.keep:
                     found[f"{budget} tokens, curvature {fraction:g}"] = {**tokens, "keep": (fraction,)}
+    for landmarks in given.landmarks:
+        for form in given.forms:
+            found[f"{landmarks} landmarks, {form}"] = {"landmarks": landmarks, "landmark_form": form}
     return found
 
 
-def row(name: str, report: Report) -> list[str]:
-    evaluation: Mapping[str, Any] = report.evaluation or {}
-    dense, small = (report.latency[role]["median"] for role in ("dense", "compressed"))
-    score = (evaluation.get("compressed") or {}).get("top1")
-    kl = (evaluation.get("fidelity") or {}).get("kl")
-    return [
-        name,
-        f"{report.parameters['kept']:.3f}",
-        f"{report.macs['kept']:.3f}",
-        f"{small / dense:.2f}",
-        "–" if score is None else f"{score:.3f}",
-        "–" if kl is None else f"{kl:.3f}",
+@dataclass
+class Results:
+    """The file that keeps the figures, and the circumstances that they share."""
+
+    file: Path | None
+    circumstances: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, file: Path | None, circumstances: dict[str, Any] | None) -> "Results":
+        if file is None or not file.exists():
+            if circumstances is None:
+                raise SystemExit("--model, --calibration and --eval say what to run; there are no --results yet.")
+            return cls(file, circumstances, {})
+        document = json.loads(file.read_text(encoding="utf-8"))
+        there = document["circumstances"]
+        if circumstances is not None and there != circumstances:
+            different = sorted(name for name in there if there[name] != circumstances.get(name))
+            raise SystemExit(f"{file} has figures of other circumstances ({', '.join(different)}): take another file.")
+        return cls(file, there, document["rows"])
+
+    def add(self, name: str, figures: dict[str, Any]) -> None:
+        self.rows[name] = figures
+        if self.file is not None:
+            beside = self.file.with_suffix(".tmp")
+            beside.write_text(json.dumps({"circumstances": self.circumstances, "rows": self.rows}, indent=1) + "\n")
+            beside.replace(self.file)
+
+    def show(self) -> None:
+        known = dict(self.circumstances)
+        resolution = known.pop("resolution")
+        where = "" if resolution is None else f" at {resolution} pixels"
+        print_circumstances(f"Techniques on {known.pop('model')}{where}", **known)
+        print_head(COLUMNS)
+        for name in self.rows:
+            if not name.endswith(RECOVERED):
+                print_row(cells(name, self.rows[name], self.rows.get(name + RECOVERED)))
+
+
+RECOVERED = ", recovered"
+
+
+def cells(name: str, figures: Mapping[str, Any], recovered: Mapping[str, Any] | None) -> list[str]:
+    shares = [f"{figures[key]:.3f}" if key in figures else "–" for key in ("parameters", "macs", "time")]
+    scores = [
+        f"{found[key]:.3f}" if found and found.get(key) is not None else "–"
+        for found in (figures, recovered)
+        for key in ("top1", "kl")
     ]
+    return [name, *shares, *scores]
+
+
+@dataclass
+class Bench:
+    """The dense model and the samples that all rows are measured on."""
+
+    given: argparse.Namespace
+    results: Results
+    dense: nn.Module
+    preprocessor: Preprocessor
+    samples: SampleSet
+
+    @classmethod
+    def of(cls, given: argparse.Namespace, results: Results) -> "Bench":
+        source = load_dense(given.model, offline=True)
+        if given.resolution is not None:
+            set_resolution(source.model, given.resolution)
+        preprocessor = Preprocessor.from_checkpoint(
+            source.directory, source.family.modality, offline=True, resolution=given.resolution
+        )
+        samples = open_data(DataConfig(given.eval), source, offline=True).at_most(given.limit, 0)
+        return cls(given, results, Remembered(source.model), preprocessor, samples)
+
+    def run(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """The rows that are not known yet, until the time is over."""
+        begun, waiting = time.monotonic(), [name for name in rows if name not in self.results.rows]
+        while waiting and time.monotonic() - begun < 60 * self.given.stop_after:
+            name, start = waiting.pop(0), time.monotonic()
+            try:
+                figures = self._row(rows[name])
+            except VitshrinkError as error:
+                figures = {"error": str(error)}
+            self.results.add(name, figures)
+            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        for name in waiting:
+            print(f"{name}: not run, run again to go on", file=sys.stderr)
+
+    def _row(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Figures of one job, and of what it wrote."""
+        given = self.given
+        with tempfile.TemporaryDirectory() as directory:
+            output = str(Path(directory) / "out")
+            common = {
+                "calibration": given.calibration,
+                "samples": given.samples,
+                "holdout": 0,
+                "resolution": given.resolution,
+                "latency": tuple(given.latency),
+                "offline": True,
+            }
+            (result,) = compress(CompressConfig(given.model, output, **{**common, **entries}))
+            report, model = result.report, load(output, dtype=torch.float32)
+        timed = [report.latency, *report.latency.get("others", ())]
+        (measured,) = measure_each(
+            [model],
+            self.samples,
+            self.preprocessor,
+            Job(Silent()),
+            task=task_of(model),
+            baseline=self.dense,
+            device=model.device,
+            batch_size=32,
+        )
+        evaluation = measured.evaluation.to_dict()
+        top1 = {role: (evaluation.get(role) or {}).get("top1") for role in ("dense", "compressed")}
+        fidelity = evaluation.get("fidelity") or {}
+        if "dense" not in self.results.rows:
+            self.results.add("dense", {"parameters": 1.0, "macs": 1.0, "time": 1.0, "top1": top1["dense"], "kl": 0.0})
+        figures = {
+            "parameters": report.parameters["kept"],
+            "macs": report.macs["kept"],
+            "time": timed[0]["compressed"]["median"] / timed[0]["dense"]["median"],
+            "times": {each["dense"]["batch_size"]: each["compressed"]["median"] for each in timed},
+            "seconds": sum(report.timings.values()),
+            "top1": top1["compressed"],
+            "kl": fidelity.get("kl"),
+            "agreement": fidelity.get("agreement"),
+        }
+        if report.recovery is not None:
+            figures |= {"epochs": report.recovery["history"][-1]["epoch"], "best_step": report.recovery["best_step"]}
+        return figures
+
+
+class Remembered(nn.Module):
+    """A model that is asked the same for every row, and answers each question once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.answers: dict[str, Any] = {}
+
+    def forward(self, **inputs: Tensor) -> Any:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(inputs.items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in self.answers:
+            self.answers[key] = self.model(**inputs)
+        return self.answers[key]
+
+
+def circumstances(given: argparse.Namespace) -> dict[str, Any]:
+    """What all rows of a table have in common."""
+    return {
+        "model": Path(given.model).name,
+        "resolution": given.resolution,
+        "calibration": f"{given.samples} samples of {Path(given.calibration).name}",
+        "evaluation": f"{'all' if given.limit is None else given.limit} samples of {Path(given.eval).name}",
+        "recovery": f"label-free distillation on the calibration samples, {given.recovery:g} minutes",
+        "time": f"of a batch of {given.latency[0]}",
+        "columns": "fractions of the dense model's; KL(dense ‖ compressed) in nats",
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True, help="unlabelled samples")
-    parser.add_argument("--eval", help="labelled samples; without them the fidelity on held-out calibration samples")
+    parser.add_argument("--model")
+    parser.add_argument("--calibration", help="unlabelled samples")
+    parser.add_argument("--eval", help="labelled samples")
+    parser.add_argument("--results", type=Path, help="file (JSON) that keeps the figures; alone: its table")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--limit", type=int, help="evaluate on this many")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.93], help="of the whole model's parameters")
     parser.add_argument("--tokens", type=int, nargs="*", default=[], help="patches an image, for image models")
     parser.add_argument("--scorers", nargs="+", default=["blur", "features"])
+    parser.add_argument("--landmarks", type=int, nargs="*", default=[], help="of attention maps, for image models")
+    parser.add_argument("--forms", nargs="+", default=["pooled", "nystrom"], help="of such maps")
     parser.add_argument("--resolution", type=int)
+    parser.add_argument("--recovery", type=float, default=2, metavar="MINUTES", help="of training; 0: rows without it")
+    parser.add_argument(
+        "--latency", type=int, nargs="+", default=[1], help="batch sizes to time; the table has the first"
+    )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="MINUTES", help="begin no row later")
     given = parser.parse_args(arguments)
-    common = {
-        "calibration": given.calibration,
-        "samples": given.samples,
-        "eval": given.eval,
-        "eval_limit": given.limit,
-        "resolution": given.resolution,
-    }
-    shown = False
-    for name, entries in techniques(given.keep, given.tokens, given.scorers).items():
-        if given.only and not any(text in name for text in given.only):
-            continue
-        print(name, file=sys.stderr)
-        with tempfile.TemporaryDirectory() as directory:
-            config = CompressConfig(given.model, str(Path(directory) / "out"), **{**common, **entries})
-            try:
-                (result,) = compress(config)
-            except VitshrinkError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                continue
-        evaluation: Mapping[str, Any] = result.report.evaluation or {}
-        if not shown:
-            top1 = (evaluation.get("dense") or {}).get("top1")
-            print_circumstances(
-                f"Techniques on {Path(given.model).name}",
-                calibration=f"{given.samples} samples of {Path(given.calibration).name}",
-                evaluation=f"{evaluation.get('samples')} samples; dense top-1 {'–' if top1 is None else f'{top1:.3f}'}",
-                columns="fractions of the dense model's; time of one sample; KL(dense ‖ compressed) in nats",
-            )
-            print_head(["technique", "parameters", "MACs", "time", "top-1", "KL"])
-            shown = True
-        print_row(row(name, result.report))
+    if not (given.model and given.calibration and given.eval):
+        Results.of(given.results, None).show()
+        return
+    results = Results.of(given.results, circumstances(given))
+    rows = techniques(given)
+    if given.recovery:
+        training = {"finetune": FinetuneConfig(minutes=given.recovery)}
+        rows |= {name + RECOVERED: entries | training for name, entries in rows.items()}
+    chosen = {name: row for name, row in rows.items() if not given.only or any(text in name for text in given.only)}
+    Bench.of(given, results).run(chosen)
+    results.show()
 
 
 if __name__ == "__main__":

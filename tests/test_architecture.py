@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("description", "inspection", "search"),
     ("attentions",),
     ("compression",),
-    ("report", "resolution", "sequential", "rescaling", "measurement", "storage", "quantization", "recovery"),
+    ("report", "resolution", "maps", "sequential", "rescaling", "measurement", "storage", "quantization", "recovery"),
     ("effects",),
     (
         "models",

@@ -25,11 +25,13 @@ from vitshrink.errors import CheckpointError, DependencyError, UsageError
 from vitshrink.measurement import CalibrationData
 from vitshrink.methods import attention_methods, find_method
 from vitshrink.methods.attention import AttentionMethod
+from vitshrink.methods.tensor import nearest_kronecker
 from vitshrink.models import find_targets
 from vitshrink.observer import Job, Silent
 from vitshrink.pipeline import CompressionResult, compress
 from vitshrink.structures import describe, read, structure_of
 from vitshrink.structures.tensor import TensorProjection
+from vitshrink.structures.tensor_output import TensorOutput
 
 Compressed = Callable[..., CompressionResult]
 
@@ -245,11 +247,17 @@ def test_every_method_names_its_origin(method: str) -> None:
         {"structure": "tensor-tucker", "parts": 3, "heads": 2, "dims": 4, "inputs": 8},
         {"structure": "tensor-cp", "rank": 9},
         {"structure": "tensor-train", "parts": 3, "heads": 4, "inputs": 8},
+        {"structure": "tensor-output", "form": "tucker", "size": 2, "heads": 2, "dims": 4, "outputs": 8},
+        {"structure": "tensor-output", "form": "cp", "size": 2, "outputs": 8},
+        {"structure": "tensor-output", "form": "tt", "size": 2, "dims": 4, "outputs": 8},
     ],
 )
 def test_descriptions_read_back_and_damaged_ones_do_not(entry: dict[str, Any]) -> None:
     assert describe(read(entry)) == entry
-    for damaged in ({**entry, "new": 1}, {name: 0 if name != "structure" else value for name, value in entry.items()}):
+    for damaged in (
+        {**entry, "new": 1},
+        {name: 0 if isinstance(value, int) else value for name, value in entry.items()},
+    ):
         with pytest.raises(CheckpointError, match="expected positive whole numbers"):
             read(damaged)
 
@@ -286,13 +294,21 @@ def test_both_orders_of_contraction_agree(form: str) -> None:
     x = torch.randn(2, 3, 32)
     z = torch.nn.functional.linear(x, projection.inputs)
     stepwise, at_once = projection._contract(z), torch.nn.functional.linear(z, projection.matrix())
+    output = smaller.layers[0].attention.o_proj
+    assert isinstance(output, TensorOutput)
+    if form != "cp":
+        multiplied = torch.nn.functional.linear(x, output.matrix())
+        torch.testing.assert_close(output._contract(x), multiplied, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            output(x), torch.nn.functional.linear(multiplied, output.outputs, output.bias), rtol=1e-4, atol=1e-5
+        )
     torch.testing.assert_close(stepwise, at_once, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat(projection(x), -1), at_once + projection.bias, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["tucker", "tt"])
 def test_a_tensor_of_few_dimensions_is_kept(form: str) -> None:
-    """Projections that read 12 of the 32 directions and write to 6 of each head's 16 lose nothing, biases included."""
+    """Projections between 12 of the 32 directions and 6 of each head's 16 lose nothing, biases included."""
     name = "ViTForImageClassification"
     model = tiny.build(name)
     generator = torch.Generator().manual_seed(0)
@@ -305,12 +321,52 @@ def test_a_tensor_of_few_dimensions_is_kept(form: str) -> None:
             with torch.no_grad():
                 kept = written_to @ written_to.T @ weight.view(2, 16, 32) @ read_from @ read_from.T
                 weight.copy_(kept.reshape(32, 32))
+        output = model.get_submodule(attention.places["output"]).weight
+        assert isinstance(output, Tensor)
+        with torch.no_grad():
+            kept = read_from @ read_from.T @ output @ torch.block_diag(*[written_to @ written_to.T] * 2)
+            output.copy_(kept)
     found = compression(model, name, "tensor", options={"form": form}, keep=(), rank=12)
     factors = found.factorise_dense(Job(Silent()))
     smaller = found.build(factors, {unit.name: 12 for unit in found.units()}, Job(Silent())).eval()
     if form == "tucker":
         torch.testing.assert_close(outputs(smaller, name), outputs(model, name), rtol=1e-3, atol=1e-3)
     assert torch.isfinite(outputs(smaller, name)).all()
+
+
+@pytest.mark.parametrize("form", ["tucker", "cp", "tt"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_of_an_output_tensor_is_its_error(name: str, form: str) -> None:
+    """The output projection alone, on the inputs it was calibrated on."""
+    model = tiny.build(name)
+    entries = {"options": {"form": form}, "keep": (), "rank": 8}
+    found = compression(model, name, "tensor", **entries)
+    factors = found.factorise_dense(Job(Silent()))
+    attention = attentions_of(model, find_targets(model))[0]
+    (unit,) = [unit for unit in found.units() if unit.name == attention.unit("o")]
+    rank = unit.nearest(8)
+    assert rank is not None
+    smaller = found.build(factors, {unit.name: rank}, Job(Silent())).eval()
+    seen: dict[str, Tensor] = {}
+    place = attention.places["output"]
+    for key, each in (("dense", model), ("small", smaller)):
+        each.get_submodule(place).register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out}))
+    inputs = tiny.inputs(name, 8)
+    outputs(model, name), outputs(smaller, name)
+    there = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones(seen["dense"].shape[:2]) > 0
+    error = (seen["dense"] - seen["small"])[there].double()
+    torch.testing.assert_close(error.mean(0), torch.zeros(32).double(), rtol=0, atol=1e-4)
+    promised = factors.layers[unit.name].loss[rank]
+    torch.testing.assert_close(error.square().sum(1).mean(), promised, rtol=1e-3, atol=1e-6)
+
+
+def test_the_nearest_kronecker_product_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(k, k, generator=generator).double() for k in (3, 5))
+    A, B = A @ A.T, B @ B.T
+    between, within = nearest_kronecker(torch.kron(A, B), 3)
+    torch.testing.assert_close(torch.kron(between, within), torch.kron(A, B))
+    assert min(torch.linalg.eigvalsh(between)[0], torch.linalg.eigvalsh(within)[0]) > 0
 
 
 def test_a_missing_package_and_an_unknown_form_are_named_before_any_work(

@@ -7,7 +7,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from vitshrink.structures.tokens import MixedTokens
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -32,7 +36,7 @@ def rows(output: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "script", ["evaluation", "fidelity", "speed", "quantisation", "export", "techniques", "recovery"]
+    "script", ["evaluation", "fidelity", "speed", "quantisation", "export", "techniques", "recovery", "quadtree"]
 )
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -176,16 +180,59 @@ def test_an_evaluation_is_timed_beside_its_passes(
     assert all(float(row[1]) >= 0 and float(row[2]) > 0 and row[3].endswith("%") for row in body)
 
 
-def test_techniques_go_into_one_table(
-    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+def test_techniques_go_into_one_table_that_a_second_run_completes(
+    benchmark: Benchmark,
+    vit_directory: Path,
+    flat_images: Path,
+    learned_images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = f"--model {vit_directory} --calibration {flat_images} --samples 12 --keep 0.93 --tokens 10 --scorers blur"
-    benchmark("techniques").main([*given.split(), "--only", "qk-joint", "tokens, blur", "heads", "output, pca"])
-    head, *found = rows(capsys.readouterr().out)
-    assert head == ["technique", "parameters", "MACs", "time", "top-1", "KL"]
-    names = ["qk-joint 0.93", "heads-joint 0.93", "attention output, pca 0.93", "10 tokens, blur"]
+    techniques, results = benchmark("techniques"), str(tmp_path / "results.json")
+    given = (
+        f"--model {vit_directory} --calibration {flat_images} --eval {learned_images} --results {results} "
+        "--samples 16 --keep 0.93 --tokens 10 --landmarks 4 --scorers blur --recovery 0.02"
+    ).split()
+    techniques.main([*given, "--only", "qk-joint", "output projections, pca", "--stop-after", "0"])
+    printed = capsys.readouterr()
+    assert len(rows(printed.out)) == 1
+    assert "qk-joint 0.93: not run" in printed.err
+    techniques.main([*given, "--only", "qk-joint", "tokens, blur"])
+    capsys.readouterr()
+    techniques.main([*given, "--only", "qk-joint", "landmarks, pooled", "heads-joint 0.93"])
+    printed = capsys.readouterr()
+    assert "qk-joint" not in printed.err  # known already
+    techniques.main(["--results", results])
+    again = capsys.readouterr()
+    assert again.out == printed.out
+    head, *found = rows(again.out)
+    assert head == list(techniques.COLUMNS)
+    names = ["dense", "qk-joint 0.93", "10 tokens, blur", "heads-joint 0.93", "4 landmarks, pooled"]
     assert [cells[0] for cells in found] == names
-    assert all(0 < float(cells[1]) <= 1 and float(cells[5]) >= 0 for cells in found)
+    for cells in found:
+        assert all(0 < float(cell) <= 1 for cell in cells[1:3])
+        assert float(cells[5]) >= 0
+        assert (float(cells[7]) >= 0) if cells[0] != "dense" else cells[7] == "–"
+    with pytest.raises(SystemExit, match=r"other circumstances \(calibration\)"):
+        techniques.main([*given, "--samples", "8"])
+
+
+def test_the_picture_of_a_quadtree_shows_patches_that_tile_the_image(
+    benchmark: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quadtree = benchmark("quadtree")
+    quadtree.main([str(tmp_path / "tree.png"), "--tokens", "148", "76"])
+    assert capsys.readouterr().out.splitlines() == [
+        "148 tokens: 148 patches, 16 of them large",
+        "76 tokens: 76 patches, 40 of them large",
+    ]
+    assert Image.open(tmp_path / "tree.png").size == (3 * 224 + 2 * 8, 224)
+    patches = quadtree.leaves(quadtree.generated(), MixedTokens(61))
+    assert {side for _, _, side in patches} == {16, 32}
+    covered = np.zeros((224, 224), int)
+    for left, top, side in patches:
+        covered[top : top + side, left : left + side] += 1
+    assert (covered == 1).all()
 
 
 def test_a_technique_of_recovery_gives_a_row(

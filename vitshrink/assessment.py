@@ -11,6 +11,7 @@ from vitshrink.config import DataConfig, Preprocessing
 from vitshrink.data import Preprocessor
 from vitshrink.description import example_inputs, latency_entries
 from vitshrink.errors import UsageError
+from vitshrink.maps import approximate_maps, landmarks_of
 from vitshrink.measurement import Measurement, measure, open_data
 from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
@@ -133,11 +134,13 @@ def evaluate_checkpoint(
     offline: bool = False,
     resolution: int | None = None,
     tokens: MixedTokens | None = None,
+    landmarks: int | None = None,
+    landmark_form: str = "pooled",
     observer: Observer | None = None,
 ) -> Assessment:
     """Measure a model on ``data`` and, with a ``baseline``, its difference from that on the same samples.
 
-    ``tokens`` are those of the model alone, ``resolution`` is that of both.
+    ``tokens`` and ``landmarks`` are those of the model alone, ``resolution`` is that of both.
     ``limit`` samples are drawn by ``seed``. Weights are read in the type they are stored in and computed in float32.
     ``latency`` are batch sizes to time. Where several processes work on the job each measures its share of the samples.
 
@@ -153,6 +156,8 @@ def evaluate_checkpoint(
                 set_resolution(each.model, resolution)
         if tokens is not None:
             mix_tokens(loaded.model, tokens)
+        if landmarks is not None:
+            approximate_maps(loaded.model, landmarks_of(loaded.model, landmarks, landmark_form))
     if reference is not None:
         check_comparable(loaded, reference)
     preprocessor = Preprocessor.from_checkpoint(

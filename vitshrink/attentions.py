@@ -62,8 +62,8 @@ class AttentionCompression:
         if not self.units():
             roles = ", ".join(sorted({role for roles in self.method.parts.values() for role in roles}))
             raise UsageError(
-                f"--method {self.method.name} replaces attentions, and no block has all of {roles} among its layers: "
-                "use --layers attention, and include them."
+                f"--method {self.method.name} replaces attentions, and no block has all of {roles} among the chosen "
+                "layers: use --layers attention, and neither --include nor --exclude."
             )
         most = max(max(self._ranks(attention)) for attention in self._attentions())
         if self.config.rank is not None and self.config.rank > most:

@@ -204,6 +204,8 @@ class CompressConfig:
     token_levels: int = 2
     token_scorer: str = "blur"
     resolution: int | None = None
+    landmarks: int | None = None
+    landmark_form: str = "pooled"
     calibration: str | None = None
     calibration_split: str | None = None
     samples: int = 512
@@ -241,9 +243,13 @@ class CompressConfig:
             raise UsageError(f"--tokens {self.tokens}: {_did_you_mean(self.tokens, ['all', 'mixed'])}")
         if (self.tokens == "mixed") is not (self.token_budget is not None):
             raise UsageError("--tokens mixed and --token-budget, the patches of an image, go together.")
-        if self.tokens == "mixed" and {"--max-drop", "--max-kl"} & set(sizes):
-            raise UsageError(f"{sizes[0]} searches the size of the weights: with --tokens mixed ask for a size.")
-        if len(sizes) != 1 and (sizes or self.tokens == "all"):
+        if self.tokens == "mixed" and self.landmarks is not None:
+            raise UsageError("--landmarks are means over a grid of patches, and --tokens mixed is no grid: choose one.")
+        others = {"--tokens mixed": self.token_budget, "--landmarks": self.landmarks}
+        approximated = [flag for flag, number in others.items() if number is not None]
+        if approximated and {"--max-drop", "--max-kl"} & set(sizes):
+            raise UsageError(f"{sizes[0]} searches the size of the weights: with {approximated[0]} ask for a size.")
+        if len(sizes) != 1 and (sizes or not approximated):
             given = f"{' and '.join(sizes)} were given" if sizes else "none was"
             known = ", ".join(map(flag_of, SIZES))
             raise UsageError(f"say how small: exactly one of {known}, such as --keep 0.6; {given}.")
@@ -278,6 +284,7 @@ class CompressConfig:
             "token_budget",
             "token_levels",
             "resolution",
+            "landmarks",
             "probes",
             "samples",
             "batch_size",
@@ -319,7 +326,7 @@ class CompressConfig:
 
     @property
     def sized(self) -> bool:
-        """Whether the weights are to get smaller; fewer tokens alone leave them as they are."""
+        """Whether the weights are to get smaller; fewer tokens or landmarks alone leave them as they are."""
         return any(getattr(self, name) not in (None, ()) for name in SIZES)
 
     @property

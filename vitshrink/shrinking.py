@@ -14,11 +14,12 @@ from vitshrink import attentions, cost, extras
 from vitshrink.allocation import ALLOCATIONS, Allocation, Offer, Plan, least_cost
 from vitshrink.attentions import AttentionCompression
 from vitshrink.compensation import COMPENSATIONS
-from vitshrink.compression import Compression, Compressor, Factors
+from vitshrink.compression import Compression, Compressor, Factors, choose_ranks
 from vitshrink.config import CompressConfig, parse_quantity
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.description import Description
 from vitshrink.errors import TargetError, UsageError
+from vitshrink.maps import approximate_maps, landmarks_of
 from vitshrink.measurement import CalibrationData
 from vitshrink.methods import AttentionMethod, Method, Needs, choose, find_method
 from vitshrink.models import Target, find_targets
@@ -26,6 +27,7 @@ from vitshrink.observer import Job
 from vitshrink.ranks import Storage
 from vitshrink.resolution import mix_tokens
 from vitshrink.search import Bound, Search
+from vitshrink.structures.landmarks import Landmarks
 from vitshrink.structures.tokens import MixedTokens
 
 HEADER_BYTES_A_TENSOR = 200
@@ -66,6 +68,8 @@ class Choices:
             method.require(layers=config.layers, storage=choices.storage, allocation=allocation)
             if config.quantize is not None:
                 raise UsageError(f"--quantize is for linear and low-rank layers: not with --method {method.name}.")
+            if config.landmarks is not None and config.sized:
+                raise UsageError(f"--landmarks replaces attentions, as --method {method.name} does: choose one.")
             if method.extra is not None:
                 extras.require(method.extra, f"--method {method.name}")
         return choices
@@ -139,6 +143,7 @@ class Shrinking:
     """Of the weights that will be stored."""
     bound: Bound | None
     sizes: Sequence[Size]
+    landmarks: Landmarks | None
 
     @classmethod
     def of(cls, choices: Choices, dense: PreTrainedModel, dtype: torch.dtype) -> Self:
@@ -148,13 +153,18 @@ class Shrinking:
         if config.tokens == "mixed" and config.token_budget is not None:
             base = copy.deepcopy(dense)
             mix_tokens(base, MixedTokens(config.token_budget, config.token_levels, config.token_scorer))
+        landmarks = None
+        if config.landmarks is not None:
+            landmarks = landmarks_of(dense, config.landmarks, config.landmark_form)
         targets = find_targets(base, layers=config.layers, include=config.include, exclude=config.exclude)
         units = choices.compressor(base, targets).units() if config.sized else []
+        if config.rank is not None:
+            choose_ranks(config, units, 0, ALLOCATIONS[choices.allocation])  # raises where it makes nothing smaller
         bound = Bound.of(config)
         if bound is not None:
             bound.require(dense)
         sizes = requested_sizes(config, dense, units, dtype) if config.sized else [Size("", cost.parameters(dense))]
-        return cls(choices, dense, base, targets, units, dtype, bound, sizes)
+        return cls(choices, dense, base, targets, units, dtype, bound, sizes, landmarks)
 
     def description(self, calibration: CalibrationData | None, preprocessor: Preprocessor | None) -> Description:
         """What the reports of all sizes have in common."""
@@ -186,7 +196,9 @@ class Shrinking:
         config, method = self.choices.config, self.choices.method
         if not config.sized:
             nothing = Factors({}, {}, {})
-            yield Shrunk(nothing, {}, None if config.dry_run else copy.deepcopy(self.base), job.branch())
+            yield Shrunk(
+                nothing, {}, None if config.dry_run else self._finished(copy.deepcopy(self.base)), job.branch()
+            )
             return
         compression = self.choices.compressor(self.base, self.targets, calibration)
         search = (
@@ -207,7 +219,14 @@ class Shrinking:
             for _ in range(refine):
                 factors = compression.refine(factors, plan, own)
                 plan = compression.plan(factors, size.budget)
-            yield Shrunk(factors, plan, None if config.dry_run else compression.build(factors, plan, own), own)
+            model = None if config.dry_run else self._finished(compression.build(factors, plan, own))
+            yield Shrunk(factors, plan, model, own)
+
+    def _finished(self, model: PreTrainedModel) -> PreTrainedModel:
+        """With landmarks, where they are asked for: the last step, so that weights are fitted to the exact maps."""
+        if self.landmarks is not None:
+            approximate_maps(model, self.landmarks)
+        return model
 
 
 def requested_sizes(

@@ -140,6 +140,15 @@ def compress_command(
             help="Pixels of an image, if not the model's; positions are interpolated.", rich_help_panel=TOKENS
         ),
     ] = None,
+    landmarks: Annotated[
+        int | None,
+        typer.Option(
+            help="Landmarks of every attention map, which are then of low rank (ViT and DeiT).", rich_help_panel=TOKENS
+        ),
+    ] = None,
+    landmark_form: Annotated[
+        str, typer.Option(help="What such a map is: pooled or nystrom.", rich_help_panel=TOKENS)
+    ] = CompressConfig.landmark_form,
     calibration: Annotated[
         str | None,
         typer.Option(help="Unlabelled samples: a folder, a file, a recipe or a Hub data set.", rich_help_panel=DATA),

@@ -64,6 +64,11 @@ def evaluate_command(
     token_levels: Annotated[int, typer.Option(min=2, help="Sizes of patches, each twice the one before.")] = 2,
     token_scorer: Annotated[str, typer.Option(help="What decides on a split: blur or features.")] = "blur",
     resolution: Annotated[int | None, typer.Option(min=1, help="Pixels of an image, if not the model's.")] = None,
+    landmarks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Landmarks of every attention map, which are then of low rank (ViT and DeiT)."),
+    ] = None,
+    landmark_form: Annotated[str, typer.Option(help="What such a map is: pooled or nystrom.")] = "pooled",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the samples, the masks and the intervals.")] = 0,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
@@ -100,6 +105,8 @@ def evaluate_command(
         offline=offline,
         resolution=resolution,
         tokens=mixed,
+        landmarks=landmarks,
+        landmark_form=landmark_form,
         observer=console.TerminalObserver(quiet=quiet or as_json or not processes.is_main()),
     )
     main = processes.is_main()

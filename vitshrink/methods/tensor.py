@@ -1,6 +1,7 @@
 """Tensor decompositions of an attention: what its projections, heads and dimensions have in common."""
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from vitshrink.errors import UsageError
 from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method
+from vitshrink.methods.registry import full_svd
 from vitshrink.stats import square_roots
 from vitshrink.structures import Structure
 from vitshrink.structures.tensor import CP, PROJECTIONS, Train, Tucker
+from vitshrink.structures.tensor_output import TensorOutputSpec
 
 FORMS = ("tucker", "cp", "tt")
 STEPS = 8
-"""Ranks on offer, up to this many: each is a decomposition of its own."""
+"""Ranks on offer for the largest part: each is a decomposition of its own."""
 
 
 def form_at(dimensions: Dimensions, rank: int, form: str) -> Tucker | CP | Train:
@@ -29,24 +32,44 @@ def form_at(dimensions: Dimensions, rank: int, form: str) -> Tucker | CP | Train
     return Tucker(PROJECTIONS, heads, max(1, -(-head * rank // width)), rank)
 
 
+def output_at(dimensions: Dimensions, rank: int, form: str) -> TensorOutputSpec:
+    """The form of the output projection whose rank of the width is ``rank``."""
+    heads, head, width = dimensions.heads, dimensions.head, dimensions.width
+    dims = min(head, max(-(-head * rank // width), -(-rank // heads)))
+    return TensorOutputSpec(form, heads, rank, *{"tucker": (dims, heads), "cp": (), "tt": (dims,)}[form])
+
+
 def structures(
     dimensions: Dimensions, ranks: Mapping[str, int], form: str = "tucker", iterations: int = 5
 ) -> dict[str, Structure]:
-    return {ATTENTION: form_at(dimensions, ranks["qkv"], form)}
+    found: dict[str, Structure] = {}
+    if "qkv" in ranks:
+        found[ATTENTION] = form_at(dimensions, ranks["qkv"], form)
+    if "o" in ranks:
+        found["output"] = output_at(dimensions, ranks["o"], form)
+    return found
 
 
 def steps(dimensions: Dimensions, form: str = "tucker", iterations: int = 5) -> Sequence[int]:
     if form not in FORMS:
         raise UsageError(f"--option form={form}: unknown. Available: {', '.join(FORMS)}.")
-    outputs = PROJECTIONS * dimensions.heads * dimensions.head
-    most = dimensions.width
-    if form == "cp":  # a term costs more than a rank, but there may be more of them than channels
-        most = outputs * dimensions.width // (PROJECTIONS + dimensions.heads + dimensions.head + dimensions.width)
-    return sorted({max(1, most * step // STEPS) for step in range(1, STEPS + (form == "tucker"))})
+    if form != "cp":
+        return sorted({max(1, dimensions.width * step // STEPS) for step in range(1, STEPS + (form == "tucker"))})
+    # a term costs more than a rank, but there may be more of them than channels
+    heads, head, width = dimensions.heads, dimensions.head, dimensions.width
+    most = PROJECTIONS * heads * head * width // (PROJECTIONS + heads + head + width)
+    outputs = heads * head * width // (1 + heads + head + width)
+    found = {most * step // STEPS for step in range(1, STEPS + 1)}
+    found |= {2 * outputs * step // STEPS for step in range(1, STEPS // 2 + 1)}
+    return sorted(max(1, rank) for rank in found)
 
 
 @attention_method(
-    "tensor", parts={"qkv": ("query", "key", "value")}, structures=structures, ranks=steps, extra="tensor"
+    "tensor",
+    parts={"qkv": ("query", "key", "value"), "o": ("output",)},
+    structures=structures,
+    ranks=steps,
+    extra="tensor",
 )
 def tensor(
     attention: AttentionWeights,
@@ -56,22 +79,31 @@ def tensor(
     form: str = "tucker",
     iterations: int = 5,
 ) -> dict[str, Part]:
-    """Tucker (HOOI), CP or tensor-train of the weights as a tensor (q/k/v, heads, head dimension, width), by tensorly.
+    """Tucker (HOOI), CP or tensor-train of the weights as tensors over heads and head dimensions, by tensorly.
 
-    De Lathauwer et al. 2000 (HOOI), Carroll and Chang 1970 (CP), Oseledets 2011 (tensor-train). The width is weighted
-    by C^½, C the covariance of the inputs, so that ``loss`` is the error of the projections' outputs; the other modes
-    are not the input's, and have no such metric. The biases absorb what the mean of the inputs loses. Only the rank of
-    the width is chosen, the others follow from it. Factors of two ranks are not nested: up to eight are tried.
+    De Lathauwer et al. 2000 (HOOI), Carroll and Chang 1970 (CP), Oseledets 2011 (tensor-train). Queries, keys and
+    values are one tensor (3, heads, head dimension, width), the output projection another (heads, head dimension,
+    width): the former reads the width, the latter writes it. ``loss`` is the error of the outputs. It is also what is
+    approximated where the metric is one of a single mode: C^½, the covariance of the inputs, weights the width that
+    is read. The inputs of the output projection have their covariance over heads and dimensions together; its nearest
+    Kronecker product (Van Loan and Pitsianis 1993) weights these two modes. Biases absorb what the mean of the inputs
+    loses. Only the rank of the width is chosen, the others follow from it. Factors of two ranks are not nested: eight
+    or so are tried.
     """
+    found = {}
+    if "qkv" in parts:
+        found["qkv"] = _inputs(attention, ranks, form, iterations)
+    if "o" in parts:
+        found["o"] = _outputs(attention, ranks, form, iterations)
+    return found
+
+
+def _inputs(attention: AttentionWeights, ranks: Sequence[int], form: str, iterations: int) -> Part:
     weights = torch.stack([attention.by_head(role) for role in ("query", "key", "value")])
     root, inverse = square_roots(attention.covariance("query"))
     weighted = weights @ root
     found = {rank: _decompose(weighted, form_at(attention.dimensions, rank, form), iterations) for rank in ranks}
-    energy = weighted.square().sum()
-    loss = torch.full((max(ranks) + 1,), float(energy), dtype=weighted.dtype, device=weighted.device)
-    for rank in sorted(found):
-        error = (weighted - _product(found[rank], form)).square().sum()
-        loss[rank:] = torch.minimum(loss[rank], error)
+    errors = {rank: (weighted - _product(factors, form)).square().sum() for rank, factors in found.items()}
     mean = attention.mean("query")
     bias = torch.cat([attention.biases[role] for role in ("query", "key", "value")])
 
@@ -80,7 +112,55 @@ def tensor(
         lost = (weights - _product(factors, form)) @ mean
         return {"query": {**factors, "bias": bias + lost.flatten()}}
 
-    return {"qkv": Part(loss, tensors)}
+    return Part(_losses(weighted.square().sum(), errors), tensors)
+
+
+def _outputs(attention: AttentionWeights, ranks: Sequence[int], form: str, iterations: int) -> Part:
+    weights = attention.by_head("output").mT  # (heads, d, m)
+    matrix, covariance, mean = attention.weights["output"], attention.covariance("output"), attention.mean("output")
+    between, within = nearest_kronecker(covariance, attention.dimensions.heads)
+    (over_heads, heads_back), (over_dims, dims_back) = square_roots(between), square_roots(within)
+    weighted = torch.einsum("gh,hdm,de->gem", over_heads, weights, over_dims)
+    found, errors = {}, {}
+    for rank in ranks:
+        shape = output_at(attention.dimensions, rank, form)
+        stored = shape.shapes(matrix.shape[1], matrix.shape[0])
+        if sum(math.prod(each) for each in stored.values()) >= matrix.numel():
+            continue
+        factors = _decompose_output(weighted, shape, iterations)
+        factors["dims"] = dims_back @ factors["dims"]
+        if form == "tt":  # the heads are within the middle core
+            factors["weight"] = torch.einsum("hg,cgr->chr", heads_back, factors["weight"])
+        else:
+            factors["heads"] = heads_back @ factors["heads"]
+        lost = matrix - _output_matrix(factors, form)
+        found[rank], errors[rank] = (factors, lost @ mean), (lost @ covariance * lost).sum()
+
+    def tensors(rank: int) -> dict[str, dict[str, Tensor]]:
+        factors, shift = found[rank]
+        return {"output": {**factors, "bias": attention.biases["output"] + shift}}
+
+    return Part(_losses((matrix @ covariance * matrix).sum(), errors), tensors)
+
+
+def nearest_kronecker(matrix: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Positive semidefinite A (heads, heads) and B (d, d) whose Kronecker product is nearest to ``matrix``.
+
+    Van Loan and Pitsianis, "Approximation with Kronecker products", 1993.
+    """
+    blocks = matrix.reshape(heads, -1, heads, matrix.shape[0] // heads).permute(0, 2, 1, 3)
+    U, S, Vh = full_svd(blocks.reshape(heads * heads, -1))
+    sign = torch.sign(U[:, 0].view(heads, heads).diagonal().sum())
+    A, B = sign * U[:, 0].view(heads, heads) * S[0].sqrt(), sign * Vh[0].view(blocks.shape[2:]) * S[0].sqrt()
+    return (A + A.mT) / 2, (B + B.mT) / 2
+
+
+def _losses(energy: Tensor, errors: Mapping[int, Tensor]) -> Tensor:
+    """By rank, from 0; a rank that was not tried loses what the next lower one does."""
+    loss = energy.expand(max(errors, default=0) + 1).clone()
+    for rank in sorted(errors):
+        loss[rank:] = torch.minimum(loss[rank], errors[rank])
+    return loss
 
 
 def _decompose(weighted: Tensor, shape: Tucker | CP | Train, iterations: int) -> dict[str, Tensor]:
@@ -105,6 +185,39 @@ def _decompose(weighted: Tensor, shape: Tucker | CP | Train, iterations: int) ->
             weighted, rank=[1, shape.parts, shape.heads, shape.inputs, 1]
         )
         return {"parts": first[0], "weight": second, "dims": third, "inputs": last[..., 0]}
+
+
+def _decompose_output(weighted: Tensor, shape: TensorOutputSpec, iterations: int) -> dict[str, Tensor]:
+    """Factors of (heads, d, m) as ``TensorOutput`` names them."""
+    tensorly: Any = importlib.import_module("tensorly")
+    decomposition: Any = importlib.import_module("tensorly.decomposition")
+    with tensorly.backend_context("pytorch"):
+        if shape.form == "tucker":
+            ranks = [shape.heads, shape.dims, shape.outputs]
+            core, (heads, dims, outputs) = decomposition.tucker(weighted, rank=ranks, n_iter_max=iterations)
+            return {"weight": core, "heads": heads, "dims": dims, "outputs": outputs}
+        if shape.form == "cp":
+            weights, (heads, dims, outputs) = decomposition.parafac(
+                weighted,
+                shape.outputs,
+                n_iter_max=4 * iterations,
+                init="random",
+                random_state=0,
+                normalize_factors=True,
+            )
+            share = weights.sqrt()
+            return {"weight": share, "heads": heads, "dims": dims, "outputs": outputs * share}
+        first, second, last = decomposition.tensor_train(
+            weighted.transpose(0, 1), rank=[1, shape.dims, shape.outputs, 1]
+        )
+        return {"dims": first[0], "weight": second, "outputs": last[..., 0].T}
+
+
+def _output_matrix(factors: Mapping[str, Tensor], form: str) -> Tensor:
+    """(m, heads · d)"""
+    names = ["weight", "dims", "outputs"] if form == "tt" else ["weight", "heads", "dims", "outputs"]
+    pattern = {"tucker": "bcr,hb,dc,mr->mhd", "cp": "r,hr,dr,mr->mhd", "tt": "chr,dc,mr->mhd"}[form]
+    return torch.einsum(pattern, *(factors[name] for name in names)).flatten(1)
 
 
 def _product(factors: Mapping[str, Tensor], form: str) -> Tensor:

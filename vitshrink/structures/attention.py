@@ -29,11 +29,11 @@ class Layout:
 _LAYOUTS = (Layout("q_proj", "k_proj", "v_proj", "o_proj"), Layout("query", "key", "value", None))
 
 
-def layout_of(module: nn.Module) -> Layout | None:
-    """Where the projections of an attention are; None where the module is no attention of linear layers."""
+def layout_of(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> Layout | None:
+    """Where the projections of an attention are; None where the module is no attention with layers of this kind."""
     for layout in _LAYOUTS:
         names = (layout.query, layout.key, layout.value, *([layout.output] if layout.output else []))
-        if all(isinstance(getattr(module, name, None), nn.Linear) for name in names) and hasattr(module, "scaling"):
+        if all(isinstance(getattr(module, name, None), kind) for name in names) and hasattr(module, "scaling"):
             return layout
     return None
 
@@ -81,25 +81,38 @@ class StructuredAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if past_key_values is not None:
             raise ValueError("a compressed attention keeps no keys and values of earlier tokens: it is no decoder's.")
-        query, key, value = self.project(hidden_states)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, maps = interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        output, maps = self.attend(*self.project(hidden_states), attention_mask, **kwargs)
         output = output.flatten(2).contiguous()
         return (output if self.layout.output is None else getattr(self, self.layout.output)(output)), maps
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attended values, (batch, tokens, heads, d), and the maps where the implementation has them."""
+        return run_attention(self, query, key, value, mask, **kwargs)
+
+
+def run_attention(
+    module: StructuredAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention in the implementation that the model is set to."""
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    output, maps = interface(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        dropout=module.config.attention_probs_dropout_prob if module.training else 0.0,
+        scaling=module.scaling,
+        **kwargs,
+    )
+    return output, maps
 
 
 def become(module: nn.Module, kind: type[StructuredAttention], spec: object) -> nn.Module:
     """Make a dense attention one of ``kind``, in place; its projections are still to be replaced."""
-    layout = layout_of(module)
+    layout = layout_of(module, nn.Module)
     assert layout is not None
     module.__class__ = _joined(kind, type(module))
     module.layout = layout  # type: ignore[assignment]

@@ -117,7 +117,7 @@ class QuantizedLinear(nn.Module):
             dtype=layer.weight.dtype,
         )
         for name in names:
-            integers, scales = quantize(getattr(layer, name), bits)
+            integers, scales = quantize(getattr(layer, name).flatten(0, -2), bits)  # some structures have one more side
             getattr(made, name).copy_(integers)
             getattr(made, f"{name}_scale").copy_(scales)
         if made.bias is not None and layer.bias is not None:

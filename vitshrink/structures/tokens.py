@@ -41,29 +41,37 @@ class MixedEmbeddings(nn.Module):
                 f"the image is {tuple(pixel_values.shape[-2:])}, the model takes {tuple(self.image_size)}: "
                 "pass interpolate_pos_encoding=True."
             )
+        patches, chosen = self._tree(pixel_values)
+        tokens = _gather(torch.cat([each.flatten(1, 2) for each in reversed(patches)], 1), chosen)
         projection = self.patch_embeddings.projection
-        height, width = projection.kernel_size
+        special, positions = self._positions((patches[0].shape[1], patches[0].shape[2]))
+        tokens = F.linear(tokens, projection.weight.flatten(1), projection.bias) + positions[chosen]
+        names = ("cls_token", "distillation_token") if hasattr(self, "distillation_token") else ("cls_token",)
+        own: list[Tensor] = [self.get_parameter(name) for name in names]
+        first = (torch.cat(own, 1) + special).expand(len(tokens), -1, -1)
+        out: Tensor = self.dropout(torch.cat([first, tokens], 1))
+        return out
+
+    def leaves(self, pixel_values: Tensor) -> Tensor:
+        """Which patches of images (batch, channels, H, W) are read, as ``choose_leaves`` numbers them."""
+        return self._tree(pixel_values)[1]
+
+    def _tree(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The patches of every size, from small to large, and the indices of those that are read."""
+        height, width = self._kernel()
         levels = [pixel_values]
         for _ in range(self.spec.levels - 1):
             levels.append(F.avg_pool2d(levels[-1], 2))
         grid = (pixel_values.shape[-2] // height, pixel_values.shape[-1] // width)
         self.spec.check(grid)
         patches = [_patches(level, height, width) for level in levels]
-        weight = projection.weight.flatten(1)
         if self.spec.scorer == "blur":
             scores = [_detail(fine, coarse, (height, width)) for fine, coarse in pairwise(levels)]
         else:
-            embedded = [F.linear(each, weight, projection.bias) for each in patches]
+            projection = self.patch_embeddings.projection
+            embedded = [F.linear(each, projection.weight.flatten(1), projection.bias) for each in patches]
             scores = [_difference(fine, coarse) for fine, coarse in pairwise(embedded)]
-        chosen = choose_leaves(scores, self.spec.splits(grid))
-        tokens = _gather(torch.cat([each.flatten(1, 2) for each in reversed(patches)], 1), chosen)
-        special, positions = self._positions(grid)
-        tokens = F.linear(tokens, weight, projection.bias) + positions[chosen]
-        names = ("cls_token", "distillation_token") if hasattr(self, "distillation_token") else ("cls_token",)
-        own: list[Tensor] = [self.get_parameter(name) for name in names]
-        first = (torch.cat(own, 1) + special).expand(len(tokens), -1, -1)
-        out: Tensor = self.dropout(torch.cat([first, tokens], 1))
-        return out
+        return patches, choose_leaves(scores, self.spec.splits(grid))
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Position embeddings of the special tokens, (special, width), and of all patches from large to small."""
