@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.config import DataConfig, FinetuneJob
 from vitshrink.finetuning import finetune_checkpoint
+from vitshrink.recovery.decatt import observed_heads
 from vitshrink.recovery.recover import recompute, train_mode
 from vitshrink.recovery.reversible import bidirectional
 
@@ -37,6 +38,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "distill, DeCAtt 0.01": {"decatt": 0.01},
     "distill, BDIA": {"bdia": True},
     "distill, reversible": {"reversible": True},
+    "distill, gradient checkpointing": {"gradient_checkpointing": True},
+    "distill, eager attention": {"attention": "eager"},
     "supervised": {"objective": "supervised"},
     "supervised, half distillation": {"objective": "supervised", "distillation": 0.5},
 }
@@ -46,9 +49,10 @@ def print_recovery(arguments: argparse.Namespace) -> None:
     data = DataConfig(arguments.eval)
     limits = {"limit": arguments.eval_limit, "offline": True}
     start = evaluate_checkpoint(arguments.small, data, baseline=arguments.teacher, **limits).to_dict()["evaluation"]
-    print_head(["training", "top-1", "KL", "agreement", "held-out before", "held-out after", "epochs", "minutes"])
-    print_row(["dense", _figure((start["dense"] or {}).get("top1")), *["–"] * 6])
-    print_row(["none", *_scores(start), *["–"] * 4])
+    columns = ["training", "top-1", "KL", "agreement", "held-out before", "held-out after", "epochs", "minutes"]
+    print_head([*columns, "seconds a step"])
+    print_row(["dense", _figure((start["dense"] or {}).get("top1")), *["–"] * 7])
+    print_row(["none", *_scores(start), *["–"] * 5])
     for name in arguments.techniques:
         with TemporaryDirectory() as folder:
             entries = {"epochs": arguments.epochs, "minutes": arguments.minutes, "samples": arguments.samples}
@@ -77,6 +81,7 @@ def print_recovery(arguments: argparse.Namespace) -> None:
                 _figure(found["after"]),
                 f"{found['history'][-1]['epoch']:.1f}",
                 f"{found['seconds'] / 60:.1f}",
+                f"{found['seconds'] / found['history'][-1]['step']:.2f}",
             ]
         )
 
@@ -103,10 +108,10 @@ def print_memory(batch: int, depths: Sequence[int], repeats: int) -> None:
         first: tuple[float, float] | None = None
         for name, enter in WAYS.items():
             with ExitStack() as inside:
-                enter(model, inside)
+                loss_of = enter(model, inside)
                 train_mode(model, dropout=False)
-                kept = activation_bytes(model, pixels) / batch / 1e6
-                seconds = min(_step_seconds(model, pixels) for _ in range(repeats))
+                kept = activation_bytes(model, pixels, loss_of) / batch / 1e6
+                seconds = min(_step_seconds(model, pixels, loss_of) for _ in range(repeats))
             first = first or (kept, seconds)
             print_row(
                 [
@@ -120,17 +125,56 @@ def print_memory(batch: int, depths: Sequence[int], repeats: int) -> None:
             )
 
 
-Enter = Callable[[PreTrainedModel, ExitStack], Any]
+Loss = Callable[[Tensor], Tensor]
+"""Of the logits of a pass."""
+Enter = Callable[[PreTrainedModel, ExitStack], Loss]
+
+
+def _of_logits(logits: Tensor) -> Tensor:
+    return logits.square().mean()
+
+
+def _plain(_model: PreTrainedModel, _inside: ExitStack) -> Loss:
+    return _of_logits
+
+
+def _checkpointed(model: PreTrainedModel, inside: ExitStack) -> Loss:
+    inside.callback(recompute(model))
+    return _of_logits
+
+
+def _bdia(model: PreTrainedModel, inside: ExitStack) -> Loss:
+    inside.enter_context(bidirectional(model, reversible=False))
+    return _of_logits
+
+
+def _reversible(model: PreTrainedModel, inside: ExitStack) -> Loss:
+    inside.enter_context(bidirectional(model, reversible=True))
+    return _of_logits
+
+
+def _decatt(model: PreTrainedModel, inside: ExitStack) -> Loss:
+    heads = inside.enter_context(observed_heads(model))
+    return lambda logits: _of_logits(logits) + 0.01 * heads.correlation(None)
+
+
+def _eager(model: PreTrainedModel, inside: ExitStack) -> Loss:
+    model.set_attn_implementation("eager")
+    inside.callback(model.set_attn_implementation, "sdpa")
+    return _of_logits
+
 
 WAYS: dict[str, Enter] = {
-    "plain": lambda _model, _inside: None,
-    "gradient checkpointing": lambda model, inside: inside.callback(recompute(model)),
-    "BDIA": lambda model, inside: inside.enter_context(bidirectional(model, reversible=False)),
-    "BDIA, reversible": lambda model, inside: inside.enter_context(bidirectional(model, reversible=True)),
+    "plain (sdpa)": _plain,
+    "eager attention": _eager,
+    "gradient checkpointing": _checkpointed,
+    "DeCAtt": _decatt,
+    "BDIA": _bdia,
+    "BDIA, reversible": _reversible,
 }
 
 
-def activation_bytes(model: PreTrainedModel, pixels: Tensor) -> int:
+def activation_bytes(model: PreTrainedModel, pixels: Tensor, loss_of: Loss) -> int:
     """Bytes kept for the backward pass of one step, parameters and pixels left out."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), pixels)}
     kept: dict[int, int] = {}
@@ -142,7 +186,7 @@ def activation_bytes(model: PreTrainedModel, pixels: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(pixel_values=pixels).logits.square().mean()
+        loss = loss_of(model(pixel_values=pixels).logits)
     node = next((fn for fn in _nodes(loss.grad_fn) if hasattr(fn, "odd")), None)
     total = sum(kept.values()) + (sum(bits.nbytes for bits in node.odd) if node is not None else 0)
     loss.backward()
@@ -162,9 +206,9 @@ def _nodes(node: Any) -> Any:
         waiting += [entry for entry, _ in current.next_functions]
 
 
-def _step_seconds(model: PreTrainedModel, pixels: Tensor) -> float:
+def _step_seconds(model: PreTrainedModel, pixels: Tensor, loss_of: Loss) -> float:
     started = time.perf_counter()
-    model(pixel_values=pixels).logits.square().mean().backward()
+    loss_of(model(pixel_values=pixels).logits).backward()
     elapsed = time.perf_counter() - started
     model.zero_grad()
     return elapsed

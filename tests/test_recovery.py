@@ -16,11 +16,22 @@ from vitshrink.config import FinetuneConfig
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.errors import DataError, NumericsError, UsageError
 from vitshrink.models import blocks_of, find_targets
-from vitshrink.observer import Job, Silent
+from vitshrink.observer import Job, Observer, Silent
 from vitshrink.recovery import Material, Recovery, recover
 from vitshrink.recovery.factors import pack, unpack
 from vitshrink.recovery.training import Loop
 from vitshrink.storage import fix_gauge
+
+
+class Listening(Silent):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.messages.append(message)
+
 
 QUICK = FinetuneConfig(epochs=4, batch_size=8, learning_rate=2e-3)
 
@@ -42,7 +53,12 @@ def train(
     """``train(name, **settings)``: the compressed model before and after, and what is said of it."""
 
     def run(
-        name: str, *, config: FinetuneConfig = QUICK, data: Path | None = None, **settings: Any
+        name: str,
+        *,
+        config: FinetuneConfig = QUICK,
+        data: Path | None = None,
+        observer: Observer | None = None,
+        **settings: Any,
     ) -> tuple[PreTrainedModel, PreTrainedModel, Recovery]:
         kind = "text" if name in tiny.TEXT_MODELS else "image"
         dense = tiny.build(name)
@@ -54,7 +70,12 @@ def train(
             label_of = tiny.IMAGE_CLASSES.index
         preprocessor = Preprocessor.from_checkpoint(checkpoint(name), kind)
         recovery = recover(
-            after, dense, Material(samples, label_of), preprocessor, replace(config, **settings), Job(Silent())
+            after,
+            dense,
+            Material(samples, label_of),
+            preprocessor,
+            replace(config, **settings),
+            Job(observer or Silent()),
         )
         return before, after, recovery
 
@@ -96,6 +117,7 @@ def test_every_architecture_comes_nearer_to_its_dense_model_and_keeps_its_size(
         {"views": 2, "features": 1.0},
         {"augment": False, "precision": "bf16"},
         {"mixing": 0.5, "temperature": 2.0},
+        {"features": 0.0, "views": 1},
     ],
     ids=str,
 )
@@ -138,13 +160,37 @@ def test_the_same_seed_gives_the_same_model(
 def test_a_training_that_only_harms_leaves_the_model_as_it_was(
     train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
 ) -> None:
-    before, after, recovery = train("ViTForImageClassification", learning_rate=10.0, patience=2)
+    before, after, recovery = train("ViTForImageClassification", learning_rate=1e4, patience=2)
     assert recovery.after == recovery.before
     assert recovery.ended in ("early", "done", "diverged")
     assert recovery.best_step == 0
     x = tiny.inputs("ViTForImageClassification")
     with torch.no_grad():
         torch.testing.assert_close(before(**x).logits, after(**x).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_learning_rate_that_destroys_is_lowered_and_training_begins_again(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+) -> None:
+    observer = Listening()
+    _, _, recovery = train("ViTForImageClassification", learning_rate=0.3, epochs=40, patience=100, observer=observer)
+    assert recovery.after < 0.9 * recovery.before
+    first = next(message for message in observer.messages if "begins again" in message)
+    assert "learning rate 3.0e-01" in first
+    rates = [entry["learning_rate"] for entry in recovery.history]
+    assert max(rates[len(rates) // 2 :]) <= 0.1
+
+
+def test_a_training_that_gains_nothing_says_so(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+) -> None:
+    observer = Listening()
+    _, _, recovery = train("ViTForImageClassification", learning_rate=1e-12, epochs=1, observer=observer)
+    gained = recovery.after < recovery.before
+    assert gained != any("gained nothing" in message for message in observer.messages)
+    _, _, recovery = train("ViTForImageClassification", learning_rate=1e4, epochs=1, observer=observer)
+    assert recovery.after == recovery.before
+    assert "gained nothing" in observer.messages[-1]
 
 
 def test_labels_teach_too(

@@ -116,7 +116,8 @@ class FinetuneConfig:
     mixing: float = 0.0
     views: int | None = None
     """Different augmentations of a sample, so that the dense model's answers are kept; None: new ones in each epoch."""
-    features: float = 0.0
+    features: float | None = None
+    """Weight of what the blocks hand on; None: a usual one where the dense model is asked and blocks are comparable."""
     temperature: float = 1.0
     distillation: float | None = None
     """Share of the dense model's answers in the supervised objective."""
@@ -146,7 +147,7 @@ class FinetuneConfig:
                 raise UsageError(f"finetune: {name} {value} must be at least 1.")
         for name in ("features", "decatt", "blockwise"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"finetune: {name} {value} must not be negative.")
         for name in ("mixing", "distillation", "label_smoothing"):
             value = getattr(self, name)
@@ -156,6 +157,8 @@ class FinetuneConfig:
             raise UsageError(f"finetune: validation {self.validation} is the part held out: above 0 and below 1.")
         if self.reversible and self.gradient_checkpointing:
             raise UsageError("finetune: reversible already recomputes activations: leave gradient_checkpointing out.")
+        if self.features and (self.bdia or self.reversible):
+            raise UsageError("finetune: bdia and reversible change what blocks hand on: leave features out.")
         if self.reversible and self.decatt:
             raise UsageError("finetune: decatt reads activations that reversible does not keep: choose one, or bdia.")
 

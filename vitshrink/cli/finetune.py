@@ -84,7 +84,8 @@ def finetune_command(
         typer.Option(help="Share of the teacher in the supervised objective, 0 to 1.", rich_help_panel=TRAINING),
     ] = None,
     features: Annotated[
-        float, typer.Option(help="Weight of the features that the head reads.", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(help="Weight of what the blocks hand on, compared with the teacher's.", rich_help_panel=TRAINING),
     ] = DEFAULT.features,
     temperature: Annotated[
         float, typer.Option(help="Divides the logits in distillation.", rich_help_panel=TRAINING)

@@ -1,8 +1,7 @@
-"""What a model says of a batch: the tensors by which two models are compared."""
+"""What a model says of a batch: the tensor by which two models are compared."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,25 +15,10 @@ CACHE_BYTES = 2**30
 """Of the answers of the dense model that are kept."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """``logits`` (rows, classes), or None for a headless model; ``features`` (rows, width).
+class Reader:
+    """Runs a model: logits (rows, classes), or the features (rows, width) of a headless one.
 
     A row is a sample, or a token: one that is hidden from a masked language model, or a real one of a headless model.
-    The features of a classifier are those that its head reads.
-    """
-
-    logits: Tensor | None
-    features: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.features.nbytes + (0 if self.logits is None else self.logits.nbytes)
-
-
-class Reader:
-    """Runs a model and takes its answer apart.
-
     ``run`` calls the model, which may be wrapped by accelerate; ``model`` is what is inside.
     """
 
@@ -42,35 +26,30 @@ class Reader:
         self.model = model
         self.run = run or model
         self.task: Task = task_of(model)
-        self.read_tokens = 2 if hasattr(model, "distillation_classifier") else 1
 
-    def __call__(self, batch: TrainingBatch) -> Answer:
+    def __call__(self, batch: TrainingBatch) -> Tensor:
         if self.task == "features":
             hidden: Tensor = self.run(**batch.inputs).last_hidden_state
-            return Answer(None, hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask])
-        with self._features(batch) as features:
-            logits: Tensor = self.run(**batch.inputs).logits
-        return Answer(logits.squeeze(0) if self.task == "masked-lm" else logits, features[0])
+            return hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask]
+        if self.task == "masked-lm":
+            with self._asked(batch):
+                logits: Tensor = self.run(**batch.inputs).logits
+            return logits.squeeze(0)
+        answer: Tensor = self.run(**batch.inputs).logits
+        return answer
 
     @contextmanager
-    def _features(self, batch: TrainingBatch) -> Iterator[list[Tensor]]:
-        """The features that the head reads, of the pass inside."""
-        features: list[Tensor] = []
+    def _asked(self, batch: TrainingBatch) -> Iterator[None]:
+        """Inside, the head of a masked language model is given the hidden tokens alone: a vocabulary is wide."""
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            hidden = output.last_hidden_state
-            if self.task != "masked-lm":
-                features.append(hidden[:, : self.read_tokens].flatten(1))
-                return output
             assert batch.selected is not None
-            # the head works token by token, so it is given the hidden ones alone: a vocabulary is wide
-            features.append(hidden[batch.selected])
-            output.last_hidden_state = features[0].unsqueeze(0)
+            output.last_hidden_state = output.last_hidden_state[batch.selected].unsqueeze(0)
             return output
 
         handle = self.model.base_model.register_forward_hook(hook)
         try:
-            yield features
+            yield
         finally:
             handle.remove()
 
@@ -82,36 +61,19 @@ class Teacher:
         self.reader = reader
         self.autocast = autocast
         self.room = room
-        self._kept: dict[tuple[int, int], Answer] = {}
+        self._kept: dict[tuple[int, int], Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, batch: TrainingBatch, view: int | None) -> Answer:
+    def __call__(self, batch: TrainingBatch, view: int | None) -> Tensor:
         """The answer to a batch; ``view`` names the augmentation of its samples, None one that will not come again."""
         one_row_each = self.reader.task in ("image-classification", "text-classification")
         keys = [(int(index), view) for index in batch.indices] if view is not None and one_row_each else []
-        known = [self._kept.get(key) for key in keys]
-        if known and all(known):
-            return _joined([answer for answer in known if answer is not None], self._device)
+        if keys and all(key in self._kept for key in keys):
+            device: torch.device = next(self.reader.model.parameters()).device
+            return torch.stack([self._kept[key] for key in keys]).to(device)
         with self.autocast():
-            answer = self.reader(batch)
-        answer = Answer(None if answer.logits is None else answer.logits.float(), answer.features.float())
+            answer = self.reader(batch).float()
         if keys and self.room >= answer.nbytes:
             self.room -= answer.nbytes
-            self._kept |= {key: _row(answer, row) for row, key in enumerate(keys)}
+            self._kept |= dict(zip(keys, answer.cpu(), strict=True))
         return answer
-
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = next(self.reader.model.parameters()).device
-        return device
-
-
-def _row(answer: Answer, row: int) -> Answer:
-    logits = None if answer.logits is None else answer.logits[row].cpu()
-    return Answer(logits, answer.features[row].cpu())
-
-
-def _joined(rows: list[Answer], device: torch.device) -> Answer:
-    logits = [row.logits for row in rows if row.logits is not None]
-    features = torch.stack([row.features for row in rows]).to(device)
-    return Answer(torch.stack(logits).to(device) if logits else None, features)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.models import blocks_of
+from vitshrink.recovery.hidden import unexplained
 from vitshrink.recovery.samples import TrainingBatch
 from vitshrink.sequential import HiddenBatch, hidden_batches
 
@@ -53,7 +54,7 @@ def reconstruct(
             for position in torch.randperm(len(batches)).tolist():
                 with autocast():
                     output = streams[0][position].through(block)
-                loss = _relative(output, wanted[position], streams[0][position].mask)
+                loss = unexplained(output, wanted[position], streams[0][position].mask)
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(learning, 1.0)
                 optimizer.step()
@@ -107,12 +108,5 @@ def _error(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> float:
     outputs = _through(block, stream, autocast)
-    errors = [_relative(o, w, b.mask) for o, w, b in zip(outputs, wanted, stream, strict=True)]
+    errors = [unexplained(o, w, b.mask) for o, w, b in zip(outputs, wanted, stream, strict=True)]
     return torch.stack(errors).mean().item()
-
-
-def _relative(output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-    """Squared error over the variance of what is wanted, at the real tokens."""
-    if mask is not None:
-        output, wanted = output[mask], wanted[mask]
-    return (output.float() - wanted).square().mean() / wanted.var().clamp_min(1e-12)

@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vitshrink.recovery.answers import Answer, Reader, Teacher
+from vitshrink.recovery.answers import Reader, Teacher
 from vitshrink.recovery.augmentation import Augmentation
 from vitshrink.recovery.decatt import HeadOutputs
+from vitshrink.recovery.hidden import BlockOutputs
 from vitshrink.recovery.objectives import Distillation, Supervision
 from vitshrink.recovery.samples import TrainingBatch, TrainingSet
 
@@ -36,6 +37,8 @@ class Criterion:
     views: int | None
     decatt: float = 0.0
     heads: HeadOutputs | None = None
+    features: float = 0.0
+    blocks: BlockOutputs | None = None
     training_mode: Callable[[], None] = lambda: None
 
     def training_loss(self, batch: TrainingBatch, epoch: int) -> Tensor:
@@ -47,8 +50,12 @@ class Criterion:
         else:
             batch = self.augmentation.hide_only(batch, view)
             known = 0
+        if self.blocks is not None:
+            known = None  # what is kept of an answer is not what the blocks gave
         self.training_mode()
         loss = self._rows(self.objective, batch, known).mean()
+        if self.blocks is not None:
+            loss = loss + self.features * self.blocks.error(batch.mask)
         if self.heads is not None:
             loss = loss + self.decatt * self.heads.correlation(batch.mask)
         return loss
@@ -71,7 +78,7 @@ class Criterion:
         return float(total[0] / total[1])
 
     def _rows(self, objective: Distillation | Supervision, batch: TrainingBatch, view: int | None) -> Tensor:
-        dense: Answer | None = None
+        dense: Tensor | None = None
         if self.teacher is not None and objective.asks_dense:
             dense = self.teacher(batch, view)
         answer = self.reader(batch)

@@ -6,36 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitshrink.recovery.answers import Answer
-
 
 @dataclass(frozen=True)
 class Distillation:
-    """KL(dense ‖ compressed) of the logits, in nats, plus ``features`` times the relative error of the features.
+    """KL(dense ‖ compressed) of the logits, in nats.
 
-    A regression is compared by the squared error of its scores over their variance, a headless model by its features
-    alone. ``temperature`` divides the logits; its square keeps the size of the gradients (Hinton, Vinyals and Dean,
-    arXiv 1503.02531).
+    A regression is compared by the squared error of its scores over their variance, a ``headless`` model by the
+    relative error of its features. ``temperature`` divides the logits; its square keeps the size of the gradients
+    (Hinton, Vinyals and Dean, arXiv 1503.02531).
     """
 
-    features: float = 0.0
     temperature: float = 1.0
+    headless: bool = False
 
     asks_dense = True
 
     @property
     def plain(self) -> "Distillation":
         """By which a model is judged."""
-        return Distillation()
+        return Distillation(headless=self.headless)
 
-    def loss(self, answer: Answer, dense: Answer) -> Tensor:
+    def loss(self, answer: Tensor, dense: Tensor) -> Tensor:
         """One value for each row."""
-        if answer.logits is None or dense.logits is None:
-            return relative_error(answer.features, dense.features)
-        loss = divergence(answer.logits, dense.logits, self.temperature)
-        if self.features:
-            loss = loss + self.features * relative_error(answer.features, dense.features)
-        return loss
+        return relative_error(answer, dense) if self.headless else divergence(answer, dense, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -58,17 +51,16 @@ class Supervision:
         """By which a model is judged."""
         return Supervision(smoothing=0.0)
 
-    def loss(self, answer: Answer, labels: Tensor, dense: Answer | None) -> Tensor:
+    def loss(self, answer: Tensor, labels: Tensor, dense: Tensor | None) -> Tensor:
         """One value for each row."""
-        assert answer.logits is not None
-        logits = answer.logits.float()
+        logits = answer.float()
         if logits.shape[-1] == 1:
             loss = (logits.squeeze(-1) - labels.float()).square()
         else:
             loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
-        if dense is None or dense.logits is None:
+        if dense is None:
             return loss
-        return torch.lerp(loss, divergence(logits, dense.logits, self.temperature), self.distillation)
+        return torch.lerp(loss, divergence(logits, dense, self.temperature), self.distillation)
 
 
 def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:

@@ -3,10 +3,20 @@
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from statistics import mean
 from typing import Any
 
 WARM_UP = 0.05
 """Part of the training in which the learning rate rises."""
+WINDOW = 8
+"""Steps over which the training loss is averaged before it raises an alarm."""
+ALARM = 1.3
+"""Growth of the training loss at which the model is judged at once."""
+DESTROYED = 1.3
+"""Growth of the held-out loss at which training, as long as it has gained nothing, begins again."""
+RETREAT = 1 / 3
+"""What the learning rate is multiplied by then."""
+MOST_RETREATS = 4
 
 
 @dataclass
@@ -22,8 +32,15 @@ class Progress:
     elapsed: float = 0.0
     """Seconds, over all runs."""
     rate: float = 1.0
-    """By which the learning rate was cut after numbers that were not finite."""
+    """By which the learning rate was cut, after numbers that were not finite or a start that was destroyed."""
     failures: int = 0
+    """Times that training met numbers that were not finite."""
+    retreats: int = 0
+    """Times that training worsened what it began with, and began again."""
+    began: tuple[int, float] = (0, 0.0)
+    """Step and fraction at which it last began."""
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since then: the first ``WINDOW``, and as many of the last."""
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = math.inf
     best_step: int = 0
@@ -46,7 +63,7 @@ class Progress:
     @property
     def learning_rate(self) -> float:
         """Factor of the peak learning rate: linear warm-up, then half a cosine."""
-        warm = min(1.0, (self.fraction + 1 / self.steps) / WARM_UP)
+        warm = min(1.0, (self.fraction - self.began[1] + 1 / self.steps) / WARM_UP)
         return self.rate * warm * 0.5 * (1 + math.cos(math.pi * self.fraction))
 
     def resume_clock(self) -> None:
@@ -66,7 +83,31 @@ class Progress:
 
     def stale(self, patience: int) -> bool:
         """Whether the last ``patience`` evaluations all were worse than the best one before them."""
-        return len([entry for entry in self.history if entry["step"] > self.best_step]) >= patience
+        since = max(self.best_step, self.began[0])
+        return len([entry for entry in self.history if entry["step"] > since]) >= patience
+
+    def alarms(self, loss: float) -> bool:
+        """Take in the training loss of a step; True where the last ones say that training destroys its start."""
+        self.losses.append(loss)
+        if len(self.losses) > 2 * WINDOW:
+            del self.losses[WINDOW]
+        if self.best_step or len(self.losses) < 2 * WINDOW:
+            return False
+        if not mean(self.losses[WINDOW:]) > ALARM * mean(self.losses[:WINDOW]):
+            return False
+        del self.losses[WINDOW:]  # the judgement that follows stands for as many steps
+        return True
+
+    def destroyed(self, loss: float) -> bool:
+        """Whether a held-out loss is so much worse than that of the start that training should begin again."""
+        return self.best_step == 0 < self.step and loss > DESTROYED * self.best and self.retreats < MOST_RETREATS
+
+    def begin_again(self) -> None:
+        """At a lower learning rate, which rises anew."""
+        self.retreats += 1
+        self.rate *= RETREAT
+        self.began = (self.step, self.fraction)
+        self.losses.clear()
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if not name.startswith("_")}

@@ -32,6 +32,7 @@ from vitshrink.recovery.checkpoints import Checkpoints
 from vitshrink.recovery.criteria import Criterion
 from vitshrink.recovery.decatt import observed_heads
 from vitshrink.recovery.factors import pack, unpack
+from vitshrink.recovery.hidden import observed_blocks
 from vitshrink.recovery.material import Material
 from vitshrink.recovery.objectives import Distillation, Supervision
 from vitshrink.recovery.progress import Progress
@@ -45,6 +46,8 @@ RATES = {"distill": 5e-5, "supervised": 1e-4}
 EPOCHS = 10.0
 MOST_EPOCHS = 1000.0
 """Where time is the limit."""
+FEATURES = 5.0
+"""Weight of what the blocks hand on."""
 BLOCKWISE_RATE = 1e-4
 BETAS = (0.9, 0.99)
 TOKENS_AUGMENTED = 0.05
@@ -111,7 +114,7 @@ def recover(
         set_seed(seed)
         parameters = _trainable(model, config)
         loader = DataLoader(Subset(data, training), config.batch_size, shuffle=True, collate_fn=data.collate)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, betas=BETAS, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, betas=BETAS, weight_decay=0.0, fused=True)
         wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         inside.callback(model.eval)
         inside.callback(_unwrap, accelerator, model, wrapped)
@@ -119,7 +122,7 @@ def recover(
             accelerator,
             Reader(model, wrapped),
             Teacher(Reader(dense), autocast=accelerator.autocast) if dense is not None and _asks(config) else None,
-            _objective(config),
+            _objective(config, headless=task_of(model) == "features"),
             _augmentation(config, preprocessor, model, seed),
             data,
             held_out,
@@ -127,6 +130,7 @@ def recover(
             config.augment,
             config.views,
             config.decatt,
+            features=_features(model, config),
             training_mode=lambda: train_mode(model, dropout=config.objective == "supervised"),
         )
         steps = steps_an_epoch(len(loader), config.accumulation)
@@ -154,13 +158,11 @@ def recover(
             resumed = loop.resume()
             if resumed:
                 job.warn(f"{config.checkpoints}: training goes on from step {loop.progress.step}.")
-        if not resumed:
-            before = loop.begin()
-            if not math.isfinite(before):
-                raise NumericsError(
-                    "the answers of the compressed model to the held-out samples are not finite: it cannot be trained. "
-                    "Compress it again, less strongly."
-                )
+        if not resumed and not math.isfinite(loop.begin()):
+            raise NumericsError(
+                "the answers of the compressed model to the held-out samples are not finite: it cannot be trained. "
+                "Compress it again, less strongly."
+            )
         blocks: list[dict[str, float]] = []
         if config.blockwise and dense is not None and not resumed:
             with job.stage("blockwise", "Reconstructing blocks", len(blocks_of(model))) as advance:
@@ -182,6 +184,8 @@ def recover(
             inside.enter_context(flash_attention(model, *([] if dense is None else [dense])))
         if config.bdia or config.reversible:
             inside.enter_context(bidirectional(model, reversible=config.reversible))
+        if criterion.features and dense is not None:
+            criterion.blocks = inside.enter_context(observed_blocks(model, dense))
         if config.decatt:
             criterion.heads = inside.enter_context(observed_heads(model))
         with job.stage("finetune", f"Recovering ({config.objective})", 100) as advance:
@@ -190,9 +194,16 @@ def recover(
         progress = loop.progress
         settings = {
             "learning_rate": loop.learning_rate,
+            "features": criterion.features,
             "precision": accelerator.mixed_precision,
             "processes": accelerator.num_processes,
         }
+    before = progress.history[0]["held_out"]
+    if not progress.best < before:
+        job.warn(
+            f"recovery gained nothing: no state had a held-out loss below {before:.4g}, that of the compressed model, "
+            "which is kept as it was. More samples, more time or a lower learning rate may help."
+        )
     warn_of_bad(data.bad, samples.source, job)
     if pivots:
         pack(model, pivots)
@@ -200,7 +211,7 @@ def recover(
         loop.checkpoints.clear()
     return Recovery(
         objective=config.objective,
-        before=progress.history[0]["held_out"],
+        before=before,
         after=progress.best,
         best_step=progress.best_step,
         ended=ended,
@@ -215,11 +226,12 @@ def recover(
 
 def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labelled: bool) -> None:
     """Raises UsageError for an objective that a model does not allow, or that lacks what it needs; before any work."""
-    if any(isinstance(layer.spec, MixedTokens) for layer in compressed_layers(model).values()):
-        if config.blockwise:
-            raise UsageError(
-                "--blockwise compares blocks token by token, and this model has mixed tokens: leave it out."
-            )
+    if _has_mixed_tokens(model):
+        for name in ("blockwise", "features"):
+            if getattr(config, name):
+                raise UsageError(
+                    f"--{name} compares blocks token by token, and this model has mixed tokens: leave it out."
+                )
         if task_of(model) == "features":
             raise UsageError(
                 "a headless model with mixed tokens cannot be trained: its tokens are not the dense one's."
@@ -233,8 +245,22 @@ def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labell
         raise UsageError(f"supervised fine-tuning needs a model that predicts labels, and this is one for {task}.")
     if not labelled:
         raise UsageError("supervised fine-tuning needs labels, and the samples have none: pass labelled data.")
-    if config.distillation and not dense:
+    if (config.distillation or config.features) and not dense:
         raise UsageError("distillation learns from the dense model: pass it as --teacher.")
+    if config.features and not config.distillation:
+        raise UsageError("--features compares with the dense model, which is not asked here: pass --distillation too.")
+
+
+def _has_mixed_tokens(model: PreTrainedModel) -> bool:
+    return any(isinstance(layer.spec, MixedTokens) for layer in compressed_layers(model).values())
+
+
+def _features(model: PreTrainedModel, config: FinetuneConfig) -> float:
+    """The weight of what the blocks hand on; 0 where the dense model is not asked, or gives something else."""
+    if config.features is not None:
+        return config.features
+    comparable = _asks(config) and not (config.bdia or config.reversible or _has_mixed_tokens(model))
+    return FEATURES if comparable else 0.0
 
 
 def _asks(config: FinetuneConfig) -> bool:
@@ -242,9 +268,9 @@ def _asks(config: FinetuneConfig) -> bool:
     return config.objective == "distill" or bool(config.distillation)
 
 
-def _objective(config: FinetuneConfig) -> Distillation | Supervision:
+def _objective(config: FinetuneConfig, *, headless: bool) -> Distillation | Supervision:
     if config.objective == "distill":
-        return Distillation(config.features, config.temperature)
+        return Distillation(config.temperature, headless)
     return Supervision(config.label_smoothing, config.distillation or 0.0, config.temperature)
 
 

@@ -49,7 +49,7 @@ class Loop:
     warn: Callable[[str], None] = lambda _message: None
     best: dict[str, Tensor] = field(default_factory=dict)
     _good: tuple[dict[str, Tensor], Any] | None = None
-    _losses: list[Tensor] = field(default_factory=list)
+    _losses: list[float] = field(default_factory=list)
 
     def begin(self) -> float:
         """Judge the model as it is; returns its held-out loss."""
@@ -81,9 +81,7 @@ class Loop:
                     ended = self._after_step()
                 if ended:
                     break
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.best[name])
+        self._restore(self.best)
         return ended
 
     def _step(self, batch: TrainingBatch) -> bool:
@@ -97,9 +95,9 @@ class Loop:
             norm = torch.zeros(())
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(list(self.parameters.values()), GRADIENT_NORM)
-            mean = accelerator.reduce(loss.detach().float(), "mean")  # the same, and as finite, in every process
+            mean = accelerator.reduce(loss.detach().float(), "mean").item()  # as finite in every process
             scaled = accelerator.scaler is not None  # half precision: it skips steps of infinite gradients itself
-            if math.isfinite(mean.item()) and (scaled or math.isfinite(float(norm))):
+            if math.isfinite(mean) and (scaled or math.isfinite(float(norm))):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self._losses.append(mean)
@@ -117,7 +115,8 @@ class Loop:
             progress.tick(self.accelerator.reduce(elapsed, "mean").item())
         self.on_progress(progress.fraction)
         over = progress.fraction >= 1
-        if over or progress.step % self.evaluate_every == 0:
+        alarmed = bool(self._losses) and progress.alarms(self._losses[-1])
+        if over or alarmed or progress.step % self.evaluate_every == 0:
             self.judge()
             if self.checkpoints is not None and not over:
                 self.checkpoints.save(self.accelerator, progress, self.best)
@@ -138,19 +137,38 @@ class Loop:
                 "epoch": round(progress.step / progress.steps_an_epoch, 3),
                 "seconds": round(progress.elapsed, 3),
                 "learning_rate": self.learning_rate * progress.learning_rate,
-                "loss": torch.stack(losses).mean().item() if losses else None,
+                "loss": sum(losses) / len(losses) if losses else None,
                 "held_out": held_out if math.isfinite(held_out) else None,
             }
         )
         if progress.improves(held_out):
             self.best = _copy(self.parameters)
+        if progress.destroyed(held_out):
+            self._begin_again(held_out)
         if math.isfinite(held_out):
             self._good = self._state()
         elif progress.step:
             self._go_back()
 
+    @torch.no_grad()
+    def _restore(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
     def _state(self) -> tuple[dict[str, Tensor], Any]:
         return _copy(self.parameters), deepcopy(self.optimizer.state_dict())
+
+    def _begin_again(self, held_out: float) -> None:
+        """After a learning rate that destroys: the state that training began with, and a lower one."""
+        progress = self.progress
+        self.warn(
+            f"learning rate {self.learning_rate * progress.rate:.1e} raised the held-out loss from "
+            f"{progress.best:.4g} to {held_out:.4g} in {progress.step - progress.began[0]} steps: training begins "
+            "again at a third of it."
+        )
+        progress.begin_again()
+        self._restore(self.best)
+        self.optimizer.state.clear()
 
     def _go_back(self) -> None:
         """After numbers that are not finite: the last good state, at half the learning rate."""
@@ -162,9 +180,7 @@ class Loop:
             f"the learning rate ({self.progress.failures} of at most {MOST_FAILURES} times)."
         )
         weights, optimizer = self._good
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
+        self._restore(weights)
         self.optimizer.load_state_dict(deepcopy(optimizer))
         self.optimizer.zero_grad()
         self._losses.clear()
