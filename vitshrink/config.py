@@ -103,7 +103,7 @@ class FinetuneConfig:
     """None: as many as ``minutes`` allow, or else a usual number."""
     minutes: float | None = None
     learning_rate: float | None = None
-    batch_size: int = 32
+    batch_size: int = 16
     accumulation: int = 1
     validation: float = 0.1
     """Part of the samples that is held out to choose the best state."""
