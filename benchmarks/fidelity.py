@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from vitshrink import cost, curvature
 from vitshrink.allocation import ALLOCATIONS, Plan
 from vitshrink.compression import Compression, Factors
-from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.config import CompressConfig, DataConfig, Precision
 from vitshrink.data import Batch, Preprocessor, SampleSet, overlap
 from vitshrink.errors import TargetError, VitshrinkError
 from vitshrink.evaluation import Evaluation
@@ -60,6 +60,7 @@ class Entry:
     storage: Storage | None = None
     refine: int | None = None
     probes: int = 1
+    precision: Precision = CompressConfig.precision
     options: Mapping[str, Any] = field(default_factory=dict)
     replaced: Mapping[str, Any] = field(default_factory=dict)
     """Parts of ``vitshrink.curvature`` that an ablation takes out."""
@@ -99,6 +100,7 @@ ENTRIES: dict[str, Entry] = {
     "curvature-no-token-weight": Entry("curvature", replaced=WITHOUT_TOKEN_WEIGHT),
     "curvature-sampled-label": Entry("curvature", replaced={"softmax_probe": sampled_label}),
     "curvature-probes-2": Entry("curvature", probes=2),
+    "curvature-float32-passes": Entry("curvature", precision="no"),
 }
 PEERS = ["svd", "asvd", "fwsvd", "svd-llm", "whitened-energy", "mixed-rank", "curvature"]
 
@@ -197,6 +199,7 @@ class Bench:
             method=entry.method,
             options=entry.options,
             probes=entry.probes,
+            precision=entry.precision,
             keep=(0.5,),  # budgets are handed to the plan
             samples=len(self.calibrations[seed].samples),
             batch_size=self.batch_size,

@@ -4,6 +4,10 @@ A low-rank model ought to take the share of the dense model's time that it has o
 share of the time over the share of the operations: 1 is as promised, 1.1 is a tenth slower. It is that of the medians,
 and beside it that of the lower quartiles, which a busy machine disturbs less. Models are timed in turn.
 
+Attention, GELU and norms take time of their own, much of it in a small model, and no compression of linear layers saves
+any. ``without linear layers`` is a model whose target layers cost nothing; the quotient ``of the linear
+layers`` takes its time and operations off all others first. A compiler would find out that it computes nothing.
+
 Without ``--model``, weights are random and of the shapes of ViT-B/16 at 224 pixels. Compressed models have random
 factors throughout: for time, only shapes and ranks matter.
 
@@ -40,7 +44,16 @@ from vitshrink.ranks import Storage, largest_rank
 STORAGES: tuple[Storage, ...] = ("gauge", "factors")
 FORMS: dict[str, Storage] = {"factors": "factors", "gauge": "gauge", "gauge, pivots in the middle": "gauge"}
 DENSE = "dense", 1.0
-FIGURES = ["ms", "quartiles", "time", "operations", "quotient", "at the lower quartile"]
+REST = "without linear layers", 0.0
+FIGURES = [
+    "ms",
+    "quartiles",
+    "time",
+    "operations",
+    "quotient",
+    "at the lower quartile",
+    "of the linear layers",
+]
 
 Key = tuple[str, float]
 """Form of storage, and the fraction of its weights that a layer keeps."""
@@ -62,6 +75,27 @@ def with_random_factors(dense: PreTrainedModel, fraction: float, storage: Storag
     return model.to(device)
 
 
+class Free(nn.Module):
+    """Instead of a linear layer: an output of the right shape that is always the same and costs nothing."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.made: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.outputs)
+        if shape not in self.made:
+            self.made[shape] = torch.randn(shape, device=x.device, dtype=x.dtype)
+        return self.made[shape]
+
+
+def without_targets(dense: PreTrainedModel) -> PreTrainedModel:
+    model = type(dense)(dense.config).eval()
+    replace_layers(model, {target.name: Free(target.shape[0]) for target in find_targets(dense)})
+    return model.to(next(dense.parameters()).device)
+
+
 def random_layer(shape: tuple[int, int], rank: int, storage: Storage, pivot: int = 0) -> LowRankLinear:
     m, n = shape
     layer = LowRankLinear(n, m, LayerSpec(rank, pivot if storage == "gauge" else None))
@@ -73,7 +107,7 @@ def random_layer(shape: tuple[int, int], rank: int, storage: Storage, pivot: int
 def print_models(dense: PreTrainedModel, args: argparse.Namespace) -> None:
     """Whole models, for each batch size, storage and fraction."""
     print_head(["model", "fraction", "batch", "mode", *FIGURES])
-    models: dict[Key, nn.Module] = {DENSE: dense}
+    models: dict[Key, nn.Module] = {DENSE: dense, REST: without_targets(dense)}
     for storage in STORAGES:
         for fraction in args.fractions:
             models[storage, fraction] = with_random_factors(dense, fraction, storage)
@@ -118,13 +152,21 @@ def print_timed(
     """One row a model: its time, and the shares of the dense one's time and operations."""
     operations = {key: cost.macs(model, inputs) for key, model in models.items()}
     for mode in ("eager", "compiled") if args.compile else ("eager",):
-        ready = {str(key): compiled(model) if mode == "compiled" else model for key, model in models.items()}
+        timed = [key for key in models if mode == "eager" or key != REST]
+        ready = {str(key): compiled(models[key]) if mode == "compiled" else models[key] for key in timed}
         times = cost.latency(ready, inputs, repeats=args.repeats, warmup=args.warmup)
-        for key in models:
+        for key in timed:
             share = operations[key] / operations[DENSE]
             form, fraction = key
             named = [*kind, form, f"{fraction:g}", str(times[str(key)].batch_size), mode]
-            print_row([*named, *_figures(times[str(key)], times[str(DENSE)], share)])
+            linear = "" if str(REST) not in times or key == REST else _linear_quotient(times, operations, key)
+            print_row([*named, *_figures(times[str(key)], times[str(DENSE)], share), linear])
+
+
+def _linear_quotient(times: Mapping[str, Latency], operations: Mapping[Key, int], key: Key) -> str:
+    rest, dense = times[str(REST)].median, times[str(DENSE)].median
+    time = (times[str(key)].median - rest) / (dense - rest)
+    return f"{time / ((operations[key] - operations[REST]) / (operations[DENSE] - operations[REST])):.2f}"
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("methods", "allocation", "compensation", "hf_quantizer"),
     ("structures", "gates", "checksums"),
-    ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer", "processes", "extras"),
+    ("lowrank", "gauge", "stats", "ranks", "metrics", "cost", "config", "observer", "processes", "extras", "precision"),
     ("errors",),
 )
 RANK = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -199,3 +199,9 @@ def test_the_command_line_of_a_job_asks_for_the_same_job(job: CompressConfig) ->
 @pytest.mark.parametrize(("text", "value"), [("0.3", 0.3), ("abs-max", "abs-max"), ("true", True), ('"1"', "1")])
 def test_an_option_is_json_where_it_can_be(text: str, value: Any) -> None:
     assert parse_option(text) == value
+
+
+def test_gradients_of_samples_are_not_taken_in_fp16() -> None:
+    with pytest.raises(UsageError, match=r"--precision fp16: .* range of float32"):
+        CompressConfig("model", "out", keep=(0.5,), precision="fp16")
+    assert CompressConfig("model", "out", keep=(0.5,), precision="bf16").precision == "bf16"

@@ -19,6 +19,7 @@ from vitshrink.curvature import TOKEN_WEIGHT, CurvatureCollector, collect_curvat
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.methods import get_method
 from vitshrink.models import Target, find_targets
+from vitshrink.precision import passes_in
 from vitshrink.stats import LinearStats
 
 CLASSIFIER = "ViTForImageClassification"
@@ -231,6 +232,25 @@ def test_the_same_batch_twice_gives_the_same_statistics_of_twice_the_tokens(monk
     once, twice = collect_curvature(model, targets, [batch]), collect_curvature(model, targets, [batch, batch])
     for target in targets:
         assert_close_statistics(twice[target.name], replace(once[target.name], tokens=2 * 3 * 17), 1e-9)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_passes_in_bfloat16_round_what_they_see_and_not_its_sums(name: str) -> None:
+    model, batch = tiny.build(name), batch_of(name)
+    targets = find_targets(model)
+    exact = collect_curvature(model, targets, [batch])
+    narrow = collect_curvature(model, targets, [batch], passes=passes_in(torch.device("cpu"), "bf16"))
+    same = 0
+    for target in targets:
+        for entry in fields(LinearStats):
+            want, got = (getattr(stats[target.name], entry.name) for stats in (exact, narrow))
+            if isinstance(want, Tensor):
+                assert got.dtype == torch.float64
+                assert (got - want).norm() < 0.1 * want.norm(), (target.name, entry.name)
+                same += torch.equal(got, want)
+                if got.ndim == 2:  # sums in float32 leave no more of an asymmetry than that
+                    assert (got - got.T).abs().max() < 1e-5 * got.abs().max()
+    assert not same
 
 
 @pytest.mark.parametrize("name", tiny.TEXT_MODELS)

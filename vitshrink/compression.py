@@ -37,6 +37,7 @@ from vitshrink.measurement import CalibrationData
 from vitshrink.methods import Factorisation, Method, Needs
 from vitshrink.models import Target, blocks_of
 from vitshrink.observer import Job
+from vitshrink.precision import Passes, passes_in, resolve_precision
 from vitshrink.ranks import Storage
 from vitshrink.rescaling import rescale_components
 from vitshrink.sequential import compensate_residuals
@@ -144,6 +145,7 @@ class Compression:
             "needs": self.method.needs.value,
             "seed": self.config.seed if curvature else None,
             "probes": self.config.probes if curvature else None,
+            "precision": resolve_precision(device, self.config.precision) if curvature else None,
         }
 
     def refine(self, factors: Factors, plan: Plan, job: Job) -> Factors:
@@ -203,6 +205,7 @@ class Compression:
                     {name: self._mean(name, factors.stats) for name in low_rank},
                     self.calibration.batches,
                     seed=self.config.seed + 2,
+                    passes=self._passes,
                     on_batch=advance,
                 )
         if self.storage == "gauge":
@@ -244,9 +247,21 @@ class Compression:
             if self.method.needs is Needs.CURVATURE:
                 probes = self.config.probes
                 return collect_curvature(
-                    model, self.targets, batches, weights=dense, seed=seed, probes=probes, on_batch=advance
+                    model,
+                    self.targets,
+                    batches,
+                    weights=dense,
+                    seed=seed,
+                    probes=probes,
+                    passes=self._passes,
+                    on_batch=advance,
                 )
             return collect(model, self.targets, batches, self.method.needs, on_batch=advance)
+
+    @property
+    def _passes(self) -> Passes:
+        """The arithmetic of passes that gradients are taken through."""
+        return passes_in(next(self.dense.parameters()).device, self.config.precision)
 
     @property
     def _measures(self) -> bool:
@@ -265,7 +280,9 @@ class Compression:
             for name, each in factors.layers.items()
         }
         with job.stage("measure", "Measuring components", sum(len(batch.keys) for batch in batches)) as advance:
-            effects = component_effects(model, components, batches, seed=self.config.seed + 3, on_batch=advance)
+            effects = component_effects(
+                model, components, batches, seed=self.config.seed + 3, passes=self._passes, on_batch=advance
+            )
         layers = {
             name: replace(each, measured=measured_loss(effects.layers[name])) for name, each in factors.layers.items()
         }

@@ -198,6 +198,7 @@ class CompressConfig:
     activations: str | None = None
     probes: int = 1
     refine: int = 2
+    precision: Precision = "auto"
     cache: str | None = None
     layers: Layers = "all"
     include: tuple[str, ...] = ()
@@ -319,6 +320,11 @@ class CompressConfig:
                     f"{judged[0]} is kept by the model before it is quantised: compress without --quantize, and then "
                     "run `vitshrink quantize` on the result."
                 )
+        if self.precision not in ("auto", "no", "bf16"):
+            raise UsageError(
+                f"--precision {self.precision}: gradients of samples need the range of float32, which fp16 has not. "
+                f"{_did_you_mean(self.precision, ['auto', 'no', 'bf16'])}"
+            )
         if self.preprocess not in get_args(Preprocessing):
             styles = list(get_args(Preprocessing))
             raise UsageError(f"--preprocess {self.preprocess}: unknown. {_did_you_mean(self.preprocess, styles)}")

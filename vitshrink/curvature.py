@@ -1,7 +1,7 @@
 """Label-free curvature of a model's output with respect to the outputs of its linear layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from vitshrink.calibration import CalibrationBatch, accumulate, to_device
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models import Target, blocks_of, task_of
+from vitshrink.precision import Passes
 from vitshrink.stats import LinearStats
 
 TOKEN_WEIGHT = 0.7
@@ -46,20 +47,20 @@ def random_functional(
     Regression and headless models: features under random ±1 projections, token by token and pooled.
     """
     if task_of(model) == "features":
-        hidden: Tensor = outputs.last_hidden_state
+        hidden: Tensor = outputs.last_hidden_state.float()
         mask = torch.ones(hidden.shape[:2]) if batch.mask is None else batch.mask
-        weight = (mask.float() / mask.float().sum(1, keepdim=True)).to(hidden)[..., None]
+        weight = (mask.float() / mask.float().sum(1, keepdim=True)).to(hidden.device)[..., None]
         signs = _signs(hidden, generator) * weight.sqrt() + _signs(hidden[:, :1], generator) * weight
-        return lambda outputs: (outputs.last_hidden_state * signs).sum((1, 2))
+        return lambda outputs: (outputs.last_hidden_state.float() * signs).sum((1, 2))
     logits: Tensor = outputs.logits
     if task_of(model) == "masked-lm":
         rows, positions = _tokens(_masks(logits, batch), generator)
         probe = softmax_probe(logits[rows, positions], generator)
-        zeros = logits.new_zeros(logits.shape[0])
+        zeros = probe.new_zeros(logits.shape[0])
         index = rows.to(logits.device)
-        return lambda outputs: zeros.index_add(0, index, (outputs.logits[rows, positions] * probe).sum(-1))
-    probe = _signs(logits, generator) if logits.shape[-1] == 1 else softmax_probe(logits, generator)
-    return lambda outputs: (outputs.logits * probe).sum(-1)
+        return lambda outputs: zeros.index_add(0, index, (outputs.logits[rows, positions].float() * probe).sum(-1))
+    probe = _signs(logits.float(), generator) if logits.shape[-1] == 1 else softmax_probe(logits, generator)
+    return lambda outputs: (outputs.logits.float() * probe).sum(-1)
 
 
 def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:
@@ -112,6 +113,7 @@ class CurvatureCollector:
     targets: Sequence[Target]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Dense weights (m, n) of layers that are compressed in ``model``: statistics are those of the dense layer."""
+    passes: Passes = nullcontext
     token_weight: float = TOKEN_WEIGHT
     tokens: int = 0
     batch: int = -1
@@ -134,7 +136,8 @@ class CurvatureCollector:
             handles.append(module.register_full_backward_hook(self._backward_hook(target)))
         try:
             with torch.enable_grad():
-                outputs = self.model(**to_device(batch.inputs, device))
+                with self.passes():
+                    outputs = self.model(**to_device(batch.inputs, device))
                 for left in reversed(range(probes)):
                     functional = random_functional(self.model, outputs, batch, generator)
                     torch.autograd.backward(functional(outputs).sum(), retain_graph=left > 0)
@@ -177,7 +180,8 @@ class CurvatureCollector:
                 self._x[target.input_group] = self._real(inputs[0])
             if target.shape[0] < target.shape[1]:
                 if target.name in self.weights:
-                    self._z[target.name] = self._real(inputs[0]) @ self.weights[target.name].T
+                    with torch.autocast(output.device.type, enabled=False):
+                        self._z[target.name] = self._real(inputs[0]) @ self.weights[target.name].T
                 else:
                     z = self._real(output)
                     self._z[target.name] = z - module.bias if isinstance(module.bias, Tensor) else z
@@ -253,6 +257,7 @@ def collect_curvature(
     weights: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     probes: int = 1,
+    passes: Passes = nullcontext,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> dict[str, LinearStats]:
     """Input covariances and output curvatures of every target: one forward and ``probes`` backward passes a batch.
@@ -263,12 +268,13 @@ def collect_curvature(
 
     Args:
         weights: the dense weights of the targets that ``model`` holds compressed.
+        passes: the arithmetic of the passes; what is made of their activations and gradients is summed in float32.
 
     Raises:
         NumericsError: NaN or Inf; names the layer and the batch.
         DataError: no batch at all.
     """
-    collector = CurvatureCollector(model, targets, weights or {})
+    collector = CurvatureCollector(model, targets, weights or {}, passes)
     generator = torch.Generator().manual_seed(seed)
     with frozen(model):
         for batch in batches:

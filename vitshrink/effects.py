@@ -1,7 +1,7 @@
 """What each rank-one component of each layer does to the output of the model, sample by sample."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from vitshrink.calibration import CalibrationBatch, to_device
 from vitshrink.curvature import frozen, random_functional, require_gradient
 from vitshrink.errors import NumericsError
 from vitshrink.models import blocks_of
+from vitshrink.precision import Passes
 
 TOGETHER = 0.25
 """Weight of the square of the summed effect in the geometric mean that is the measured loss."""
@@ -54,6 +55,7 @@ def component_effects(
     *,
     reference: PreTrainedModel | None = None,
     seed: int = 0,
+    passes: Passes = nullcontext,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> Effects:
     """One forward and one backward pass of ``model``, and a forward pass of ``reference`` where there is one.
@@ -63,7 +65,7 @@ def component_effects(
     Raises:
         NumericsError: NaN or Inf; names the layer and the batch.
     """
-    watch = Watch(components)
+    watch = Watch(components, passes)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     missing: list[Tensor] = []
@@ -76,10 +78,11 @@ def component_effects(
             watch.mask = None if batch.mask is None else batch.mask.to(device)
             watch.batch = number
             inputs = to_device(batch.inputs, device)
-            with torch.no_grad():
+            with torch.no_grad(), passes():
                 wanted = None if reference is None else reference(**inputs)
             with torch.enable_grad():
-                outputs = model(**inputs)
+                with passes():
+                    outputs = model(**inputs)
                 functional = random_functional(model, outputs if wanted is None else wanted, batch, generator)
                 values = functional(outputs)
                 torch.autograd.backward(values.sum())
@@ -95,6 +98,7 @@ class Watch:
     """Hooks that turn the inputs and output gradients of layers into the effects of their components."""
 
     components: Mapping[str, Components]
+    passes: Passes = nullcontext
     mask: Tensor | None = None
     batch: int = 0
     effects: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -119,7 +123,9 @@ class Watch:
             x = self._inputs.pop(name).float() - parts.mean
             if self.mask is not None:
                 x = x * self.mask[..., None]
-            effect = ((grad_output[0].float() @ parts.up) * (x @ parts.down.T)).sum(1)
+            with self.passes():
+                left, right = grad_output[0].float() @ parts.up, x @ parts.down.T
+            effect = (left.float() * right.float()).sum(1)
             if not torch.isfinite(effect).all():
                 raise NumericsError(
                     f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "

@@ -1,6 +1,7 @@
 """Gains for the components of a compressed model that bring its outputs back to those of the dense one."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from vitshrink.calibration import CalibrationBatch
 from vitshrink.effects import Components, Effects, component_effects
 from vitshrink.lowrank import LowRankLinear
+from vitshrink.precision import Passes
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-6, 9))
 """Ridges to choose from, in units of a component's own mean squared effect."""
@@ -37,6 +39,7 @@ def rescale_components(
     batches: Sequence[CalibrationBatch],
     *,
     seed: int = 0,
+    passes: Passes = nullcontext,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> Rescaling:
     """Multiply every component of the low-rank layers ``names`` by its own gain 1 + c, in place; no size changes.
@@ -56,7 +59,9 @@ def rescale_components(
         assert isinstance(layer, LowRankLinear)
         up, down = layer.factors()
         components[name] = Components(up.double(), down.double(), means[name])
-    effects = component_effects(model, components, batches, reference=dense, seed=seed, on_batch=on_batch)
+    effects = component_effects(
+        model, components, batches, reference=dense, seed=seed, passes=passes, on_batch=on_batch
+    )
     gains, fit = best_gains(effects)
     for name, gain in gains.items():
         layer, parts = layers[name], components[name]

@@ -109,6 +109,13 @@ def compress_command(
             rich_help_panel=LAYERS,
         ),
     ] = CompressConfig.refine,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of the passes that gradients are taken through: bf16, no (float32), or auto (bf16 where it is fast).",
+            rich_help_panel=LAYERS,
+        ),
+    ] = CompressConfig.precision,
     probes: Annotated[
         int, typer.Option(help="Backward passes a batch for the curvature.", rich_help_panel=LAYERS)
     ] = CompressConfig.probes,

@@ -25,6 +25,7 @@ from vitshrink.errors import DataError, NumericsError, UsageError
 from vitshrink.measurement import warn_of_bad
 from vitshrink.models import FLASH, blocks_of, flash_attention, task_of
 from vitshrink.observer import Job
+from vitshrink.precision import resolve_precision
 from vitshrink.recovery.answers import Reader, Teacher
 from vitshrink.recovery.augmentation import TOKENS_HIDDEN, Augmentation
 from vitshrink.recovery.blockwise import reconstruct
@@ -354,16 +355,6 @@ def recompute(model: PreTrainedModel) -> Callable[[], None]:
     return model.gradient_checkpointing_disable  # type: ignore[no-any-return]
 
 
-def precision(device: torch.device, wanted: str) -> str:
-    """Bfloat16 where the processor multiplies it faster than float32."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
-
-
 @contextmanager
 def _accelerator(device: torch.device, config: FinetuneConfig) -> Iterator[Accelerator]:
     """accelerate keeps its choices for a whole process: another job in it must be free to make its own."""
@@ -372,7 +363,7 @@ def _accelerator(device: torch.device, config: FinetuneConfig) -> Iterator[Accel
         torch.cuda.set_device(device)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=precision(device, config.precision),
+        mixed_precision=resolve_precision(device, config.precision),
         gradient_accumulation_steps=config.accumulation,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
