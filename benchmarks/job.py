@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,12 @@ from vitshrink.measurement import open_data, read_calibration
 from vitshrink.models import blocks_of, load_dense, quiet_transformers
 from vitshrink.observer import Job, Silent
 from vitshrink.pipeline import compress, find_device
+from vitshrink.precision import Passes, passes_in
 
 AROUND = ("Loading the model", "Reading calibration data", "Saving and verifying", "Evaluating", "Measuring cost")
 """Stages that read, write or measure; all others compress."""
 
-END_OF_A_SIZE = "Measuring cost"
+END_OF_A_SIZE = "Saving and verifying"
 
 
 class Chronology(Silent):
@@ -41,13 +42,13 @@ class Chronology(Silent):
         self.stages.append((title, time.perf_counter() - started))
 
     def sizes(self) -> list[list[tuple[str, float]]]:
-        """The stages of each size; what all sizes share belongs to the first."""
+        """The stages of each size, and what comes after the last; what all sizes share belongs to the first."""
         found: list[list[tuple[str, float]]] = [[]]
         for title, seconds in self.stages:
             found[-1].append((title, seconds))
             if title == END_OF_A_SIZE:
                 found.append([])
-        return [stages for stages in found if stages]
+        return found
 
 
 def print_job(config: CompressConfig) -> None:
@@ -62,7 +63,8 @@ def print_job(config: CompressConfig) -> None:
         samples, preprocessor, Job(Silent()), samples=config.samples, seed=config.seed, batch_size=config.batch_size
     ).batches
     peaks = [cost.peak_memory_bytes()]
-    forward, passes = bare_passes(source.model, batches)
+    exact = bare_passes(source.model, batches, nullcontext)
+    own = bare_passes(source.model, batches, passes_in(find_device(config.device), config.precision))
     peaks.append(cost.peak_memory_bytes())
     del source, samples, batches
     job = Chronology()
@@ -71,35 +73,42 @@ def print_job(config: CompressConfig) -> None:
     wall = time.perf_counter() - started
     peaks.append(cost.peak_memory_bytes())
 
-    print(f"Forward passes over the calibration samples: {forward:.1f} s; forward and backward: {passes:.1f} s")
-    print("(gradients of the activations, as the method needs them; none of the weights).\n")
-    print_head(["stage", "seconds", "over forward and backward"])
+    print("Bare passes over the calibration samples (gradients of the activations alone, as the method needs them):\n")
+    print_head(["passes", "forward, s", "forward and backward, s"])
+    print_row(["float32", *(f"{seconds:.1f}" for seconds in exact)])
+    print_row([f"--precision {config.precision}", *(f"{seconds:.1f}" for seconds in own)])
+    print()
+    print_head(["stage", "seconds", "over forward and backward", "over float32 ones"])
 
     def row(title: str, seconds: float) -> None:
-        print_row([title, f"{seconds:.1f}", f"{seconds / passes:.2f}"])
+        print_row([title, f"{seconds:.1f}", f"{seconds / own[1]:.2f}", f"{seconds / exact[1]:.2f}"])
 
-    for keep, stages in zip(config.keep, job.sizes(), strict=True):
+    *sizes, reported = job.sizes()
+    for keep, stages in zip(config.keep, sizes, strict=True):
         for title, seconds in stages:
             row(f"keep {keep:g}: {title}", seconds)
         row(f"**keep {keep:g}: compressing**", sum(seconds for title, seconds in stages if title not in AROUND))
+    for title, seconds in reported:
+        row(f"all sizes: {title}", seconds)
     row("whole job", wall)
     print("\nPeak memory of the process so far, MB:\n")
     print_head(["model and data read", "bare passes", "job"])
     print_row([f"{peak / 1e6:.0f}" for peak in peaks])
 
 
-def bare_passes(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[float, float]:
+def bare_passes(model: PreTrainedModel, batches: Sequence[Batch], passes: Passes) -> tuple[float, float]:
     """Seconds of a forward pass over all batches, and of a forward and backward pass; nothing else is done."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     model.requires_grad_(False)
 
     def forward(batch: Batch) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), passes():
             model(**to_device(batch.inputs, device))
 
     def forward_and_backward(batch: Batch) -> None:
-        outputs = model(**to_device(batch.inputs, device))
+        with passes():
+            outputs = model(**to_device(batch.inputs, device))
         torch.autograd.backward(random_functional(model, outputs, batch, generator)(outputs).sum())
 
     def start(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

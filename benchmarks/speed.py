@@ -210,6 +210,9 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.6], help="sizes of --job")
     known.add_argument("--method", default=CompressConfig.method, help="for --job")
     known.add_argument("--refine", type=int, default=CompressConfig.refine, help="for --job")
+    known.add_argument("--allocation", help="for --job")
+    known.add_argument("--compensation", help="for --job")
+    known.add_argument("--precision", default=CompressConfig.precision, help="for --job")
     known.add_argument("--device", default="auto")
     known.add_argument("--threads", type=int)
     return known
@@ -226,6 +229,9 @@ def job_config(args: argparse.Namespace, scratch: Path) -> CompressConfig:
         samples=args.samples,
         holdout=0,
         refine=args.refine,
+        allocation=args.allocation,
+        compensation=args.compensation,
+        precision=args.precision,
         batch_size=args.batch_size,
         device=args.device,
         offline=True,
@@ -241,9 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if args.job:
             with tempfile.TemporaryDirectory() as scratch:
-                chosen = f"{args.method}, refine {args.refine}, keep {' '.join(map(str, args.keep))}"
+                config = job_config(args, Path(scratch))
+                repairs = f"allocation {args.allocation or 'default'}, compensation {args.compensation or 'default'}"
+                chosen = f"{args.method}, refine {args.refine}, {repairs}, keep {' '.join(map(str, args.keep))}"
                 print_circumstances("Cost of a job", **circumstances, job=chosen, samples=args.samples)
-                print_job(job_config(args, Path(scratch)))
+                print_job(config)
             return
         dense = load_dense(args.model, offline=True).model if args.model else random_vit(args.blocks)
         dense.to(find_device(args.device))

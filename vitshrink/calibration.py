@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.methods import Needs
-from vitshrink.stats import LinearStats
+from vitshrink.stats import LinearStats, gram_of
 
 
 class CalibrationTarget(Protocol):
@@ -50,7 +50,7 @@ class InputSums:
         peak = magnitude.amax(0).double()
         self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)
         if self.with_gram:
-            self.gram = accumulate(self.gram, x.T @ x)
+            self.gram = accumulate(self.gram, gram_of(x))
 
     def stats(self, output_gram: Tensor | None) -> LinearStats:
         assert self.total is not None
@@ -150,7 +150,7 @@ class StatisticsCollector:
             y = self._tokens(output)
             if isinstance(module.bias, Tensor):
                 y = y - module.bias
-            self._outputs[target.name] = accumulate(self._outputs.get(target.name), y.T @ y)
+            self._outputs[target.name] = accumulate(self._outputs.get(target.name), gram_of(y))
             self._check(target.name, self._outputs[target.name], "output")
 
         return hook

@@ -13,7 +13,7 @@ from vitshrink.calibration import CalibrationBatch, accumulate, to_device
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models import Target, blocks_of, task_of
 from vitshrink.precision import Passes
-from vitshrink.stats import LinearStats
+from vitshrink.stats import LinearStats, gram_of
 
 TOKEN_WEIGHT = 0.7
 """Share of the gradient-weighted tokens in C; the rest counts all tokens alike, for tokens that no gradient met."""
@@ -90,7 +90,7 @@ class GroupSums:
         self.weight += float(weights.double().sum())
         self.total = accumulate(self.total, weighted.sum(0))
         if with_gram:
-            self.gram = accumulate(self.gram, x.T @ weighted)
+            self.gram = accumulate(self.gram, gram_of(x * weights.sqrt()[:, None]))
 
 
 @dataclass
@@ -211,7 +211,7 @@ class CurvatureCollector:
             elif m > n:
                 assert grad_input[0] is not None
                 side = self._real(grad_input[0])
-            sums.gradient = accumulate(sums.gradient, side.T @ side)
+            sums.gradient = accumulate(sums.gradient, gram_of(side))
             known = self._importance.get(target.name)
             self._importance[target.name] = importance if known is None else known + importance
 
@@ -237,7 +237,7 @@ class CurvatureCollector:
             if narrow:
                 z = self._z[target.name]
                 layer = self._layers[target.name]
-                layer.output_gram = accumulate(layer.output_gram, z.T @ (z * mixed[group][:, None]))
+                layer.output_gram = accumulate(layer.output_gram, gram_of(z * mixed[group].sqrt()[:, None]))
         self.tokens += next(iter(self._x.values())).shape[0]
         self._x.clear()
         self._z.clear()

@@ -15,6 +15,10 @@ RELATIVE_CUTOFF = 1e-12
 """Eigenvalues below this fraction of the largest are treated as zero when a square root is inverted."""
 
 
+GRAM_BLOCK = 128
+"""Columns that are multiplied at once: narrow enough to leave out half of a wide Gram, and wide enough to be fast."""
+
+
 @dataclass(frozen=True)
 class LinearStats:
     """Statistics of one layer; which are there depends on what the method asked for.
@@ -59,7 +63,7 @@ class LinearStats:
             mean=x.mean(0),
             abs_mean=x.abs().mean(0),
             abs_max=x.abs().amax(0),
-            gram=x.T @ x / x.shape[0],
+            gram=gram_of(x) / x.shape[0],
         )
 
     def covariance(self, *, centred: bool) -> Tensor:
@@ -76,6 +80,18 @@ class LinearStats:
             return self.output_gram
         shift = weight @ self.mean
         return self.output_gram - torch.outer(shift, shift)
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """xᵀx, (k, k), of x (tokens, k); what lies under the diagonal is copied from above it."""
+    columns = x.shape[1]
+    product = x.new_empty(columns, columns)
+    for start in range(0, columns, GRAM_BLOCK):
+        stop = start + GRAM_BLOCK
+        rows = x[:, start:stop].T @ x[:, start:]
+        product[start:stop, start:] = rows
+        product[start:, start:stop] = rows.T
+    return product
 
 
 def _mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -105,3 +121,16 @@ def square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     kept = values > RELATIVE_CUTOFF * values[0]
     inverse = torch.where(kept, root, 1).reciprocal() * kept
     return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """R (k, k) with RᵀR the positive semidefinite ``matrix``, and its inverse.
+
+    Cholesky's, at a tenth of the cost, where the matrix is far from singular; elsewhere the symmetric one.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal = lower.diagonal().square()
+    if failed or not diagonal.min() > 1e-8 * diagonal.max():
+        return square_roots(matrix)
+    upper = lower.T
+    return upper, torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)

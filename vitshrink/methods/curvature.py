@@ -6,7 +6,7 @@ from torch import Tensor
 from vitshrink.errors import NumericsError
 from vitshrink.methods.registry import Factorisation, Needs, method
 from vitshrink.methods.whitened import whitened
-from vitshrink.stats import LinearStats, eigh, square_roots
+from vitshrink.stats import LinearStats, eigh, roots
 
 
 @method("curvature", needs=Needs.CURVATURE, allocation="measured", compensation="rescale", storage="gauge")
@@ -16,9 +16,9 @@ def curvature(
     """Least loss at the model's output to second order, the same unit for every layer (K-FAC, arXiv 1503.05671).
 
     A change ΔW costs tr(H ΔW C ΔWᵀ) with the input covariance C and the label-free output curvature H. So
-    H^½ W C^½ = U Σ Vᵀ is truncated: Ŵ = H^-½ U_r U_rᵀ H^½ W, and ``loss`` is Σ_{i>r} σ_i², computed from the smaller
-    of H^½ (W C Wᵀ) H^½ and T C T with T = (Wᵀ H W)^½. ``shrinkage`` pulls H towards its mean eigenvalue: an estimate
-    from a few hundred samples overrates the directions it has seen.
+    R W C^½ = U Σ Vᵀ with RᵀR = H is truncated: Ŵ = R⁻¹ U_r U_rᵀ R W, and ``loss`` is Σ_{i>r} σ_i², computed from the
+    smaller of R (W C Wᵀ) Rᵀ and T C Tᵀ with TᵀT = Wᵀ H W. ``shrinkage`` pulls H towards its mean eigenvalue: an
+    estimate from a few hundred samples overrates the directions it has seen.
     """
     if stats is None or (stats.gradient_gram is None and stats.input_gradient_gram is None):
         raise NumericsError("curvature needs calibration statistics with gradients.")
@@ -29,10 +29,10 @@ def curvature(
         return Factorisation(free.up, free.down, torch.zeros_like(free.loss))
     if stats.gradient_gram is not None:
         H = (1 - shrinkage) * stats.gradient_gram + floor * torch.eye(m, dtype=weight.dtype, device=weight.device)
-        root, inverse = square_roots(H)
-        values, U = eigh(root @ stats.output_covariance(weight, centred=centred) @ root)
+        root, inverse = roots(H)
+        values, U = eigh(root @ stats.output_covariance(weight, centred=centred) @ root.T)
         return Factorisation.from_spectrum(inverse @ U, U.T @ root @ weight, values)
     assert stats.input_gradient_gram is not None
-    T, T_inverse = square_roots((1 - shrinkage) * stats.input_gradient_gram + floor * weight.T @ weight)
-    values, U = eigh(T @ stats.covariance(centred=centred) @ T)
+    T, T_inverse = roots((1 - shrinkage) * stats.input_gradient_gram + floor * weight.T @ weight)
+    values, U = eigh(T @ stats.covariance(centred=centred) @ T.T)
     return Factorisation.from_spectrum(weight @ T_inverse @ U, U.T @ T, values)

@@ -1,0 +1,34 @@
+"""Products and square roots that statistics and methods are made of."""
+
+import pytest
+import torch
+
+from vitshrink import stats
+from vitshrink.stats import gram_of, roots, square_roots
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 300])
+def test_a_gram_in_blocks_is_the_gram(columns: int) -> None:
+    x = torch.randn(50, columns, dtype=torch.float64)
+    torch.testing.assert_close(gram_of(x), x.T @ x)
+
+
+@pytest.mark.parametrize("rank", [6, 4, 0])
+def test_the_roots_of_a_matrix_give_it_back_also_where_it_is_singular(rank: int) -> None:
+    x = torch.randn(rank, 6, dtype=torch.float64)
+    matrix = x.T @ x
+    root, inverse = roots(matrix)
+    torch.testing.assert_close(root.T @ root, matrix)
+    projection = inverse @ root
+    torch.testing.assert_close(projection @ projection, projection)
+    assert round(float(projection.trace())) == rank
+    torch.testing.assert_close(projection @ matrix, matrix)
+
+
+def test_a_matrix_far_from_singular_needs_no_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = gram_of(torch.randn(90, 6, dtype=torch.float64))
+    symmetric = square_roots(matrix)[0]
+    monkeypatch.setattr(stats, "eigh", None)
+    root, inverse = roots(matrix)
+    torch.testing.assert_close(root.T @ root, symmetric @ symmetric)
+    torch.testing.assert_close(inverse @ root, torch.eye(6, dtype=torch.float64))
