@@ -110,6 +110,7 @@ def test_the_bound_holds_for_the_weights_as_they_are_stored(bounded: Bounded) ->
 def test_a_larger_candidate_is_taken_where_storing_costs_too_much(
     bounded: Bounded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(search, "REPAIRED", 0.0)  # what a repair gains is not spent on a smaller one
     plain = bounded(output="plain", max_kl=0.002, refine=0)
     build, spoilt = Compression.build, []
 
