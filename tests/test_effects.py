@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.curvature import collect_curvature, random_functional
-from vitshrink.effects import Components, Effects, component_effects, measured_loss
+from vitshrink.effects import Components, Effects, component_effects, measured_loss, shortfall
 from vitshrink.errors import NumericsError
 from vitshrink.methods import get_method
 from vitshrink.models import find_targets
-from vitshrink.rescaling import best_gains
+from vitshrink.rescaling import best_repair
 
 
 def parts_of(model: PreTrainedModel, batches: list[Batch], method: str = "svd") -> dict[str, Components]:
@@ -116,14 +116,45 @@ def test_an_activation_that_is_not_finite_names_the_layer_and_the_batch() -> Non
         component_effects(model, components, [batch_of(CLASSIFIER), bad])
 
 
-def test_gains_are_fitted_where_they_explain_and_left_alone_where_they_do_not() -> None:
+def test_what_is_missing_needs_no_gradients() -> None:
+    model, other, batches = tiny.build(CLASSIFIER), tiny.build(CLASSIFIER, seed=1), [batch_of(CLASSIFIER)] * 2
+    missing = component_effects(model, parts_of(model, batches), batches, reference=other, seed=2).missing
+    torch.testing.assert_close(shortfall(model, other, batches, seed=2), missing)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_the_effect_of_a_shift_is_the_derivative_by_the_bias(name: str) -> None:
+    model, batch = tiny.build(name), batch_of(name)
+    components = parts_of(model, [batch])
+    shifts = component_effects(model, components, [batch], seed=5).shifts
+    layer_name = list(components)[-2]
+    bias = model.get_submodule(layer_name).bias
+    assert isinstance(bias, Tensor)
+    bias.requires_grad_()
+    outputs = model(**batch.inputs)
+    for sample, value in enumerate(random_functional(model, outputs, batch, generator(5))(outputs)):
+        (want,) = torch.autograd.grad(value, bias, retain_graph=True)
+        torch.testing.assert_close(shifts[layer_name][sample].float(), want, rtol=1e-3, atol=1e-5)
+
+
+def test_gains_and_shifts_are_fitted_where_they_explain_and_left_alone_where_they_do_not() -> None:
     phi = torch.randn(300, 12, dtype=torch.float64, generator=generator())
     truth = torch.linspace(-0.2, 0.2, 12, dtype=torch.float64)
     noise = torch.randn(300, dtype=torch.float64, generator=generator(1))
-    gains, fit = best_gains(Effects({"a": phi[:, :5], "b": phi[:, 5:]}, phi @ truth + 0.05 * noise))
-    assert fit.explained > 0.8
-    torch.testing.assert_close(torch.cat([gains["a"], gains["b"]]), truth, rtol=0, atol=0.05)
-    gains, fit = best_gains(Effects({"a": phi}, noise * noise.abs()))
-    assert fit.explained < 0.02
-    gains, fit = best_gains(Effects({"a": phi}, torch.zeros(300, dtype=torch.float64)))
-    assert (gains, fit.ridge) == ({}, None)
+    repair = best_repair(Effects({"a": phi[:, :5], "b": phi[:, 5:8]}, {"a": phi[:, 8:]}, phi @ truth + 0.05 * noise))
+    assert repair is not None
+    assert repair.explained > 0.8
+    fitted = torch.cat([repair.gains["a"], repair.gains["b"], repair.shifts["a"]])
+    torch.testing.assert_close(fitted, truth, rtol=0, atol=0.05)
+    nothing = best_repair(Effects({"a": phi[:, :5]}, {"a": phi[:, 5:]}, noise * noise.abs()))
+    assert nothing is None or nothing.explained < 0.02
+    zeros = torch.zeros(300, dtype=torch.float64)
+    assert best_repair(Effects({"a": phi[:, :5]}, {"a": phi[:, 5:]}, zeros)) is None
+
+
+def test_what_has_hardly_an_effect_is_hardly_changed() -> None:
+    phi = torch.randn(300, 4, dtype=torch.float64, generator=generator())
+    idle = 1e-6 * torch.randn(300, 4, dtype=torch.float64, generator=generator(1))
+    repair = best_repair(Effects({"a": phi}, {"a": phi, "key": idle}, phi.sum(1)))
+    assert repair is not None
+    assert repair.shifts["key"].abs().max() < 1e-5 < repair.shifts["a"].abs().min()

@@ -1,18 +1,23 @@
-"""Gains bring a compressed model back towards the dense one, and change nothing else."""
+"""Gains and biases bring a compressed model back towards the dense one, and change nothing else."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_curvature import CLASSIFIER, batch_of
+from test_curvature import CLASSIFIER, Batch, batch_of
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from vitshrink import rescaling
 from vitshrink.calibration import collect
 from vitshrink.checkpoint import replace_layers
+from vitshrink.effects import Effects
 from vitshrink.methods import Needs
 from vitshrink.models import find_targets
-from vitshrink.rescaling import rescale_components
+from vitshrink.rescaling import Repair, rescale_components
 
 
 @pytest.mark.parametrize("name", [CLASSIFIER, "BertForSequenceClassification", "BertForMaskedLM", "BertModel"])
@@ -35,29 +40,57 @@ def test_components_that_are_too_small_grow_back(name: str) -> None:
             return float(F.mse_loss(model(**test.inputs)[0], dense(**test.inputs)[0]))
 
     before = distance()
-    fit = rescale_components(model, dense, [t.name for t in targets], means, batches)
-    assert fit.ridge is not None
-    assert fit.explained > 0.2
+    assert rescale_components(model, dense, [t.name for t in targets], means, batches) > 0
     assert distance() < 0.9 * before
 
 
-def test_the_mean_output_of_each_layer_stays() -> None:
+def truncated(rank: int = 6) -> tuple[PreTrainedModel, PreTrainedModel, str, list[Batch], dict[str, Tensor]]:
+    """A dense model and the same with one layer truncated; the name of that, samples, and the means of its inputs."""
     dense, batches = tiny.build(CLASSIFIER), [batch_of(CLASSIFIER, 8, seed=seed) for seed in range(4)]
     target = find_targets(dense)[0]
     means = {name: stats.mean for name, stats in collect(dense, [target], batches, Needs.SCALES).items()}
     model = copy.deepcopy(dense)
-    replace_layers(model, {target.name: tiny.low_rank(model.get_submodule(target.name), 6)})
-    layer = model.get_submodule(target.name)
+    replace_layers(model, {target.name: tiny.low_rank(model.get_submodule(target.name), rank)})
+    return dense, model, target.name, batches, means
+
+
+def test_a_gain_leaves_the_mean_output_of_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model, name, batches, means = truncated()
+    fitted = rescaling.best_repair
+
+    def without_shifts(effects: Effects) -> Repair | None:
+        repair = fitted(effects)
+        return repair and replace(repair, shifts={name: torch.zeros_like(each) for name, each in repair.shifts.items()})
+
+    monkeypatch.setattr(rescaling, "best_repair", without_shifts)
+    layer = model.get_submodule(name)
     with torch.no_grad():
-        before = layer(means[target.name].float())
+        before = layer(means[name].float())
         weight = layer.weight.clone()
-        rescale_components(model, dense, [target.name], means, batches)
+        assert rescale_components(model, dense, [name], means, batches)
         assert not torch.equal(layer.weight, weight)
-        torch.testing.assert_close(layer(means[target.name].float()), before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(means[name].float()), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_takes_the_outputs_further_away_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model, name, batches, means = truncated()
+    before = copy.deepcopy(model.state_dict())
+    fitted = rescaling.best_repair
+
+    def the_wrong_way(effects: Effects) -> Repair | None:
+        repair = fitted(effects)
+        return repair and replace(
+            repair,
+            shifts={name: -50 * each for name, each in repair.shifts.items()},
+            gains={name: -50 * each for name, each in repair.gains.items()},
+        )
+
+    monkeypatch.setattr(rescaling, "best_repair", the_wrong_way)
+    assert rescale_components(model, dense, [name], means, batches) == 0
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_a_model_that_lacks_nothing_is_left_as_it_is() -> None:
     dense, batches = tiny.build(CLASSIFIER), [batch_of(CLASSIFIER, 8)]
     model = copy.deepcopy(dense)
-    fit = rescale_components(model, dense, [], {}, batches)
-    assert (fit.ridge, fit.explained) == (None, 0.0)
+    assert rescale_components(model, dense, [], {}, batches) == 0

@@ -39,7 +39,7 @@ from vitshrink.models import Target, blocks_of
 from vitshrink.observer import Job
 from vitshrink.precision import Passes, passes_in, resolve_precision
 from vitshrink.ranks import Storage
-from vitshrink.rescaling import rescale_components
+from vitshrink.rescaling import STEPS, rescale_components
 from vitshrink.sequential import compensate_residuals
 from vitshrink.stats import LinearStats
 from vitshrink.storage import fix_gauge
@@ -197,7 +197,8 @@ class Compression:
         model = self.truncate(factors, plan, job)
         if self.compensation == "rescale" and self.calibration is not None:
             low_rank = [name for name, rank in plan.items() if rank is not None]
-            with job.stage("compensate", "Fitting gains", len(self.calibration.samples)) as advance:
+            walks = 2 * STEPS * len(self.calibration.samples)
+            with job.stage("compensate", "Fitting gains and biases", walks) as advance:
                 rescale_components(
                     model,
                     self.dense,

@@ -43,7 +43,9 @@ class Effects:
     """
 
     layers: dict[str, Tensor]
-    """(samples, k) of each layer, float64."""
+    """(samples, k) of the components of each layer, float64."""
+    shifts: dict[str, Tensor]
+    """(samples, m) of a shift of each output of each layer, at every token alike, float64."""
     missing: Tensor | None
     """What the functionals lack compared with the reference, (samples,)."""
 
@@ -90,7 +92,32 @@ def component_effects(
                 missing.append((functional(wanted) - values.detach()).double())
             on_batch(len(values))
     layers = {name: torch.cat(each).double() for name, each in watch.effects.items()}
-    return Effects(layers, torch.cat(missing) if missing else None)
+    shifts = {name: torch.cat(each).double() for name, each in watch.shifts.items()}
+    return Effects(layers, shifts, torch.cat(missing) if missing else None)
+
+
+@torch.no_grad()
+def shortfall(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    batches: Iterable[CalibrationBatch],
+    *,
+    seed: int = 0,
+    passes: Passes = nullcontext,
+    on_batch: Callable[[int], None] = lambda _samples: None,
+) -> Tensor:
+    """``missing`` of ``component_effects`` with the same seed, (samples,), from forward passes alone."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    missing = []
+    for batch in batches:
+        inputs = to_device(batch.inputs, device)
+        with passes():
+            wanted, outputs = reference(**inputs), model(**inputs)
+        functional = random_functional(model, wanted, batch, generator)
+        missing.append((functional(wanted) - functional(outputs)).double())
+        on_batch(len(missing[-1]))
+    return torch.cat(missing)
 
 
 @dataclass
@@ -102,13 +129,14 @@ class Watch:
     mask: Tensor | None = None
     batch: int = 0
     effects: dict[str, list[Tensor]] = field(default_factory=dict)
+    shifts: dict[str, list[Tensor]] = field(default_factory=dict)
     _inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         for name, parts in self.components.items():
             module = model.get_submodule(name)
             narrow = Components(parts.up.float(), parts.down.float(), parts.mean.float())
-            self.effects[name] = []
+            self.effects[name], self.shifts[name] = [], []
             stack.callback(module.register_forward_hook(self._forward_hook(name)).remove)
             stack.callback(module.register_full_backward_hook(self._backward_hook(name, narrow)).remove)
 
@@ -120,11 +148,11 @@ class Watch:
 
     def _backward_hook(self, name: str, parts: Components) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _grad_input: Any, grad_output: Any) -> None:
-            x = self._inputs.pop(name).float() - parts.mean
+            x, gradient = self._inputs.pop(name).float() - parts.mean, grad_output[0].float()
             if self.mask is not None:
-                x = x * self.mask[..., None]
+                x, gradient = x * self.mask[..., None], gradient * self.mask[..., None]
             with self.passes():
-                left, right = grad_output[0].float() @ parts.up, x @ parts.down.T
+                left, right = gradient @ parts.up, x @ parts.down.T
             effect = (left.float() * right.float()).sum(1)
             if not torch.isfinite(effect).all():
                 raise NumericsError(
@@ -132,6 +160,7 @@ class Watch:
                     "Check the checkpoint and the preprocessing of that batch."
                 )
             self.effects[name].append(effect)
+            self.shifts[name].append(gradient.sum(1))
 
         return hook
 

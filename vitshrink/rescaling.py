@@ -1,4 +1,4 @@
-"""Gains for the components of a compressed model that bring its outputs back to those of the dense one."""
+"""Gains and biases of a compressed model that bring its outputs back to those of the dense one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,25 +9,35 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.calibration import CalibrationBatch
-from vitshrink.effects import Components, Effects, component_effects
+from vitshrink.effects import Components, Effects, component_effects, shortfall
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.precision import Passes
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-6, 9))
-"""Ridges to choose from, in units of a component's own mean squared effect."""
+"""Ridges to choose from, in units of a parameter's own mean squared effect."""
+
+FLOOR = 0.1
+"""Of the mean squared effect of all gains, or shifts, that is added to that of each: what does nothing (the bias of a
+key, for one) must not be changed without bound."""
+
+STEPS = 2
+"""Gauss-Newton steps: the first is long, and the effects are others after it."""
+
+LENGTHS = (1.0, 0.5, 0.25)
+"""Of a step; the first that takes the outputs closer to those of the dense model is taken."""
 
 
 @dataclass(frozen=True)
-class Rescaling:
-    """How well the gains explain what the compressed model lacks on samples they were not fitted to.
+class Repair:
+    """Changes that explain what the compressed model lacks, and how well, on samples they were not fitted to."""
 
-    Attributes:
-        ridge: None where no gain helped, and nothing was changed.
-        explained: share of the squared difference of the outputs, by leave-one-out; 0 without gains.
-    """
-
-    ridge: float | None
+    gains: Mapping[str, Tensor]
+    """c (k,) of the components of each layer: they are multiplied by 1 + c."""
+    shifts: Mapping[str, Tensor]
+    """(m,) to be added to the bias of each layer."""
+    ridge: float
     explained: float
+    """Share of the squared difference of the outputs, by leave-one-out."""
 
 
 @torch.no_grad()
@@ -41,59 +51,86 @@ def rescale_components(
     seed: int = 0,
     passes: Passes = nullcontext,
     on_batch: Callable[[int], None] = lambda _samples: None,
-) -> Rescaling:
-    """Multiply every component of the low-rank layers ``names`` by its own gain 1 + c, in place; no size changes.
+) -> int:
+    """Fit a gain for every component of the low-rank layers ``names``, and their biases, in place; no size changes.
 
     What truncation takes away has a systematic part: fewer components of queries and keys, for one, leave every
-    attention flatter. One Gauss-Newton step on the gains of all layers at once takes that part back: c minimises
+    attention flatter. Gauss-Newton steps on the gains and biases of all layers at once take that part back: c minimises
     Σ (t_s − φ_s·c)² + ρ Σ_i E[φ_i²] c_i², with t what the compressed model lacks along a random direction of its output
-    that is as long as the Fisher information of the softmax is there, and φ the effects of its components. The ridge ρ
-    is the one with the least leave-one-out error, and where none is better than no gains at all, nothing is done.
+    that is as long as the Fisher information of the softmax is there, and φ the effects of what c changes. The ridge ρ
+    is the one with the least leave-one-out error. A step that does not help, on the samples themselves or on those
+    left out, is not taken.
 
     Args:
         means: of the inputs (n,) of each layer; a gain leaves the mean output as it is. Zeros for layers without bias.
+
+    Returns:
+        the number of steps taken, 0 to ``STEPS``.
     """
-    layers = {name: model.get_submodule(name) for name in names}
-    components = {}
-    for name, layer in layers.items():
-        assert isinstance(layer, LowRankLinear)
-        up, down = layer.factors()
-        components[name] = Components(up.double(), down.double(), means[name])
-    effects = component_effects(
-        model, components, batches, reference=dense, seed=seed, passes=passes, on_batch=on_batch
-    )
-    gains, fit = best_gains(effects)
-    for name, gain in gains.items():
-        layer, parts = layers[name], components[name]
-        assert isinstance(layer, LowRankLinear)
-        if layer.bias is not None:
-            layer.bias.sub_(((parts.up * gain) @ (parts.down @ parts.mean)).to(layer.bias))
-        layer.set_factors(parts.up * (1 + gain), parts.down)
-    return fit
+    if not names:
+        return 0
+    for step in range(STEPS):
+        found: dict[str, tuple[LowRankLinear, Components]] = {}
+        for name in names:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LowRankLinear)
+            up, down = layer.factors()
+            found[name] = layer, Components(up.double(), down.double(), means[name])
+        components = {name: parts for name, (_, parts) in found.items()}
+        effects = component_effects(
+            model, components, batches, reference=dense, seed=seed + step, passes=passes, on_batch=on_batch
+        )
+        repair = best_repair(effects)
+        if repair is None:
+            return step
+        assert effects.missing is not None
+        biases = {name: layer.bias.double() for name, (layer, _) in found.items() if layer.bias is not None}
+        for length in (*LENGTHS, 0.0):
+            for name, (layer, parts) in found.items():
+                gain = length * repair.gains[name]
+                layer.set_factors(parts.up * (1 + gain), parts.down)
+                if layer.bias is not None:
+                    moved = (parts.up * gain) @ (parts.down @ parts.mean)
+                    layer.bias.copy_(biases[name] - moved + length * repair.shifts[name])
+            if length == 0:
+                return step
+            now = shortfall(model, dense, batches, seed=seed + step, passes=passes, on_batch=on_batch)
+            if now.square().mean() < effects.missing.square().mean():
+                break
+    return STEPS
 
 
-def best_gains(effects: Effects) -> tuple[dict[str, Tensor], Rescaling]:
-    """The gains c (k,) of each layer, none where they would not help, by kernel ridge regression over the samples."""
+def best_repair(effects: Effects) -> Repair | None:
+    """Kernel ridge regression over the samples; None where no change explains anything."""
     missing = effects.missing
     assert missing is not None
-    power = {name: each.square().mean(0) for name, each in effects.layers.items()}
-    weighted = {
-        name: each * torch.where(power[name] > 0, power[name], 1).reciprocal() for name, each in effects.layers.items()
-    }
-    kernel = sum((weighted[name] @ each.T for name, each in effects.layers.items()), missing.new_zeros(()))
     nothing = float(missing.square().mean())
-    if len(missing) < 2 or nothing == 0 or not effects.layers:
-        return {}, Rescaling(None, 0.0)
+    if len(missing) < 2 or nothing == 0:
+        return None
+    gains, shifts = _weighted(effects.layers), _weighted(effects.shifts)
+    kernel = missing.new_zeros(len(missing), len(missing))
+    for weighted, plain in ((gains, effects.layers), (shifts, effects.shifts)):
+        for name, each in weighted.items():
+            kernel += each @ plain[name].T
     values, vectors = torch.linalg.eigh(kernel)
-    best: tuple[float, float, Tensor] | None = None
+    errors, duals = [], []
     for ridge in RIDGES:
         inverse = (values.clamp_min(0) + len(missing) * ridge).reciprocal()
-        dual = vectors @ (inverse * (vectors.T @ missing))
-        left_out = dual / (vectors.square() @ inverse)
-        error = float(left_out.square().mean())
-        if best is None or error < best[0]:
-            best = (error, ridge, dual)
-    assert best is not None
-    if best[0] >= nothing:
-        return {}, Rescaling(None, 0.0)
-    return {name: each.T @ best[2] for name, each in weighted.items()}, Rescaling(best[1], 1 - best[0] / nothing)
+        duals.append(vectors @ (inverse * (vectors.T @ missing)))
+        errors.append(float((duals[-1] / (vectors.square() @ inverse)).square().mean()))
+    best = min(range(len(RIDGES)), key=errors.__getitem__)
+    if not errors[best] < nothing:
+        return None
+    return Repair(
+        {name: each.T @ duals[best] for name, each in gains.items()},
+        {name: each.T @ duals[best] for name, each in shifts.items()},
+        RIDGES[best],
+        1 - errors[best] / nothing,
+    )
+
+
+def _weighted(effects: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Effects over their own mean squares, which the floor keeps from zero."""
+    power = {name: each.square().mean(0) for name, each in effects.items()}
+    floor = FLOOR * torch.cat(list(power.values())).mean()
+    return {name: each / (power[name] + floor).clamp_min(1e-300) for name, each in effects.items()}
