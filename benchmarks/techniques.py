@@ -4,7 +4,7 @@ Every row is a job of ``vitshrink compress``, written, read again and measured a
 --results, so that a run that was stopped goes on, and rows of several runs make one table.
 
     python benchmarks/techniques.py --model MODEL --calibration UNLABELLED --eval LABELLED --results tiny.json \\
-        --keep 0.93 --tokens 100 148 --landmarks 49 --recovery 2 --stop-after 10
+        --keep 0.93 --tokens 100 148 --landmarks 49 --recovery 1 --stop-after 10
     python benchmarks/techniques.py --results tiny.json
 """
 
@@ -23,6 +23,7 @@ import torch
 from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from vitshrink.checkpoint import load
 from vitshrink.config import CompressConfig, DataConfig, FinetuneConfig
@@ -137,7 +138,8 @@ class Bench:
             source.directory, source.family.modality, offline=True, resolution=given.resolution
         )
         samples = open_data(DataConfig(given.eval), source, offline=True).at_most(given.limit, 0)
-        return cls(given, results, Remembered(source.model), preprocessor, samples)
+        kept = None if results.file is None else results.file.with_suffix(".dense.pt")
+        return cls(given, results, Remembered(source.model, kept), preprocessor, samples)
 
     def run(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """The rows that are not known yet, until the time is over."""
@@ -200,12 +202,14 @@ class Bench:
 
 
 class Remembered(nn.Module):
-    """A model that is asked the same for every row, and answers each question once."""
+    """A model that is asked the same for every row, and answers each question once; ``file`` keeps its answers."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, file: Path | None) -> None:
         super().__init__()
-        self.model, self.config = model, model.config
-        self.answers: dict[str, Any] = {}
+        self.model, self.config, self.file = model, model.config, file
+        self.answers: dict[str, Tensor] = {}
+        if file is not None and file.exists():
+            self.answers = torch.load(file, weights_only=True)
 
     def forward(self, **inputs: Tensor) -> Any:
         digest = hashlib.sha256()
@@ -213,8 +217,10 @@ class Remembered(nn.Module):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         key = digest.hexdigest()
         if key not in self.answers:
-            self.answers[key] = self.model(**inputs)
-        return self.answers[key]
+            self.answers[key] = self.model(**inputs).logits
+            if self.file is not None:
+                torch.save(self.answers, self.file)
+        return ImageClassifierOutput(logits=self.answers[key])
 
 
 def circumstances(given: argparse.Namespace) -> dict[str, Any]:
@@ -224,7 +230,7 @@ def circumstances(given: argparse.Namespace) -> dict[str, Any]:
         "resolution": given.resolution,
         "calibration": f"{given.samples} samples of {Path(given.calibration).name}",
         "evaluation": f"{'all' if given.limit is None else given.limit} samples of {Path(given.eval).name}",
-        "recovery": f"label-free distillation on the calibration samples, {given.recovery:g} minutes",
+        "recovery": f"label-free distillation, {given.recovery:g} epochs of {given.recovery_samples} such samples",
         "time": f"of a batch of {given.latency[0]}",
         "columns": "fractions of the dense model's; KL(dense ‖ compressed) in nats",
     }
@@ -244,11 +250,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--landmarks", type=int, nargs="*", default=[], help="of attention maps, for image models")
     parser.add_argument("--forms", nargs="+", default=["pooled", "nystrom"], help="of such maps")
     parser.add_argument("--resolution", type=int)
-    parser.add_argument("--recovery", type=float, default=2, metavar="MINUTES", help="of training; 0: rows without it")
+    parser.add_argument("--recovery", type=float, default=1, metavar="EPOCHS", help="of training; 0: rows without it")
+    parser.add_argument("--recovery-samples", type=int, default=500, help="to train on, of the calibration data")
     parser.add_argument(
         "--latency", type=int, nargs="+", default=[1], help="batch sizes to time; the table has the first"
     )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
+    parser.add_argument("--skip", nargs="+", metavar="TEXT", default=[], help="rows whose name contains one of these")
     parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="MINUTES", help="begin no row later")
     given = parser.parse_args(arguments)
     if not (given.model and given.calibration and given.eval):
@@ -257,9 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results.of(given.results, circumstances(given))
     rows = techniques(given)
     if given.recovery:
-        training = {"finetune": FinetuneConfig(minutes=given.recovery)}
+        training = {
+            "finetune": FinetuneConfig(data=given.calibration, epochs=given.recovery, samples=given.recovery_samples)
+        }
         rows |= {name + RECOVERED: entries | training for name, entries in rows.items()}
-    chosen = {name: row for name, row in rows.items() if not given.only or any(text in name for text in given.only)}
+    chosen = {
+        name: row
+        for name, row in rows.items()
+        if (not given.only or any(text in name for text in given.only)) and not any(text in name for text in given.skip)
+    }
     Bench.of(given, results).run(chosen)
     results.show()
 

@@ -22,6 +22,7 @@ from vitshrink.checkpoint import compressed_layers
 from vitshrink.config import CompressConfig
 from vitshrink.data import Batch
 from vitshrink.errors import CheckpointError, DependencyError, UsageError
+from vitshrink.exporting import export
 from vitshrink.measurement import CalibrationData
 from vitshrink.methods import attention_methods, find_method
 from vitshrink.methods.attention import AttentionMethod
@@ -279,6 +280,13 @@ def test_tensor_forms_reload_within_their_budget(compressed: Compressed, form: s
     assert result.report.parameters["compressed"] == cost.parameters(model) <= 0.93 * result.report.parameters["dense"]
     assert result.directory is not None
     assert torch.equal(outputs(model, name), outputs(vitshrink.load(result.directory), name))
+
+
+@pytest.mark.parametrize("form", ["tucker", "tt"])
+def test_tensor_forms_are_exported(compressed: Compressed, form: str, tmp_path: Path) -> None:
+    """For batches of any size, on which the cheaper order of contraction depends."""
+    directory = compressed("ViTForImageClassification", method="tensor", options={"form": form}, keep=(0.93,)).directory
+    assert export(str(directory), str(tmp_path / "out"), "torch").difference < 1e-4
 
 
 @pytest.mark.parametrize("form", ["tucker", "cp", "tt"])

@@ -191,7 +191,7 @@ def test_techniques_go_into_one_table_that_a_second_run_completes(
     techniques, results = benchmark("techniques"), str(tmp_path / "results.json")
     given = (
         f"--model {vit_directory} --calibration {flat_images} --eval {learned_images} --results {results} "
-        "--samples 16 --keep 0.93 --tokens 10 --landmarks 4 --scorers blur --recovery 0.02"
+        "--samples 16 --keep 0.93 --tokens 10 --landmarks 4 --scorers blur --recovery 1"
     ).split()
     techniques.main([*given, "--only", "qk-joint", "output projections, pca", "--stop-after", "0"])
     printed = capsys.readouterr()

@@ -112,6 +112,8 @@ def test_an_onnx_file_is_evaluated_like_the_checkpoint(
     assert theirs.footprint.parameters == found.parameters >= ours.footprint.parameters
     with pytest.raises(UsageError, match="run on the CPU"):
         evaluate_checkpoint(str(found.directory / "model.onnx"), data, device="cuda")
+    with pytest.raises(UsageError, match=r"--landmarks: .*model\.onnx is as it was exported"):
+        evaluate_checkpoint(str(found.directory / "model.onnx"), data, landmarks=4)
 
 
 def test_an_onnx_masked_lm_is_evaluated(

@@ -19,6 +19,7 @@ from vitshrink import cost
 from vitshrink.cli.app import app
 from vitshrink.config import CompressConfig
 from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.exporting import export
 from vitshrink.maps import approximate_maps, landmarks_of
 from vitshrink.models import load_dense
 from vitshrink.pipeline import CompressionResult, compress
@@ -138,6 +139,14 @@ def test_landmarks_save_copy_cast_train_and_show_their_maps(compressed: Compress
     half = model.to(torch.bfloat16)
     with torch.no_grad():
         assert torch.isfinite(half(inputs["pixel_values"].bfloat16()).logits).all()
+
+
+@each_form
+def test_landmarks_are_exported(compressed: Compressed, form: str, tmp_path: Path) -> None:
+    directory = compressed(CLASSIFIER, landmarks=4, landmark_form=form, rank=None).directory
+    assert export(str(directory), str(tmp_path / "program"), "torch").difference < 1e-4
+    with pytest.raises(UsageError, match="use --to onnx"):
+        export(str(directory), str(tmp_path / "dense"), "dense")
 
 
 @each_form

@@ -147,6 +147,10 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError, DataError, UsageError: as the parts that read the model and the data.
     """
+    asked = {"--resolution": resolution, "--tokens mixed": tokens, "--landmarks": landmarks}
+    for flag in (name for name, value in asked.items() if value is not None):
+        if model.endswith(SUFFIX):
+            raise UsageError(f"{flag}: {model} is as it was exported. Ask for it in compress, and export that.")
     job = Job(observer or Silent())
     with job.stage("load", "Loading"):
         loaded = open_model(model, device, offline=offline)

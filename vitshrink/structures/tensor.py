@@ -42,7 +42,8 @@ class TensorProjection(nn.Module):
         """Queries, keys and values of x (batch, tokens, n), each (batch, tokens, heads · d)."""
         z = F.linear(x, self.get_parameter("inputs"))
         tokens = z.shape[0] * z.shape[1]
-        cheaper = self._stepwise(tokens) < self._at_once(tokens)
+        # what is exported takes batches of any size, so that it cannot depend on them
+        cheaper = not torch.compiler.is_exporting() and self._stepwise(tokens) < self._at_once(tokens)
         y = self._contract(z) if cheaper else F.linear(z, self.matrix())
         if isinstance(self.bias, Tensor):
             y = y + self.bias

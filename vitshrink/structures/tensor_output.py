@@ -33,7 +33,8 @@ class TensorOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, heads · d) to (…, m)."""
         tokens = prod(x.shape[:-1])
-        cheaper = self._stepwise(tokens) < self._at_once(tokens)
+        # what is exported takes batches of any size, so that it cannot depend on them
+        cheaper = not torch.compiler.is_exporting() and self._stepwise(tokens) < self._at_once(tokens)
         z = self._contract(x) if cheaper else F.linear(x, self.matrix())
         bias = self.bias if isinstance(self.bias, Tensor) else None
         return F.linear(z, self._part("outputs"), bias)
