@@ -19,6 +19,7 @@ from vitshrink.models import blocks_of, find_targets
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.recovery import Material, Recovery, recover
 from vitshrink.recovery.factors import pack, unpack
+from vitshrink.recovery.progress import Progress
 from vitshrink.recovery.training import Loop
 from vitshrink.storage import fix_gauge
 
@@ -179,6 +180,22 @@ def test_a_learning_rate_that_destroys_is_lowered_and_training_begins_again(
     assert "learning rate 3.0e-01" in first
     rates = [entry["learning_rate"] for entry in recovery.history]
     assert max(rates[len(rates) // 2 :]) <= 0.1
+
+
+def test_of_states_that_cannot_be_told_apart_the_later_is_kept_but_none_worse_than_the_start() -> None:
+    def judged(*rows: float) -> bool:
+        progress.step += 1
+        return progress.keeps(list(rows))
+
+    progress = Progress(steps_an_epoch=10, epochs=1, history=[{"held_out": 2.0, "step": 0}])
+    assert progress.keeps([1.0, 2.0, 3.0])
+    assert judged(0.5, 1.0, 1.5), "better"
+    assert judged(0.4, 1.3, 1.4), "worse by less than chance"
+    assert (progress.best_step, progress.best) == (2, pytest.approx(1.0333, abs=1e-4))
+    assert not judged(0.6, 1.1, 1.6), "worse by as much in every row"
+    assert not judged(0.1, 0.1, 5.9), "perhaps not worse than the best, but worse than the start"
+    assert not judged(float("nan"), 0.0, 0.0)
+    assert progress.best_step == 2
 
 
 def test_a_training_that_gains_nothing_says_so(

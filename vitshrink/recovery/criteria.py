@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from vitshrink.recovery.answers import Reader, Teacher
@@ -20,7 +21,7 @@ HELD_OUT = -1
 
 @dataclass
 class Criterion:
-    """A batch to its loss; the held-out samples to the mean of the plain one.
+    """A batch to its loss; the held-out samples to their plain ones.
 
     ``teacher`` is None where only labels count.
     """
@@ -61,21 +62,18 @@ class Criterion:
         return loss
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """The mean over all held-out samples, the same in every process."""
+    def held_out_losses(self) -> list[float]:
+        """The plain loss of every row of the held-out samples, the same in every process."""
         self.reader.model.eval()
-        total = torch.zeros(2, dtype=torch.float64)
+        losses: list[float] = []
         with self.accelerator.split_between_processes(list(self.held_out)) as own:
             for start in range(0, len(own), self.batch_size):
                 items = self.data.__getitems__(own[start : start + self.batch_size])
                 if not items:
                     continue
                 batch = self.augmentation.hide_only(self.data.collate(items), HELD_OUT).to(self.accelerator.device)
-                rows = self._rows(self.objective.plain, batch, HELD_OUT)
-                total += torch.stack([rows.double().sum().cpu(), torch.tensor(float(len(rows))).double()])
-        # float32 at the end only: not every backend adds float64
-        total = self.accelerator.reduce(total.float().to(self.accelerator.device), "sum")
-        return float(total[0] / total[1])
+                losses += self._rows(self.objective.plain, batch, HELD_OUT).float().tolist()
+        return list(gather_object(losses))
 
     def _rows(self, objective: Distillation | Supervision, batch: TrainingBatch, view: int | None) -> Tensor:
         dense: Tensor | None = None

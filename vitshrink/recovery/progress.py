@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from statistics import mean
+from statistics import fmean, stdev
 from typing import Any
 
 WARM_UP = 0.05
@@ -43,7 +43,10 @@ class Progress:
     """Of the steps since then: the first ``WINDOW``, and as many of the last."""
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = math.inf
+    """The held-out loss of the state that is kept."""
     best_step: int = 0
+    lowest: list[float] = field(default_factory=list)
+    """The losses of the held-out rows in the state where their mean was least."""
     _since: float | None = None
 
     @property
@@ -74,15 +77,30 @@ class Progress:
         assert self._since is not None
         self.elapsed = time.perf_counter() - self._since if shared is None else shared
 
-    def improves(self, loss: float) -> bool:
-        """Whether a held-out loss is the best so far, which is then remembered."""
-        if not loss < self.best:
+    def keeps(self, losses: list[float]) -> bool:
+        """Whether the state with these losses of the held-out rows, in the same order each time, is to be kept.
+
+        It is where their mean is the least so far; and where it is below that of the start, and above the least by no
+        more than the standard error of the difference. Held-out samples are few, and training goes from states that a
+        high learning rate has stirred to settled ones: of states that cannot be told apart the later is the better.
+        """
+        loss = fmean(losses)
+        if not math.isfinite(loss):
+            return False
+        if not self.lowest or loss < fmean(self.lowest):
+            self.lowest = losses
+        elif not loss < self.start or loss - fmean(self.lowest) > _standard_error(losses, self.lowest):
             return False
         self.best, self.best_step = loss, self.step
         return True
 
+    @property
+    def start(self) -> float:
+        """The held-out loss of the compressed model."""
+        return float(self.history[0]["held_out"])
+
     def stale(self, patience: int) -> bool:
-        """Whether the last ``patience`` evaluations all were worse than the best one before them."""
+        """Whether none of the last ``patience`` evaluations met a state to be kept."""
         since = max(self.best_step, self.began[0])
         return len([entry for entry in self.history if entry["step"] > since]) >= patience
 
@@ -93,7 +111,7 @@ class Progress:
             del self.losses[WINDOW]
         if self.best_step or len(self.losses) < 2 * WINDOW:
             return False
-        if not mean(self.losses[WINDOW:]) > ALARM * mean(self.losses[:WINDOW]):
+        if not fmean(self.losses[WINDOW:]) > ALARM * fmean(self.losses[:WINDOW]):
             return False
         del self.losses[WINDOW:]  # the judgement that follows stands for as many steps
         return True
@@ -111,3 +129,9 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+
+
+def _standard_error(losses: list[float], others: list[float]) -> float:
+    """Of the mean difference between two states' losses of the same rows."""
+    differences = [a - b for a, b in zip(losses, others, strict=True)]
+    return stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0

@@ -199,7 +199,7 @@ def recover(
             "precision": accelerator.mixed_precision,
             "processes": accelerator.num_processes,
         }
-    before = progress.history[0]["held_out"]
+    before = progress.start
     if not progress.best < before:
         job.warn(
             f"recovery gained nothing: no state had a held-out loss below {before:.4g}, that of the compressed model, "

@@ -26,8 +26,8 @@ class Criterion(Protocol):
     def training_loss(self, batch: TrainingBatch, epoch: int) -> Tensor:
         """The loss (), from which gradients flow."""
 
-    def held_out_loss(self) -> float:
-        """The mean over all held-out samples, the same in every process."""
+    def held_out_losses(self) -> list[float]:
+        """The plain loss of every row of the held-out samples, the same in every process."""
 
 
 @dataclass
@@ -129,7 +129,8 @@ class Loop:
     def judge(self) -> None:
         """Run the held-out samples, and keep the state where it is the best so far."""
         progress = self.progress
-        held_out = self.criterion.held_out_loss()
+        rows = self.criterion.held_out_losses()
+        held_out = sum(rows) / len(rows)
         losses, self._losses = self._losses, []
         progress.history.append(
             {
@@ -141,7 +142,7 @@ class Loop:
                 "held_out": held_out if math.isfinite(held_out) else None,
             }
         )
-        if progress.improves(held_out):
+        if progress.keeps(rows):
             self.best = _copy(self.parameters)
         if progress.destroyed(held_out):
             self._begin_again(held_out)
