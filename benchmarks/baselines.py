@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.allocation import Plan
 from vitshrink.calibration import to_device
-from vitshrink.compression import Compression, Factors, fixed_parameters
+from vitshrink.compression import Compression, Factors
 from vitshrink.curvature import random_functional
 from vitshrink.data import Batch
 from vitshrink.errors import TargetError
@@ -116,7 +116,7 @@ class FeatureErrorSearch:
     def plan(self, budget: int) -> Plan:
         """Ranks for a budget of the whole model's parameters. Raises TargetError."""
         targets = self.compression.targets
-        fixed = fixed_parameters(self.compression.dense, targets)
+        fixed = self.compression.fixed(self.compression.units())
 
         def size(plan: Plan) -> int:
             return fixed + sum(self._cost(target, plan[target.name]) for target in targets)

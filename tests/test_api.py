@@ -123,6 +123,18 @@ def test_padding_in_batches_changes_nothing(bert: PreTrainedModel, texts: list[s
     assert torch.allclose(*logits, atol=1e-4)
 
 
+def test_a_recipe_says_how_many_samples_where_the_caller_does_not(
+    bert: PreTrainedModel, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"kind: text\npath: {text_file}\nsamples: 9\nseed: 4\n")
+    found = vitshrink.compress(bert, recipe, keep=0.8, method="svd", compensation="bias", holdout=4)
+    assert found.report.calibration is not None
+    assert (found.report.calibration["samples"], found.report.calibration["seed"]) == (9, 4)
+    stated = vitshrink.compress(bert, recipe, method="svd", compensation="bias", **FEW)
+    assert (stated.report.calibration or {})["samples"] == 12
+
+
 def test_texts_pairs_and_folders_do(bert: PreTrainedModel, texts: list[str], text_file: Path) -> None:
     pairs = list(zip(texts, reversed(texts), strict=True))
     for calibration in (texts, pairs, text_file, str(text_file)):

@@ -1,5 +1,6 @@
 """Integer weights: what is stored, how close it is, that it reloads with stock calls, and fails loudly without."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,16 +17,18 @@ from typer.testing import CliRunner
 
 import vitshrink
 from vitshrink import cost
+from vitshrink.allocation import Curve
 from vitshrink.checkpoint import replace_layers
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig, DataConfig
-from vitshrink.errors import CheckpointError, OutputError, UsageError
+from vitshrink.config import CompressConfig, DataConfig, parse_quantity, quantized_bits
+from vitshrink.errors import CheckpointError, GateError, OutputError, TargetError, UsageError
 from vitshrink.exporting import export
 from vitshrink.lowrank import LowRankLinear
-from vitshrink.models import load_dense
+from vitshrink.models import find_targets, load_dense
 from vitshrink.pipeline import CompressionResult, compress
-from vitshrink.quantization import quantized
+from vitshrink.quantization import Quantization, quantized
 from vitshrink.quantizing import quantize_checkpoint
+from vitshrink.ranks import Storage
 from vitshrink.report import figures
 from vitshrink.structures.quantized import (
     QuantizedEmbedding,
@@ -215,14 +218,61 @@ def test_what_makes_no_sense_is_explained(vit_directory: Path, tmp_path: Path) -
     quantize_checkpoint(source, output)
     with pytest.raises(UsageError, match="quantised already"):
         quantize_checkpoint(output, str(tmp_path / "twice"))
-    for size in ({"target_size": "1MB"}, {"max_kl": 0.1, "calibration": "there"}):
-        with pytest.raises(UsageError, match="before it is quantised"):
-            CompressConfig("a", "b", quantize="int8", **size)
     with pytest.raises(UsageError, match="pass --quantize"):
         CompressConfig("a", "b", keep=(0.5,), activations="none")
     for entry in ({"bits": 3, "activations": "none"}, {"bits": 8}, {"bits": 8, "activations": "none", "rank": 0}):
         with pytest.raises(CheckpointError):
             QuantizedSpec.from_dict(entry)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+@pytest.mark.parametrize("storage", ["gauge", "factors"])
+def test_bytes_are_known_before_the_work(name: str, weights: str, storage: Storage) -> None:
+    model, (bits, activations) = tiny.build(name), quantized_bits(weights, None)
+    quantization = Quantization(bits, activations, torch.float16)
+    whole = quantization.file_bytes(model)
+    target = next(target for target in find_targets(model) if target.role == "fc1")
+    offer = quantization.in_bytes(Curve(target.name, target.shape, torch.zeros(1), storage))
+    assert offer.ranks
+    for rank in (offer.ranks[0], offer.ranks[-1]):
+        layer = tiny.low_rank(model.get_submodule(target.name), rank)
+        if storage == "gauge":
+            up, down = layer.factors()
+            layer = LowRankLinear.from_factors(up, down, layer.bias, dtype=torch.float32, pivot=0)
+        small = copy.deepcopy(model)
+        replace_layers(small, {target.name: layer})
+        assert quantization.file_bytes(small) == whole - offer.cost(None) + offer.cost(rank) < whole
+
+
+@pytest.mark.parametrize(("weights", "size"), [("int8", "52kB"), ("int4", "50kB")])
+def test_a_size_in_bytes_holds_for_the_integers(
+    vit_directory: Path, flat_images: Path, tmp_path: Path, weights: str, size: str
+) -> None:
+    entries = {"calibration": str(flat_images), "samples": 16, "holdout": 8, "quantize": weights}
+    (result,) = compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), target_size=size, **entries))
+    room = parse_quantity(size, "size")
+    assert 0.8 * room < (tmp_path / "out" / "model.safetensors").stat().st_size <= room
+    assert any(layer["rank"] is not None for layer in result.report.layers)
+    with pytest.raises(TargetError, match=f"bytes as {weights}: .* --target-size"):
+        compress(CompressConfig(str(vit_directory), str(tmp_path / "less"), target_size="20kB", **entries))
+    with pytest.raises(TargetError, match="vitshrink quantize"):
+        compress(CompressConfig(str(vit_directory), str(tmp_path / "more"), target_size="1MB", **entries))
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.004), ("int4", 0.02)])
+def test_a_bound_holds_for_the_integers(
+    vit_directory: Path, flat_images: Path, tmp_path: Path, weights: str, bound: float
+) -> None:
+    entries = {"calibration": str(flat_images), "samples": 12, "holdout": 12, "refine": 0, "quantize": weights}
+    (result,) = compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), max_kl=bound, **entries))
+    assert result.report.evaluation is not None
+    assert result.report.evaluation["fidelity"]["kl"] <= bound
+    alone = quantize_checkpoint(str(vit_directory), str(tmp_path / "alone"), weights=weights)
+    assert result.report.bytes["compressed"] < alone.report.bytes["compressed"]
+    with pytest.raises(GateError, match=f"--target-size .*MB as {weights}, loses"):
+        compress(CompressConfig(str(vit_directory), str(tmp_path / "none"), max_kl=1e-9, **entries))
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("form", ["torch", "dense"])

@@ -154,3 +154,11 @@ def test_fingerprints_follow_what_the_result_depends_on(tmp_path: Path) -> None:
     assert changed != first
     (model / "file").write_text("other content")
     assert of() not in (first, changed)
+
+
+def test_a_data_recipe_says_how_many_samples_where_the_sweep_does_not(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("kind: image\npath: .\nsamples: 31\nseed: 5\n")
+    found = plan(tmp_path, defaults={"calibration": str(recipe)}, matrix={"model": ["m"], "keep": [0.5]})
+    stated = plan(tmp_path, defaults={"calibration": str(recipe), "samples": 7}, matrix={"model": ["m"], "keep": [0.5]})
+    assert [(job.config.samples, job.config.seed) for job in (*found.jobs, *stated.jobs)] == [(31, 5), (7, 5)]

@@ -11,15 +11,23 @@ from transformers import PreTrainedModel
 
 from vitshrink import cost
 from vitshrink.checkpoint import cast, save, verify
-from vitshrink.config import CompressConfig, DataConfig, quantized_bits
-from vitshrink.data import Preprocessor, ReadyBatches, SampleSet, is_items, open_samples, samples_in_memory
+from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.data import (
+    Preprocessor,
+    ReadyBatches,
+    SampleSet,
+    is_items,
+    open_samples,
+    recipe_defaults,
+    samples_in_memory,
+)
 from vitshrink.description import example_inputs
 from vitshrink.errors import DataError, UsageError
 from vitshrink.measurement import CalibrationData, hold_out, measure, read_calibration
 from vitshrink.models import check_finite, family_of, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import publish
-from vitshrink.quantization import quantized
+from vitshrink.quantization import Quantization
 from vitshrink.report import Report, headline, write
 from vitshrink.search import Bound
 from vitshrink.shrinking import Choices, Shrinking
@@ -118,9 +126,8 @@ def compress(
     preprocessor, data, held_out = _data(dense, calibration, processor, config, job, calibrated=chosen.calibrated)
     (shrunk,) = shrinking.run(data, held_out, preprocessor, job)
     assert shrunk.model is not None
-    final = shrunk.model
-    if config.quantize is not None:
-        final = quantized(final, *quantized_bits(config.quantize, config.activations), dtype=dtype)
+    quantization = Quantization.of(config, dtype)
+    final = shrunk.model if quantization is None else quantization.applied(shrunk.model)
     small = cast(final, dtype).to(model.device)
     judged = copy.deepcopy(small).float()
     measurement = None
@@ -158,8 +165,9 @@ def _config(model: PreTrainedModel, calibration: Any, entries: dict[str, Any]) -
     entries = {name: value for name, value in entries.items() if value is not None}
     named = model.config._name_or_path or type(model).__name__
     source = None if calibration is None else str(calibration) if _is_address(calibration) else "samples in memory"
+    defaults = recipe_defaults(calibration) if _is_address(calibration) else {}
     return CompressConfig.from_mapping(
-        {"model": named, "output": "memory", "calibration": source, **entries}, "compress()"
+        {"model": named, "output": "memory", "calibration": source, **defaults, **entries}, "compress()"
     )
 
 

@@ -113,17 +113,22 @@ class AttentionCompression:
         return factors
 
     def plan(self, factors: Factors, budget: int) -> Plan:
-        """Ranks for a budget of the whole model's parameters. Raises TargetError."""
+        """Ranks for a budget of the whole model. Raises TargetError."""
         units = self._offers(factors)
         plan = choose_ranks(self.config, units, budget - self._fixed(units), self.allocation)
         return plan | dict.fromkeys(factors.failures)
 
-    def least_budget(self, factors: Factors) -> int:
+    @property
+    def whole(self) -> int:
+        """Parameters of the dense model."""
+        return cost.parameters(self.dense)
+
+    def least_budget(self, factors: Factors | None = None) -> int:
         """The smallest budget that ``plan`` can meet."""
-        units = self._offers(factors)
+        units = self.units() if factors is None else self._offers(factors)
         return self._fixed(units) + least_cost(units)
 
-    def parameters(self, factors: Factors, plan: Plan) -> int:
+    def size(self, factors: Factors, plan: Plan) -> int:
         """Parameters of the whole model that ``build`` gives for ``plan``."""
         units = self._offers(factors)
         return self._fixed(units) + plan_cost(units, plan)
@@ -188,7 +193,7 @@ class AttentionCompression:
         return self.units({name: part.loss for name, part in factors.layers.items()})
 
     def _fixed(self, units: Sequence[Menu]) -> int:
-        return cost.parameters(self.dense) - sum(unit.dense for unit in units)
+        return self.whole - sum(unit.dense for unit in units)
 
     @torch.no_grad()
     def _decompose(self, attention: Attention, factors: Factors, job: Job) -> None:

@@ -12,12 +12,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vitshrink import cost
 from vitshrink.errors import CheckpointError, NumericsError, OutputError
 from vitshrink.hf_quantizer import VitshrinkConfig, base_prefix
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.models import LoadedModel, load_source, quiet_transformers
 from vitshrink.source import examine, resolve
 from vitshrink.structures import describe, structure_of
+
+HEADER_BYTES = 200
+"""Room for the entry of one tensor in the header of a safetensors file; real ones take about 130 bytes."""
 
 
 def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -127,9 +131,7 @@ def verify(directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, 
     ]
     if different:
         raise OutputError(f"{directory} does not hold the weights in memory: {', '.join(different[:6])} differ.")
-    parameters = dict(expected.named_parameters(remove_duplicate=False))
-    nbytes = sum(parameter.nbytes for parameter in expected.parameters())  # tied ones once
-    nbytes += sum(buffer.nbytes for name, buffer in there.items() if name not in parameters)
+    nbytes = cost.stored_bytes(expected)
     stored = sum(tensor.nbytes for tensor in source.tensors.values())
     if nbytes != stored:
         raise OutputError(f"{directory} holds {stored} bytes of tensors, the model has {nbytes}.")

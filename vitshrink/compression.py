@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ from vitshrink.methods import Factorisation, Method, Needs
 from vitshrink.models import Target, blocks_of
 from vitshrink.observer import Job
 from vitshrink.precision import Passes, passes_in, resolve_precision
+from vitshrink.quantization import Quantization
 from vitshrink.ranks import Storage
 from vitshrink.rescaling import STEPS, rescale_components
 from vitshrink.sequential import compensate_residuals
@@ -72,13 +74,17 @@ class Compressor(Protocol):
         """Factorise again for what the model compressed by ``plan`` shows."""
 
     def plan(self, factors: Factors, budget: int) -> Plan:
-        """Ranks for a budget of the whole model's parameters. Raises TargetError."""
+        """Ranks for a budget of the whole model. Raises TargetError."""
 
-    def least_budget(self, factors: Factors) -> int:
-        """The smallest budget that ``plan`` can meet."""
+    @property
+    def whole(self) -> int:
+        """Size of the dense model, in what budgets are counted in: numbers, or bytes (``config.counts_bytes``)."""
 
-    def parameters(self, factors: Factors, plan: Plan) -> int:
-        """Parameters of the whole model that ``build`` gives for ``plan``."""
+    def least_budget(self, factors: Factors | None = None) -> int:
+        """The smallest budget that ``plan`` can meet; without ``factors``, where every layer can be factorised."""
+
+    def size(self, factors: Factors, plan: Plan) -> int:
+        """Size of the whole model that ``build`` gives for ``plan``."""
 
     def build(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
         """The compressed model, compensated, in the form in which it is stored."""
@@ -99,6 +105,8 @@ class Compression:
     compensation: str
     storage: Storage
     calibration: CalibrationData | None
+    quantization: Quantization | None = None
+    """How the weights will be rounded, where a size is counted in the bytes that this leaves."""
 
     def units(self) -> list[Curve]:
         """What there is to choose the rank of; only the costs are told."""
@@ -166,31 +174,42 @@ class Compression:
         return replace(refined, layers=layers)
 
     def plan(self, factors: Factors, budget: int) -> Plan:
-        """Ranks for a budget of the whole model's parameters. Raises TargetError."""
-        ready, curves = self._curves(factors)
-        plan = choose_ranks(self.config, curves, budget - fixed_parameters(self.dense, ready), self.allocation)
+        """Ranks for a budget of the whole model. Raises TargetError."""
+        offers = self._offers(factors)
+        plan = choose_ranks(self.config, offers, budget - self.fixed(offers), self.allocation)
         return plan | dict.fromkeys(factors.failures)
 
-    def least_budget(self, factors: Factors) -> int:
+    @cached_property
+    def whole(self) -> int:
+        """Size of the dense model: its parameters, or the bytes that rounding leaves of it."""
+        return cost.parameters(self.dense) if self.quantization is None else self.quantization.file_bytes(self.dense)
+
+    def fixed(self, offers: Sequence[Offer]) -> int:
+        """What no plan changes: embeddings, norms, biases, heads, and layers that are not on offer."""
+        return self.whole - sum(offer.cost(None) for offer in offers)
+
+    def least_budget(self, factors: Factors | None = None) -> int:
         """The smallest budget that ``plan`` can meet."""
-        ready, curves = self._curves(factors)
-        return fixed_parameters(self.dense, ready) + least_cost(curves)
+        offers = self._priced(self.units()) if factors is None else self._offers(factors)
+        return self.fixed(offers) + least_cost(offers)
 
-    def parameters(self, factors: Factors, plan: Plan) -> int:
-        """Parameters of the whole model that ``build`` gives for ``plan``."""
-        ready, curves = self._curves(factors)
-        return fixed_parameters(self.dense, ready) + plan_cost(curves, plan)
+    def size(self, factors: Factors, plan: Plan) -> int:
+        """Size of the whole model that ``build`` gives for ``plan``."""
+        offers = self._offers(factors)
+        return self.fixed(offers) + plan_cost(offers, plan)
 
-    def _curves(self, factors: Factors) -> tuple[list[Target], list[Curve]]:
-        """The targets that could be factorised, and what their ranks cost and lose."""
-        ready = [target for target in self.targets if target.name in factors.layers]
-        multiple = self.config.rank_multiple
+    def _offers(self, factors: Factors) -> Sequence[Offer]:
+        """What the ranks of the layers that could be factorised cost and lose."""
         curves = []
-        for target in ready:
-            layer = factors.layers[target.name]
-            loss = layer.measured if self._measures and layer.measured is not None else layer.loss
-            curves.append(Curve(target.name, target.shape, loss, self.storage, multiple))
-        return ready, curves
+        for unit in self.units():
+            if unit.name in factors.layers:
+                layer = factors.layers[unit.name]
+                loss = layer.measured if self._measures and layer.measured is not None else layer.loss
+                curves.append(replace(unit, loss=loss))
+        return self._priced(curves)
+
+    def _priced(self, curves: Sequence[Curve]) -> Sequence[Offer]:
+        return curves if self.quantization is None else [self.quantization.in_bytes(curve) for curve in curves]
 
     def build(self, factors: Factors, plan: Plan, job: Job) -> PreTrainedModel:
         """The compressed model, compensated, in the form in which it is stored."""
@@ -341,11 +360,6 @@ def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
             return
         yield batch
         samples -= len(batch.keys)
-
-
-def fixed_parameters(model: nn.Module, targets: Sequence[Target]) -> int:
-    """Parameters that no plan changes: embeddings, norms, biases, heads, and layers that are not targets."""
-    return cost.parameters(model) - sum(target.shape[0] * target.shape[1] for target in targets)
 
 
 def choose_ranks(config: CompressConfig, offers: Sequence[Offer], budget: int, allocation: Allocation) -> Plan:

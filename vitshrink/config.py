@@ -312,14 +312,6 @@ class CompressConfig:
             raise UsageError("--activations says how a quantised model computes: pass --quantize int8 as well.")
         if self.quantize is not None:
             quantized_bits(self.quantize, self.activations)
-            judged = [
-                flag_of(name) for name in ("target_size", "max_drop", "max_kl") if getattr(self, name) is not None
-            ]
-            if judged:
-                raise UsageError(
-                    f"{judged[0]} is kept by the model before it is quantised: compress without --quantize, and then "
-                    "run `vitshrink quantize` on the result."
-                )
         if self.precision not in ("auto", "no", "bf16"):
             raise UsageError(
                 f"--precision {self.precision}: gradients of samples need the range of float32, which fp16 has not. "
@@ -337,6 +329,12 @@ class CompressConfig:
     def sized(self) -> bool:
         """Whether the weights are to get smaller; fewer tokens or landmarks alone leave them as they are."""
         return any(getattr(self, name) not in (None, ()) for name in SIZES)
+
+    @property
+    def counts_bytes(self) -> bool:
+        """Whether ranks are chosen by the bytes of the file, because its weights are integers of several widths."""
+        asked = (self.target_size, self.max_drop, self.max_kl)
+        return self.quantize is not None and any(size is not None for size in asked)
 
     @property
     def calibration_data(self) -> DataConfig | None:

@@ -35,6 +35,13 @@ def memory_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that a file of the model holds: its parameters, tied ones once, and persistent buffers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = [tensor for name, tensor in model.state_dict().items() if name not in parameters]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *buffers))
+
+
 def macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Multiply-accumulate operations of one forward pass of ``inputs``, attention included.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.allocation import Plan
 from vitshrink.checkpoint import file_bytes, load, save, verify
-from vitshrink.config import CompressConfig, quantized_bits
+from vitshrink.config import CompressConfig
 from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.description import example_inputs
 from vitshrink.errors import UsageError
@@ -27,7 +27,7 @@ from vitshrink.measurement import (
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import check_space, publish
-from vitshrink.quantization import quantized
+from vitshrink.quantization import Quantization
 from vitshrink.recovery import Material, Recovery, open_material, recover
 from vitshrink.recovery import check as check_recovery
 from vitshrink.report import Report, write, write_comparison
@@ -86,7 +86,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     with ExitStack() as outputs:
         staging: list[Path] = []
         if not config.dry_run:
-            check_space(Path(config.output), 2 * sum(size.budget for size in shrinking.sizes) * dtype.itemsize)
+            width = 1 if config.counts_bytes else dtype.itemsize
+            check_space(Path(config.output), 2 * sum(size.budget for size in shrinking.sizes) * width)
             staging = [
                 outputs.enter_context(publish(path, overwrite=config.overwrite, protect=source.directory))
                 for path in directories
@@ -109,8 +110,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
                 model, extra = shrunk.model, {"recipe.yaml": config.to_yaml()}
                 if config.resolution is not None and preprocessor is not None:
                     extra["preprocessor_config.json"] = preprocessor.processor.to_json_string()
-                if config.quantize is not None:
-                    model = quantized(model, *quantized_bits(config.quantize, config.activations), dtype=dtype)
+                if (quantization := Quantization.of(config, dtype)) is not None:
+                    model = quantization.applied(model)
                 save(model, staging[index], source=source, dtype=dtype, extra_files=extra)
                 verify(staging[index], model, example_inputs(dense))
                 again = load(staging[index], dtype=torch.float32, device=device, attention=config.attention)

@@ -1,17 +1,66 @@
-"""A model with its matrices rounded to integers."""
+"""A model with its matrices rounded to integers, and what it takes in bytes."""
 
 import copy
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.checkpoint import compressed_layers, replace_layers
+from vitshrink import cost
+from vitshrink.allocation import Curve, Menu
+from vitshrink.checkpoint import HEADER_BYTES, compressed_layers, replace_layers
+from vitshrink.config import CompressConfig, quantized_bits
 from vitshrink.errors import UsageError
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.models import blocks_of
-from vitshrink.structures.quantized import Activations, QuantizedEmbedding, QuantizedEmbeddingSpec, QuantizedLinear
+from vitshrink.structures.quantized import (
+    Activations,
+    QuantizedEmbedding,
+    QuantizedEmbeddingSpec,
+    QuantizedLinear,
+    matrix_bytes,
+)
 from vitshrink.structures.quantized import QuantizedSpec as Spec
+
+FACTOR_BITS = 8
+"""Bits of low-rank factors: those of a layer with pivots differ too much in size for 4, measured."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of a job are rounded. ``dtype`` is that of scales, and of all that is not rounded."""
+
+    bits: int
+    activations: Activations
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: CompressConfig, dtype: torch.dtype) -> Self | None:
+        """What a job asks for, if it does."""
+        return None if config.quantize is None else cls(*quantized_bits(config.quantize, config.activations), dtype)
+
+    def applied(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of the model with integers, see ``quantized``."""
+        return quantized(model, self.bits, self.activations, dtype=self.dtype)
+
+    def file_bytes(self, model: PreTrainedModel) -> int:
+        """At most so many bytes take the weight files of the model once it is rounded."""
+        rounded = self.applied(model).to(self.dtype)
+        return cost.stored_bytes(rounded) + HEADER_BYTES * len(rounded.state_dict())
+
+    def in_bytes(self, curve: Curve) -> Menu:
+        """What the ranks of a layer cost in bytes of the file, in place of numbers."""
+        m, n = curve.shape
+        costs = {}
+        for rank in curve.ranks:
+            inner = n - rank if curve.storage == "gauge" else n
+            up, down = ((m, rank), (rank, inner))
+            factors = sum(matrix_bytes(*shape, FACTOR_BITS, self.dtype.itemsize) for shape in (up, down))
+            costs[rank] = factors + 2 * HEADER_BYTES  # of the second factor and its scales
+        dense = matrix_bytes(m, n, self.bits, self.dtype.itemsize)
+        return Menu(curve.name, curve.shape, dense, costs, curve.loss, curve.multiple)
 
 
 def quantized(
@@ -32,8 +81,7 @@ def quantized(
     layers: dict[str, nn.Module] = {}
     for module in blocks_of(rounded).modules():
         if isinstance(module, nn.Linear | LowRankLinear):
-            # the factors of a layer with pivots differ too much in size for 4 bits: measured, it is not worth having
-            own = 8 if isinstance(module, LowRankLinear) else bits
+            own = FACTOR_BITS if isinstance(module, LowRankLinear) else bits
             layers[names[module]] = QuantizedLinear.from_layer(module, own, activations)
     table, head = rounded.get_input_embeddings(), rounded.get_output_embeddings()
     if isinstance(table, nn.Embedding) and (head is None or head.weight is not table.weight):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink import cost
 from vitshrink.allocation import Plan
 from vitshrink.calibration import to_device
 from vitshrink.compression import Compressor, Factors
@@ -20,9 +19,10 @@ from vitshrink.evaluation import Masking, evaluate
 from vitshrink.measurement import warn_of_bad
 from vitshrink.models import task_of
 from vitshrink.observer import Job, Silent
+from vitshrink.quantization import Quantization
 
 RESOLUTION = 0.01
-"""Sizes closer than this fraction of the dense model's parameters are not told apart."""
+"""Sizes closer than this fraction of the dense model's are not told apart."""
 
 REPAIRED = 0.95
 """Where a model as it is stored loses less than this fraction of what its truncation does, smaller ones are tried."""
@@ -59,7 +59,8 @@ class Bound:
 class Candidate:
     """A size that was tried, and what it lost."""
 
-    parameters: int
+    size: int
+    """Parameters, or bytes of the file: what ``Compressor.size`` gives."""
     factors: Factors
     plan: Plan
     loss: float
@@ -94,7 +95,9 @@ class Search:
     batches: Sequence[Batch]
     masking: Masking | None = None
     dtype: torch.dtype = torch.float32
-    """Type of the weights in the file; the final model is judged with weights rounded to it."""
+    """Type of the weights in the file; models are judged with weights rounded to it."""
+    quantization: Quantization | None = None
+    """How they are rounded further."""
     tried: list[Candidate] = field(default_factory=list)
     baseline: nn.Module = field(init=False)
 
@@ -112,6 +115,7 @@ class Search:
         bound: Bound,
         dtype: torch.dtype,
         job: Job,
+        quantization: Quantization | None = None,
     ) -> "Search":
         """A search that judges on ``samples``, which the model was not calibrated on."""
         config = compression.config
@@ -140,7 +144,7 @@ class Search:
         warn_of_bad(bad, samples.source, job)
         lm = task_of(compression.dense) == "masked-lm"
         masking = Masking.from_tokenizer(preprocessor.processor, config.seed) if lm else None
-        return cls(compression, bound, batches, masking, dtype)
+        return cls(compression, bound, batches, masking, dtype, quantization)
 
     def smallest(self, factors: Factors, refine: int, job: Job) -> Candidate:
         """The smallest model within the bound, from ``factors`` or those that ``refine`` re-estimations make of them.
@@ -149,18 +153,18 @@ class Search:
             GateError: every size loses more; the message says what the best one does.
         """
         least = self.compression.least_budget(factors)
-        found = self._bisect(factors, least, cost.parameters(self.compression.dense) - 1, job)
+        found = self._bisect(factors, least, self.compression.whole - 1, job)
         for _ in range(refine if found is not None else 0):
             assert found is not None
             again = self.compression.refine(found.factors, found.plan, job)
-            found = self._bisect(again, least, found.parameters, job) or found
-        kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.parameters)
+            found = self._bisect(again, least, found.size, job) or found
+        kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.size)
         for candidate in kept:
             with self._stage(job):
                 stored = self._judge(candidate.factors, candidate.plan, self._stored)
                 if stored.loss <= self.bound.limit:
                     return self._smaller(stored, least) if stored.loss < REPAIRED * candidate.loss else stored
-            job.warn(f"as it is stored, {self._keep(stored)} loses {stored.loss:.3g}: a larger one is taken.")
+            job.warn(f"as it is stored, {self._asked(stored)} loses {stored.loss:.3g}: a larger one is taken.")
         raise GateError(self._missed())
 
     def _stage(self, job: Job) -> AbstractContextManager[object]:
@@ -180,7 +184,7 @@ class Search:
                 if candidate is None:
                     low = middle
                 else:
-                    best, high = candidate, candidate.parameters
+                    best, high = candidate, candidate.size
             return best
 
     def _smaller(self, best: Candidate, low: int) -> Candidate:
@@ -189,8 +193,8 @@ class Search:
         Repairs that come with storing are not cheap, so the steps down are small first.
         """
         step = 2 * self._resolution
-        while best.parameters - low > self._resolution:
-            budget = max(best.parameters - step, (low + best.parameters) // 2)
+        while best.size - low > self._resolution:
+            budget = max(best.size - step, (low + best.size) // 2)
             candidate = self._try(best.factors, budget, self._stored)
             if candidate is None:
                 low = budget
@@ -201,24 +205,23 @@ class Search:
 
     @property
     def _resolution(self) -> int:
-        return int(RESOLUTION * cost.parameters(self.compression.dense))
+        return int(RESOLUTION * self.compression.whole)
 
     def _truncated(self, factors: Factors, plan: Plan) -> PreTrainedModel:
         return self.compression.truncate(factors, plan, Job(Silent()))
 
     def _stored(self, factors: Factors, plan: Plan) -> PreTrainedModel:
-        """The final model: repaired, with pivots, and rounded to the type of the file."""
-        model = self.compression.build(factors, plan, Job(Silent()))
-        return model.to(self.dtype).float()
+        """The final model: repaired, and with pivots."""
+        return self.compression.build(factors, plan, Job(Silent()))
 
     def _try(self, factors: Factors, budget: int, make: Make) -> Candidate | None:
         candidate = self._judge(factors, self.compression.plan(factors, budget), make)
         return candidate if candidate.loss <= self.bound.limit else None
 
     def _judge(self, factors: Factors, plan: Plan, make: Make) -> Candidate:
-        model = make(factors, plan)
-        loss = self._loss(model)
-        candidate = Candidate(self.compression.parameters(factors, plan), factors, plan, loss)
+        model = make(factors, plan).to(self.dtype).float()
+        rounded = model if self.quantization is None else self.quantization.applied(model)
+        candidate = Candidate(self.compression.size(factors, plan), factors, plan, self._loss(rounded))
         self.tried.append(candidate)  # without the model: there may be many
         return replace(candidate, model=model)
 
@@ -231,14 +234,18 @@ class Search:
             return float(evaluation.fidelity["kl"])
         return 100 * (1 - float(evaluation.fidelity["agreement"]))
 
-    def _keep(self, candidate: Candidate) -> str:
-        return f"--keep {candidate.parameters / cost.parameters(self.compression.dense):.3f}"
+    def _asked(self, candidate: Candidate) -> str:
+        """The size that would have to be asked for."""
+        config = self.compression.config
+        if config.counts_bytes:
+            return f"--target-size {candidate.size / 1e6:.2f}MB as {config.quantize}"
+        return f"--keep {candidate.size / self.compression.whole:.3f}"
 
     def _missed(self) -> str:
-        best = min(self.tried, key=lambda each: (each.loss, each.parameters))
+        best = min(self.tried, key=lambda each: (each.loss, each.size))
         samples = sum(len(batch.keys) for batch in self.batches)
         return (
             f"no size keeps within {self.bound.flag} {self.bound.limit:g}: the best of {len(self.tried)} that were "
-            f"tried, {self._keep(best)}, loses {best.loss:.3g} {self.bound.unit} on {samples} held-out samples. "
+            f"tried, {self._asked(best)}, loses {best.loss:.3g} {self.bound.unit} on {samples} held-out samples. "
             "Allow more, calibrate on more --samples, or judge on more with --holdout. Nothing was written."
         )

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from vitshrink import attentions, cost, extras
-from vitshrink.allocation import ALLOCATIONS, Allocation, Offer, Plan, least_cost
+from vitshrink.allocation import ALLOCATIONS, Allocation, Offer, Plan
 from vitshrink.attentions import AttentionCompression
+from vitshrink.checkpoint import HEADER_BYTES
 from vitshrink.compensation import COMPENSATIONS
 from vitshrink.compression import Compression, Compressor, Factors, choose_ranks
 from vitshrink.config import CompressConfig, parse_quantity
@@ -24,14 +25,12 @@ from vitshrink.measurement import CalibrationData
 from vitshrink.methods import AttentionMethod, Method, Needs, choose, find_method
 from vitshrink.models import Target, find_targets
 from vitshrink.observer import Job
+from vitshrink.quantization import Quantization
 from vitshrink.ranks import Storage
 from vitshrink.resolution import mix_tokens
 from vitshrink.search import Bound, Search
 from vitshrink.structures.landmarks import Landmarks
 from vitshrink.structures.tokens import MixedTokens
-
-HEADER_BYTES_A_TENSOR = 200
-"""Room for one entry of a safetensors header; real ones take about 120 bytes."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,28 @@ class Choices:
         return self.config.sized and learned
 
     def compressor(
-        self, dense: PreTrainedModel, targets: Sequence[Target], calibration: CalibrationData | None = None
+        self,
+        dense: PreTrainedModel,
+        targets: Sequence[Target],
+        dtype: torch.dtype,
+        calibration: CalibrationData | None = None,
     ) -> Compressor:
-        """What turns ``dense`` into smaller models. Raises UsageError where it cannot."""
+        """What turns ``dense`` into smaller models, stored as ``dtype``. Raises UsageError where it cannot."""
         allocation: Allocation = ALLOCATIONS[self.allocation]
         if isinstance(self.method, AttentionMethod):
             return AttentionCompression(
                 self.config, dense, targets, self.method, allocation, self.compensation, calibration
             )
         return Compression(
-            self.config, dense, targets, self.method, allocation, self.compensation, self.storage, calibration
+            self.config,
+            dense,
+            targets,
+            self.method,
+            allocation,
+            self.compensation,
+            self.storage,
+            calibration,
+            Quantization.of(self.config, dtype) if self.config.counts_bytes else None,
         )
 
 
@@ -114,7 +125,7 @@ class Size:
     label: str
     """Name of the output below the given one, where there are several."""
     budget: int
-    """Parameters of the whole model that may be stored."""
+    """Parameters of the whole model that may be stored, or bytes (``config.counts_bytes``)."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +168,17 @@ class Shrinking:
         if config.landmarks is not None:
             landmarks = landmarks_of(dense, config.landmarks, config.landmark_form)
         targets = find_targets(base, layers=config.layers, include=config.include, exclude=config.exclude)
-        units = choices.compressor(base, targets).units() if config.sized else []
-        if config.rank is not None:
-            choose_ranks(config, units, 0, ALLOCATIONS[choices.allocation])  # raises where it makes nothing smaller
         bound = Bound.of(config)
         if bound is not None:
             bound.require(dense)
-        sizes = requested_sizes(config, dense, units, dtype) if config.sized else [Size("", cost.parameters(dense))]
+        units: Sequence[Offer] = ()
+        sizes = [Size("", cost.parameters(dense))]
+        if config.sized:
+            compression = choices.compressor(base, targets, dtype)
+            units = compression.units()
+            if config.rank is not None:
+                choose_ranks(config, units, 0, ALLOCATIONS[choices.allocation])  # raises where nothing gets smaller
+            sizes = requested_sizes(compression, dtype)
         return cls(choices, dense, base, targets, units, dtype, bound, sizes, landmarks)
 
     def description(self, calibration: CalibrationData | None, preprocessor: Preprocessor | None) -> Description:
@@ -200,10 +215,11 @@ class Shrinking:
                 nothing, {}, None if config.dry_run else self._finished(copy.deepcopy(self.base)), job.branch()
             )
             return
-        compression = self.choices.compressor(self.base, self.targets, calibration)
-        search = (
-            None if self.bound is None else Search.on(held_out, preprocessor, compression, self.bound, self.dtype, job)
-        )
+        compression = self.choices.compressor(self.base, self.targets, self.dtype, calibration)
+        search = None
+        if self.bound is not None:
+            quantization = Quantization.of(config, self.dtype)
+            search = Search.on(held_out, preprocessor, compression, self.bound, self.dtype, job, quantization)
         first = compression.factorise_dense(job)
         refine = config.refine if method.needs is Needs.CURVATURE else 0
         if refine and config.dry_run:
@@ -229,25 +245,21 @@ class Shrinking:
         return model
 
 
-def requested_sizes(
-    config: CompressConfig,
-    dense: PreTrainedModel,
-    units: Sequence[Offer],
-    dtype: torch.dtype,
-) -> list[Size]:
+def requested_sizes(compression: Compressor, dtype: torch.dtype) -> list[Size]:
     """The requested sizes as budgets of the whole model. Raises TargetError for what no rank can reach."""
-    total = cost.parameters(dense)
-    least = total - sum(unit.cost(None) for unit in units) + least_cost(units)
-    header = HEADER_BYTES_A_TENSOR * (len(dense.state_dict()) + 2 * len(units))
+    config, total, least = compression.config, compression.whole, compression.least_budget()
+    tensors = len(compression.dense.state_dict()) + 2 * len(compression.units())
+    header = HEADER_BYTES * tensors
     if config.keep:
         sizes = [Size(f"keep-{keep}", int(keep * total)) for keep in config.keep]
     elif config.target_params:
         sizes = [Size("", parse_quantity(config.target_params, "--target-params"))]
     elif config.target_size:
         room = parse_quantity(config.target_size, "--target-size")
-        sizes = [Size("", (room - header) // dtype.itemsize)]
+        sizes = [Size("", room if config.counts_bytes else (room - header) // dtype.itemsize)]
     else:
         sizes = [Size("", total - 1)]  # asked for by rank or by quality: any size but that of the dense model
+    what = f"bytes as {config.quantize}" if config.counts_bytes else "parameters"
     for size in sizes:
         if least >= total:
             raise TargetError(
@@ -255,13 +267,21 @@ def requested_sizes(
                 "give a smaller --rank-multiple."
             )
         if size.budget >= total:
-            raise TargetError(f"{config.model} has only {total:,} parameters: ask for a smaller size than that.")
-        if size.budget < least:
             raise TargetError(
-                f"cannot reach {max(size.budget, 0):,} parameters: what is not factorised, and rank "
+                f"{config.model} has only {total:,} {what}: ask for a smaller size than that"
+                + (", or run `vitshrink quantize`." if config.counts_bytes else ".")
+            )
+        if size.budget < least:
+            reachable = (
+                f"--target-size {_up(least / 1e6)}MB"
+                if config.counts_bytes
+                else f"--keep {_up(least / total)}, --target-params {least} or "
+                f"--target-size {_up((least * dtype.itemsize + header) / 1e6)}MB"
+            )
+            raise TargetError(
+                f"cannot reach {max(size.budget, 0):,} {what}: what is not factorised, and rank "
                 f"{config.rank_multiple} everywhere else, need {least:,} of {total:,}. The least to ask for is "
-                f"--keep {_up(least / total)}, --target-params {least} or "
-                f"--target-size {_up((least * dtype.itemsize + header) / 1e6)}MB."
+                f"{reachable}."
                 + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
             )
     return sizes

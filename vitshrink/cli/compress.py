@@ -294,8 +294,8 @@ def compress_command(
     if any(name in flags for name in SIZES):  # a size on the command line replaces the recipe's
         recipe = {name: value for name, value in recipe.items() if str(name).replace("-", "_") not in SIZES}
     entries = recipe | flags
-    defaults = recipe_defaults(str(entries["calibration"])) if entries.get("calibration") else {}
-    job = CompressConfig.from_mapping(defaults | entries, str(config) if config else "the command line")
+    entries = recipe_defaults(entries.get("calibration")) | entries
+    job = CompressConfig.from_mapping(entries, str(config) if config else "the command line")
     if csv is not None:
         check_appendable(csv)
     if push_to_hub is not None:

@@ -65,7 +65,7 @@ def inspect_command(
         check_available()
         if calibration is None:
             raise UsageError("--figures shows what goes through the layers: pass --calibration.")
-    defaults = recipe_defaults(calibration) if calibration is not None else {}
+    defaults = recipe_defaults(calibration)
     samples = defaults.get("samples", 128) if samples is None else samples
     seed = defaults.get("seed", 0) if seed is None else seed
     job = Job(console.TerminalObserver(quiet=as_json))

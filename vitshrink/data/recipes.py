@@ -83,11 +83,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return _checked(file, entries)
 
 
-def recipe_defaults(spec: str) -> dict[str, int]:
-    """``samples`` and ``seed`` of a recipe, for those who say nothing else; empty where ``spec`` names none.
+def recipe_defaults(data: Any) -> dict[str, int]:
+    """``samples`` and ``seed`` of a recipe, for those who say nothing else; empty where ``data`` names none.
 
-    ``spec`` may end in ``:split``.
+    Every way to a job asks here: the command line, sweeps and Python. ``data`` may end in ``:split``.
     """
+    spec = str(data or "")
     name = spec.rpartition(":")[0] if ":" in spec and not Path(spec).expanduser().exists() else spec
     if name not in recipe_names() and Path(name).suffix not in (".yaml", ".yml"):
         return {}

@@ -234,6 +234,12 @@ def groups_of(columns: int, bits: int) -> tuple[int, int]:
     return groups, width + width % 2
 
 
+def matrix_bytes(rows: int, columns: int, bits: int, itemsize: int) -> int:
+    """Bytes of the integers and scales of a matrix, a scale taking ``itemsize`` of them."""
+    groups, width = groups_of(columns, bits)
+    return rows * groups * (width * bits // 8 + itemsize)
+
+
 def empty(
     rows: int, columns: int, bits: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitshrink.config import CompressConfig, flag_of, parse_duration, read_recipe
+from vitshrink.data import recipe_defaults
 from vitshrink.errors import UsageError
 from vitshrink.gates import Gates
 from vitshrink.methods import get_method
@@ -204,8 +205,9 @@ def _job(
         if key in entries and key != "cache":
             raise UsageError(f"{where}: {key!r} is set by the sweep: leave it out.")
     directory = output / name
+    defaults = {"cache": str(output / "cache")} | recipe_defaults(entries.get("calibration"))
     config = CompressConfig.from_mapping(
-        {"cache": str(output / "cache"), **entries, "output": str(directory / "model"), "overwrite": True}, where
+        {**defaults, **entries, "output": str(directory / "model"), "overwrite": True}, where
     )
     if len(config.keep) > 1:
         raise UsageError(f"{where}: give several sizes as an axis, as in 'matrix: {{keep: [0.7, 0.5]}}'.")
