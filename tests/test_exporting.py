@@ -62,6 +62,7 @@ def test_onnx_gives_the_outputs_of_the_model(
     found = exported(name, "onnx")
     assert 0 <= found.difference <= 1e-4 * max(1, found.largest)
     assert found.bytes == (found.directory / "model.onnx").stat().st_size
+    assert str(Path(torch.__file__).parents[1]).encode() not in (found.directory / "model.onnx").read_bytes()
     model, copy = vitshrink.load(small(name)), load_onnx(found.directory / "model.onnx").model
     for batch in (1, 5):
         inputs = tiny.inputs(name, batch)

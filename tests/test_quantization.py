@@ -2,11 +2,13 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import tiny
 import torch
@@ -30,6 +32,7 @@ from vitshrink.quantization import Quantization, quantized
 from vitshrink.quantizing import quantize_checkpoint
 from vitshrink.ranks import Storage
 from vitshrink.report import figures
+from vitshrink.structures import quantized as quantized_module
 from vitshrink.structures.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -106,13 +109,11 @@ def test_integer_products_are_exact_in_every_shape(rows: int, columns: int) -> N
 
 
 def test_integers_are_multiplied_exactly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitshrink.structures import quantized as module
-
     layer = QuantizedLinear.from_layer(nn.Linear(64, 8), 8, "dynamic")
     x = torch.randn(5, 64)
     with torch.no_grad():
         fast = layer(x)
-        monkeypatch.setattr(module, "_exact_on_this_cpu", lambda: False)
+        monkeypatch.setattr(quantized_module, "_exact_on_this_cpu", lambda: False)
         assert torch.allclose(layer(x), fast, atol=1e-5)
 
 
@@ -280,8 +281,26 @@ def test_a_quantised_model_is_exported(bert_directory: Path, tmp_path: Path, for
     quantize_checkpoint(str(bert_directory), str(tmp_path / "int8"))
     found = export(str(tmp_path / "int8"), str(tmp_path / "out"), form, tolerance=0.05)
     assert found.difference <= (1e-5 if form == "torch" else 0.05 * found.largest)
-    with pytest.raises(UsageError, match="operators of its own"):
-        export(str(tmp_path / "int8"), str(tmp_path / "onnx"), "onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "activations"),
+    [("BertForSequenceClassification", "int8", "dynamic"), ("ViTForImageClassification", "int4", None)],
+)
+def test_onnx_keeps_the_integers(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, weights: str, activations: str | None
+) -> None:
+    quantize_checkpoint(str(checkpoint(name)), str(tmp_path / "small"), weights=weights, activations=activations)
+    found = export(str(tmp_path / "small"), str(tmp_path / "out"), "onnx")
+    assert found.difference <= max(1e-4 * max(1, found.largest), 2 * found.rounding)
+    assert (found.rounding > 0) is (activations == "dynamic")
+    graph = onnx.load(str(found.directory / found.file)).graph
+    kinds = {"int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.UINT8}
+    integers = sum(math.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == kinds[weights])
+    parameters = vitshrink.load(tmp_path / "small").parameters()
+    assert integers == sum(parameter.numel() for parameter in parameters if not parameter.is_floating_point())
+    products = sum(node.op_type == "MatMulInteger" for node in graph.node)
+    assert products == (12 if activations == "dynamic" and quantized_module._exact_on_this_cpu() else 0)
 
 
 def test_four_bits_leave_eight_to_factors() -> None:

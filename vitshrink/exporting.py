@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,6 +37,9 @@ PROGRAM_FILE = "model.pt2"
 TOLERANCE = 1e-4
 """Largest difference of an output that is put up with; of its size, where outputs are larger than 1."""
 
+ROUNDINGS = 2
+"""Where activations are rounded: difference that is put up with, in multiples of what the rounding itself does."""
+
 BATCH_SIZES = (1, 2, 7)
 """On which an exported model is compared; it was traced with two samples."""
 
@@ -58,6 +61,9 @@ class Export:
     """Largest difference of an output from the model's in float32."""
     largest: float
     """Largest output, for comparison."""
+    rounding: float
+    """Largest change of an output by the rounding of activations, 0 where none are rounded. Two programs agree no
+    better: an input that differs in its last digit is rounded the other way somewhere, and so on from there."""
     batch_sizes: Sequence[int]
     warnings: Sequence[str]
 
@@ -84,7 +90,7 @@ def export(
         UsageError: an unknown form, or a dense model that is to be made dense.
         DependencyError: a package that the form needs is missing.
         CheckpointError: the model cannot be read.
-        OutputError: it cannot be written, or differs by more than ``tolerance``.
+        OutputError: it cannot be written, or differs by more than ``tolerance`` and the rounding of activations.
     """
     choose(form, {name: name for name in get_args(Form)}, "form")
     if not 0 < tolerance < float("inf"):
@@ -105,7 +111,8 @@ def export(
             file, run = write(source, staging, job)
             with _quiet():
                 difference, largest = _compare(source.model, run)
-        if not difference <= tolerance * max(1.0, largest):  # a NaN is no match either
+                rounding = _rounding(source.model)
+        if not difference <= max(tolerance * max(1.0, largest), ROUNDINGS * rounding):  # a NaN is no match either
             raise OutputError(
                 f"the {form} model differs from {model} by up to {difference:.2g} in outputs of up to {largest:.3g}: "
                 f"not written. Allow more with --tolerance if that is good enough."
@@ -119,6 +126,7 @@ def export(
             onnx_bytes(weights) if form == "onnx" else weights.stat().st_size,
             difference,
             largest,
+            rounding,
             BATCH_SIZES,
             job.warnings,
         )
@@ -256,6 +264,18 @@ def _compare(model: PreTrainedModel, run: Run) -> tuple[float, float]:
             largest = max(largest, float(values.abs().max()))
             difference = _worse(difference, float((found[name] - values).abs().max()))
     return difference, largest
+
+
+def _rounding(model: PreTrainedModel) -> float:
+    """The largest difference that the rounding of activations makes to an output."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    if not any(layer.spec.activations == "dynamic" for layer in layers):
+        return 0.0
+    exact = copy.deepcopy(model)
+    for layer in exact.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.spec = replace(layer.spec, activations="none")
+    return _compare(exact, lambda inputs: _outputs(model, inputs))[0]
 
 
 def _worse(one: float, other: float) -> float:

@@ -52,5 +52,7 @@ def export_command(
         table.add("size", size(found.bytes))
         table.add("numbers stored", f"{found.parameters:,}")
         table.add("largest difference", f"{found.difference:.2g} (outputs up to {found.largest:.3g})")
+        if found.rounding:
+            table.add("rounding of activations", f"{found.rounding:.2g}")
         table.add("compared at batches of", sizes)
         console.show(table)
