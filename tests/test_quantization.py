@@ -286,7 +286,7 @@ def test_a_quantised_model_is_exported(bert_directory: Path, tmp_path: Path, for
 def test_onnx_keeps_the_integers(bert_directory: Path, tmp_path: Path) -> None:
     quantize_checkpoint(str(bert_directory), str(tmp_path / "small"))
     found = export(str(tmp_path / "small"), str(tmp_path / "out"), "onnx")
-    assert 0 < found.rounding
+    assert found.rounding > 0
     assert found.difference <= max(1e-4 * max(1, found.largest), 2 * found.rounding)
     graph = onnx.load(str(found.directory / found.file)).graph
     integers = sum(math.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8)
