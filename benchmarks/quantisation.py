@@ -1,6 +1,7 @@
 """Integers on top of low rank: bytes, accuracy, divergence and latency of one model in every combination.
 
 python benchmarks/quantisation.py --model MODEL --calibration UNLABELLED --eval LABELLED --keep 0.8 0.7
+python benchmarks/quantisation.py --model MODEL --compressed SMALLER_MODEL --eval LABELLED
 """
 
 import argparse
@@ -34,12 +35,11 @@ def torchao_peer(model: PreTrainedModel) -> PreTrainedModel | None:
     return peer
 
 
-def variants(dense: PreTrainedModel, calibration: str, keep: list[float], samples: int) -> dict[str, PreTrainedModel]:
-    """Every combination, by its name."""
+def variants(dense: PreTrainedModel, small: dict[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
+    """Every combination of integers with the dense model and the smaller ones, by its name."""
     models = {"fp32": dense, "fp16": copy.deepcopy(dense).half()}
     if (peer := torchao_peer(dense)) is not None:
         models["int8 dynamic, torchao"] = peer
-    small = {f"keep {k:g}": vitshrink.compress(dense, calibration, keep=k, samples=samples).model for k in keep}
     for name, model in {"": dense, **small}.items():
         if name:
             models[name] = model
@@ -55,11 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known.add_argument("--model", required=True)
-    known.add_argument("--calibration", required=True)
+    known.add_argument("--calibration", help="for --keep")
+    known.add_argument("--compressed", nargs="*", default=[], help="checkpoints that were made of the model before")
     known.add_argument("--eval", required=True)
     known.add_argument("--limit", type=int)
     known.add_argument("--samples", type=int, default=256)
-    known.add_argument("--keep", type=float, nargs="*", default=[0.7])
+    known.add_argument("--keep", type=float, nargs="*", default=[])
     known.add_argument("--repeats", type=int, default=15)
     known.add_argument("--length", type=int, default=32, help="tokens of the texts that are timed")
     given = known.parse_args(arguments)
@@ -70,7 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
     data = open_data(DataConfig(given.eval), source, offline=True)
     if given.limit is not None and given.limit < len(data):
         data = data.select(given.limit, 0)
-    models = variants(dense, given.calibration, given.keep, given.samples)
+    small = {}
+    for keep in given.keep:
+        small[f"keep {keep:g}"] = vitshrink.compress(dense, given.calibration, keep=keep, samples=given.samples).model
+    for path in given.compressed:
+        small[Path(path).name] = load_dense(path, allow_compressed=True).model
+    models = variants(dense, small)
     # a weight of half precision is judged by its value; the sums are those of float32
     judged: list[nn.Module] = [copy.deepcopy(m).float() if m.dtype == torch.float16 else m for m in models.values()]
     found = measure_each(
@@ -91,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         timed[batch] = cost.latency(models, inputs, repeats=given.repeats)
     print_circumstances(
         "Quantisation",
-        model=f"{Path(given.model).name}, calibrated on {given.samples} samples",
+        model=Path(given.model).name + (f", calibrated on {given.samples} samples" if given.keep else ""),
         data=f"{len(data)} samples of {Path(given.eval).name}",
         latency=f"milliseconds at batch 1 and 8, median of {given.repeats}",
     )

@@ -311,6 +311,17 @@ def test_four_bits_leave_eight_to_factors() -> None:
     assert rounded.vit.layers[0].mlp.fc2.spec == QuantizedSpec(4, "none")
 
 
+@pytest.mark.parametrize("method", ["heads-joint", "cholesky"])
+def test_models_with_other_attentions_are_quantised(compressed: Compressed, tmp_path: Path, method: str) -> None:
+    small = compressed("ViTForImageClassification", method=method, keep=(0.85,)).directory
+    quantize_checkpoint(str(small), str(tmp_path / "out"))
+    models = [vitshrink.load(str(directory)) for directory in (small, tmp_path / "out")]
+    inputs = tiny.inputs("ViTForImageClassification")
+    with torch.no_grad():
+        outputs = [model(**inputs).logits for model in models]
+    assert 0 < (outputs[0] - outputs[1]).norm() < 0.05 * outputs[0].norm()
+
+
 def test_the_original_is_not_changed() -> None:
     model = tiny.build("ViTForImageClassification")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

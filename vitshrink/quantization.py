@@ -15,6 +15,7 @@ from vitshrink.config import CompressConfig, quantized_bits
 from vitshrink.errors import UsageError
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.models import blocks_of
+from vitshrink.structures import structure_of
 from vitshrink.structures.quantized import (
     Activations,
     QuantizedEmbedding,
@@ -69,7 +70,8 @@ def quantized(
     """A copy of the model with integers in its blocks: in the linear layers, and in the factors of low-rank ones.
 
     Factors and word embeddings are rounded to 8 bits even where ``bits`` is 4; embeddings that are tied to the output
-    not at all. Heads, norms, positions and the patch projection stay as they are. ``dtype`` is that in which scales
+    not at all. Heads, norms, positions and the patch projection stay as they are, and so do output projections that
+    read smaller heads. ``dtype`` is that in which scales
     will be stored (the model's if not given).
 
     Raises UsageError where the model is quantised already.
@@ -80,7 +82,8 @@ def quantized(
     names = {module: name for name, module in rounded.named_modules()}
     layers: dict[str, nn.Module] = {}
     for module in blocks_of(rounded).modules():
-        if isinstance(module, nn.Linear | LowRankLinear):
+        # a linear layer that is a structure itself, such as one with fewer inputs, would be rebuilt in its old shape
+        if isinstance(module, LowRankLinear) or (isinstance(module, nn.Linear) and structure_of(module) is None):
             own = FACTOR_BITS if isinstance(module, LowRankLinear) else bits
             layers[names[module]] = QuantizedLinear.from_layer(module, own, activations)
     table, head = rounded.get_input_embeddings(), rounded.get_output_embeddings()
