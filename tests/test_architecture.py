@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("attentions",),
     ("compression",),
     ("report", "resolution", "maps", "sequential", "rescaling", "measurement", "storage", "quantization", "recovery"),
+    ("sharing", "memory"),
     ("effects",),
     (
         "models",
@@ -30,6 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "calibration",
         "curvature",
         "cache",
+        "entries",
+        "progress",
         "checkpoint",
         "publication",
         "evaluation",

@@ -143,7 +143,7 @@ def test_a_narrow_layer_is_observed_at_its_output(bert: PreTrainedModel) -> None
     batches = [batch_of(tiny.inputs("BertModel"))]
     found = collect(bert, targets, batches, Needs.COVARIANCE)
     with torch.no_grad(), StatisticsCollector(bert, targets, Needs.COVARIANCE, full_gram=True) as collector:
-        collector.next_batch(batches[0].mask)
+        collector.next_batch(batches[0].mask, 0)
         bert(**batches[0].inputs)
         full = collector.statistics()
     narrow = [target for target in targets if target.shape[0] < target.shape[1]]

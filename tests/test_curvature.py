@@ -220,7 +220,7 @@ def test_tokens_count_alike_where_no_gradient_weighs_them() -> None:
     model, batch = tiny.build(CLASSIFIER), batch_of(CLASSIFIER)
     targets = find_targets(model)
     collector = CurvatureCollector(model, targets, token_weight=0.0)
-    collector.run(batch, generator(), 1)
+    collector.run(0, batch)
     tokens = tokens_of(model, batch, targets)
     assert_statistics(collector.statistics(), tokens, targets, weights_of(model, targets), token_weight=0.0)
 

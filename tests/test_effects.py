@@ -8,7 +8,7 @@ from test_curvature import CLASSIFIER, Batch, batch_of, generator, weights_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.curvature import collect_curvature, random_functional
+from vitshrink.curvature import batch_generator, collect_curvature, random_functional
 from vitshrink.effects import Components, Effects, component_effects, measured_loss, shortfall
 from vitshrink.errors import NumericsError
 from vitshrink.methods import get_method
@@ -42,7 +42,7 @@ def test_an_effect_is_the_derivative_by_the_gain_of_a_component(name: str) -> No
 
     handle = model.get_submodule(layer_name).register_forward_hook(amplified)
     outputs = model(**batch.inputs)
-    values = random_functional(model, outputs, batch, generator(5))(outputs)
+    values = random_functional(model, outputs, batch, batch_generator(5, 0))(outputs)
     for sample, value in enumerate(values):
         (want,) = torch.autograd.grad(value, gain, retain_graph=True)
         torch.testing.assert_close(effects[layer_name][sample].float(), want, rtol=1e-3, atol=1e-5)
@@ -66,7 +66,7 @@ def test_what_is_missing_is_the_difference_to_the_reference() -> None:
     missing = component_effects(model, components, [batch], reference=other, seed=2).missing
     with torch.no_grad():
         wanted, found = other(**batch.inputs), model(**batch.inputs)
-        functional = random_functional(other, wanted, batch, generator(2))
+        functional = random_functional(other, wanted, batch, batch_generator(2, 0))
     torch.testing.assert_close(missing, (functional(wanted) - functional(found)).double())
     assert component_effects(model, components, [batch]).missing is None
 
@@ -132,7 +132,7 @@ def test_the_effect_of_a_shift_is_the_derivative_by_the_bias(name: str) -> None:
     assert isinstance(bias, Tensor)
     bias.requires_grad_()
     outputs = model(**batch.inputs)
-    for sample, value in enumerate(random_functional(model, outputs, batch, generator(5))(outputs)):
+    for sample, value in enumerate(random_functional(model, outputs, batch, batch_generator(5, 0))(outputs)):
         (want,) = torch.autograd.grad(value, bias, retain_graph=True)
         torch.testing.assert_close(shifts[layer_name][sample].float(), want, rtol=1e-3, atol=1e-5)
 

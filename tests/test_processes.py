@@ -38,10 +38,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_together(*arguments: str, count: int = 2, timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:
-    """What ``count`` processes that know of each other print, in the order of their ranks."""
+def start_together(*arguments: str, count: int = 2) -> list["subprocess.Popen[str]"]:
+    """``count`` processes that know of each other, in the order of their ranks."""
     port = str(free_port())
-    running = [
+    return [
         subprocess.Popen(
             [sys.executable, *arguments],
             env=os.environ
@@ -60,6 +60,11 @@ def run_together(*arguments: str, count: int = 2, timeout: float = 120) -> list[
         )
         for rank in range(count)
     ]
+
+
+def run_together(*arguments: str, count: int = 2, timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
+    """What ``count`` processes that know of each other print, in the order of their ranks."""
+    running = start_together(*arguments, count=count)
     try:
         return [
             subprocess.CompletedProcess(process.args, process.returncode, *streams)

@@ -376,3 +376,54 @@ def test_space_is_checked_beforehand(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "yet", 1000)
     with pytest.raises(OutputError, match=r"MB free, but about 1000000000000\.0 MB are needed"):
         check_space(tmp_path / "not" / "yet", 10**18)
+
+
+# Several models at once
+
+
+def test_several_models_appear_together(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with publish(target, parts=["a", "b"]) as staging:
+        for part in ("a", "b"):
+            (staging / part / "weights").write_text(part)
+        assert not target.exists()
+    assert [(target / part / "weights").read_text() for part in ("a", "b")] == ["a", "b"]
+    assert all((target / part / "SHA256SUMS").exists() for part in ("a", "b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def models(target: Path, *names: str) -> None:
+    for name in names:
+        (target / name).mkdir(parents=True)
+        (target / name / "report.json").write_text('{"vitshrink": "0.1.0"}')
+
+
+def test_several_models_replace_the_same_ones_and_their_comparison(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    models(target, "a", "b")
+    (target / "comparison.md").write_text("old")
+    with publish(target, parts=["a", "b"], overwrite=True) as staging:
+        (staging / "a" / "weights").write_text("new")
+    assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
+    assert (target / "a" / "weights").exists()
+
+
+@pytest.mark.parametrize("other", ["c", "thesis.tex"])
+def test_several_models_never_replace_what_they_do_not_write_again(other: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    models(target, "a", other)
+    refused = pytest.raises(OutputError, match=f"holds {other}, which this job would not write again")
+    with refused, publish(target, parts=["a", "b"], overwrite=True):
+        pytest.fail("not refused")
+    assert sorted(path.name for path in target.iterdir()) == sorted(["a", other])
+
+
+def test_a_part_that_others_wrote_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    models(target, "a")
+    (target / "b").mkdir()
+    (target / "b" / "notes").write_text("mine")
+    refused = pytest.raises(OutputError, match="was not written by vitshrink")
+    with refused, publish(target, parts=["a", "b"], overwrite=True):
+        pytest.fail("not refused")
+    assert (target / "b" / "notes").read_text() == "mine"

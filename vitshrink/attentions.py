@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,18 @@ from vitshrink import cost
 from vitshrink.allocation import Allocation, Menu, Plan, least_cost, plan_cost
 from vitshrink.calibration import collect
 from vitshrink.checkpoint import replace_layers
-from vitshrink.compression import Factors, choose_ranks
+from vitshrink.compression import DENSE, Factors, choose_ranks
 from vitshrink.config import CompressConfig
+from vitshrink.entries import laid_out
 from vitshrink.errors import NumericsError, UsageError
 from vitshrink.measurement import CalibrationData
+from vitshrink.memory import Step
 from vitshrink.methods.attention import ATTENTION, AttentionMethod, AttentionWeights, Dimensions
 from vitshrink.models import Target, find_targets
 from vitshrink.observer import Job
+from vitshrink.progress import Progress
+from vitshrink.sharing import Shared
+from vitshrink.stats import LinearStats
 from vitshrink.structures import fill
 
 COMPENSATIONS = ("none",)
@@ -57,6 +62,7 @@ class AttentionCompression:
     allocation: Allocation
     compensation: str
     calibration: CalibrationData | None
+    progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         if not self.units():
@@ -96,8 +102,14 @@ class AttentionCompression:
         if self.config.cache is not None:
             job.warn(f"--cache keeps nothing for --method {self.method.name}.")
         used = [target for attention in self._attentions() for target in attention.targets.values()]
-        with job.stage("calibrate", "Calibrating", len(self.calibration.samples)) as advance:
-            stats = collect(self.dense, used, self.calibration.batches, self.method.needs, on_batch=advance)
+        memory, batches = Step(self.progress, DENSE), self.calibration.batches
+        stats = memory.read(LinearStats)
+        if not stats:
+            course = Shared(self.progress, DENSE, next(self.dense.parameters()).device)
+            with job.stage("calibrate", "Calibrating", len(self.calibration.samples)) as advance:
+                needs = self.method.needs
+                stats = laid_out(collect(self.dense, used, batches, needs, course=course, on_batch=advance))
+            memory.write(stats)
         factors = Factors({}, {}, stats)
         attentions = self._attentions()
         with job.stage("factorise", "Factorising", len(attentions)) as advance:
@@ -108,9 +120,16 @@ class AttentionCompression:
             raise NumericsError("no attention could be factorised; the warnings say why.")
         return factors
 
-    def refine(self, factors: Factors, _plan: Plan, _job: Job) -> Factors:
+    def refine(self, factors: Factors, _plan: Plan, _job: Job, _step: str = "") -> Factors:
         """These methods look at the dense model only."""
         return factors
+
+    def resume(self, _step: str) -> Factors | None:
+        """There are no steps but that of the dense model."""
+        return None
+
+    def forget(self, _step: str) -> None:
+        """There is nothing to forget."""
 
     def plan(self, factors: Factors, budget: int) -> Plan:
         """Ranks for a budget of the whole model. Raises TargetError."""

@@ -2,27 +2,21 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.calibration import CalibrationBatch
+from vitshrink.entries import Entry, packed, read_metadata, read_tensors, unpacked, write_tensors
 from vitshrink.errors import OutputError
-from vitshrink.methods import Factorisation
-from vitshrink.stats import LinearStats
-
-Entry = TypeVar("Entry", LinearStats, Factorisation)
 
 Key = Mapping[str, Any]
 """All that the entries follow from, as JSON; ``layers`` lists their names."""
@@ -61,46 +55,23 @@ class Cache:
         path = self._path(kind, key)
         if not path.exists():
             return None
-        key = _complete(kind, key)
-        values: dict[str, dict[str, Any]] = {}
         try:
-            with safe_open(path, "pt", device=str(self.device)) as file:
-                if json.loads((file.metadata() or {})["key"]) != key:
-                    raise ValueError("it belongs to another job")
-                for label in file.keys():  # noqa: SIM118 - not a mapping
-                    name, _, field = label.rpartition("|")
-                    tensor = file.get_tensor(label)
-                    # cloned: what lies in the file is aligned otherwise, and products then round otherwise
-                    values.setdefault(name, {})[field] = tensor.clone() if tensor.ndim else tensor.item()
-            return {name: kind(**values[name]) for name in key["layers"]}
+            if json.loads(read_metadata(path)["key"]) != _complete(kind, key):
+                raise ValueError("it belongs to another job")
+            found = unpacked(kind, read_tensors(path, self.device))
+            return {name: found[name] for name in key["layers"]}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             self.warn(f"{path} cannot be used and is written again ({type(error).__name__}: {error}).")
             return None
 
-    def write(self, key: Key, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Keep ``entries``, one or more; gives them laid out as they will be read. Warns where that fails."""
-        entries = {name: _contiguous(entry) for name, entry in entries.items()}
-        tensors: dict[str, Tensor] = {}
-        storages: set[int] = set()
-        for name, entry in entries.items():
-            for field, value in _values(entry).items():
-                tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
-                storage = tensor.untyped_storage().data_ptr()
-                tensors[f"{name}|{field}"] = tensor.clone() if storage in storages else tensor
-                storages.add(storage)
+    def write(self, key: Key, entries: Mapping[str, Entry]) -> None:
+        """Keep ``entries``, one or more. Warns where that fails."""
         kind = type(next(iter(entries.values())))
-        path, key = self._path(kind, key), _complete(kind, key)
+        path = self._path(kind, key)
         try:
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=self.directory)
-            os.close(descriptor)
-            try:
-                save_file(tensors, temporary, metadata={"key": json.dumps(key)})
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            write_tensors(path, packed(entries), {"key": json.dumps(_complete(kind, key))})
         except (OSError, SafetensorError) as error:
             self.warn(f"{path} could not be written, and the next job will compute it again: {error}.")
-        return entries
 
     def _path(self, kind: type[Any], key: Key) -> Path:
         digest = hashlib.sha256(json.dumps(_complete(kind, key), sort_keys=True).encode()).hexdigest()
@@ -110,19 +81,6 @@ class Cache:
 def _complete(kind: type[Any], key: Key) -> dict[str, Any]:
     """The key with what an entry holds: a file from before a field was added is another one."""
     return {**key, "fields": [field.name for field in fields(kind)]}
-
-
-_NUMBERS = {int: torch.int64, float: torch.float64}
-
-
-def _values(entry: Any) -> dict[str, Any]:
-    found = {field.name: getattr(entry, field.name) for field in fields(entry)}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _contiguous(entry: Entry) -> Entry:
-    changes: dict[str, Any] = {n: v.contiguous() for n, v in _values(entry).items() if isinstance(v, Tensor)}
-    return replace(entry, **changes)
 
 
 def model_digest(model: PreTrainedModel) -> str:

@@ -1,9 +1,9 @@
 """Run calibration batches through a model and keep the statistics that a method asked for."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,60 @@ class CalibrationBatch(Protocol):
 
     inputs: dict[str, Tensor]
     mask: Tensor | None
+
+
+class Collector(Protocol):
+    """Sums that grow with every batch. What is in ``state`` adds up over disjoint batches, but for ``largest``."""
+
+    def run(self, number: int, batch: CalibrationBatch) -> None:
+        """Run the model on a batch, which is the one of this number in the whole of the data."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums so far, by name."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the sums of ``state`` in place of those there are."""
+
+
+OnBatch = Callable[[int], None]
+"""Called with the number of samples after each batch."""
+
+Course = Callable[[Collector, Sequence[CalibrationBatch], OnBatch], None]
+"""How the batches are gone through, so that in the end the sums are those of all."""
+
+
+def one_by_one(collector: Collector, batches: Iterable[CalibrationBatch], on_batch: OnBatch) -> None:
+    """All batches in their order."""
+    for number, batch in enumerate(batches):
+        collector.run(number, batch)
+        on_batch(samples_of(batch))
+
+
+def samples_of(batch: CalibrationBatch) -> int:
+    return int(next(iter(batch.inputs.values())).shape[0])
+
+
+def named_sums(kind: str, sums: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``kind|label|field`` -> tensor of all sums in a mapping of dataclasses."""
+    found = {}
+    for label, entry in sums.items():
+        for name in (each.name for each in fields(entry)):
+            value = getattr(entry, name)
+            if isinstance(value, Tensor):
+                found[f"{kind}|{label}|{name}"] = value
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                found[f"{kind}|{label}|{name}"] = torch.tensor(value, dtype=torch.float64)
+    return found
+
+
+def put_sums(kind: str, state: Mapping[str, Tensor], sums: dict[str, Any], make: Callable[[], Any]) -> None:
+    """The reverse of ``named_sums``; entries that are not there are made."""
+    for key, value in state.items():
+        of, label, name = key.split("|")
+        if of == kind:
+            entry = sums.setdefault(label, make())
+            before = getattr(entry, name)
+            setattr(entry, name, value if isinstance(before, Tensor | None) else type(before)(value.item()))
 
 
 @dataclass
@@ -66,6 +120,13 @@ class InputSums:
         )
 
 
+@dataclass
+class OutputSums:
+    """The running float64 sum of (Wx)(Wx)ᵀ, (m, m), of one layer."""
+
+    gram: Tensor | None = None
+
+
 def accumulate(total: Tensor | None, batch: Tensor) -> Tensor:
     """Add a float32 sum over one batch to the float64 sum over all."""
     return batch.double() if total is None else total.add_(batch)
@@ -86,7 +147,7 @@ class StatisticsCollector:
     mask: Tensor | None = None
     batch: int = -1
     _inputs: dict[str, InputSums] = field(default_factory=dict)
-    _outputs: dict[str, Tensor] = field(default_factory=dict)
+    _outputs: dict[str, OutputSums] = field(default_factory=dict)
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -106,10 +167,24 @@ class StatisticsCollector:
         for handle in self._handles:
             handle.remove()
 
-    def next_batch(self, mask: Tensor | None) -> None:
-        """Announce the batch that is about to run and its mask."""
+    def next_batch(self, mask: Tensor | None, number: int) -> None:
+        """Announce the batch that is about to run, and its mask."""
         self.mask = mask
-        self.batch += 1
+        self.batch = number
+
+    @torch.no_grad()
+    def run(self, number: int, batch: CalibrationBatch) -> None:
+        """One forward pass."""
+        device = next(self.model.parameters()).device
+        self.next_batch(None if batch.mask is None else batch.mask.to(device), number)
+        self.model(**to_device(batch.inputs, device))
+
+    def state(self) -> dict[str, Tensor]:
+        return named_sums("inputs", self._inputs) | named_sums("outputs", self._outputs)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        put_sums("inputs", state, self._inputs, lambda: InputSums(with_gram=False))
+        put_sums("outputs", state, self._outputs, OutputSums)
 
     def statistics(self) -> dict[str, LinearStats]:
         """The statistics of every target. Raises DataError when nothing came through a layer."""
@@ -118,7 +193,8 @@ class StatisticsCollector:
             sums = self._inputs[target.input_group]
             if not sums.tokens:
                 raise DataError(f"no calibration token reached layer {target.name!r}: is the data set empty?")
-            found[target.name] = sums.stats(self._outputs.get(target.name))
+            output = self._outputs.get(target.name)
+            found[target.name] = sums.stats(None if output is None else output.gram)
         return found
 
     def _observed_at_output(self, target: CalibrationTarget) -> bool:
@@ -150,37 +226,30 @@ class StatisticsCollector:
             y = self._tokens(output)
             if isinstance(module.bias, Tensor):
                 y = y - module.bias
-            self._outputs[target.name] = accumulate(self._outputs.get(target.name), gram_of(y))
-            self._check(target.name, self._outputs[target.name], "output")
+            sums = self._outputs.setdefault(target.name, OutputSums())
+            sums.gram = accumulate(sums.gram, gram_of(y))
+            self._check(target.name, sums.gram, "output")
 
         return hook
 
 
-@torch.no_grad()
 def collect(
     model: nn.Module,
     targets: Sequence[CalibrationTarget],
-    batches: Iterable[CalibrationBatch],
+    batches: Sequence[CalibrationBatch],
     needs: Needs,
     *,
-    on_batch: Callable[[int], None] = lambda _samples: None,
+    course: Course = one_by_one,
+    on_batch: OnBatch = lambda _samples: None,
 ) -> dict[str, LinearStats]:
     """Statistics of every target over all batches, one forward pass each.
-
-    Args:
-        on_batch: called with the number of samples after each batch.
 
     Raises:
         NumericsError: NaN or Inf in an activation; names the layer and the batch.
         DataError: no batch at all.
     """
-    device = next(model.parameters()).device
     with StatisticsCollector(model, targets, needs) as collector:
-        for batch in batches:
-            mask = None if batch.mask is None else batch.mask.to(device)
-            collector.next_batch(mask)
-            model(**to_device(batch.inputs, device))
-            on_batch(next(iter(batch.inputs.values())).shape[0])
+        course(collector, batches, on_batch)
         return collector.statistics()
 
 

@@ -1,8 +1,8 @@
 """From statistics to a compressed model in memory: what the sizes of a job do alike."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink import __version__, cost
+from vitshrink import __version__, cost, processes
 from vitshrink.allocation import (
     Allocation,
     Curve,
@@ -31,20 +31,27 @@ from vitshrink.compensation import SHIFTING, shifted_bias
 from vitshrink.config import CompressConfig
 from vitshrink.curvature import collect_curvature
 from vitshrink.data import Batch
-from vitshrink.effects import MEASURED_SAMPLES, Components, component_effects, measured_loss
+from vitshrink.effects import MEASURED_SAMPLES, Components, measured_loss
+from vitshrink.entries import laid_out, moved
 from vitshrink.errors import NumericsError, TargetError
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.measurement import CalibrationData
+from vitshrink.memory import Cached, Memory, Step
 from vitshrink.methods import Factorisation, Method, Needs
 from vitshrink.models import Target, blocks_of
 from vitshrink.observer import Job
 from vitshrink.precision import Passes, passes_in, resolve_precision
+from vitshrink.progress import Progress
 from vitshrink.quantization import Quantization
 from vitshrink.ranks import Storage
 from vitshrink.rescaling import STEPS, rescale_components
 from vitshrink.sequential import compensate_residuals
+from vitshrink.sharing import Shared, shared_effects, shared_shortfall
 from vitshrink.stats import LinearStats
 from vitshrink.storage import fix_gauge
+
+DENSE = "dense"
+"""The step of a job that looks at the dense model only."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,14 @@ class Compressor(Protocol):
     def factorise_dense(self, job: Job) -> Factors:
         """Calibrate on the dense model and factorise once; a rank is then a slice."""
 
-    def refine(self, factors: Factors, plan: Plan, job: Job) -> Factors:
-        """Factorise again for what the model compressed by ``plan`` shows."""
+    def refine(self, factors: Factors, plan: Plan, job: Job, step: str = "") -> Factors:
+        """Factorise again for what the model compressed by ``plan`` shows; what is done is kept as ``step``."""
+
+    def resume(self, step: str) -> Factors | None:
+        """What an interrupted run of the job has kept of a step, if it had completed it."""
+
+    def forget(self, step: str) -> None:
+        """Keep nothing of a step that another one has overtaken."""
 
     def plan(self, factors: Factors, budget: int) -> Plan:
         """Ranks for a budget of the whole model. Raises TargetError."""
@@ -105,6 +118,7 @@ class Compression:
     compensation: str
     storage: Storage
     calibration: CalibrationData | None
+    progress: Progress = field(default_factory=Progress)
     quantization: Quantization | None = None
     """How the weights will be rounded, where a size is counted in the bytes that this leaves."""
 
@@ -115,30 +129,33 @@ class Compression:
 
     def factorise_dense(self, job: Job) -> Factors:
         """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
+        memory = self._memory(job)
+        stats = memory.read(LinearStats)
+        if not stats:
+            stats = self._statistics(self.dense, {}, job, seed=self.config.seed, step=DENSE)
+            memory.write(stats)
+        layers = memory.read(Factorisation)
+        if layers:
+            return Factors(layers, {}, stats)
+        factors = self._measured(self.dense, self._factorise(stats, job, DENSE), job)
+        if not factors.failures:  # those are tried again, and reported again, by the next job
+            memory.write(factors.layers)
+        return factors
+
+    def _memory(self, job: Job) -> Memory:
+        """Where what follows from the dense model alone is kept."""
         if self.config.cache is None:
-            factors = self._factorise(self._statistics(self.dense, {}, job, seed=self.config.seed), job)
-            return self._measured(self.dense, factors, job)
-        device = next(self.dense.parameters()).device
-        cache = Cache(Path(self.config.cache), device, job.warn)
+            return Step(self.progress, DENSE)
         with job.stage("cache", "Looking into the cache"):
-            key = self._key(device)
-            stats = cache.read(LinearStats, key)
-        if stats is None:
-            stats = self._statistics(self.dense, {}, job, seed=self.config.seed)
-            stats = cache.write(key, stats) if stats else {}
-        key |= {
+            device = next(self.dense.parameters()).device
+            cache, key = Cache(Path(self.config.cache), device, job.warn), self._key(device)
+        choices = {
             "method": self.method.name,
             "options": dict(self.config.options),
             "compensation": self.compensation,
             "measured": [self.config.seed, MEASURED_SAMPLES] if self._measures else None,
         }
-        layers = cache.read(Factorisation, key)
-        if layers is not None:
-            return Factors(layers, {}, stats)
-        factors = self._measured(self.dense, self._factorise(stats, job), job)
-        if factors.failures:  # tried again, and reported again, by the next job
-            return factors
-        return Factors(cache.write(key, factors.layers), {}, stats)
+        return Cached(cache, {LinearStats: key, Factorisation: key | choices})
 
     def _key(self, device: torch.device) -> dict[str, Any]:
         """All that the statistics of the dense model follow from."""
@@ -156,22 +173,42 @@ class Compression:
             "precision": resolve_precision(device, self.config.precision) if curvature else None,
         }
 
-    def refine(self, factors: Factors, plan: Plan, job: Job) -> Factors:
+    def refine(self, factors: Factors, plan: Plan, job: Job, step: str = "") -> Factors:
         """Estimate the statistics again on the model compressed by ``plan``, and factorise for those.
 
         What a layer must keep depends on what the others lost. The factors are those of the dense weights again. What
         they lose is measured with the factors there were, and said of the new ones in proportion.
         """
-        model = self._replaced(factors, plan)
-        dense = {name: self._layer(name).weight.detach() for name, rank in plan.items() if rank is not None}
-        again = self._statistics(model, dense, job, seed=self.config.seed + 1)
+        if (finished := self.resume(step)) is not None:
+            return finished
+        memory, model = Step(self.progress, step), self._replaced(factors, plan)
+        stats = memory.read(LinearStats)
+        if not stats:
+            dense = {name: self._layer(name).weight.detach() for name, rank in plan.items() if rank is not None}
+            again = self._statistics(model, dense, job, seed=self.config.seed + 1, step=step)
+            stats = laid_out({name: factors.stats[name].refined_by(again[name]) for name in again})
+            memory.write(stats)
         before = self._measured(model, factors, job)
-        refined = self._factorise({name: factors.stats[name].refined_by(again[name]) for name in again}, job)
-        layers = {
-            name: each.corrected_by(before.layers[name]) if name in before.layers else each
-            for name, each in refined.layers.items()
-        }
+        refined = self._factorise(stats, job, step)
+        layers = laid_out(
+            {
+                name: each.corrected_by(before.layers[name]) if name in before.layers else each
+                for name, each in refined.layers.items()
+            }
+        )
+        if not refined.failures:
+            memory.write(layers)
         return replace(refined, layers=layers)
+
+    def resume(self, step: str) -> Factors | None:
+        """What an interrupted run of the job has kept of a step, if it had completed it."""
+        memory = Step(self.progress, step)
+        layers = memory.read(Factorisation)
+        return Factors(layers, {}, memory.read(LinearStats)) if layers else None
+
+    def forget(self, step: str) -> None:
+        """Keep nothing of a step that another one has overtaken."""
+        Step(self.progress, step).forget()
 
     def plan(self, factors: Factors, budget: int) -> Plan:
         """Ranks for a budget of the whole model. Raises TargetError."""
@@ -226,6 +263,8 @@ class Compression:
                     self.calibration.batches,
                     seed=self.config.seed + 2,
                     passes=self._passes,
+                    measure=shared_effects,
+                    lacking=shared_shortfall,
                     on_batch=advance,
                 )
         if self.storage == "gauge":
@@ -256,27 +295,30 @@ class Compression:
         return layer
 
     def _statistics(
-        self, model: PreTrainedModel, dense: Mapping[str, Tensor], job: Job, *, seed: int
+        self, model: PreTrainedModel, dense: Mapping[str, Tensor], job: Job, *, seed: int, step: str
     ) -> dict[str, LinearStats]:
         """What the method needs to know of the targets of ``model``, of which those in ``dense`` are compressed."""
         needed = self.method.needs is not Needs.WEIGHTS or self.compensation in SHIFTING
         if self.calibration is None or not needed:
             return {}
         batches, samples = self.calibration.batches, len(self.calibration.samples)
+        course = Shared(self.progress, step, next(self.dense.parameters()).device)
         with job.stage("calibrate", "Calibrating", samples) as advance:
-            if self.method.needs is Needs.CURVATURE:
-                probes = self.config.probes
-                return collect_curvature(
+            if self.method.needs is not Needs.CURVATURE:
+                found = collect(model, self.targets, batches, self.method.needs, course=course, on_batch=advance)
+            else:
+                found = collect_curvature(
                     model,
                     self.targets,
                     batches,
                     weights=dense,
                     seed=seed,
-                    probes=probes,
+                    probes=self.config.probes,
                     passes=self._passes,
+                    course=course,
                     on_batch=advance,
                 )
-            return collect(model, self.targets, batches, self.method.needs, on_batch=advance)
+        return laid_out(found)
 
     @property
     def _passes(self) -> Passes:
@@ -300,7 +342,7 @@ class Compression:
             for name, each in factors.layers.items()
         }
         with job.stage("measure", "Measuring components", sum(len(batch.keys) for batch in batches)) as advance:
-            effects = component_effects(
+            effects = shared_effects(
                 model, components, batches, seed=self.config.seed + 3, passes=self._passes, on_batch=advance
             )
         layers = {
@@ -315,25 +357,54 @@ class Compression:
             return stats[name].mean
         return torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
 
-    @torch.no_grad()
-    def _factorise(self, stats: Mapping[str, LinearStats], job: Job) -> Factors:
-        """Nested factors of every target; one whose decomposition fails is left out, stays dense and is reported."""
-        factors = Factors({}, {}, stats)
+    def _factorise(self, stats: Mapping[str, LinearStats], job: Job, step: str) -> Factors:
+        """Nested factors of every target; one whose decomposition fails is left out, stays dense and is reported.
+
+        Several processes share the layers out, and all of them get all factors.
+        """
         with job.stage("factorise", "Factorising", len(self.targets)) as advance:
-            for target in self.targets:
-                layer = self._layer(target.name)
-                centred = self.compensation != "none" and layer.bias is not None
-                try:
-                    factors.layers[target.name] = self.method.factorise(
-                        layer.weight.double(), stats.get(target.name), centred=centred, **self.config.options
-                    ).check_finite()
-                except NumericsError as error:
-                    factors.failures[target.name] = str(error)
-                    job.warn(f"{target.name} stays dense: {error}")
-                advance(1)
+            done = self.progress.entries(f"{step}-factors", Factorisation)
+            with processes.together():
+                mine = self._factorise_share(done, stats, step, advance)
+            factors = Factors({}, {}, stats)
+            for number, target in enumerate(self.targets):
+                found = mine.get(target.name)
+                if processes.started():
+                    found = moved(found, "cpu") if isinstance(found, Factorisation) else found
+                    found = processes.from_process(number % processes.count(), found)
+                if isinstance(found, Factorisation):
+                    factors.layers[target.name] = moved(found, self._layer(target.name).weight.device)
+                else:
+                    factors.failures[target.name] = str(found)
+                    job.warn(f"{target.name} stays dense: {found}")
         if not factors.layers:
             raise NumericsError("no layer could be factorised; the warnings say why.")
         return factors
+
+    @torch.no_grad()
+    def _factorise_share(
+        self,
+        done: dict[str, Factorisation],
+        stats: Mapping[str, LinearStats],
+        step: str,
+        advance: Callable[[int], None],
+    ) -> dict[str, Factorisation | str]:
+        """The factors of this process's share of the targets, or why there are none; some may be ``done``."""
+        failed: dict[str, str] = {}
+        for target in processes.share(self.targets):
+            layer = self._layer(target.name)
+            centred = self.compensation != "none" and layer.bias is not None
+            if target.name not in done:
+                try:
+                    factors = self.method.factorise(
+                        layer.weight.double(), stats.get(target.name), centred=centred, **self.config.options
+                    )
+                    done |= laid_out({target.name: factors.check_finite()})
+                    self.progress.keep_part(f"{step}-factors", done)
+                except NumericsError as error:
+                    failed[target.name] = str(error)
+            advance(processes.count())
+        return done | failed
 
     @torch.no_grad()
     def _replaced(self, factors: Factors, plan: Plan) -> PreTrainedModel:

@@ -235,6 +235,7 @@ class CompressConfig:
     latency: tuple[int, ...] = (1,)
     thumbnails: bool = False
     seed: int = 0
+    save_every: float = 30.0
     device: str = "auto"
     dtype: str | None = None
     offline: bool = False
@@ -304,6 +305,8 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"{flag_of(name)} {value}: must not be negative.")
+        if not (math.isfinite(self.save_every) and self.save_every >= 0):
+            raise UsageError(f"--save-every {self.save_every}: give seconds, such as 60.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype}: not a type to save in. {_did_you_mean(self.dtype, list(DTYPES))}")
         if self.storage not in ("auto", "gauge", "factors"):

@@ -1,6 +1,6 @@
 """Label-free curvature of a model's output with respect to the outputs of its linear layers."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from vitshrink.calibration import CalibrationBatch, accumulate, to_device
+from vitshrink.calibration import (
+    CalibrationBatch,
+    Course,
+    OnBatch,
+    accumulate,
+    named_sums,
+    one_by_one,
+    put_sums,
+    to_device,
+)
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models import Target, blocks_of, task_of
 from vitshrink.precision import Passes
@@ -81,12 +90,14 @@ def _tokens(masks: Tensor, generator: torch.Generator, most: int = 16) -> tuple[
 class GroupSums:
     """Weighted float64 sums over the inputs x (tokens, n) of the layers that read the same tensor."""
 
+    tokens: int = 0
     weight: float = 0.0
     total: Tensor | None = None
     gram: Tensor | None = None
 
     def add(self, x: Tensor, weights: Tensor, *, with_gram: bool) -> None:
         weighted = x * weights[:, None]
+        self.tokens += x.shape[0]
         self.weight += float(weights.double().sum())
         self.total = accumulate(self.total, weighted.sum(0))
         if with_gram:
@@ -113,9 +124,11 @@ class CurvatureCollector:
     targets: Sequence[Target]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Dense weights (m, n) of layers that are compressed in ``model``: statistics are those of the dense layer."""
+    seed: int = 0
+    probes: int = 1
+    """Backward passes a batch."""
     passes: Passes = nullcontext
     token_weight: float = TOKEN_WEIGHT
-    tokens: int = 0
     batch: int = -1
     _mask: Tensor | None = None
     _x: dict[str, Tensor] = field(default_factory=dict)
@@ -124,11 +137,12 @@ class CurvatureCollector:
     _groups: dict[str, GroupSums] = field(default_factory=dict)
     _layers: dict[str, LayerSums] = field(default_factory=dict)
 
-    def run(self, batch: CalibrationBatch, generator: torch.Generator, probes: int) -> None:
+    def run(self, number: int, batch: CalibrationBatch) -> None:
         """One forward pass, ``probes`` backward passes, and the sums over their tokens."""
         device = next(self.model.parameters()).device
         self._mask = None if batch.mask is None else batch.mask.to(device)
-        self.batch += 1
+        self.batch = number
+        generator = batch_generator(self.seed, number)
         handles = [blocks_of(self.model)[0].register_forward_pre_hook(require_gradient)]
         for target in self.targets:
             module = self.model.get_submodule(target.name)
@@ -138,7 +152,7 @@ class CurvatureCollector:
             with torch.enable_grad():
                 with self.passes():
                     outputs = self.model(**to_device(batch.inputs, device))
-                for left in reversed(range(probes)):
+                for left in reversed(range(self.probes)):
                     functional = random_functional(self.model, outputs, batch, generator)
                     torch.autograd.backward(functional(outputs).sum(), retain_graph=left > 0)
         finally:
@@ -146,9 +160,16 @@ class CurvatureCollector:
                 handle.remove()
         self._sum_inputs()
 
+    def state(self) -> dict[str, Tensor]:
+        return named_sums("groups", self._groups) | named_sums("layers", self._layers)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        put_sums("groups", state, self._groups, GroupSums)
+        put_sums("layers", state, self._layers, LayerSums)
+
     def statistics(self) -> dict[str, LinearStats]:
         """Statistics of every target. Raises DataError when no token came through."""
-        if not self.tokens:
+        if not self._groups:
             raise DataError("no calibration token reached the model: is the data set empty?")
         found = {}
         for target in self.targets:
@@ -158,7 +179,7 @@ class CurvatureCollector:
             m, n = target.shape
             gradient = layer.gradient / layer.count
             found[target.name] = LinearStats(
-                tokens=self.tokens,
+                tokens=group.tokens,
                 mean=group.total / group.weight,
                 gram=None if group.gram is None else group.gram / group.weight,
                 output_gram=None if layer.output_gram is None else layer.output_gram / group.weight,
@@ -238,10 +259,14 @@ class CurvatureCollector:
                 z = self._z[target.name]
                 layer = self._layers[target.name]
                 layer.output_gram = accumulate(layer.output_gram, gram_of(z * mixed[group].sqrt()[:, None]))
-        self.tokens += next(iter(self._x.values())).shape[0]
         self._x.clear()
         self._z.clear()
         self._importance.clear()
+
+
+def batch_generator(seed: int, number: int) -> torch.Generator:
+    """Random numbers of one batch, which are the same wherever, and after whatever others, it is run."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)
 
 
 def require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -252,13 +277,14 @@ def require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Te
 def collect_curvature(
     model: PreTrainedModel,
     targets: Sequence[Target],
-    batches: Iterable[CalibrationBatch],
+    batches: Sequence[CalibrationBatch],
     *,
     weights: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     probes: int = 1,
     passes: Passes = nullcontext,
-    on_batch: Callable[[int], None] = lambda _samples: None,
+    course: Course = one_by_one,
+    on_batch: OnBatch = lambda _samples: None,
 ) -> dict[str, LinearStats]:
     """Input covariances and output curvatures of every target: one forward and ``probes`` backward passes a batch.
 
@@ -274,12 +300,9 @@ def collect_curvature(
         NumericsError: NaN or Inf; names the layer and the batch.
         DataError: no batch at all.
     """
-    collector = CurvatureCollector(model, targets, weights or {}, passes)
-    generator = torch.Generator().manual_seed(seed)
+    collector = CurvatureCollector(model, targets, weights or {}, seed, probes, passes)
     with frozen(model):
-        for batch in batches:
-            collector.run(batch, generator, probes)
-            on_batch(next(iter(batch.inputs.values())).shape[0])
+        course(collector, batches, on_batch)
     return collector.statistics()
 
 

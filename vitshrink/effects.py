@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.calibration import CalibrationBatch, to_device
-from vitshrink.curvature import frozen, random_functional, require_gradient
+from vitshrink.curvature import batch_generator, frozen, random_functional, require_gradient
 from vitshrink.errors import NumericsError
 from vitshrink.models import blocks_of
 from vitshrink.precision import Passes
@@ -47,7 +47,14 @@ class Effects:
     shifts: dict[str, Tensor]
     """(samples, m) of a shift of each output of each layer, at every token alike, float64."""
     missing: Tensor | None
-    """What the functionals lack compared with the reference, (samples,)."""
+    """What the functionals lack compared with the reference, (samples,), where there is one."""
+
+
+Measure = Callable[..., Effects]
+"""``component_effects``, or what does the same in another way."""
+
+Lacking = Callable[..., Tensor]
+"""``shortfall``, or what does the same in another way."""
 
 
 def component_effects(
@@ -57,6 +64,7 @@ def component_effects(
     *,
     reference: PreTrainedModel | None = None,
     seed: int = 0,
+    first: int = 0,
     passes: Passes = nullcontext,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> Effects:
@@ -64,21 +72,24 @@ def component_effects(
 
     A functional of ``model`` is that of its own outputs, or of those of ``reference``.
 
+    Args:
+        first: number of the first of the batches in the whole of the data, from which their functionals follow.
+
     Raises:
         NumericsError: NaN or Inf; names the layer and the batch.
     """
     watch = Watch(components, passes)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
     missing: list[Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         hook = blocks_of(model)[0].register_forward_pre_hook(require_gradient)
         stack.callback(hook.remove)
         watch.attach(model, stack)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(batches, first):
             watch.mask = None if batch.mask is None else batch.mask.to(device)
             watch.batch = number
+            generator = batch_generator(seed, number)
             inputs = to_device(batch.inputs, device)
             with torch.no_grad(), passes():
                 wanted = None if reference is None else reference(**inputs)
@@ -91,9 +102,17 @@ def component_effects(
             if wanted is not None:
                 missing.append((functional(wanted) - values.detach()).double())
             on_batch(len(values))
-    layers = {name: torch.cat(each).double() for name, each in watch.effects.items()}
-    shifts = {name: torch.cat(each).double() for name, each in watch.shifts.items()}
-    return Effects(layers, shifts, torch.cat(missing) if missing else None)
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+
+    def whole(found: Mapping[str, list[Tensor]], width: Callable[[Components], int]) -> dict[str, Tensor]:
+        return {
+            name: torch.cat(each).double() if each else nothing.new_zeros(0, width(components[name]))
+            for name, each in found.items()
+        }
+
+    layers = whole(watch.effects, lambda parts: parts.up.shape[1])
+    shifts = whole(watch.shifts, lambda parts: parts.up.shape[0])
+    return Effects(layers, shifts, None if reference is None else torch.cat([nothing, *missing]))
 
 
 @torch.no_grad()
@@ -103,18 +122,18 @@ def shortfall(
     batches: Iterable[CalibrationBatch],
     *,
     seed: int = 0,
+    first: int = 0,
     passes: Passes = nullcontext,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> Tensor:
     """``missing`` of ``component_effects`` with the same seed, (samples,), from forward passes alone."""
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    missing = []
-    for batch in batches:
+    missing = [torch.zeros(0, dtype=torch.float64, device=device)]
+    for number, batch in enumerate(batches, first):
         inputs = to_device(batch.inputs, device)
         with passes():
             wanted, outputs = reference(**inputs), model(**inputs)
-        functional = random_functional(model, wanted, batch, generator)
+        functional = random_functional(model, wanted, batch, batch_generator(seed, number))
         missing.append((functional(wanted) - functional(outputs)).double())
         on_batch(len(missing[-1]))
     return torch.cat(missing)

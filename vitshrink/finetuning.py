@@ -23,7 +23,7 @@ from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.pipeline import CompressionResult, find_device
 from vitshrink.publication import check_space, publish
-from vitshrink.recovery import Recovery, check, open_material, recover
+from vitshrink.recovery import Recovery, check, clear_state, open_material, recover
 from vitshrink.report import Report, before_after, write
 from vitshrink.resolution import set_resolution
 
@@ -106,6 +106,8 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
         report = _report(config, source, teacher, recovery, measurement, preprocessor, staging, job)
         if processes.is_main():
             write(report, staging)
+    if config.finetune.checkpoints is not None and processes.is_main():
+        clear_state(Path(config.finetune.checkpoints))
     return CompressionResult(Path(config.output), report)
 
 

@@ -1,20 +1,24 @@
 """The algorithm, told once from top to bottom: ``compress`` and ``evaluate_checkpoint``."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from vitshrink import __version__, processes
 from vitshrink.allocation import Plan
+from vitshrink.cache import data_digest, model_digest
 from vitshrink.checkpoint import file_bytes, load, save, verify
 from vitshrink.config import CompressConfig
 from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.description import example_inputs
-from vitshrink.errors import UsageError
+from vitshrink.errors import DataError, GateError, NumericsError, UsageError
 from vitshrink.measurement import (
     CalibrationData,
     Measurement,
@@ -26,14 +30,16 @@ from vitshrink.measurement import (
 )
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
+from vitshrink.progress import FINETUNE, Progress, state_directory
 from vitshrink.publication import check_space, publish
 from vitshrink.quantization import Quantization
-from vitshrink.recovery import Material, Recovery, open_material, recover
+from vitshrink.recovery import Material, Recovery, clear_state, open_material, recover
 from vitshrink.recovery import check as check_recovery
 from vitshrink.report import Report, write, write_comparison
 from vitshrink.resolution import set_resolution
 from vitshrink.search import Bound
-from vitshrink.shrinking import Choices, Shrinking, Size
+from vitshrink.sharing import copy_from_main
+from vitshrink.shrinking import Choices, Shrinking, Shrunk
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,23 @@ class _Saved:
     plan: Plan
     layers: list[dict[str, Any]]
     job: Job
-    staging: Path
+    part: str
+    """Its directory below the output."""
     recovery: Recovery | None
 
 
 def compress(config: CompressConfig, observer: Observer | None = None) -> list[CompressionResult]:
     """Compress a checkpoint to every requested size, from one calibration, and publish what was verified.
 
-    All outputs appear whole at the end, or none does; beside several of them lies a comparison.
+    All outputs appear whole at the end, in one rename, or none does; beside several of them lies a comparison. What a
+    killed job had computed is used by the next one of the same kind. Several processes that have met share the work;
+    the first alone publishes.
 
     Raises:
         UsageError, TargetError: before any work where that can be known.
         CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
         GateError: no size keeps within ``max_drop`` or ``max_kl``.
+        OtherProcessError: another process of this job has failed.
     """
     job = Job(observer or Silent())
     choices = Choices.of(config)
@@ -81,59 +91,141 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             set_resolution(dense, config.resolution)
     dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
     shrinking = Shrinking.of(choices, dense, dtype)
-    directories = _directories(config, shrinking.sizes)
+    output = Path(config.output)
+    parts = [size.label for size in shrinking.sizes] if len(shrinking.sizes) > 1 else []
 
-    with ExitStack() as outputs:
-        staging: list[Path] = []
-        if not config.dry_run:
-            width = 1 if config.counts_bytes else dtype.itemsize
-            check_space(Path(config.output), 2 * sum(size.budget for size in shrinking.sizes) * width)
-            staging = [
-                outputs.enter_context(publish(path, overwrite=config.overwrite, protect=source.directory))
-                for path in directories
-            ]
-        preprocessor, calibration, held_out, evaluation_samples = _data(
-            config, source, job, calibrated=choices.calibrated or trains
+    width = 1 if config.counts_bytes else dtype.itemsize
+    with _staging(config, source, parts, 2 * sum(size.budget for size in shrinking.sizes) * width) as staging:
+        with processes.together():
+            preprocessor, calibration, held_out, evaluation_samples = _data(
+                config, source, job, calibrated=choices.calibrated or trains
+            )
+            material = _material(config, source, shrinking.base, calibration, evaluation_samples, job)
+        progress = Progress(
+            state_directory(output) if staging is not None else None,
+            partial(_identity, config, dense, calibration, held_out, material),
+            device,
+            config.save_every,
+            job.warn,
         )
-        material = _material(config, source, shrinking.base, calibration, evaluation_samples, job)
+        if progress.open():
+            with job.stage("resume", "Going on with what an interrupted run has computed"):
+                pass
         description = shrinking.description(calibration, preprocessor)
         results = []
         saved: list[_Saved] = []
-        for index, shrunk in enumerate(shrinking.run(calibration, held_out, preprocessor, job)):
+        shrunken = shrinking.run(calibration, held_out, preprocessor, job, progress)
+        for part, shrunk in zip(parts or [""], _unless_in_vain(shrunken, progress), strict=True):
             own = shrunk.job
-            if config.dry_run or shrunk.model is None:
+            if staging is None or shrunk.model is None:
                 results.append(CompressionResult(None, description.planned(shrunk.factors, shrunk.plan, own)))
                 continue
-            label = shrinking.sizes[index].label
-            recovery = _recover(config, shrunk.model, dense, material, preprocessor, label, own)
+            recovery = _recover(config, shrunk.model, dense, material, preprocessor, part, progress, own)
             with own.stage("save", "Saving and verifying"):
-                model, extra = shrunk.model, {"recipe.yaml": config.to_yaml()}
-                if config.resolution is not None and preprocessor is not None:
-                    extra["preprocessor_config.json"] = preprocessor.processor.to_json_string()
-                if (quantization := Quantization.of(config, dtype)) is not None:
-                    model = quantization.applied(model)
-                save(model, staging[index], source=source, dtype=dtype, extra_files=extra)
-                verify(staging[index], model, example_inputs(dense))
-                again = load(staging[index], dtype=torch.float32, device=device, attention=config.attention)
+                with processes.together():
+                    if processes.is_main():
+                        _store(config, shrunk.model, source, preprocessor, dtype, staging / part)
+                copy_from_main(staging / part)
+                again = load(staging / part, dtype=torch.float32, device=device, attention=config.attention)
             layers = description.layers(shrunk.factors, shrunk.plan)
-            saved.append(_Saved(again, shrunk.plan, layers, own, staging[index], recovery))
+            saved.append(_Saved(again, shrunk.plan, layers, own, part, recovery))
         measuring = Job(job.observer)
         reloaded = [each.model for each in saved]
         measurements = _measure(config, reloaded, dense, evaluation_samples, preprocessor, measuring)
-        for each, measurement, directory in zip(saved, measurements, directories, strict=False):
+        for each, measurement in zip(saved, measurements, strict=True):
+            assert staging is not None
             each.job.include(measuring)
-            nbytes = (file_bytes(source.directory), file_bytes(each.staging))
+            nbytes = (file_bytes(source.directory), file_bytes(staging / each.part))
             report = description.written(
                 each.layers, each.plan, each.job, each.model, nbytes, measurement, each.recovery
             )
-            write(report, each.staging)
-            results.append(CompressionResult(directory, report))
-    if len(saved) > 1:
-        try:
-            write_comparison([result.report for result in results], Path(config.output))
-        except OSError as error:  # what matters is in place
-            job.warn(f"the comparison of the sizes could not be written: {error}.")
+            write(report, staging / each.part)
+            results.append(CompressionResult(output / each.part, report))
+        if len(saved) > 1 and staging is not None:
+            write_comparison([result.report for result in results], staging)
+    progress.discard()
+    if config.finetune is not None and config.finetune.checkpoints is not None and processes.is_main():
+        for part in ("", *parts):
+            clear_state(Path(config.finetune.checkpoints) / part)
     return results
+
+
+def _store(
+    config: CompressConfig,
+    model: PreTrainedModel,
+    source: LoadedModel,
+    preprocessor: Preprocessor | None,
+    dtype: torch.dtype,
+    directory: Path,
+) -> None:
+    """Save a model and verify what was saved."""
+    extra = {"recipe.yaml": config.to_yaml()}
+    if config.resolution is not None and preprocessor is not None:
+        extra["preprocessor_config.json"] = preprocessor.processor.to_json_string()
+    if (quantization := Quantization.of(config, dtype)) is not None:
+        model = quantization.applied(model)
+    save(model, directory, source=source, dtype=dtype, extra_files=extra)
+    verify(directory, model, example_inputs(source.model))
+
+
+@contextmanager
+def _staging(
+    config: CompressConfig, source: LoadedModel, parts: Sequence[str], bytes_needed: int
+) -> Iterator[Path | None]:
+    """Where to write; the first process publishes it, and what the others write there is thrown away."""
+    with ExitStack() as outputs:
+        staging = None
+        with processes.together():
+            if not config.dry_run and processes.is_main():
+                check_space(Path(config.output), bytes_needed)
+                staging = outputs.enter_context(
+                    publish(Path(config.output), parts=parts, overwrite=config.overwrite, protect=source.directory)
+                )
+            elif not config.dry_run:
+                staging = Path(outputs.enter_context(TemporaryDirectory(prefix="vitshrink-")))
+                for part in parts:
+                    (staging / part).mkdir()
+        yield staging
+
+
+OF_NO_CONSEQUENCE = frozenset(
+    ("output", "overwrite", "dry_run", "cache", "save_every", "offline", "workers", "latency", "thumbnails")
+)
+"""Entries of a config, beside those of the evaluation, that make no difference to the models."""
+
+
+def _identity(
+    config: CompressConfig,
+    dense: PreTrainedModel,
+    calibration: CalibrationData | None,
+    held_out: SampleSet | None,
+    material: Material | None,
+) -> dict[str, Any]:
+    """All that the compressed models follow from."""
+    entries = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in OF_NO_CONSEQUENCE and not name.startswith("eval")
+    }
+    return entries | {
+        "version of vitshrink": __version__,
+        "version of torch": torch.__version__,
+        "device": str(next(dense.parameters()).device),
+        "number of processes": processes.count(),
+        "weights": model_digest(dense),
+        "calibration data": None if calibration is None else data_digest(calibration.batches),
+        "held-out data": None if held_out is None or Bound.of(config) is None else held_out.fingerprint(),
+        "training data": None if material is None else material.samples.fingerprint(),
+    }
+
+
+def _unless_in_vain(shrunken: Iterator[Shrunk], progress: Progress) -> Iterator[Shrunk]:
+    """Keep no state of a job that would fail in the same way again."""
+    try:
+        yield from shrunken
+    except (UsageError, DataError, NumericsError, GateError):
+        progress.discard()
+        raise
 
 
 def _material(
@@ -172,22 +264,27 @@ def _recover(
     material: Material | None,
     preprocessor: Preprocessor | None,
     label: str,
+    progress: Progress,
     job: Job,
 ) -> Recovery | None:
-    """Train a compressed model, in place, where that is asked for."""
+    """Train a compressed model, in place, where that is asked for; from where an interrupted run was."""
     if config.finetune is None or material is None or preprocessor is None:
         return None
-    return recover(
+    finetune = config.finetune
+    if finetune.checkpoints is None and processes.count() == 1 and (state := progress.prepared()) is not None:
+        finetune = replace(finetune, checkpoints=str(state / FINETUNE))
+    recovery = recover(
         model,
         dense,
         material,
         preprocessor,
-        config.finetune.of_size(label),
+        finetune.of_size(label),
         job,
         seed=config.seed,
         attention=config.attention,
         max_bad_samples=config.max_bad_samples,
     )
+    return replace(recovery, settings={**recovery.settings, "checkpoints": config.finetune.checkpoints})
 
 
 def find_device(name: str) -> torch.device:
@@ -201,11 +298,6 @@ def find_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"--device {name} cannot be used: choose auto, cpu, cuda or cuda:1 ({reason}).") from error
     return probe.device
-
-
-def _directories(config: CompressConfig, sizes: Sequence[Size]) -> list[Path]:
-    output = Path(config.output)
-    return [output] if len(sizes) == 1 else [output / size.label for size in sizes]
 
 
 def _data(

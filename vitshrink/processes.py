@@ -5,7 +5,8 @@ writes. A process that runs alone needs no special case: its share is everything
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,15 @@ from torch import Tensor, distributed
 from vitshrink.errors import UsageError, VitshrinkError
 
 Item = TypeVar("Item")
+
+
+class OtherProcessError(VitshrinkError):
+    """Another process of this job has failed; ``silent`` where a process that speaks says why."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.silent = not is_main()
 
 
 def join(device: str = "auto") -> None:
@@ -71,34 +81,89 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
     return items if count() == 1 else items[rank() :: count()]
 
 
+def block(number: int) -> range:
+    """This process's share of ``number`` things in a row: neighbours, and in the order of the ranks."""
+    start, stop = ((each * number + count() - 1) // count() for each in (rank(), rank() + 1))
+    return range(start, stop)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Work of every process, at the end of which they meet: where one of them fails all fail, and none waits for it.
+
+    Raises:
+        OtherProcessError: another process has failed; the message is its own.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if not started():
+            raise
+        failure = error
+    told = None if failure is None else (_sentence(failure), getattr(failure, "exit_code", 1))
+    failures = gather(told)
+    if failure is not None:
+        raise failure
+    for other in failures:
+        if other is not None:
+            raise OtherProcessError(*other)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, VitshrinkError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Turn what torch says of a process that has gone into an error that vitshrink means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OtherProcessError("another process of this job has ended; what it printed last says why.") from error
+
+
 def gather(value: Any) -> list[Any]:
-    """The values of all processes in the order of their ranks; each process gets them and has to ask for them."""
+    """The values of all processes in the order of their ranks; each process gets them and has to ask for them.
+
+    Raises:
+        OtherProcessError: one of them has ended.
+    """
     if not started():
         return [value]
     values: list[Any] = [None] * count()
-    distributed.all_gather_object(values, value)
+    with _meeting():
+        distributed.all_gather_object(values, value)
     return values
+
+
+def from_process(source: int, value: Any) -> Any:
+    """The value that process ``source`` passes, in every process."""
+    if not started():
+        return value
+    values = [value]
+    with _meeting():
+        distributed.broadcast_object_list(values, src=source)
+    return values[0]
 
 
 def from_main(value: Any) -> Any:
     """The value that the first process passes, in every process."""
-    if not started():
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values, src=0)
-    return values[0]
+    return from_process(0, value)
 
 
-def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes of a tensor that each of them passes; the same bits in each."""
+def total(tensor: Tensor, *, largest: bool = False) -> Tensor:
+    """The sum, or the largest, over all processes of a tensor that each of them passes; the same bits in each."""
     if not started():
         return tensor
-    summed = tensor.clone()
-    distributed.all_reduce(summed)
-    return summed
+    result = tensor.clone()
+    with _meeting():
+        distributed.all_reduce(result, distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM)
+    return result
 
 
 def wait() -> None:
     """Return when every process has come this far."""
     if started():
-        distributed.barrier()
+        with _meeting():
+            distributed.barrier()

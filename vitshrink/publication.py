@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,30 +23,42 @@ from vitshrink.source import CONFIG, read_json
 
 REPORT = "report.json"
 EXPORT = "export.json"
+COMPARISON = ("comparison.html", "comparison.md")
+"""What lies beside several models in one directory."""
 
 
 @contextmanager
-def publish(target: Path, *, overwrite: bool = False, protect: Path | None = None) -> Iterator[Path]:
+def publish(
+    target: Path, *, parts: Collection[str] = (), overwrite: bool = False, protect: Path | None = None
+) -> Iterator[Path]:
     """Yield a staging directory; when the body ends without an exception, it becomes ``target``.
 
-    With ``overwrite``, a directory that vitshrink wrote before is replaced. Anything else that exists is
-    refused, except an empty directory, and so is what is, holds or lies in ``protect``, the source model. After
-    an exception, an interruption included, the staging directory is gone and the target is as it was.
+    It holds one model, or one in each of the directories ``parts``, which are made: they appear together.
+
+    With ``overwrite``, a directory that vitshrink wrote before is replaced; one that holds other models than
+    ``parts`` is not. Anything else that exists is refused, except an empty directory, and so is what is, holds or lies
+    in ``protect``, the source model. After an exception, an interruption included, the staging directory is gone and
+    the target is as it was.
 
     Raises:
         OutputError: the target may not or cannot be written, or another process is writing it.
     """
     target = _absolute(target)
     with _explaining(target):
-        _check_target(target, overwrite=overwrite, protect=protect)
+        _check_target(target, parts, overwrite=overwrite, protect=protect)
         created = _make_parents(target.parent)
     try:
         with _staging(target) as staging:
+            models = [staging / part for part in parts] or [staging]
+            with _explaining(target):
+                for model in models:
+                    model.mkdir(exist_ok=True)
             yield staging
             with _explaining(target):
-                checksums.record(staging)
+                for model in models:
+                    checksums.record(model)
                 _settle(staging)
-                _check_target(target, overwrite=overwrite, protect=protect)
+                _check_target(target, parts, overwrite=overwrite, protect=protect)
                 _swap(staging, target)
     except BaseException:
         for parent in created:
@@ -82,7 +94,7 @@ def _absolute(target: Path) -> Path:
     return target.resolve() if target.name in ("", "..") else target.parent.resolve() / target.name
 
 
-def _check_target(target: Path, *, overwrite: bool, protect: Path | None) -> None:
+def _check_target(target: Path, parts: Collection[str], *, overwrite: bool, protect: Path | None) -> None:
     if target.is_symlink():
         raise OutputError(f"{target} is a link: give the directory itself.")
     if protect is not None:
@@ -97,7 +109,13 @@ def _check_target(target: Path, *, overwrite: bool, protect: Path | None) -> Non
         return
     if not overwrite:
         raise OutputError(f"{target} exists and is not empty: choose another output, or pass --overwrite.")
-    if not _is_ours(target):
+    others = sorted({path.name for path in target.iterdir()} - {*parts, *COMPARISON}) if parts else []
+    if others:
+        raise OutputError(
+            f"{target} holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}, which this job would not write "
+            "again, and its sizes replace the whole directory: choose another output."
+        )
+    if not all(_is_ours(target / part) for part in parts or ("",) if (target / part).exists()):
         raise OutputError(f"{target} was not written by vitshrink, so it is kept: choose another output.")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.calibration import CalibrationBatch
-from vitshrink.effects import Components, Effects, component_effects, shortfall
+from vitshrink.effects import Components, Effects, Lacking, Measure, component_effects, shortfall
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.precision import Passes
 
@@ -50,6 +50,8 @@ def rescale_components(
     *,
     seed: int = 0,
     passes: Passes = nullcontext,
+    measure: Measure = component_effects,
+    lacking: Lacking = shortfall,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> int:
     """Fit a gain for every component of the low-rank layers ``names``, and their biases, in place; no size changes.
@@ -63,6 +65,7 @@ def rescale_components(
 
     Args:
         means: of the inputs (n,) of each layer; a gain leaves the mean output as it is. Zeros for layers without bias.
+        measure, lacking: how effects, and what is missing after a step, are found over all batches.
 
     Returns:
         the number of steps taken, 0 to ``STEPS``.
@@ -77,7 +80,7 @@ def rescale_components(
             up, down = layer.factors()
             found[name] = layer, Components(up.double(), down.double(), means[name])
         components = {name: parts for name, (_, parts) in found.items()}
-        effects = component_effects(
+        effects = measure(
             model, components, batches, reference=dense, seed=seed + step, passes=passes, on_batch=on_batch
         )
         repair = best_repair(effects)
@@ -94,7 +97,7 @@ def rescale_components(
                     layer.bias.copy_(biases[name] - moved + length * repair.shifts[name])
             if length == 0:
                 return step
-            now = shortfall(model, dense, batches, seed=seed + step, passes=passes, on_batch=on_batch)
+            now = lacking(model, dense, batches, seed=seed + step, passes=passes, on_batch=on_batch)
             if now.square().mean() < effects.missing.square().mean():
                 break
     return STEPS

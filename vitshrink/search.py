@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vitshrink import processes
 from vitshrink.allocation import Plan
 from vitshrink.calibration import to_device
 from vitshrink.compression import Compressor, Factors
@@ -135,11 +136,12 @@ class Search:
                 "pass --eval for independent ones."
             )
         bad = BadSamples.of(samples, config.max_bad_samples)
+        mine = replace(samples, samples=processes.share(samples.samples))  # what each loses is put together
         with job.stage("preprocess", "Reading held-out samples"):
             device = next(compression.dense.parameters()).device
             batches = [
                 replace(batch, inputs=to_device(batch.inputs, device))
-                for batch in preprocessor.batches(samples, config.batch_size, bad=bad)
+                for batch in (preprocessor.batches(mine, config.batch_size, bad=bad) if len(mine) else [])
             ]
         warn_of_bad(bad, samples.source, job)
         lm = task_of(compression.dense) == "masked-lm"
@@ -154,9 +156,9 @@ class Search:
         """
         least = self.compression.least_budget(factors)
         found = self._bisect(factors, least, self.compression.whole - 1, job)
-        for _ in range(refine if found is not None else 0):
+        for number in range(refine if found is not None else 0):
             assert found is not None
-            again = self.compression.refine(found.factors, found.plan, job)
+            again = self.compression.refine(found.factors, found.plan, job, f"search-{number + 1}")
             found = self._bisect(again, least, found.size, job) or found
         kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.size)
         for candidate in kept:
@@ -243,7 +245,7 @@ class Search:
 
     def _missed(self) -> str:
         best = min(self.tried, key=lambda each: (each.loss, each.size))
-        samples = sum(len(batch.keys) for batch in self.batches)
+        samples = sum(processes.gather(sum(len(batch.keys) for batch in self.batches)))
         return (
             f"no size keeps within {self.bound.flag} {self.bound.limit:g}: the best of {len(self.tried)} that were "
             f"tried, {self._asked(best)}, loses {best.loss:.3g} {self.bound.unit} on {samples} held-out samples. "

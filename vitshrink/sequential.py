@@ -107,8 +107,8 @@ def _stage_statistics(
     model: nn.Module, block: nn.Module, targets: Sequence[Target], batches: Sequence[HiddenBatch]
 ) -> dict[str, LinearStats]:
     with StatisticsCollector(model, targets, Needs.COVARIANCE, full_gram=True) as collector:
-        for batch in batches:
-            collector.next_batch(batch.mask)
+        for number, batch in enumerate(batches):
+            collector.next_batch(batch.mask, number)
             batch.through(block)
         return collector.statistics()
 

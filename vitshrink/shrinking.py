@@ -25,6 +25,7 @@ from vitshrink.measurement import CalibrationData
 from vitshrink.methods import AttentionMethod, Method, Needs, choose, find_method
 from vitshrink.models import Target, find_targets
 from vitshrink.observer import Job
+from vitshrink.progress import Progress
 from vitshrink.quantization import Quantization
 from vitshrink.ranks import Storage
 from vitshrink.resolution import mix_tokens
@@ -85,12 +86,14 @@ class Choices:
         targets: Sequence[Target],
         dtype: torch.dtype,
         calibration: CalibrationData | None = None,
+        progress: Progress | None = None,
     ) -> Compressor:
         """What turns ``dense`` into smaller models, stored as ``dtype``. Raises UsageError where it cannot."""
         allocation: Allocation = ALLOCATIONS[self.allocation]
+        progress = progress or Progress()
         if isinstance(self.method, AttentionMethod):
             return AttentionCompression(
-                self.config, dense, targets, self.method, allocation, self.compensation, calibration
+                self.config, dense, targets, self.method, allocation, self.compensation, calibration, progress
             )
         return Compression(
             self.config,
@@ -101,6 +104,7 @@ class Choices:
             self.compensation,
             self.storage,
             calibration,
+            progress,
             Quantization.of(self.config, dtype) if self.config.counts_bytes else None,
         )
 
@@ -200,8 +204,11 @@ class Shrinking:
         held_out: SampleSet | None,
         preprocessor: Preprocessor | None,
         job: Job,
+        progress: Progress | None = None,
     ) -> Iterator[Shrunk]:
         """One smaller model after the other, all from one calibration; the dense model is not changed.
+
+        What an interrupted run has left in ``progress`` is not computed again.
 
         Raises:
             NumericsError: no layer can be factorised.
@@ -215,7 +222,7 @@ class Shrinking:
                 nothing, {}, None if config.dry_run else self._finished(copy.deepcopy(self.base)), job.branch()
             )
             return
-        compression = self.choices.compressor(self.base, self.targets, self.dtype, calibration)
+        compression = self.choices.compressor(self.base, self.targets, self.dtype, calibration, progress)
         search = None
         if self.bound is not None:
             quantization = Quantization.of(config, self.dtype)
@@ -231,10 +238,8 @@ class Shrinking:
                 found = search.smallest(first, refine, own)
                 yield Shrunk(found.factors, found.plan, found.model, own)
                 continue
-            factors, plan = first, compression.plan(first, size.budget)
-            for _ in range(refine):
-                factors = compression.refine(factors, plan, own)
-                plan = compression.plan(factors, size.budget)
+            factors = _refined(compression, first, size, refine, own)
+            plan = compression.plan(factors, size.budget)
             model = None if config.dry_run else self._finished(compression.build(factors, plan, own))
             yield Shrunk(factors, plan, model, own)
 
@@ -243,6 +248,20 @@ class Shrinking:
         if self.landmarks is not None:
             approximate_maps(model, self.landmarks)
         return model
+
+
+def _refined(compression: Compressor, first: Factors, size: Size, rounds: int, job: Job) -> Factors:
+    """The factors after some rounds of refinement, from the last of them that an interrupted run has kept."""
+    if not rounds:
+        return first
+    step = f"{size.label or 'size'}-{rounds}"
+    kept = compression.resume(step)
+    if kept is not None:
+        return kept
+    before = _refined(compression, first, size, rounds - 1, job)
+    factors = compression.refine(before, compression.plan(before, size.budget), job, step)
+    compression.forget(f"{size.label or 'size'}-{rounds - 1}")
+    return factors
 
 
 def requested_sizes(compression: Compressor, dtype: torch.dtype) -> list[Size]:

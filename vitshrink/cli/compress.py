@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vitshrink import processes
 from vitshrink.cli import console
 from vitshrink.cli.tables import plan_table, results_table
 from vitshrink.config import SIZES, CompressConfig, parse_option, read_recipe
@@ -230,6 +231,13 @@ def compress_command(
             rich_help_panel=RUN,
         ),
     ] = None,
+    save_every: Annotated[
+        float,
+        typer.Option(
+            help="Seconds between two savings of what was computed, from which the same command goes on after a kill.",
+            rich_help_panel=RUN,
+        ),
+    ] = CompressConfig.save_every,
     finetune: Annotated[
         str | None,
         typer.Option(
@@ -302,7 +310,13 @@ def compress_command(
         if len(job.keep) > 1 or job.dry_run:
             raise UsageError("--push-to-hub uploads one finished model: give one size, and no --dry-run.")
         require_hub(push_to_hub, offline=job.offline)
-    results = compress(job, console.TerminalObserver(quiet=quiet or as_json))
+    processes.join(job.device)
+    try:
+        results = compress(job, console.TerminalObserver(quiet=quiet or as_json or not processes.is_main()))
+        if not processes.is_main():
+            return
+    finally:
+        processes.leave()
     if csv is not None:
         append_rows(csv, [report_row(result.report, str(result.directory or "")) for result in results])
     _show(results, job, quiet=quiet, as_json=as_json)

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from vitshrink.cli.tables import Table
 from vitshrink.errors import VitshrinkError
+from vitshrink.processes import OtherProcessError
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -104,6 +105,10 @@ def reported(command: Command) -> Command:
         signal.signal(signal.SIGTERM, on_sigterm)
         try:
             return command(*args, **kwargs)
+        except OtherProcessError as error:
+            if error.silent:  # the one that failed says why
+                raise typer.Exit(error.exit_code) from None
+            fail(str(error), error.exit_code)
         except VitshrinkError as error:
             fail(str(error), error.exit_code)
         except KeyboardInterrupt:

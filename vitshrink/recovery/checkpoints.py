@@ -87,9 +87,10 @@ class Checkpoints:
             ) from error
         return best
 
-    def clear(self) -> None:
-        """Remove the state of a job that is done, and the directory where nothing else is in it."""
-        for name in (_STATE, _NEW, _OLD):
-            shutil.rmtree(self.directory / name, ignore_errors=True)
-        if self.directory.is_dir() and not any(self.directory.iterdir()):
-            self.directory.rmdir()
+
+def clear_state(directory: Path) -> None:
+    """Remove the state of a job that is done, and the directory where nothing else is in it."""
+    for name in (_STATE, _NEW, _OLD):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
-from vitshrink import __version__, processes
+from vitshrink import __version__
 from vitshrink.cache import model_digest
 from vitshrink.checkpoint import compressed_layers
 from vitshrink.config import FinetuneConfig
@@ -95,7 +95,8 @@ def recover(
 ) -> Recovery:
     """Train ``model``, in place, on ``material``; it ends as the best state by held-out loss, at worst as it began.
 
-    Layers with pivots are trained as two whole factors, and stored with pivots again: ranks and sizes stay.
+    Layers with pivots are trained as two whole factors, and stored with pivots again: ranks and sizes stay. What is in
+    ``config.checkpoints`` stays there until the caller has saved the model.
 
     Args:
         dense: the model that was compressed; None where only labels count.
@@ -208,8 +209,6 @@ def recover(
     warn_of_bad(data.bad, samples.source, job)
     if pivots:
         pack(model, pivots)
-    if loop.checkpoints is not None and processes.is_main():
-        loop.checkpoints.clear()
     return Recovery(
         objective=config.objective,
         before=before,

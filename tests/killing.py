@@ -1,0 +1,56 @@
+"""Processes that kill themselves at a chosen moment, as the kernel would."""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+from vitshrink.config import CompressConfig
+from vitshrink.pipeline import compress
+from vitshrink.report import figures
+
+# a server that has imported everything forks one process after the other
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["killing"])
+
+
+def compress_until(entries: dict[str, Any], module: str, name: str, calls: int) -> None:
+    """Run the job in a process of its own, which gets SIGKILL when ``module.name`` has been called ``calls`` times and
+    is called once more."""
+    process = CONTEXT.Process(target=_compress, args=(entries, module, name, calls))
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode}: {module}.{name} was not reached"
+
+
+def attribute(module: str, path: str) -> tuple[Any, str]:
+    """The owner and the last part of a dotted name in a module."""
+    owner = importlib.import_module(module)
+    *parts, name = path.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def _compress(entries: dict[str, Any], module: str, path: str, left: int) -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends
+    torch.set_num_threads(1)
+    figures.available = lambda: False
+    owner, name = attribute(module, path)
+    original = getattr(owner, name)
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, counted)
+    compress(CompressConfig.from_mapping(entries))
