@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from vitshrink.config import CompressConfig
+from vitshrink.errors import VitshrinkError
+from vitshrink.observer import Silent
 from vitshrink.pipeline import compress
 from vitshrink.report import figures
 
@@ -54,3 +57,32 @@ def _compress(entries: dict[str, Any], module: str, path: str, left: int) -> Non
 
     setattr(owner, name, counted)
     compress(CompressConfig.from_mapping(entries))
+
+
+def compress_with_little_room(entries: dict[str, Any], nbytes: int) -> tuple[str, list[str]]:
+    """What the job ends with where no file may grow beyond ``nbytes``, as on a disk that is full, and its warnings."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_compress_small, args=(entries, nbytes, sender))
+    process.start()
+    sender.close()
+    said: tuple[str, list[str]] = receiver.recv()
+    process.join()
+    return said
+
+
+def _compress_small(entries: dict[str, Any], nbytes: int, sender: Any) -> None:
+    torch.set_num_threads(1)
+    figures.available = lambda: False
+    warnings: list[str] = []
+
+    class Listening(Silent):
+        def warn(self, message: str) -> None:
+            warnings.append(message)
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+    try:
+        compress(CompressConfig.from_mapping(entries), Listening())
+        sender.send(("done", warnings))
+    except VitshrinkError as error:
+        sender.send((f"{type(error).__name__}: {error}", warnings))

@@ -197,7 +197,7 @@ def test_only_whole_files_appear(job: Job, tmp_path: Path, monkeypatch: pytest.M
         Path(path).write_bytes(b"half of a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("vitshrink.cache.save_file", full)
+    monkeypatch.setattr("vitshrink.entries.save_file", full)
     result = job()
     assert files(tmp_path) == []
     assert any("could not be written" in w and "No space left" in w for w in result.report.warnings)

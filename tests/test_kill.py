@@ -135,7 +135,7 @@ def test_two_processes_share_a_cache(vit_directory: Path, flat_images: Path, ref
         jobs.append(Job(tmp_path / name, vit_directory, flat_images, "--cache", str(tmp_path / "cache")))
     processes = [job.start() for job in jobs]
     for process in processes:
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
         assert "cannot be used" not in stderr
         assert "could not be written" not in stderr
@@ -152,13 +152,13 @@ def test_of_two_processes_on_one_output_the_second_stops_at_once(
         until_line(first, "Reading")  # the output is claimed before any data are read
         first.send_signal(signal.SIGSTOP)
         second = job.start()
-        _, stderr = second.communicate(timeout=60)
+        _, stderr = second.communicate(timeout=300)
         assert second.returncode == 1
         assert f"another vitshrink run is writing {tmp_path / 'out'}" in stderr
         assert "Reading" not in stderr
         assert len(job.staged()) == 1
         first.send_signal(signal.SIGCONT)
-        _, stderr = first.communicate(timeout=60)
+        _, stderr = first.communicate(timeout=300)
         assert first.returncode == 0, stderr
     finally:
         first.kill()

@@ -345,7 +345,7 @@ def test_a_read_only_parent_is_named(python: Callable[..., subprocess.Popen[str]
     """
     for directory in (tmp_path, *tmp_path.parents[:2]):
         directory.chmod(0o755)
-    output, errors = python(program, parent / "out").communicate(timeout=60)
+    output, errors = python(program, parent / "out").communicate(timeout=300)
     assert "cannot write" in output, errors
     assert "Permission denied" in output
     assert list(parent.iterdir()) == []
@@ -365,7 +365,7 @@ def test_a_full_disk_leaves_nothing(
             except OutputError as error:
                 print(error)
     """
-    output, errors = python(program, old).communicate(timeout=60)
+    output, errors = python(program, old).communicate(timeout=300)
     assert output.count("cannot write the checkpoint to") == 2, errors
     assert "free space" in output
     assert content(old) == "old"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from killing import attribute, compress_until
+from killing import attribute, compress_until, compress_with_little_room
 
 from vitshrink import checksums
 from vitshrink.config import CompressConfig
@@ -256,6 +256,14 @@ def test_where_the_state_cannot_be_written_the_job_goes_on_without(
     assert weights(tmp_path / "out") == wanted
     (warning,) = [each for each in results[0].report.warnings if "cannot be saved" in each]
     assert "would be lost with a kill" in warning
+
+
+def test_a_disk_that_is_full_in_the_midst_of_a_job_leaves_nothing(entries: dict[str, Any], tmp_path: Path) -> None:
+    said, warnings = compress_with_little_room(entries | {"keep": [0.6], "refine": 0}, 20_000)
+    assert said.startswith("OutputError: cannot write the checkpoint to")
+    assert "free space" in said
+    assert any("cannot be saved" in warning for warning in warnings)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_job_that_would_fail_again_leaves_no_state(entries: dict[str, Any], tmp_path: Path) -> None:

@@ -235,6 +235,15 @@ def test_a_directory_of_something_else_is_left_alone(sweep: Sweep, tmp_path: Pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_cache_that_was_kept_is_no_obstacle(resume: bool, sweep: Sweep, tmp_path: Path) -> None:
+    """What CI restores, or is left where results were removed."""
+    (tmp_path / "out" / "cache").mkdir(parents=True)
+    (tmp_path / "out" / "cache" / "linearstats-0.safetensors").write_text("kept")
+    assert sweep("a", resume=resume)["a"].status is Status.PASSED
+    assert (tmp_path / "out" / "cache" / "linearstats-0.safetensors").exists()
+
+
 @pytest.fixture
 def killed_sweep(tmp_path: Path, script: Path, ready: Path) -> Callable[[str], None]:
     """Runs a sweep of one job in a process of its own, and kills that, and only that, once the job runs."""

@@ -47,7 +47,9 @@ def packed(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     storages: set[int] = set()
     for name, entry in entries.items():
         for field, value in values_of(entry).items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
+            tensor = (
+                value.contiguous() if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
+            )
             storage = tensor.untyped_storage().data_ptr()
             tensors[f"{name}|{field}"] = tensor.clone() if storage in storages else tensor
             storages.add(storage)

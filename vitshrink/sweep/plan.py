@@ -18,6 +18,8 @@ MOST_JOBS = 1000
 
 KEYS = ("output", "matrix", "include", "exclude", "defaults", "gates", "time_limit")
 
+CACHE = "cache"
+"""Below the output: what all jobs share."""
 OWN = ("output", "overwrite", "dry_run", "cache")
 """Entries of a job that the sweep sets itself."""
 

@@ -25,7 +25,7 @@ from vitshrink.methods import Needs, get_method
 from vitshrink.report import Report
 from vitshrink.sweep.fingerprint import fingerprints
 from vitshrink.sweep.outcome import FILE_NAME, Outcome, Status
-from vitshrink.sweep.plan import JobPlan, SweepPlan
+from vitshrink.sweep.plan import CACHE, JobPlan, SweepPlan
 
 POLL = 0.1
 """Seconds between two looks at the running processes."""
@@ -80,7 +80,7 @@ def _locked(output: Path, *, resume: bool) -> Iterator[None]:
     """The output for this sweep alone, as long as it lives."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        there = [path.name for path in output.iterdir() if path.name != f".{LOCK}"]
+        there = [path.name for path in output.iterdir() if path.name not in (f".{LOCK}", CACHE)]
         if there and not resume:
             raise OutputError(f"{output} is not empty: pass --resume to go on with the sweep in it, or choose another.")
         if there and not any(output.glob(f"*/{FILE_NAME}")):

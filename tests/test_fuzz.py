@@ -1,0 +1,253 @@
+"""Damaged and hostile input: whatever is in it, the answer is a result or an error that vitshrink means."""
+
+import copy
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vitshrink import load
+from vitshrink.config import CompressConfig, read_recipe
+from vitshrink.data.recipes import load_recipe
+from vitshrink.errors import VitshrinkError
+from vitshrink.pipeline import CompressionResult
+from vitshrink.report import Report
+from vitshrink.source import examine
+from vitshrink.structures.registry import describe, read
+from vitshrink.sweep import read_sweep
+
+settings.register_profile(
+    "fuzz",
+    derandomize=True,  # the same inputs every time: a failure is one for everybody
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+fuzz = settings(settings.get_profile("fuzz"), max_examples=40)
+
+WEIRD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([10**5, 2**31, 2**62, 10**30, -(2**40)]),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=8),
+    st.sampled_from(["../../etc/passwd", "/dev/zero", "\x00", "model", "0.5", "nan", "a" * 5000, "{{7*7}}"]),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)
+
+
+def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all entries of nested data."""
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    return [each for key, value in items for each in ((*path, key), *places(value, (*path, key)))]
+
+
+@st.composite
+def mutated(draw: Callable[..., Any], document: Any) -> Any:
+    """The data with one to three entries changed, removed, added or called otherwise."""
+    changed = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, 3))):
+        found = places(changed)
+        if not found:
+            break
+        *parents, key = draw(st.sampled_from(found))
+        holder = changed
+        for parent in parents:
+            holder = holder[parent]
+        action = draw(st.sampled_from(["change", "change", "change", "remove", "rename", "add"]))
+        if action == "change":
+            holder[key] = draw(WEIRD)
+        elif action == "remove":
+            del holder[key]
+        elif isinstance(holder, dict):
+            value = holder.pop(key) if action == "rename" else draw(WEIRD)
+            holder[draw(st.text(min_size=1, max_size=6))] = value
+    return changed
+
+
+def survives(work: Callable[[], object]) -> None:
+    """A result, or an error with a message of one kind: anything else is a failure of the test."""
+    said = "a result"
+    with suppress(VitshrinkError):
+        try:
+            work()
+        except VitshrinkError as error:
+            said = str(error)
+            raise
+    assert said.strip()
+    assert "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def small(compressed: Callable[..., CompressionResult], folder: Path) -> Path:
+    directory = compressed("ViTForImageClassification", method="curvature", keep=(0.7,)).directory
+    assert directory is not None
+    return Path(shutil.copytree(directory, folder / "small"))
+
+
+def with_json(directory: Path, name: str, document: Any) -> Callable[[], object]:
+    (directory / name).write_text(json.dumps(document))
+    return lambda: load(directory)
+
+
+@fuzz
+@given(data=st.data())
+def test_a_config_of_a_dense_model(data: st.DataObject, vit_directory: Path, folder: Path) -> None:
+    directory = folder / "dense"
+    if not directory.exists():
+        shutil.copytree(vit_directory, directory)
+    document = json.loads((vit_directory / "config.json").read_text())
+    survives(with_json(directory, "config.json", data.draw(mutated(document))))
+
+
+@fuzz
+@given(data=st.data())
+def test_the_plan_in_the_config_of_a_compressed_model(data: st.DataObject, small: Path, folder: Path) -> None:
+    document = json.loads((small / "config.json").read_text())
+    original = folder / "plan.json"
+    if not original.exists():
+        original.write_text(json.dumps(document))
+    document = json.loads(original.read_text())
+    document["quantization_config"] = data.draw(mutated(document["quantization_config"]))
+    survives(with_json(small, "config.json", document))
+    (small / "config.json").write_text(original.read_text())
+
+
+ENTRIES = [
+    {"rank": 4},
+    {"rank": 4, "pivot": 3},
+    {"structure": "headwise", "qk": 8, "value": 8},
+    {"structure": "narrow", "inputs": 16},
+    {"structure": "symmetric", "rank": 8},
+    {"structure": "quantized", "bits": 8, "activations": "dynamic", "rank": 4},
+    {"structure": "quantized-embedding", "bits": 8},
+    {"structure": "tensor-tucker", "parts": 3, "heads": 2, "dims": 8, "inputs": 16},
+    {"structure": "tensor-cp", "rank": 8},
+    {"structure": "tensor-train", "parts": 3, "heads": 4, "inputs": 8},
+    {"structure": "mixed-tokens", "budget": 8, "levels": 2, "scorer": "blur"},
+    {"structure": "landmarks", "landmarks": 4, "special": 1, "form": "pooled"},
+]
+
+
+@settings(fuzz, max_examples=300)
+@given(data=st.data())
+def test_the_entry_of_a_structure(data: st.DataObject) -> None:
+    entry = data.draw(mutated({"entry": data.draw(st.sampled_from(ENTRIES))}))
+    survives(lambda: read(entry.get("entry")))
+
+
+def test_those_entries_are_read() -> None:
+    for entry in ENTRIES:
+        assert describe(read(entry)) == entry
+
+
+@fuzz
+@given(data=st.data())
+def test_the_header_of_a_weight_file(data: st.DataObject, vit_directory: Path, folder: Path) -> None:
+    directory = folder / "header"
+    if not directory.exists():
+        shutil.copytree(vit_directory, directory)
+    blob = (vit_directory / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", blob[:8])
+    header = json.loads(blob[8 : 8 + length])
+    text = json.dumps(data.draw(mutated(header))).encode(errors="surrogatepass")
+    length = data.draw(st.sampled_from([len(text), len(text), len(text) + 1, 0, 2**62]))
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", length) + text + blob[8 + len(text) :])
+    survives(lambda: load(directory))
+
+
+@fuzz
+@given(position=st.integers(0, 4000), value=st.binary(min_size=1, max_size=8), cut=st.integers(0, 60000))
+def test_bytes_of_a_weight_file(position: int, value: bytes, cut: int, vit_directory: Path, folder: Path) -> None:
+    directory = folder / "bytes"
+    if not directory.exists():
+        shutil.copytree(vit_directory, directory)
+    blob = bytearray((vit_directory / "model.safetensors").read_bytes())
+    blob[position : position + len(value)] = value
+    (directory / "model.safetensors").write_bytes(blob[: len(blob) - cut] if cut % 2 else blob)
+    survives(lambda: load(directory))
+
+
+@fuzz
+@given(data=st.data())
+def test_an_index_of_shards(data: st.DataObject, vit_directory: Path, folder: Path) -> None:
+    directory = folder / "index"
+    if not directory.exists():
+        shutil.copytree(vit_directory, directory)
+        (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    names = list(examine(vit_directory).tensors)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    survives(with_json(directory, "model.safetensors.index.json", data.draw(mutated(index))))
+
+
+RECIPE = CompressConfig("model", "out", keep=(0.5,), calibration="images", options={"alpha": 0.5}).to_dict()
+
+
+@fuzz
+@given(data=st.data())
+def test_a_recipe(data: st.DataObject, folder: Path) -> None:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data.draw(mutated(RECIPE)), allow_unicode=True))
+    survives(lambda: CompressConfig.from_mapping(read_recipe(file)))
+
+
+SWEEP = {
+    "output": "results",
+    "defaults": {"samples": 8, "calibration": "images"},
+    "matrix": {"model": [{"name": "a", "model": "m"}, "b"], "method": ["svd", "curvature"], "keep": [0.5, 0.7]},
+    "exclude": [{"model": "a", "keep": 0.5}],
+    "include": [{"keep": 0.7, "seed": 3}, {"name": "extra", "model": "x", "rank": 4}],
+    "gates": {"max_kl": 0.5, "max_size": "9MB"},
+    "time_limit": "2h",
+}
+
+
+@fuzz
+@given(data=st.data())
+def test_a_sweep(data: st.DataObject, folder: Path) -> None:
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(data.draw(mutated(SWEEP)), sort_keys=False, allow_unicode=True))
+    survives(lambda: read_sweep(file))
+
+
+@fuzz
+@given(text=st.text(alphabet=st.sampled_from("{}[]:,-&*!|>'\"%@` \n\tabc01"), max_size=60))
+def test_text_that_is_meant_to_be_a_recipe(text: str, folder: Path) -> None:
+    file = folder / "text.yaml"
+    file.write_text(text)
+    survives(lambda: CompressConfig.from_mapping(read_recipe(file)))
+    survives(lambda: read_sweep(file))
+
+
+@fuzz
+@given(data=st.data())
+def test_a_data_recipe(data: st.DataObject, folder: Path) -> None:
+    document = {"dataset": "owner/images", "split": "train", "kind": "image", "image_column": "image", "samples": 8}
+    file = folder / "data.yaml"
+    file.write_text(yaml.safe_dump(data.draw(mutated(document)), allow_unicode=True))
+    survives(lambda: load_recipe(str(file)))
+
+
+@fuzz
+@given(data=st.data())
+def test_a_report(data: st.DataObject, small: Path) -> None:
+    document = json.loads((small / "report.json").read_text())
+    changed = json.dumps(data.draw(mutated({name: document[name] for name in ("model", "task", "layers", "recipe")})))
+    survives(lambda: Report.from_json(json.dumps(document | json.loads(changed))))
