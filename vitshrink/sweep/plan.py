@@ -207,7 +207,7 @@ def _job(
         if key in entries and key != "cache":
             raise UsageError(f"{where}: {key!r} is set by the sweep: leave it out.")
     directory = output / name
-    defaults = {"cache": str(output / "cache")} | recipe_defaults(entries.get("calibration"))
+    defaults = {"cache": str(output / CACHE)} | recipe_defaults(entries.get("calibration"))
     config = CompressConfig.from_mapping(
         {**defaults, **entries, "output": str(directory / "model"), "overwrite": True}, where
     )
