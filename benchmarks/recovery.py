@@ -33,7 +33,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "distill, factors only": {"train": "factors"},
     "distill, no augmentation": {"augment": False},
     "distill, mixing 0.5": {"mixing": 0.5},
-    "distill, features 1": {"features": 1.0},
+    "distill, logits only": {"features": 0.0},
     "distill, 2 epochs block by block first": {"blockwise": 2},
     "distill, DeCAtt 0.01": {"decatt": 0.01},
     "distill, BDIA": {"bdia": True},
