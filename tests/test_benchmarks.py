@@ -262,3 +262,24 @@ def test_reversible_training_keeps_less_than_plain(benchmark: Benchmark, capsys:
     assert kept.pop("gradient checkpointing") < 0.6 * plain
     assert kept.keys() == {"eager attention", "DeCAtt", "BDIA"}
     assert all(more >= plain for more in kept.values())
+
+
+def test_the_picture_shows_every_method_of_a_table(benchmark: Benchmark, tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    table.write_text(
+        "dense top1: 0.9000 (95 % interval 0.8000 to 0.9500)\n\n"
+        "| method | fraction | keep | came out | top1 | kl |\n| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| svd | 0.7 | 0.8 | 0.7 | 0.4000 ± 0.0100 | 1.0 |\n| svd | 0.5 | 0.6 | 0.5 | – | – |\n"
+        "| curvature | 0.7 | 0.8 | 0.7 | 0.8000 | 0.1 |\n| curvature | 0.5 | 0.6 | 0.5 | 0.7000 | 0.2 |\n"
+    )
+    picture = benchmark("picture")
+    score, curves, dense = picture.read_curves(table.read_text().splitlines())
+    assert (score, dense) == ("top1", 0.9)
+    assert curves == {"svd": [(0.7, 0.4)], "curvature": [(0.5, 0.7), (0.7, 0.8)]}
+    drawn = [tmp_path / "one.svg", tmp_path / "other.svg"]
+    for output in drawn:
+        picture.main([str(table), "--output", str(output)])
+    assert drawn[0].read_bytes() == drawn[1].read_bytes()
+    table.write_text("nothing\n")
+    with pytest.raises(SystemExit, match=r"table\.md: no row"):
+        picture.main([str(table), "--output", str(tmp_path / "none.svg")])
