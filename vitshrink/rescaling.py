@@ -20,6 +20,9 @@ FLOOR = 0.1
 """Of the mean squared effect of all gains, or shifts, that is added to that of each: what does nothing (the bias of a
 key, for one) must not be changed without bound."""
 
+SHIFTS = 0.3
+"""What the change of a bias may explain beside that of a gain: there are more of them, and they overfit more easily."""
+
 STEPS = 2
 """Gauss-Newton steps: the first is long, and the effects are others after it."""
 
@@ -58,10 +61,10 @@ def rescale_components(
 
     What truncation takes away has a systematic part: fewer components of queries and keys, for one, leave every
     attention flatter. Gauss-Newton steps on the gains and biases of all layers at once take that part back: c minimises
-    Σ (t_s − φ_s·c)² + ρ Σ_i E[φ_i²] c_i², with t what the compressed model lacks along a random direction of its output
-    that is as long as the Fisher information of the softmax is there, and φ the effects of what c changes. The ridge ρ
-    is the one with the least leave-one-out error. A step that does not help, on the samples themselves or on those
-    left out, is not taken.
+    Σ (t_s − φ_s·c)² + ρ Σ_i E[φ_i²] c_i² / w_i, with t what the compressed model lacks along a random direction of its
+    output that is as long as the Fisher information of the softmax is there, φ the effects of what c changes, and w
+    ``SHIFTS`` for biases and 1 for gains. The ridge ρ is the one with the least leave-one-out error. A step that does
+    not help, on the samples themselves or on those left out, is not taken.
 
     Args:
         means: of the inputs (n,) of each layer; a gain leaves the mean output as it is. Zeros for layers without bias.
@@ -110,7 +113,7 @@ def best_repair(effects: Effects) -> Repair | None:
     nothing = float(missing.square().mean())
     if len(missing) < 2 or nothing == 0:
         return None
-    gains, shifts = _weighted(effects.layers), _weighted(effects.shifts)
+    gains, shifts = _weighted(effects.layers), _weighted(effects.shifts, SHIFTS)
     kernel = missing.new_zeros(len(missing), len(missing))
     for weighted, plain in ((gains, effects.layers), (shifts, effects.shifts)):
         for name, each in weighted.items():
@@ -132,8 +135,8 @@ def best_repair(effects: Effects) -> Repair | None:
     )
 
 
-def _weighted(effects: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Effects over their own mean squares, which the floor keeps from zero."""
+def _weighted(effects: Mapping[str, Tensor], weight: float = 1.0) -> dict[str, Tensor]:
+    """Effects over their own mean squares, which the floor keeps from zero; times ``weight``."""
     power = {name: each.square().mean(0) for name, each in effects.items()}
     floor = FLOOR * torch.cat(list(power.values())).mean()
-    return {name: each / (power[name] + floor).clamp_min(1e-300) for name, each in effects.items()}
+    return {name: weight * each / (power[name] + floor).clamp_min(1e-300) for name, each in effects.items()}
