@@ -194,3 +194,11 @@ def test_the_teacher_sees_at_the_resolution_of_the_small_model_and_its_own_token
     refused = run("finetune", other.directory, tmp_path / "blocks", *words, "--blockwise", 1)
     assert refused.exit_code == 2
     assert "mixed tokens" in " ".join(refused.stderr.split())
+
+
+def test_fewer_samples_are_trained_on_than_calibrated(compressed: Callable[..., CompressionResult]) -> None:
+    result = compressed(
+        "ViTForImageClassification", samples=22, holdout=2, method="svd", finetune=FinetuneConfig(samples=17, **QUICK)
+    )
+    assert result.report.recovery is not None
+    assert result.report.recovery["samples"] + result.report.recovery["held_out"] == 17

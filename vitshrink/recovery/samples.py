@@ -137,6 +137,8 @@ class TrainingSet(Dataset[Item]):
 
     def _items(self, batch: Batch, by_key: Mapping[str, int]) -> Iterator[Item]:
         for row, key in enumerate(batch.keys):
+            if key not in by_key:  # calibrated on, and not trained on
+                continue
             real = slice(None) if batch.mask is None else batch.mask[row]
             inputs = {name: tensor[row][real] for name, tensor in batch.inputs.items()}
             index = by_key[key]
