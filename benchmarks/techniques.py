@@ -100,10 +100,13 @@ class Results:
         resolution = known.pop("resolution")
         where = "" if resolution is None else f" at {resolution} pixels"
         print_circumstances(f"Techniques on {known.pop('model')}{where}", **known)
-        print_head(COLUMNS)
+        shown = (
+            len(COLUMNS) if any(name.endswith(RECOVERED) for name in self.rows) else COLUMNS.index("top-1 recovered")
+        )
+        print_head(COLUMNS[:shown])
         for name in self.rows:
             if not name.endswith(RECOVERED):
-                print_row(cells(name, self.rows[name], self.rows.get(name + RECOVERED)))
+                print_row(cells(name, self.rows[name], self.rows.get(name + RECOVERED))[:shown])
 
 
 RECOVERED = ", recovered"
