@@ -40,6 +40,7 @@ from vitshrink.structures.quantized import (
     dequantize,
     dynamic_product,
     quantize,
+    refitted,
 )
 
 Compressed = Callable[..., CompressionResult]
@@ -85,6 +86,26 @@ def test_a_low_rank_layer_is_rounded_factor_by_factor(pivot: int | None, bits: i
         assert (made(x) - through_matrix).norm() <= (0.04 if activations == "dynamic" else 1e-5) * layer(x).norm()
     assert error < (0.06 if bits == 8 else 0.5)  # any pivots do here: those of a job are better conditioned
     assert cost.parameters(made) - cost.parameters(layer) <= (0 if bits == 8 else 2 * 30)
+
+
+@pytest.mark.parametrize("pivot", [None, 8])
+def test_the_outer_factor_absorbs_what_rounding_does_to_the_inner_one(pivot: int | None) -> None:
+    torch.manual_seed(0)
+    up, down = torch.randn(96, 48), torch.randn(48, 64)
+    layer = LowRankLinear.from_factors(up, down, None, dtype=torch.float32, pivot=pivot)
+    made = QuantizedLinear.from_layer(layer, 8, "none")
+    fitted = refitted(*layer.factors(), made.inner())
+    errors = [(each @ made.inner().double() - layer.dense_weight()).norm() for each in (fitted, layer.weight.double())]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_factor_of_zeros_stays_one() -> None:
+    torch.manual_seed(0)
+    nothing, half = torch.zeros(2, 8), torch.cat([torch.randn(1, 8), torch.zeros(1, 8)])
+    for down in (nothing, half):
+        layer = LowRankLinear.from_factors(torch.randn(8, 2), down, None, dtype=torch.float32)
+        found = QuantizedLinear.from_layer(layer, 8, "none").dense_weight()
+        assert torch.allclose(found, layer.dense_weight(), atol=0.1)
 
 
 def test_dynamic_products_do_not_depend_on_the_rest_of_the_batch() -> None:

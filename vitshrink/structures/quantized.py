@@ -28,6 +28,9 @@ GROUP = 32
 CLIPPING = tuple(1 - 0.04 * step for step in range(11))
 """Fractions of the largest weight of a 4-bit group at which it may be clipped; the least squared error decides."""
 
+RIDGE = 1e-6
+"""Of an outer factor that is fitted to the rounded inner one; relative to the mean square of the latter's rows."""
+
 
 @structure("quantized")
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ class QuantizedLinear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_layer(cls, layer: nn.Linear | LowRankLinear, bits: int, activations: Activations) -> Self:
-        """The layer with its matrices rounded; everything else is kept."""
+        """The layer with its matrices rounded; everything else is kept.
+
+        Of a low-rank layer the inner factor is rounded first, and the outer one is fitted to what came out.
+        """
         spec, names = QuantizedSpec(bits, activations), ["weight"]
         if isinstance(layer, LowRankLinear):
             spec, names = QuantizedSpec(bits, activations, layer.rank, layer.spec.pivot), ["weight", "down"]
@@ -116,8 +122,11 @@ class QuantizedLinear(nn.Module):
             device=layer.weight.device,
             dtype=layer.weight.dtype,
         )
-        for name in names:
-            integers, scales = quantize(getattr(layer, name).flatten(0, -2), bits)  # some structures have one more side
+        for name in reversed(names):
+            matrix = getattr(layer, name).flatten(0, -2)  # some structures have one more side
+            if name == "weight" and isinstance(layer, LowRankLinear):
+                matrix = refitted(*layer.factors(), made.inner()).to(matrix.dtype)
+            integers, scales = quantize(matrix, bits)
             getattr(made, name).copy_(integers)
             getattr(made, f"{name}_scale").copy_(scales)
         if made.bias is not None and layer.bias is not None:
@@ -134,12 +143,17 @@ class QuantizedLinear(nn.Module):
         spec = self.spec
         if spec.rank is None:
             return self.matrix("weight", self.in_features)
-        up = self.matrix("weight", spec.rank)
+        return self.matrix("weight", spec.rank) @ self.inner()
+
+    def inner(self) -> Tensor:
+        """The whole of the inner factor, (rank, in)."""
+        spec = self.spec
+        assert spec.rank is not None
         if spec.pivot is None:
-            return up @ self.matrix("down", self.in_features)
+            return self.matrix("down", self.in_features)
         down = self.matrix("down", self.in_features - spec.rank)
         identity = torch.eye(spec.rank, dtype=down.dtype, device=down.device)
-        return up @ torch.cat([down[:, : spec.pivot], identity, down[:, spec.pivot :]], 1)
+        return torch.cat([down[:, : spec.pivot], identity, down[:, spec.pivot :]], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
@@ -223,6 +237,20 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         found: Tensor = self.weight.squeeze(1)[tokens].to(self.weight_scale.dtype) * self.weight_scale[tokens]
         return found
+
+
+def refitted(up: Tensor, down: Tensor, rounded: Tensor) -> Tensor:
+    """The outer factor with which ``rounded`` is closest to ``up @ down``, in float64, (out, rank).
+
+    Least squares over the weights, with a trace of ridge towards ``up``, so that a row of zeros changes nothing.
+    """
+    up, down, rounded = up.double(), down.double(), rounded.double()
+    gram = rounded @ rounded.T
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if not ridge.any():
+        return up
+    found: Tensor = torch.linalg.solve(gram + ridge, (rounded @ down.T + ridge) @ up.T).T
+    return found
 
 
 def groups_of(columns: int, bits: int) -> tuple[int, int]:
