@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from vitshrink.allocation import Curve
 from vitshrink.checkpoint import replace_layers
 from vitshrink.cli.app import app
 from vitshrink.config import CompressConfig, DataConfig, parse_quantity, quantized_bits
-from vitshrink.errors import CheckpointError, GateError, OutputError, TargetError, UsageError
+from vitshrink.errors import CheckpointError, DataError, GateError, OutputError, TargetError, UsageError
 from vitshrink.exporting import export
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.models import find_targets, load_dense
@@ -211,6 +212,11 @@ def test_the_report_has_the_figures_of_both_models(vit_directory: Path, learned_
     assert report["evaluation"]["fidelity"]["kl"] < 0.05
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"report.json", "report.md", "README.md"}
     assert CliRunner().invoke(app, arguments).exit_code == 1, "the output exists"
+    compared = CliRunner().invoke(app, ["report", str(tmp_path / "out")])
+    assert "| int8 |" in compared.output
+    smaller = re.search(r"answer good\">([\d.]+)\xa0% smaller", (tmp_path / "out" / "report.html").read_text())
+    assert smaller is not None
+    assert float(smaller[1]) == pytest.approx(100 * (1 - report["bytes"]["kept"]), abs=0.1)
     shown = CliRunner().invoke(app, ["quantize", str(vit_directory), str(tmp_path / "four"), "--weights", "int4"])
     assert "keep 1.000, int4" in shown.output
 
@@ -237,6 +243,12 @@ def test_what_makes_no_sense_is_explained(vit_directory: Path, tmp_path: Path) -
         quantize_checkpoint(source, output, weights="int4", activations="dynamic")
     with pytest.raises(OutputError, match="source model"):
         quantize_checkpoint(source, source, overwrite=True)
+    text = str(tiny.write("BertForMaskedLM", tmp_path / "text"))
+    with pytest.raises(UsageError, match="cannot be the baseline"):
+        quantize_checkpoint(source, output, baseline=text)
+    with pytest.raises(DataError, match="nowhere"):
+        quantize_checkpoint(source, output, data=DataConfig("./nowhere"))
+    assert not Path(output).exists()
     quantize_checkpoint(source, output)
     with pytest.raises(UsageError, match="quantised already"):
         quantize_checkpoint(output, str(tmp_path / "twice"))

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from vitshrink import __version__, cost
+from vitshrink.assessment import check_comparable
 from vitshrink.checkpoint import file_bytes, load, save, verify
 from vitshrink.config import DataConfig, quantized_bits
 from vitshrink.data import Preprocessor
@@ -50,6 +51,10 @@ def quantize_checkpoint(
     with job.stage("load", "Loading the model"):
         source = load_dense(model, offline=offline, allow_compressed=True)
         dense = load_dense(baseline, offline=offline, allow_compressed=True) if baseline else source
+        check_comparable(source, dense)
+    samples = None
+    if data is not None:  # before any work, so that what cannot be read stops it here
+        samples = open_data(data, source, offline=offline).at_most(limit, seed)
     check_space(Path(output), 2 * cost.parameters(source.model))
     with publish(Path(output), overwrite=overwrite, protect=source.directory) as staging:
         with job.stage("quantize", "Quantising, saving and verifying"):
@@ -59,11 +64,8 @@ def quantize_checkpoint(
             verify(staging, rounded, inputs)
             again = load(staging, dtype=torch.float32)
         measurement, preprocessing = None, None
-        if data is not None:
+        if samples is not None:
             preprocessor = Preprocessor.from_checkpoint(source.directory, source.family.modality, offline=offline)
-            samples = open_data(data, source, offline=offline)
-            if limit is not None and limit < len(samples):
-                samples = samples.select(limit, seed)
             preprocessing = preprocessor.description
             measurement = measure(
                 again,

@@ -148,7 +148,9 @@ def comparison_columns(reports: Sequence[Report]) -> dict[str, list[str]]:
 
 def _method(report: Report) -> str:
     parts = [report.method, report.allocation, *([] if report.compensation == "none" else [report.compensation])]
-    return ", ".join(parts)
+    if report.quantization is None:
+        return ", ".join(parts)
+    return ", ".join([*(part for part in parts if part != "none"), report.quantization["weights"]])
 
 
 def _view(report: Report) -> dict[str, Any]:

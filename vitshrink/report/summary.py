@@ -293,7 +293,8 @@ def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _smaller(report: Report) -> Fact:
-    kept = report.parameters.get("kept")
+    # integers make the file smaller, not the number of parameters
+    kept = (report.bytes if report.quantization and report.bytes else report.parameters).get("kept")
     detail = f"{count(report.parameters.get('dense'))} → {count(report.parameters.get('compressed'))} parameters"
     if report.bytes.get("dense") is not None:
         detail += f", {size(report.bytes['dense'])} → {size(report.bytes.get('compressed'))}"
