@@ -458,7 +458,8 @@ def test_report_renders_and_compares(compressed: Compressed, tmp_path: Path) -> 
 def start(tmp_path: Path, stop_at: str, *arguments: str | Path) -> "subprocess.Popen[str]":
     """The command in a process of its own that says "here" and waits at a step of the job."""
     script = f"""
-import sys, time, vitshrink.pipeline as pipeline
+import signal, sys, time, vitshrink.pipeline as pipeline
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 def wait(*_, **__):
     print("here", flush=True)
     time.sleep(60)
