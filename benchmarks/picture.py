@@ -44,7 +44,9 @@ def draw(lines: Iterable[str], output: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for method, points in curves.items():
         ours = method.startswith(OURS)
-        axes.plot(*zip(*points, strict=True), marker="o", label=method, linewidth=3 if ours else 1.5, zorder=2 + ours)
+        whole = [] if dense is None else [(1.0, dense)]  # what every method begins with
+        shown = zip(*points, *whole, strict=True)
+        axes.plot(*shown, marker="o", label=method, linewidth=3 if ours else 1.5, zorder=2 + ours)
     if dense is not None:
         axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label="dense")
     axes.set_xlabel("kept of the weights of the encoder")
