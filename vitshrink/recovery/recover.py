@@ -204,7 +204,8 @@ def recover(
     if not progress.best < before:
         job.warn(
             f"recovery gained nothing: no state had a held-out loss below {before:.4g}, that of the compressed model, "
-            "which is kept as it was. More samples, more time or a lower learning rate may help."
+            "which is kept as it was. Samples that the compression was fitted to flatter it: train on others, if there "
+            "are any. More of them, more time or a lower learning rate may help, too."
         )
     warn_of_bad(data.bad, samples.source, job)
     if pivots:
