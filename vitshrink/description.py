@@ -37,6 +37,19 @@ def example_inputs(model: PreTrainedModel, batch_size: int = 1) -> dict[str, Ten
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
+def environment(device: str) -> dict[str, Any]:
+    """What a job ran on, and with; memory in bytes."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "peak_memory": cost.peak_memory_bytes(),
+    }
+
+
 def latency_entries(timed: Sequence[Mapping[str, cost.Latency]]) -> dict[str, Any]:
     """Plain data of the first batch size, and under ``others`` those of the others."""
     first, *others = [{role: timing.to_dict() for role, timing in each.items()} for each in timed]
@@ -90,13 +103,7 @@ class Description:
             )
         evaluation = None
         if measurement is not None:
-            evaluation = measurement.evaluation.to_dict() | {
-                "source": measurement.source,
-                "fingerprint": measurement.fingerprint,
-                "label_rule": measurement.label_rule,
-                "bad_samples": dict(measurement.bad.reasons),
-                "preprocessing": self.preprocessing,
-            }
+            evaluation = measurement.to_dict(self.preprocessing)
             if self.config.thumbnails:
                 evaluation["disagreements"] = with_thumbnails(evaluation["disagreements"], measurement.samples)
         return self._report(
@@ -130,16 +137,8 @@ class Description:
             layers=list(layers),
             calibration=self._calibration(),
             timings=dict(job.timings),
-            environment={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "platform": platform.platform(),
-                "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-                "threads": torch.get_num_threads(),
-                "peak_memory": cost.peak_memory_bytes(),
-                **({} if device.type == "cpu" else {"peak_device_memory": cost.peak_memory_bytes(device)}),
-            },
+            environment=environment(str(device) if device.type == "cpu" else torch.cuda.get_device_name(device))
+            | ({} if device.type == "cpu" else {"peak_device_memory": cost.peak_memory_bytes(device)}),
             recipe=self.config.to_dict(),
             command=self.config.command(),
             warnings=list(job.warnings),

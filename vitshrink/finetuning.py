@@ -1,6 +1,5 @@
 """``finetune_checkpoint``: a compressed directory, trained and written anew with an updated report."""
 
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from vitshrink import __version__, cost, processes
 from vitshrink.assessment import check_comparable
 from vitshrink.checkpoint import compressed_layers, file_bytes, load, save, verify
 from vitshrink.config import FinetuneJob
 from vitshrink.data import Preprocessor, SampleSet, overlap
-from vitshrink.description import example_inputs
+from vitshrink.description import environment, example_inputs
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.measurement import Measurement, labels_of, measure, open_data
@@ -150,15 +148,6 @@ def _report(
     job: Job,
 ) -> Report:
     """The report of the compression, where there is one, with what training changed."""
-    evaluation = None
-    if measurement is not None:
-        evaluation = measurement.evaluation.to_dict() | {
-            "source": measurement.source,
-            "fingerprint": measurement.fingerprint,
-            "label_rule": measurement.label_rule,
-            "bad_samples": dict(measurement.bad.reasons),
-            "preprocessing": preprocessor.description,
-        }
     try:
         before = Report.read(source.directory)
     except DataError:
@@ -167,18 +156,10 @@ def _report(
         before,
         vitshrink=__version__,
         bytes={**before.bytes, "compressed": file_bytes(staging)},
-        evaluation=evaluation,
+        evaluation=None if measurement is None else measurement.to_dict(preprocessor.description),
         recovery=recovery.to_dict(),
         timings=dict(job.timings),
-        environment={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "platform": platform.platform(),
-            "device": config.device,
-            "threads": torch.get_num_threads(),
-            "peak_memory": cost.peak_memory_bytes(),
-        },
+        environment=environment(config.device),
         recipe=config.to_dict(),
         command=config.command(),
         warnings=[*before.warnings, *job.warnings],

@@ -1,6 +1,6 @@
 """Opening the data of a job, and measuring a model on them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Required, TypedDict, Unpack
@@ -124,6 +124,16 @@ class Measurement:
     fingerprint: str
     label_rule: str | None
     bad: BadSamples
+
+    def to_dict(self, preprocessing: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The evaluation, and what its data were, as a report has it."""
+        return self.evaluation.to_dict() | {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "label_rule": self.label_rule,
+            "bad_samples": dict(self.bad.reasons),
+            "preprocessing": preprocessing,
+        }
 
 
 class Options(TypedDict, total=False):

@@ -1,18 +1,16 @@
 """``vitshrink quantize``: a checkpoint, dense or compressed, with integer weights."""
 
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import transformers
 
 from vitshrink import __version__, cost
 from vitshrink.assessment import check_comparable
 from vitshrink.checkpoint import file_bytes, load, save, verify
 from vitshrink.config import DataConfig, quantized_bits
 from vitshrink.data import Preprocessor
-from vitshrink.description import example_inputs, quantization_of
+from vitshrink.description import environment, example_inputs, quantization_of
 from vitshrink.measurement import measure, open_data
 from vitshrink.models import load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
@@ -97,26 +95,9 @@ def quantize_checkpoint(
             bytes=before_after(file_bytes(dense.directory), file_bytes(staging)),
             macs=macs,
             latency={role: asdict(timing) for role, timing in latency.items()},
-            evaluation=None
-            if measurement is None
-            else measurement.evaluation.to_dict()
-            | {
-                "source": measurement.source,
-                "fingerprint": measurement.fingerprint,
-                "label_rule": measurement.label_rule,
-                "bad_samples": dict(measurement.bad.reasons),
-                "preprocessing": preprocessing,
-            },
+            evaluation=None if measurement is None else measurement.to_dict(preprocessing),
             timings=dict(job.timings),
-            environment={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "platform": platform.platform(),
-                "device": "cpu",
-                "threads": torch.get_num_threads(),
-                "peak_memory": cost.peak_memory_bytes(),
-            },
+            environment=environment("cpu"),
             warnings=list(job.warnings),
         )
         write(report, staging)
