@@ -14,6 +14,7 @@ import vitshrink
 from vitshrink import cost
 from vitshrink.cli.app import app
 from vitshrink.config import CompressConfig, FinetuneConfig, FinetuneJob
+from vitshrink.data import open_samples
 from vitshrink.errors import UsageError
 from vitshrink.pipeline import CompressionResult
 from vitshrink.report import Report
@@ -202,3 +203,40 @@ def test_fewer_samples_are_trained_on_than_calibrated(compressed: Callable[..., 
     )
     assert result.report.recovery is not None
     assert result.report.recovery["samples"] + result.report.recovery["held_out"] == 17
+
+
+def test_compression_does_not_see_the_samples_that_judge_the_training(
+    compressed: Callable[..., CompressionResult], vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    result = compressed("ViTForImageClassification", samples=22, holdout=2, finetune=FinetuneConfig(**QUICK))
+    report = result.report
+    assert report.recovery is not None
+    assert report.calibration is not None
+    assert (report.recovery["samples"], report.recovery["held_out"]) == (14, 8)
+    assert report.calibration["samples"] == 14
+    assert not report.recovery["familiar"]
+    assert len(set(report.fitted_to.split())) == 14
+
+    flags = ["--teacher", vit_directory, "--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--quiet"]
+    out = tmp_path / "again"
+    done = run("finetune", result.directory, out, "--data", flat_images, *flags)
+    assert done.exit_code == 0, done.stderr
+    again = Report.read(out)
+    assert again.recovery is not None
+    assert not again.recovery["familiar"], "the report of the compressed directory names what it was fitted to"
+    assert set(report.fitted_to.split()) < set(again.fitted_to.split())
+    held_out = set(open_samples(flat_images, "image").marks) - set(again.fitted_to.split())
+    assert len(held_out) == again.recovery["held_out"]
+    assert not held_out & set(report.fitted_to.split())
+
+
+def test_too_few_samples_to_judge_by_end_it_before_the_compression(
+    vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    refused = run(
+        *("compress", vit_directory, tmp_path / "out", "--keep", 0.7, "--calibration", flat_images, "--samples", 15),
+        *("--finetune", "distill"),
+    )
+    assert refused.exit_code == 1
+    assert "15 usable samples: recovery needs at least 16" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """Recovery: training brings a compressed model nearer to the dense one, and never takes it further away."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.checkpoint import compressed_layers, replace_layers
 from vitshrink.config import FinetuneConfig
-from vitshrink.data import Preprocessor, open_samples
+from vitshrink.data import Preprocessor, SampleSet, open_samples
 from vitshrink.errors import DataError, NumericsError, UsageError
 from vitshrink.models import blocks_of, find_targets
 from vitshrink.observer import Job, Observer, Silent
@@ -58,6 +58,7 @@ def train(
         *,
         config: FinetuneConfig = QUICK,
         data: Path | None = None,
+        seen: Callable[[SampleSet], Iterable[str]] = lambda _samples: (),
         observer: Observer | None = None,
         **settings: Any,
     ) -> tuple[PreTrainedModel, PreTrainedModel, Recovery]:
@@ -73,7 +74,7 @@ def train(
         recovery = recover(
             after,
             dense,
-            Material(samples, label_of),
+            Material(samples, label_of, seen=frozenset(seen(samples))),
             preprocessor,
             replace(config, **settings),
             Job(observer or Silent()),
@@ -208,6 +209,22 @@ def test_a_training_that_gains_nothing_says_so(
     _, _, recovery = train("ViTForImageClassification", learning_rate=1e4, epochs=1, observer=observer)
     assert recovery.after == recovery.before
     assert "gained nothing" in observer.messages[-1]
+
+
+def test_samples_that_the_model_was_not_fitted_to_judge_it_or_else_other_views_of_the_same(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+) -> None:
+    *_, unseen = train("ViTForImageClassification", seen=lambda samples: samples.marks[10:], epochs=1)
+    assert not unseen.familiar
+    *_, familiar = train("ViTForImageClassification", seen=lambda samples: samples.marks, epochs=1)
+    assert familiar.familiar
+    *_, plain = train("ViTForImageClassification", epochs=1)
+    assert not plain.familiar
+    assert familiar.before != plain.before, "the same samples as another view of them"
+    *_, fixed = train("ViTForImageClassification", seen=lambda samples: samples.marks, epochs=1, augment=False)
+    assert fixed.before == plain.before
+    assert len(plain.fitted_to) == plain.samples
+    assert len(familiar.fitted_to) == familiar.samples + familiar.held_out
 
 
 def test_labels_teach_too(

@@ -117,11 +117,15 @@ class Description:
             latency=latency_entries(timed),
             evaluation=evaluation,
             recovery=None if recovery is None else recovery.to_dict(),
+            fitted_to=" ".join(self._fitted_to() if recovery is None else sorted(recovery.fitted_to)),
         )
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
         before = sum(unit.cost(None) for unit in self.units)
         return before, sum(unit.cost(plan[unit.name]) for unit in self.units)
+
+    def _fitted_to(self) -> list[str]:
+        return [] if self.calibration is None else sorted(self.calibration.samples.marks)
 
     def _report(self, layers: list[dict[str, Any]], plan: Plan, job: Job, **measured: Any) -> Report:
         device = next(self.dense.parameters()).device

@@ -51,6 +51,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
         if isinstance(size, int) and not compressed_layers(teacher.model):
             _look_as_closely(teacher, size, job)
         check_comparable(source, teacher)
+    before = _compressed_report(config, source, teacher)
     check(source.model, config.finetune, dense=teacher is not None, labelled=True)
     with _published(config, source) as staging:
         check_space(Path(config.output), 2 * file_bytes(source.directory))
@@ -59,7 +60,13 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
         )
         class_map = Path(config.class_map) if config.class_map else None
         material = open_material(
-            config.finetune, config.data, source, class_map=class_map, seed=config.seed, offline=config.offline
+            config.finetune,
+            config.data,
+            source,
+            seen=frozenset(before.fitted_to.split()),
+            class_map=class_map,
+            seed=config.seed,
+            offline=config.offline,
         )
         evaluation_samples = _evaluation_samples(config, source, class_map)
         shared = overlap(material.samples, evaluation_samples) if evaluation_samples is not None else 0
@@ -101,7 +108,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
             )
         else:
             job.warn("the result is not evaluated: pass --eval.")
-        report = _report(config, source, teacher, recovery, measurement, preprocessor, staging, job)
+        report = _report(config, before, recovery, measurement, preprocessor, staging, job)
         if processes.is_main():
             write(report, staging)
     if config.finetune.checkpoints is not None and processes.is_main():
@@ -139,8 +146,7 @@ def _evaluation_samples(config: FinetuneJob, source: LoadedModel, class_map: Pat
 
 def _report(
     config: FinetuneJob,
-    source: LoadedModel,
-    teacher: LoadedModel | None,
+    before: Report,
     recovery: Recovery,
     measurement: Measurement | None,
     preprocessor: Preprocessor,
@@ -148,22 +154,27 @@ def _report(
     job: Job,
 ) -> Report:
     """The report of the compression, where there is one, with what training changed."""
-    try:
-        before = Report.read(source.directory)
-    except DataError:
-        before = _from_model(config, source, teacher)
     return replace(
         before,
         vitshrink=__version__,
         bytes={**before.bytes, "compressed": file_bytes(staging)},
         evaluation=None if measurement is None else measurement.to_dict(preprocessor.description),
         recovery=recovery.to_dict(),
+        fitted_to=" ".join(sorted(recovery.fitted_to)),
         timings=dict(job.timings),
         environment=environment(config.device),
         recipe=config.to_dict(),
         command=config.command(),
         warnings=[*before.warnings, *job.warnings],
     )
+
+
+def _compressed_report(config: FinetuneJob, source: LoadedModel, teacher: LoadedModel | None) -> Report:
+    """That of the compression, or without one what the model says of itself."""
+    try:
+        return Report.read(source.directory)
+    except DataError:
+        return _from_model(config, source, teacher)
 
 
 def _from_model(config: FinetuneJob, source: LoadedModel, teacher: LoadedModel | None) -> Report:

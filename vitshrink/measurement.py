@@ -10,7 +10,7 @@ from torch import nn
 
 from vitshrink import processes
 from vitshrink.config import DataConfig
-from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet, align_labels, open_samples
+from vitshrink.data import BadSamples, Batch, Preprocessor, Sample, SampleSet, align_labels, open_samples
 from vitshrink.errors import DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
 from vitshrink.models import LoadedModel
@@ -23,6 +23,13 @@ class CalibrationData:
 
     samples: SampleSet
     batches: list[Batch]
+    unread: Sequence[Sample] = ()
+    """Chosen with them, and kept from the compression: for a later training to be judged by."""
+
+    @property
+    def chosen(self) -> SampleSet:
+        """All that were chosen, read or not."""
+        return replace(self.samples, samples=[*self.samples.samples, *self.unread]) if self.unread else self.samples
 
     @property
     def tokens(self) -> int | None:
@@ -59,11 +66,14 @@ def read_calibration(
     batch_size: int,
     max_bad_samples: int | None = None,
     workers: int | None = None,
+    unread: Callable[[int], int] = lambda _chosen: 0,
 ) -> CalibrationData:
-    """Select ``samples`` by seed and preprocess them. Warns where there are fewer."""
-    chosen = source.select(samples, seed)
-    if len(chosen) < samples:
-        job.warn(f"{source.source} has {len(chosen)} samples; --samples asked for {samples}.")
+    """Select ``samples`` by seed and preprocess them, all but ``unread`` of so many. Warns where there are fewer."""
+    selected = source.select(samples, seed)
+    if len(selected) < samples:
+        job.warn(f"{source.source} has {len(selected)} samples; --samples asked for {samples}.")
+    read = len(selected) - unread(len(selected))
+    chosen = replace(selected, samples=selected.samples[:read]) if read < len(selected) else selected
     bad, cut = BadSamples.of(chosen, max_bad_samples), Cut(source.source)
     with job.stage("preprocess", "Reading calibration data", len(chosen)) as advance:
         batches = []
@@ -72,7 +82,7 @@ def read_calibration(
             advance(len(batch.keys))
     warn_of_bad(bad, source.source, job)
     cut.warn(preprocessor, job)
-    return CalibrationData(chosen, batches)
+    return CalibrationData(chosen, batches, selected.samples[read:])
 
 
 def hold_out(source: SampleSet, job: Job, *, used: int, holdout: int, seed: int) -> SampleSet | None:

@@ -33,7 +33,7 @@ from vitshrink.observer import Job, Observer, Silent
 from vitshrink.progress import FINETUNE, Progress, state_directory
 from vitshrink.publication import check_space, publish
 from vitshrink.quantization import Quantization
-from vitshrink.recovery import Material, Recovery, clear_state, open_material, recover
+from vitshrink.recovery import Material, Recovery, clear_state, held_out_count, open_material, recover
 from vitshrink.recovery import check as check_recovery
 from vitshrink.report import Report, write, write_comparison
 from vitshrink.resolution import set_resolution
@@ -329,6 +329,7 @@ def _data(
                 batch_size=config.batch_size,
                 max_bad_samples=config.max_bad_samples,
                 workers=config.workers,
+                unread=partial(_kept_for_recovery, config),
             )
         if Bound.of(config) is not None or (config.eval_data is None and not config.dry_run):
             # the same samples for every method, so that methods can be compared; where there are enough
@@ -340,10 +341,17 @@ def _data(
         samples = open_data(config.eval_data, source, offline=config.offline).at_most(config.eval_limit, config.seed)
         # before any work: labels that cannot be aligned would otherwise be met at its end
         labels_of(source.model, samples, task_of(source.model), Path(config.class_map) if config.class_map else None)
-        shared = overlap(calibration.samples, samples) if calibration is not None else 0
+        shared = overlap(calibration.chosen, samples) if calibration is not None else 0
         if shared:
             job.warn(f"{shared} of the {len(samples)} evaluation samples were also calibrated on: figures may flatter.")
     return preprocessor, calibration, held_out, samples
+
+
+def _kept_for_recovery(config: CompressConfig, samples: int) -> int:
+    """How many of so many samples compression does not read, since they will judge the training that follows."""
+    if config.finetune is None or config.finetune.data is not None:
+        return 0
+    return held_out_count(samples, config.finetune.validation, str(config.calibration))
 
 
 def _measure(

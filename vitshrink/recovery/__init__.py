@@ -2,6 +2,6 @@
 
 from vitshrink.recovery.checkpoints import clear_state
 from vitshrink.recovery.material import Material, open_material
-from vitshrink.recovery.recover import Recovery, check, recover
+from vitshrink.recovery.recover import Recovery, check, held_out_count, recover
 
-__all__ = ["Material", "Recovery", "check", "clear_state", "open_material", "recover"]
+__all__ = ["Material", "Recovery", "check", "clear_state", "held_out_count", "open_material", "recover"]

@@ -1,7 +1,7 @@
 """The two things that a compressed model can be trained for: the dense model's answers, or labels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from vitshrink.recovery.objectives import Distillation, Supervision
 from vitshrink.recovery.samples import TrainingBatch, TrainingSet
 
 HELD_OUT = -1
-"""The view of a sample by which a model is judged: never augmented, but with tokens hidden where that is the task."""
+"""The view of a sample by which a model is judged: as it is, where the model was not fitted to just that."""
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Criterion:
     held_out: Sequence[int]
     batch_size: int
     augment: bool
+    familiar: bool
+    """Whether the model was fitted to the held-out samples: other views of them judge it then."""
     views: int | None
     decatt: float = 0.0
     heads: HeadOutputs | None = None
@@ -71,9 +73,14 @@ class Criterion:
                 items = self.data.__getitems__(own[start : start + self.batch_size])
                 if not items:
                     continue
-                batch = self.augmentation.hide_only(self.data.collate(items), HELD_OUT).to(self.accelerator.device)
+                batch = self._held_out(self.data.collate(items)).to(self.accelerator.device)
                 losses += self._rows(self.objective.plain, batch, HELD_OUT).float().tolist()
         return list(gather_object(losses))
+
+    def _held_out(self, batch: TrainingBatch) -> TrainingBatch:
+        if self.familiar:
+            return replace(self.augmentation, mixing=0.0).apply(batch, HELD_OUT)
+        return self.augmentation.hide_only(batch, HELD_OUT)
 
     def _rows(self, objective: Distillation | Supervision, batch: TrainingBatch, view: int | None) -> Tensor:
         dense: Tensor | None = None

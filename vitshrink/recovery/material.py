@@ -19,6 +19,8 @@ class Material:
     samples: SampleSet
     label_of: Callable[[Any], Any] | None = None
     read: Sequence[Batch] = ()
+    seen: frozenset[str] = frozenset()
+    """Marks of samples that the model was fitted to before: they say less of what training gains than others."""
 
 
 def open_material(
@@ -27,6 +29,7 @@ def open_material(
     model: LoadedModel,
     calibration: CalibrationData | None = None,
     *,
+    seen: frozenset[str] = frozenset(),
     class_map: Path | None = None,
     seed: int = 0,
     offline: bool = False,
@@ -40,11 +43,12 @@ def open_material(
     if data is not None:
         samples = open_data(data, model, offline=offline)
     elif calibration is not None:
-        samples = calibration.samples
+        samples = calibration.chosen
     else:
         raise UsageError("recovery needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
     samples = samples.at_most(config.samples, seed)
     label_of = None
     if config.objective == "supervised":
         label_of, _ = labels_of(model.model, samples, task_of(model.model), class_map)
-    return Material(samples, label_of, calibration.batches if calibration is not None and data is None else ())
+    read = calibration.batches if calibration is not None and data is None else ()
+    return Material(samples, label_of, read, seen if calibration is None else seen.union(calibration.samples.marks))

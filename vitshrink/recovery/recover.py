@@ -76,9 +76,15 @@ class Recovery:
     history: list[dict[str, Any]]
     blocks: list[dict[str, float]]
     """Relative errors ``before`` and ``after`` of every block, where blocks were reconstructed first."""
+    familiar: bool
+    """Whether the held-out samples had been calibrated on or trained on before: other views of them judged then."""
+    fitted_to: frozenset[str]
+    """Marks of all samples that the model was fitted to by now."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        entries = asdict(self)
+        del entries["fitted_to"]
+        return entries
 
 
 def recover(
@@ -110,7 +116,7 @@ def recover(
     samples = material.samples
     start = model_digest(model) if config.checkpoints else ""
     data = _read(material, preprocessor, config, job, max_bad_samples)
-    training, held_out = _split(data.usable(), config, seed, samples.source)
+    training, held_out, familiar = _split(data, material.seen, config, seed)
     pivots = unpack(model)
     with _accelerator(next(model.parameters()).device, config) as accelerator, ExitStack() as inside:
         set_seed(seed)
@@ -130,6 +136,7 @@ def recover(
             held_out,
             config.batch_size,
             config.augment,
+            familiar and config.augment,
             config.views,
             config.decatt,
             features=_features(model, config),
@@ -204,8 +211,13 @@ def recover(
     if not progress.best < before:
         job.warn(
             f"recovery gained nothing: no state had a held-out loss below {before:.4g}, that of the compressed model, "
-            "which is kept as it was. Samples that the compression was fitted to flatter it: train on others, if there "
-            "are any. More of them, more time or a lower learning rate may help, too."
+            "which is kept as it was. "
+            + (
+                "The compression was fitted to them, which flatters it: add samples that it has not seen. "
+                if familiar
+                else ""
+            )
+            + "More samples, more time or a lower learning rate may help."
         )
     warn_of_bad(data.bad, samples.source, job)
     if pivots:
@@ -222,6 +234,8 @@ def recover(
         settings=asdict(config) | settings,
         history=progress.history,
         blocks=blocks,
+        familiar=familiar,
+        fitted_to=material.seen | {samples.marks[i] for i in training},
     )
 
 
@@ -305,17 +319,32 @@ def _read(
     return data
 
 
-def _split(usable: list[int], config: FinetuneConfig, seed: int, source: str) -> tuple[list[int], list[int]]:
-    """Samples to train on, and those that choose the best state."""
-    count = min(MOST_HELD_OUT, max(LEAST_HELD_OUT, round(config.validation * len(usable))))
-    if len(usable) < 2 * LEAST_HELD_OUT:
+def held_out_count(usable: int, validation: float, source: str) -> int:
+    """How many of so many samples judge what training gains. Raises DataError where they are too few."""
+    if usable < 2 * LEAST_HELD_OUT:
         raise DataError(
-            f"{source} has {len(usable)} usable samples: recovery needs at least {2 * LEAST_HELD_OUT}, of which "
+            f"{source} has {usable} usable samples: recovery needs at least {2 * LEAST_HELD_OUT}, of which "
             f"{LEAST_HELD_OUT} are held out to judge it. A few hundred unlabelled ones do."
         )
+    return min(MOST_HELD_OUT, max(LEAST_HELD_OUT, round(validation * usable)))
+
+
+def _split(
+    data: TrainingSet, seen: frozenset[str], config: FinetuneConfig, seed: int
+) -> tuple[list[int], list[int], bool]:
+    """Samples to train on, those that choose the best state, and whether the model was fitted to the latter before.
+
+    What it was fitted to flatters it, and hides what training gains: others are preferred, though they be half as many.
+    """
+    usable = data.usable()
+    count = held_out_count(len(usable), config.validation, data.samples.source)
+    unseen = set(data.unseen(seen))
+    familiar = len(unseen) < max(LEAST_HELD_OUT, count // 2)
     shuffled = list(usable)
     random.Random(seed).shuffle(shuffled)
-    return shuffled[count:], shuffled[:count]
+    held_out = [i for i in shuffled if familiar or i in unseen][:count]
+    held_out_set = set(held_out)
+    return [i for i in shuffled if i not in held_out_set], held_out, familiar
 
 
 def _trainable(model: PreTrainedModel, config: FinetuneConfig) -> dict[str, nn.Parameter]:

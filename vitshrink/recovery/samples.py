@@ -94,6 +94,12 @@ class TrainingSet(Dataset[Item]):
             self.__getitems__(chunk := missing[start : start + batch_size])
             on_samples(len(chunk))
 
+    def unseen(self, seen: frozenset[str]) -> list[int]:
+        """Usable samples that a model was not fitted to, by their marks."""
+        if not seen:
+            return self.usable()
+        return [i for i, mark in enumerate(self.samples.marks) if mark not in seen and i not in self._unusable]
+
     def usable(self) -> list[int]:
         """All samples but those that turned out to be unusable."""
         return [i for i in range(len(self)) if i not in self._unusable]

@@ -50,6 +50,8 @@ class Report:
     ``thumbnail`` in disagreements where the user asked for them."""
     calibration: Mapping[str, Any] | None = None
     """``source``, ``samples``, ``tokens``, ``seed``, ``fingerprint``."""
+    fitted_to: str = ""
+    """Marks of the samples that the model was calibrated on and trained on (``SampleSet.marks``), spaces between."""
     recovery: Mapping[str, Any] | None = None
     """As ``vitshrink.recovery.Recovery``, where the model was trained after compression."""
     timings: Mapping[str, float] = field(default_factory=dict)
