@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -202,6 +203,52 @@ def test_figures_are_appended_to_a_table(
     code, stdout, stderr = run(vit_directory, "--data", learned_images, "--csv", tmp_path / "no" / "results.csv")
     assert (code, stdout) == (1, "")
     assert "Evaluating" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("entries", "flags", "tokens", "landmarks", "said"),
+    [
+        ({}, [], None, None, ()),
+        (
+            {"tokens": "mixed", "token_budget": 7},
+            ["--tokens", "mixed", "--token-budget", "7"],
+            {"budget": 7, "levels": 2, "scorer": "blur"},
+            None,
+            ("at most 7 patches of 2 sizes, by blur",),
+        ),
+        (
+            {"landmarks": 4, "landmark_form": "nystrom"},
+            ["--landmarks", "4", "--landmark-form", "nystrom"],
+            None,
+            {"landmarks": 4, "special": 1, "form": "nystrom"},
+            ("4 landmarks, nystrom",),
+        ),
+    ],
+)
+def test_the_tokens_and_landmarks_of_a_run_are_named_whoever_asked_for_them(
+    compressed: Compressed,
+    vit_directory: Path,
+    learned_images: Path,
+    tmp_path: Path,
+    entries: dict[str, Any],
+    flags: list[str],
+    tokens: dict[str, Any] | None,
+    landmarks: dict[str, Any] | None,
+    said: tuple[str, ...],
+) -> None:
+    file = tmp_path / "results.csv"
+    result = compressed(CLASSIFIER, method="svd", keep=(0.6,) if not entries else (), **entries)
+    assert result.directory is not None
+    for model, own in ((vit_directory, flags), (result.directory, [])):
+        code, stdout, _ = run(model, "--data", learned_images, *own, "--csv", file, "--json")
+        assert code == 0
+        document = json.loads(stdout)
+        assert (document["tokens"], document["landmarks"]) == (tokens, landmarks)
+    budget, windows = str((tokens or {}).get("budget", "")), str((landmarks or {}).get("landmarks", ""))
+    assert [(row["token_budget"], row["landmarks"]) for row in csv.DictReader(file.open())] == [(budget, windows)] * 2
+    shown = " ".join(run(vit_directory, "--data", learned_images, *flags)[1].split())
+    assert all(words in shown for words in said)
+    assert said or ("tokens:" not in shown and "attention maps:" not in shown)
 
 
 def test_timm_geometry_is_recorded_and_changes_what_the_model_sees(vit_directory: Path, learned_images: Path) -> None:

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vitshrink import __version__, cost, processes
 from vitshrink.checkpoint import file_bytes
 from vitshrink.config import DataConfig, Preprocessing
@@ -19,6 +21,8 @@ from vitshrink.onnx_model import SUFFIX, load_onnx, onnx_bytes, onnx_numbers
 from vitshrink.pipeline import find_device
 from vitshrink.report import evaluation_columns, latency_columns
 from vitshrink.resolution import mix_tokens, set_resolution
+from vitshrink.structures import structure_of
+from vitshrink.structures.landmarks import Landmarks
 from vitshrink.structures.tokens import MixedTokens
 
 
@@ -57,6 +61,8 @@ class Assessment:
     preprocessing: Mapping[str, Any]
     footprint: Footprint
     baseline_footprint: Footprint | None
+    options: Mapping[str, Mapping[str, Any] | None]
+    """``tokens`` and ``landmarks`` that the model ran with, asked for or its own; None where it had all of them."""
     latency: Sequence[Mapping[str, cost.Latency]]
     """By batch size: of the model (``compressed``) and the baseline (``dense``), timed in turn."""
     peak_memory: int
@@ -77,6 +83,7 @@ class Assessment:
             "baseline": self.baseline,
             **asdict(self.footprint),
             "baseline_footprint": None if self.baseline_footprint is None else asdict(self.baseline_footprint),
+            **self.options,
             "latency": latency_entries(self.latency) if self.latency else None,
             "peak_memory": self.peak_memory,
             "evaluation": self.measurement.evaluation.to_dict(),
@@ -101,6 +108,8 @@ class Assessment:
             "parameters": self.footprint.parameters,
             "bytes": self.footprint.bytes,
             "macs": self.footprint.macs,
+            "token_budget": (self.options["tokens"] or {}).get("budget"),
+            "landmarks": (self.options["landmarks"] or {}).get("landmarks"),
             "seed": self.seed,
             "warnings": len(self.warnings),
             **latency_columns(document["latency"] or {}),
@@ -200,6 +209,7 @@ def evaluate_checkpoint(
         preprocessor.description,
         footprint,
         other,
+        _options_of(loaded.model),
         timed,
         peak_memory,
         seed,
@@ -215,6 +225,12 @@ def open_model(path_or_id: str, device: str, *, offline: bool) -> LoadedModel:
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}: an ONNX file is run on the CPU here.")
     return load_onnx(Path(path_or_id))
+
+
+def _options_of(model: nn.Module) -> dict[str, dict[str, Any] | None]:
+    """As a compressed checkpoint would name them."""
+    found = {type(spec): spec.to_dict() for module in model.modules() if (spec := structure_of(module)) is not None}
+    return {"tokens": found.get(MixedTokens), "landmarks": found.get(Landmarks)}
 
 
 def _time(

@@ -88,6 +88,10 @@ def evaluation_table(document: Mapping[str, Any]) -> Table:
 def _conditions(document: Mapping[str, Any]) -> str:
     """What the figures rest on."""
     lines = [f"preprocessing: {prepared(document['preprocessing'])}"]
+    if tokens := document["tokens"]:
+        lines.append(f"tokens: at most {tokens['budget']} patches of {tokens['levels']} sizes, by {tokens['scorer']}")
+    if maps := document["landmarks"]:
+        lines.append(f"attention maps: {maps['landmarks']} landmarks, {maps['form']}")
     if document["label_rule"]:
         lines.append(f"labels: {document['label_rule']}")
     return "\n".join(lines)
