@@ -215,9 +215,9 @@ def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path
 
     for entries, message in (
         ({"layers": "mlp"}, "--layers mlp are none: use --layers attention"),
-        ({"include": (r"fc1",)}, "no block has all of"),
-        ({"include": (r"q_proj",)}, "no block has all of"),
-        ({"keep": (), "rank": 500}, "--rank 500: ranks .* heads of this model have 16 dimensions"),
+        ({"include": (r"fc1",)}, "no block has all layers of one"),
+        ({"include": (r"q_proj",)}, "no block has all layers of one"),
+        ({"keep": (), "rank": 500}, "--rank 500: ranks .* whose heads have 16 dimensions of 32"),
         ({"storage": "gauge"}, "--storage gauge is for linear layers"),
         ({"allocation": "measured"}, "--allocation measured is for the components of linear layers"),
         ({"quantize": "int8"}, "--quantize is for linear and low-rank layers"),
@@ -385,6 +385,8 @@ def test_a_missing_package_and_an_unknown_form_are_named_before_any_work(
     )
     with pytest.raises(UsageError, match=r"form=qr: unknown\. Available: tucker, cp, tt"):
         compress(replace(config, options={"form": "qr"}))
+    with pytest.raises(UsageError, match="iterations=0: must be at least 1"):
+        compress(replace(config, options={"form": "cp", "iterations": 0}))
     monkeypatch.setitem(sys.modules, "tensorly", None)
     with pytest.raises(DependencyError, match=r"--method tensor needs the package tensorly.*vitshrink\[tensor\]"):
         compress(config)

@@ -186,6 +186,7 @@ def test_bad_use_is_named_before_any_work(
         ({"landmarks": 4, "landmark_form": "svd"}, "--landmark-form svd: unknown. Available: pooled, nystrom"),
         ({"landmarks": 4, "model": bert_directory, "data": text_file}, "BertForSequenceClassification .* reads text"),
         ({"landmarks": 4, "tokens": "mixed", "token_budget": 10}, "--tokens mixed is no grid: choose one"),
+        ({"landmark_form": "nystrom", "keep": (0.9,)}, "--landmark-form nystrom makes no difference without"),
         ({"landmarks": 4, "max_kl": 0.1}, "with --landmarks ask for a size"),
         ({"landmarks": 4, "method": "qk-joint", "keep": (0.93,)}, "replaces attentions, as --method qk-joint does"),
     ):

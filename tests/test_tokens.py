@@ -179,6 +179,8 @@ def test_evaluation_takes_tokens_and_resolution(vit_directory: Path, flat_images
         ({"token_budget": None}, "go together"),
         ({"tokens": "all", "token_budget": 10}, "go together"),
         ({"tokens": "some"}, "--tokens some"),
+        ({"tokens": "all", "token_levels": 3, "keep": (0.5,)}, "--token-levels 3 makes no difference without"),
+        ({"tokens": "all", "token_scorer": "features", "keep": (0.5,)}, "--token-scorer features makes no difference"),
         ({"token_budget": 10, "max_kl": 0.1, "calibration": "x"}, "ask for a size"),
         ({"token_budget": 10, "resolution": 30}, "multiple of the patch size, 8"),
     ],
@@ -187,6 +189,20 @@ def test_bad_use_is_named(vit_directory: Path, tmp_path: Path, entries: dict[str
     with pytest.raises(UsageError, match=message):
         compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), **({"tokens": "mixed"} | entries)))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "own"), [({"tokens": "mixed", "token_budget": 7}, "mixed tokens"), ({"landmarks": 4}, "landmarks")]
+)
+def test_a_model_with_tokens_or_landmarks_takes_no_others(
+    compressed: Compressed, flat_images: Path, entries: dict[str, Any], own: str
+) -> None:
+    """They were chosen for its grid of patches, and nothing crashes over it in the middle of an evaluation."""
+    directory, data = str(compressed(CLASSIFIER, **entries).directory), DataConfig(str(flat_images))
+    with pytest.raises(UsageError, match="--tokens mixed"):
+        evaluate_checkpoint(directory, data, tokens=MixedTokens(10))
+    with pytest.raises(UsageError, match=f"the {own} of this model are chosen for 32 pixels"):
+        evaluate_checkpoint(directory, data, resolution=64)
 
 
 def test_text_has_no_patches(bert_directory: Path, tmp_path: Path) -> None:

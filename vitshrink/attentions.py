@@ -66,16 +66,17 @@ class AttentionCompression:
 
     def __post_init__(self) -> None:
         if not self.units():
-            roles = ", ".join(sorted({role for roles in self.method.parts.values() for role in roles}))
+            parts = " or ".join(", ".join(roles) for roles in self.method.parts.values())
             raise UsageError(
-                f"--method {self.method.name} replaces attentions, and no block has all of {roles} among the chosen "
-                "layers: use --layers attention, and neither --include nor --exclude."
+                f"--method {self.method.name} replaces parts of attentions whole ({parts}), and no block has all "
+                "layers of one among those that --include and --exclude leave: use --layers attention without the two."
             )
+        largest = max((attention.dimensions for attention in self._attentions()), key=lambda each: each.head)
         most = max(max(self._ranks(attention)) for attention in self._attentions())
         if self.config.rank is not None and self.config.rank > most:
             raise UsageError(
-                f"--rank {self.config.rank}: ranks of --method {self.method.name} go up to {most}; heads of this model "
-                f"have {max(attention.dimensions.head for attention in self._attentions())} dimensions."
+                f"--rank {self.config.rank}: ranks of --method {self.method.name} go up to {most} on this model, whose "
+                f"heads have {largest.head} dimensions of {largest.width}."
             )
 
     def units(self, losses: Mapping[str, Tensor] | None = None) -> list[Menu]:

@@ -244,12 +244,7 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         sizes = [flag_of(name) for name in SIZES if getattr(self, name) not in (None, ())]
-        if self.tokens not in ("all", "mixed"):
-            raise UsageError(f"--tokens {self.tokens}: {_did_you_mean(self.tokens, ['all', 'mixed'])}")
-        if (self.tokens == "mixed") is not (self.token_budget is not None):
-            raise UsageError("--tokens mixed and --token-budget, the patches of an image, go together.")
-        if self.tokens == "mixed" and self.landmarks is not None:
-            raise UsageError("--landmarks are means over a grid of patches, and --tokens mixed is no grid: choose one.")
+        check_approximations({name: getattr(self, name) for name in APPROXIMATIONS})
         others = {"--tokens mixed": self.token_budget, "--landmarks": self.landmarks}
         approximated = [flag for flag, number in others.items() if number is not None]
         if approximated and {"--max-drop", "--max-kl"} & set(sizes):
@@ -407,6 +402,28 @@ class CompressConfig:
                 items = value if isinstance(value, tuple) else (value,)
                 words += [word for item in items for word in (flag_of(f.name), str(item))]
         return shlex.join(words)
+
+
+APPROXIMATIONS = ("tokens", "token_budget", "token_levels", "token_scorer", "landmarks", "landmark_form")
+"""Entries about fewer tokens and landmarks, with which a model runs whatever its weights are."""
+
+
+def check_approximations(entries: Mapping[str, Any]) -> None:
+    """Raises UsageError where those of ``APPROXIMATIONS`` contradict each other, or would make no difference."""
+    tokens, mixed = entries["tokens"], entries["tokens"] == "mixed"
+    if tokens not in ("all", "mixed"):
+        raise UsageError(f"--tokens {tokens}: {_did_you_mean(tokens, ['all', 'mixed'])}")
+    if mixed is not (entries["token_budget"] is not None):
+        raise UsageError("--tokens mixed and --token-budget, the patches of an image, go together.")
+    if mixed and entries["landmarks"] is not None:
+        raise UsageError("--landmarks are means over a grid of patches, and --tokens mixed is no grid: choose one.")
+    for name, needed, there in (
+        ("token_levels", "--tokens mixed", mixed),
+        ("token_scorer", "--tokens mixed", mixed),
+        ("landmark_form", "--landmarks", entries["landmarks"] is not None),
+    ):
+        if not there and entries[name] != getattr(CompressConfig, name):
+            raise UsageError(f"{flag_of(name)} {entries[name]} makes no difference without {needed}: pass both.")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from vitshrink.checkpoint import replace_layers
 from vitshrink.errors import CheckpointError, UsageError
 from vitshrink.hf_quantizer import base_prefix
 from vitshrink.models import family_of
-from vitshrink.structures import fill
+from vitshrink.structures import fill, structure_of
+from vitshrink.structures.landmarks import Landmarks
 from vitshrink.structures.tokens import SCORERS, MixedTokens
 
 
@@ -26,11 +27,18 @@ def _embeddings(model: PreTrainedModel, flag: str) -> Any:
 
 @torch.no_grad()
 def set_resolution(model: PreTrainedModel, size: int) -> None:
-    """Make a dense model take images of ``size`` × ``size`` pixels: positions are interpolated, in place.
+    """Make a model take images of ``size`` × ``size`` pixels: positions are interpolated, in place.
 
     Bicubic, as transformers does for ``interpolate_pos_encoding``. Raises UsageError.
     """
     embeddings = _embeddings(model, "--resolution")
+    for spec in map(structure_of, model.modules()):
+        if isinstance(spec, MixedTokens | Landmarks):
+            what = "mixed tokens" if isinstance(spec, MixedTokens) else "landmarks"
+            raise UsageError(
+                f"--resolution {size}: the {what} of this model are chosen for {model.config.image_size} pixels. "
+                "Compress the dense model again, with --resolution."
+            )
     patches = embeddings.patch_embeddings
     kernel = patches.projection.kernel_size
     if size < 1 or any(size % each for each in kernel):
@@ -54,6 +62,8 @@ def mix_tokens(model: PreTrainedModel, tokens: MixedTokens) -> None:
     embeddings = _embeddings(model, "--tokens mixed")
     if tokens.scorer not in SCORERS:
         raise UsageError(f"--token-scorer {tokens.scorer}: unknown. Available: {', '.join(SCORERS)}.")
+    if any(isinstance(structure_of(module), Landmarks) for module in model.modules()):
+        raise UsageError("--tokens mixed are no grid of patches, over which this model has landmarks: use one of them.")
     if not tokens.fits(embeddings):
         raise UsageError("--tokens mixed: this model already has other tokens than the dense one.")
     positions = embeddings.position_embeddings

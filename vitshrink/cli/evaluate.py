@@ -11,8 +11,7 @@ from vitshrink import processes
 from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli import console
 from vitshrink.cli.tables import evaluation_table
-from vitshrink.config import DataConfig, Preprocessing, parse_quantity
-from vitshrink.errors import UsageError
+from vitshrink.config import DataConfig, Preprocessing, check_approximations, parse_quantity
 from vitshrink.gates import Gates
 from vitshrink.report import append_rows, check_appendable
 from vitshrink.structures.tokens import MixedTokens
@@ -82,8 +81,16 @@ def evaluate_command(
     largest = None if max_size is None else parse_quantity(max_size, "--max-size")
     gates = Gates(min_accuracy, max_drop, max_kl, largest, max_latency_ratio)
     gates.require(baseline=baseline)
-    if tokens not in ("all", "mixed") or (tokens == "mixed") is not (token_budget is not None):
-        raise UsageError("--tokens is all, or mixed, which goes together with --token-budget, the patches of an image.")
+    check_approximations(
+        {
+            "tokens": tokens,
+            "token_budget": token_budget,
+            "token_levels": token_levels,
+            "token_scorer": token_scorer,
+            "landmarks": landmarks,
+            "landmark_form": landmark_form,
+        }
+    )
     mixed = None if token_budget is None else MixedTokens(token_budget, token_levels, token_scorer)
     processes.join(device)
     if csv is not None and processes.is_main():

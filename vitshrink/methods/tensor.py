@@ -53,6 +53,8 @@ def structures(
 def steps(dimensions: Dimensions, form: str = "tucker", iterations: int = 5) -> Sequence[int]:
     if form not in FORMS:
         raise UsageError(f"--option form={form}: unknown. Available: {', '.join(FORMS)}.")
+    if iterations < 1:
+        raise UsageError(f"--option iterations={iterations}: must be at least 1.")
     if form != "cp":
         return sorted({max(1, dimensions.width * step // STEPS) for step in range(1, STEPS + (form == "tucker"))})
     # a term costs more than a rank, but there may be more of them than channels
