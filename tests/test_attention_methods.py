@@ -224,6 +224,7 @@ def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path
         ({"compensation": "residual"}, "unknown compensation 'residual'.* Available: none"),
         ({"calibration": None}, "needs calibration data"),
         ({"options": {"nonsense": 1}}, "nonsense"),
+        ({"options": {"blocks": 0}}, "--option blocks"),
         ({"keep": (0.2,)}, "cannot reach"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -248,6 +249,7 @@ def test_every_method_names_its_origin(method: str) -> None:
         {"structure": "tensor-tucker", "parts": 3, "heads": 2, "dims": 4, "inputs": 8},
         {"structure": "tensor-cp", "rank": 9},
         {"structure": "tensor-train", "parts": 3, "heads": 4, "inputs": 8},
+        {"structure": "tensor-tucker", "parts": 6, "heads": 2, "dims": 4, "inputs": 8, "blocks": 2},
         {"structure": "tensor-output", "form": "tucker", "size": 2, "heads": 2, "dims": 4, "outputs": 8},
         {"structure": "tensor-output", "form": "cp", "size": 2, "outputs": 8},
         {"structure": "tensor-output", "form": "tt", "size": 2, "dims": 4, "outputs": 8},
@@ -301,7 +303,8 @@ def test_both_orders_of_contraction_agree(form: str) -> None:
     assert isinstance(projection, TensorProjection)
     x = torch.randn(2, 3, 32)
     z = torch.nn.functional.linear(x, projection.inputs)
-    stepwise, at_once = projection._contract(z), torch.nn.functional.linear(z, projection.matrix())
+    stepwise = projection._contract(z, projection._core(0))
+    at_once = torch.nn.functional.linear(z, projection.matrix())
     output = smaller.layers[0].attention.o_proj
     assert isinstance(output, TensorOutput)
     if form != "cp":
@@ -314,13 +317,16 @@ def test_both_orders_of_contraction_agree(form: str) -> None:
     torch.testing.assert_close(torch.cat(projection(x), -1), at_once + projection.bias, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("form", ["tucker", "tt"])
-def test_a_tensor_of_few_dimensions_is_kept(form: str) -> None:
+def test_a_tensor_of_few_dimensions_is_kept(form: str, blocks: int) -> None:
     """Projections between 12 of the 32 directions and 6 of each head's 16 lose nothing, biases included."""
     name = "ViTForImageClassification"
     model = tiny.build(name)
     generator = torch.Generator().manual_seed(0)
     for attention in attentions_of(model, find_targets(model)):
+        if blocks > 1:  # the same directions everywhere
+            generator.manual_seed(0)
         read_from = torch.linalg.qr(torch.randn(32, 12, generator=generator))[0]
         written_to = torch.linalg.qr(torch.randn(16, 6, generator=generator))[0]
         for role in ("query", "key", "value"):
@@ -334,9 +340,10 @@ def test_a_tensor_of_few_dimensions_is_kept(form: str) -> None:
         with torch.no_grad():
             kept = read_from @ read_from.T @ output @ torch.block_diag(*[written_to @ written_to.T] * 2)
             output.copy_(kept)
-    found = compression(model, name, "tensor", options={"form": form}, keep=(), rank=12)
+    found = compression(model, name, "tensor", options={"form": form, "blocks": blocks}, keep=(), rank=12)
     factors = found.factorise_dense(Job(Silent()))
     smaller = found.build(factors, {unit.name: 12 for unit in found.units()}, Job(Silent())).eval()
+    assert len(factors.layers) == 2 + 2 // blocks
     if form == "tucker":
         torch.testing.assert_close(outputs(smaller, name), outputs(model, name), rtol=1e-3, atol=1e-3)
     assert torch.isfinite(outputs(smaller, name)).all()
@@ -351,7 +358,7 @@ def test_the_loss_of_an_output_tensor_is_its_error(name: str, form: str) -> None
     found = compression(model, name, "tensor", **entries)
     factors = found.factorise_dense(Job(Silent()))
     attention = attentions_of(model, find_targets(model))[0]
-    (unit,) = [unit for unit in found.units() if unit.name == attention.unit("o")]
+    (unit,) = [unit for unit in found.units() if unit.name == f"{attention.places['attention']}:o"]
     rank = unit.nearest(8)
     assert rank is not None
     smaller = found.build(factors, {unit.name: rank}, Job(Silent())).eval()

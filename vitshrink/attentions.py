@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from vitshrink.compression import DENSE, Factors, choose_ranks
 from vitshrink.config import CompressConfig
 from vitshrink.entries import laid_out
 from vitshrink.errors import NumericsError, UsageError
+from vitshrink.hf_quantizer import base_prefix
 from vitshrink.measurement import CalibrationData
 from vitshrink.memory import Step
 from vitshrink.methods.attention import ATTENTION, AttentionMethod, AttentionWeights, Dimensions
@@ -25,7 +26,7 @@ from vitshrink.observer import Job
 from vitshrink.progress import Progress
 from vitshrink.sharing import Shared
 from vitshrink.stats import LinearStats
-from vitshrink.structures import fill
+from vitshrink.structures import Structure, fill
 
 COMPENSATIONS = ("none",)
 """Repairs of a model whose attentions were replaced: what a bias can absorb is part of the methods themselves."""
@@ -42,9 +43,19 @@ class Attention:
     targets: Mapping[str, Target]
     """By role; only those that may be replaced."""
 
-    def unit(self, part: str) -> str:
-        """The name of one of its parts, in plans and reports."""
-        return f"{self.places[ATTENTION]}:{part}"
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """Something to choose the rank of: a part of one attention, or of several in a row."""
+
+    part: str
+    attentions: Sequence[Attention]
+
+    @property
+    def name(self) -> str:
+        """In plans and reports."""
+        several = f" of {len(self.attentions)} blocks" if len(self.attentions) > 1 else ""
+        return f"{self.attentions[0].places[ATTENTION]}:{self.part}{several}"
 
 
 @dataclass(frozen=True)
@@ -65,15 +76,16 @@ class AttentionCompression:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
+        attentions = self._attentions()
+        most = max((max(self._ranks(attention)) for attention in attentions), default=0)  # refuses options, too
         if not self.units():
             parts = " or ".join(", ".join(roles) for roles in self.method.parts.values())
             raise UsageError(
                 f"--method {self.method.name} replaces parts of attentions whole ({parts}), and no block has all "
                 "layers of one among those that --include and --exclude leave: use --layers attention without the two."
             )
-        largest = max((attention.dimensions for attention in self._attentions()), key=lambda each: each.head)
-        most = max(max(self._ranks(attention)) for attention in self._attentions())
         if self.config.rank is not None and self.config.rank > most:
+            largest = max((attention.dimensions for attention in attentions), key=lambda each: each.head)
             raise UsageError(
                 f"--rank {self.config.rank}: ranks of --method {self.method.name} go up to {most} on this model, whose "
                 f"heads have {largest.head} dimensions of {largest.width}."
@@ -83,18 +95,17 @@ class AttentionCompression:
         """What there is to choose the rank of. Without ``losses`` only the costs are told."""
         nothing = torch.zeros(1, dtype=torch.float64)
         found, known = [], {}
-        for attention in self._attentions():
-            for part, roles in self.method.parts.items():
-                name = attention.unit(part)
-                if not set(roles) <= set(attention.targets) or (losses is not None and name not in losses):
-                    continue
-                shapes = tuple(attention.targets[role].shape for role in roles)
-                dense, width = sum(m * n for m, n in shapes), attention.dimensions.width
-                if (part, shapes) not in known:
-                    known[part, shapes] = self._costs(attention, part, dense)
-                loss = nothing if losses is None else losses[name]
-                shape = (dense // width, width)
-                found.append(Menu(name, shape, dense, known[part, shapes], loss, self.config.rank_multiple))
+        for unit in self._units():
+            if losses is not None and unit.name not in losses:
+                continue
+            roles = self.method.parts[unit.part]
+            shapes = tuple(attention.targets[role].shape for attention in unit.attentions for role in roles)
+            dense, width = sum(m * n for m, n in shapes), unit.attentions[0].dimensions.width
+            if (unit.part, shapes) not in known:
+                known[unit.part, shapes] = self._costs(unit, dense)
+            loss = nothing if losses is None else losses[unit.name]
+            shape = (dense // width, width)
+            found.append(Menu(unit.name, shape, dense, known[unit.part, shapes], loss, self.config.rank_multiple))
         return found
 
     def factorise_dense(self, job: Job) -> Factors:
@@ -161,20 +172,14 @@ class AttentionCompression:
     def truncate(self, factors: Factors, plan: Plan, _job: Job) -> PreTrainedModel:
         """The compressed model as the plan makes it."""
         model = copy.deepcopy(self.dense)
-        for attention in self._attentions():
-            names = {part: attention.unit(part) for part in self.method.parts}
-            ranks = {part: rank for part, name in names.items() if (rank := plan.get(name)) is not None}
-            if not ranks:
-                continue
-            structures = self.method.structures(attention.dimensions, ranks, **self._options())
-            for place in sorted(structures, key=attention.places.__getitem__):  # a module before what lies in it
-                name = attention.places[place]
-                replace_layers(model, {name: structures[place].build(model.get_submodule(name))})
-            for part, rank in ranks.items():
-                for place, tensors in factors.layers[names[part]].tensors(rank).items():
-                    module = model.get_submodule(attention.places[place])
-                    there = dict(module.named_parameters())  # a layer without bias has no place for a zero one
-                    fill(module, {key: value for key, value in tensors.items() if key in there})
+        chosen = {unit: rank for unit in self._units() if (rank := plan.get(unit.name)) is not None}
+        for name, structure in self._structures(chosen).items():
+            replace_layers(model, {name: structure.build(model.get_submodule(name))})
+        for unit, rank in chosen.items():
+            for place, tensors in factors.layers[unit.name].tensors(rank).items():
+                module = model.get_submodule(unit.attentions[0].places[place])
+                there = dict(module.named_parameters())  # a layer without bias has no place for a zero one
+                fill(module, {key: value for key, value in tensors.items() if key in there})
         return model
 
     def _attentions(self) -> list[Attention]:
@@ -186,20 +191,56 @@ class AttentionCompression:
     def _options(self) -> dict[str, Any]:
         return dict(self.config.options)
 
-    def _costs(self, attention: Attention, part: str, dense: int) -> dict[int, int]:
+    def _units(self) -> list[_Unit]:
+        """Block by block, so that what serves several comes with the first of them."""
+        attentions = self._attentions()
+        stacks = {
+            part: _stacks(attentions, roles, self._options().get("blocks", 1) if part in self.method.stacked else 1)
+            for part, roles in self.method.parts.items()
+        }
+        return [
+            _Unit(part, stack)
+            for attention in attentions
+            for part, found in stacks.items()
+            for stack in found
+            if stack[0] is attention
+        ]
+
+    def _structures(self, ranks: Mapping[_Unit, int]) -> dict[str, Structure]:
+        """What stands where at these ranks, by module name: a module before what lies in it, or reads it."""
+        found: dict[str, Structure] = {}
+        for attention in sorted(
+            {a.block: a for unit in ranks for a in unit.attentions}.values(), key=lambda a: a.block
+        ):
+            own = {unit.part: unit for unit in ranks if unit.attentions[0] == attention}
+            options = self._options()
+            if self.method.stacked:
+                options["blocks"] = max((len(unit.attentions) for unit in own.values()), default=1)
+            mine = {part: ranks[unit] for part, unit in own.items()}
+            structures = self.method.structures(attention.dimensions, mine, **options) if mine else {}
+            for unit in ranks:
+                if attention in unit.attentions[1:]:
+                    source = unit.attentions[0].places[ATTENTION].removeprefix(base_prefix(self.dense))
+                    follow = self.method.stacked[unit.part]
+                    structures[ATTENTION] = follow(source, unit.attentions.index(attention))
+            for place in sorted(structures, key=attention.places.__getitem__):
+                found[attention.places[place]] = structures[place]
+        return found
+
+    def _costs(self, unit: _Unit, dense: int) -> dict[int, int]:
         """Stored numbers of a part at every rank: those of its weights, less what the whole attention shrinks by."""
         costs = {}
-        modules = {_key(name): copy.deepcopy(self.dense.get_submodule(name)) for name in self._outer(attention)}
-        skeleton = nn.ModuleDict(modules).to("meta")
+        outer = [name for attention in unit.attentions for name in self._outer(attention)]
+        skeleton = nn.ModuleDict({_key(name): copy.deepcopy(self.dense.get_submodule(name)) for name in outer}).to(
+            "meta"
+        )
         before = cost.parameters(skeleton)
-        for rank in self._ranks(attention):
+        for rank in self._ranks(unit.attentions[0]):
             changed = copy.deepcopy(skeleton)
-            structures = self.method.structures(attention.dimensions, {part: rank}, **self._options())
-            for place in sorted(structures, key=attention.places.__getitem__):
-                name = attention.places[place]
-                outer = next(each for each in self._outer(attention) if name == each or name.startswith(f"{each}."))
-                path = _key(outer) + name.removeprefix(outer)
-                changed.set_submodule(path, structures[place].build(changed.get_submodule(path)))
+            for name, structure in self._structures({unit: rank}).items():
+                inside = next(each for each in outer if name == each or name.startswith(f"{each}."))
+                path = _key(inside) + name.removeprefix(inside)
+                changed.set_submodule(path, structure.build(changed.get_submodule(path)))
             costs[rank] = dense - before + cost.parameters(changed)
         return costs
 
@@ -217,26 +258,32 @@ class AttentionCompression:
 
     @torch.no_grad()
     def _decompose(self, attention: Attention, factors: Factors, job: Job) -> None:
-        """Put the parts of one attention into ``factors``; where that fails it stays dense and is reported."""
+        """Put what begins with one attention into ``factors``; where that fails it stays dense and is reported."""
+        units = [unit for unit in self._units() if unit.attentions[0] == attention]
+        if not units:
+            return
+        stack = max((unit.attentions for unit in units), key=len)
+        first, *others = (self._weights(each, factors.stats) for each in stack)
+        try:
+            wanted = [unit.part for unit in units]
+            weights = replace(first, following=others)
+            parts = self.method.factorise(weights, self._ranks(attention), wanted, **self._options())
+            for unit in units:
+                factors.layers[unit.name] = parts[unit.part].check_finite()
+        except NumericsError as error:
+            for unit in units:
+                factors.layers.pop(unit.name, None)
+                factors.failures[unit.name] = str(error)
+            job.warn(f"{', '.join(each.places[ATTENTION] for each in stack)} stays dense: {error}")
+
+    def _weights(self, attention: Attention, stats: Mapping[str, LinearStats]) -> AttentionWeights:
         layers = {role: self._layer(target.name) for role, target in attention.targets.items()}
-        weights = AttentionWeights(
+        return AttentionWeights(
             attention.dimensions,
             {role: layer.weight.double() for role, layer in layers.items()},
             {role: _bias(layer) for role, layer in layers.items()},
-            {role: factors.stats[target.name] for role, target in attention.targets.items()},
+            {role: stats[target.name] for role, target in attention.targets.items()},
         )
-        wanted = [part for part, roles in self.method.parts.items() if set(roles) <= set(attention.targets)]
-        if not wanted:
-            return
-        try:
-            parts = self.method.factorise(weights, self._ranks(attention), wanted, **self._options())
-            for part in wanted:
-                factors.layers[attention.unit(part)] = parts[part].check_finite()
-        except NumericsError as error:
-            for part in wanted:
-                factors.layers.pop(attention.unit(part), None)
-                factors.failures[attention.unit(part)] = str(error)
-            job.warn(f"{attention.places[ATTENTION]} stays dense: {error}")
 
     def _layer(self, name: str) -> nn.Linear:
         layer = self.dense.get_submodule(name)
@@ -264,6 +311,12 @@ def attentions_of(model: PreTrainedModel, targets: Sequence[Target]) -> list[Att
         if mine:
             found.append(Attention(block, Dimensions(heads, outputs // heads, width), places, mine))
     return found
+
+
+def _stacks(attentions: Sequence[Attention], roles: Sequence[str], blocks: int) -> list[list[Attention]]:
+    """Those that have all these roles, so many in a row; the last ones may be fewer."""
+    whole = [attention for attention in attentions if set(roles) <= set(attention.targets)]
+    return [whole[start : start + blocks] for start in range(0, len(whole), blocks)]
 
 
 def _bias(layer: nn.Linear) -> Tensor:

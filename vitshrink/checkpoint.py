@@ -18,7 +18,7 @@ from vitshrink.hf_quantizer import VitshrinkConfig, base_prefix
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.models import LoadedModel, load_source, quiet_transformers
 from vitshrink.source import examine, resolve
-from vitshrink.structures import describe, structure_of
+from vitshrink.structures import connect, describe, structure_of
 
 HEADER_BYTES = 200
 """Room for the entry of one tensor in the header of a safetensors file; real ones take about 130 bytes."""
@@ -33,6 +33,7 @@ def replace_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> N
     """Put structures in the place of the modules of these names, and say so in the model's config."""
     for name, layer in layers.items():
         model.set_submodule(name, layer, strict=True)
+    connect(model.base_model)
     _describe(model)
 
 

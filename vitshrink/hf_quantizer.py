@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vitshrink import __version__
 from vitshrink.errors import CheckpointError
-from vitshrink.structures.registry import kind_of, read
+from vitshrink.structures.registry import connect, kind_of, read
 
 QUANT_METHOD = "vitshrink"
 FORMAT_VERSION = 1
@@ -103,6 +103,7 @@ class VitshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
                     "version, or open the checkpoint with the architecture it was made from."
                 )
             model.set_submodule(prefix + name, structure.build(module))
+        connect(model.base_model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model.is_quantized = False  # the layers are plain floating point: .half(), .float() and training all work

@@ -1,7 +1,7 @@
 """The table of methods that replace a whole attention. Like those for layers: a pure function in a file of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,12 +33,14 @@ class AttentionWeights:
         weights: (out, in) by role: query, key, value, output.
         biases: (out,) by role; zeros where the layer has none.
         stats: by role; those of query, key and value are of the same inputs.
+        following: of the blocks that a stack has after this one, for parts that cover them all.
     """
 
     dimensions: Dimensions
     weights: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
     stats: Mapping[str, LinearStats]
+    following: "Sequence[AttentionWeights]" = ()
 
     def by_head(self, role: str) -> Tensor:
         """(heads, d, n) of a projection of the inputs, (heads, m, d) of the output projection."""
@@ -101,6 +103,9 @@ class AttentionMethod:
     storage: Storage = "factors"
     extra: str | None = None
     """The optional extra that it needs."""
+    stacked: Mapping[str, Callable[[str, int], Structure]] = field(default_factory=dict)
+    """Parts that cover as many attentions in a row as the option ``blocks`` says, and what stands in the place of the
+    second and the others: made from the name of the first, and their number."""
 
     @property
     def summary(self) -> str:
@@ -136,13 +141,16 @@ def attention_method(
     ranks: Callable[..., Sequence[int]] = below_head_dimension,
     allocation: str = "energy",
     extra: str | None = None,
+    stacked: Mapping[str, Callable[[str, int], Structure]] | None = None,
 ) -> Callable[[Decompose], Decompose]:
     """Enter the decorated function as method ``name``."""
 
     def enter(function: Decompose) -> Decompose:
         if name in _METHODS or name in known_methods():
             raise ValueError(f"two methods are called {name!r}")
-        _METHODS[name] = AttentionMethod(name, function, structures, parts, ranks, allocation, extra=extra)
+        _METHODS[name] = AttentionMethod(
+            name, function, structures, parts, ranks, allocation, extra=extra, stacked=stacked or {}
+        )
         return function
 
     return enter

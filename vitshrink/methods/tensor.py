@@ -13,6 +13,7 @@ from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions,
 from vitshrink.methods.registry import full_svd
 from vitshrink.stats import square_roots
 from vitshrink.structures import Structure
+from vitshrink.structures.following import Following
 from vitshrink.structures.tensor import CP, PROJECTIONS, Train, Tucker
 from vitshrink.structures.tensor_output import TensorOutputSpec
 
@@ -21,15 +22,15 @@ STEPS = 8
 """Ranks on offer for the largest part: each is a decomposition of its own."""
 
 
-def form_at(dimensions: Dimensions, rank: int, form: str) -> Tucker | CP | Train:
+def form_at(dimensions: Dimensions, rank: int, form: str, blocks: int = 1) -> Tucker | CP | Train:
     """The form whose rank of the width is ``rank``; the head dimension, or the heads, are cut in proportion."""
-    heads, head, width = dimensions.heads, dimensions.head, dimensions.width
+    heads, head, width, parts = dimensions.heads, dimensions.head, dimensions.width, PROJECTIONS * blocks
     if form == "cp":
-        return CP(rank)
+        return CP(rank, blocks=blocks)
     if form == "tt":
-        own = PROJECTIONS * heads
-        return Train(PROJECTIONS, min(own, max(-(-own * rank // width), -(-rank // head))), rank)
-    return Tucker(PROJECTIONS, heads, max(1, -(-head * rank // width)), rank)
+        own = parts * heads
+        return Train(parts, min(own, max(-(-own * rank // width), -(-rank // head))), rank, blocks=blocks)
+    return Tucker(parts, heads, max(1, -(-head * rank // width)), rank, blocks=blocks)
 
 
 def output_at(dimensions: Dimensions, rank: int, form: str) -> TensorOutputSpec:
@@ -40,26 +41,28 @@ def output_at(dimensions: Dimensions, rank: int, form: str) -> TensorOutputSpec:
 
 
 def structures(
-    dimensions: Dimensions, ranks: Mapping[str, int], form: str = "tucker", iterations: int = 5
+    dimensions: Dimensions, ranks: Mapping[str, int], form: str = "tucker", iterations: int = 5, blocks: int = 1
 ) -> dict[str, Structure]:
     found: dict[str, Structure] = {}
     if "qkv" in ranks:
-        found[ATTENTION] = form_at(dimensions, ranks["qkv"], form)
+        found[ATTENTION] = form_at(dimensions, ranks["qkv"], form, blocks)
     if "o" in ranks:
         found["output"] = output_at(dimensions, ranks["o"], form)
     return found
 
 
-def steps(dimensions: Dimensions, form: str = "tucker", iterations: int = 5) -> Sequence[int]:
+def steps(dimensions: Dimensions, form: str = "tucker", iterations: int = 5, blocks: int = 1) -> Sequence[int]:
     if form not in FORMS:
         raise UsageError(f"--option form={form}: unknown. Available: {', '.join(FORMS)}.")
-    if iterations < 1:
-        raise UsageError(f"--option iterations={iterations}: must be at least 1.")
+    for name, number in (("iterations", iterations), ("blocks", blocks)):
+        if number < 1:
+            raise UsageError(f"--option {name}={number}: must be at least 1.")
     if form != "cp":
         return sorted({max(1, dimensions.width * step // STEPS) for step in range(1, STEPS + (form == "tucker"))})
     # a term costs more than a rank, but there may be more of them than channels
     heads, head, width = dimensions.heads, dimensions.head, dimensions.width
-    most = PROJECTIONS * heads * head * width // (PROJECTIONS + heads + head + width)
+    parts = PROJECTIONS * blocks
+    most = parts * heads * head * width // (parts + heads + head + width)
     outputs = heads * head * width // (1 + heads + head + width)
     found = {most * step // STEPS for step in range(1, STEPS + 1)}
     found |= {2 * outputs * step // STEPS for step in range(1, STEPS // 2 + 1)}
@@ -72,6 +75,7 @@ def steps(dimensions: Dimensions, form: str = "tucker", iterations: int = 5) -> 
     structures=structures,
     ranks=steps,
     extra="tensor",
+    stacked={"qkv": Following},
 )
 def tensor(
     attention: AttentionWeights,
@@ -80,6 +84,7 @@ def tensor(
     *,
     form: str = "tucker",
     iterations: int = 5,
+    blocks: int = 1,
 ) -> dict[str, Part]:
     """Tucker (HOOI), CP or tensor-train of the weights as tensors over heads and head dimensions, by tensorly.
 
@@ -91,6 +96,10 @@ def tensor(
     Kronecker product (Van Loan and Pitsianis 1993) weights these two modes. Biases absorb what the mean of the inputs
     loses. Only the rank of the width is chosen, the others follow from it. Factors of two ranks are not nested: eight
     or so are tried.
+
+    With ``blocks``, queries, keys and values of so many blocks in a row are one tensor (3 · blocks, heads, head
+    dimension, width), whose factors are stored once. It has one metric, the mean of the blocks' covariances; ``loss``
+    is the error of each block's outputs on its own inputs all the same.
     """
     found = {}
     if "qkv" in parts:
@@ -101,20 +110,29 @@ def tensor(
 
 
 def _inputs(attention: AttentionWeights, ranks: Sequence[int], form: str, iterations: int) -> Part:
-    weights = torch.stack([attention.by_head(role) for role in ("query", "key", "value")])
-    root, inverse = square_roots(attention.covariance("query"))
+    stack, roles = (attention, *attention.following), ("query", "key", "value")
+    weights = torch.cat([each.by_head(role)[None] for each in stack for role in roles])
+    covariances = torch.stack([each.covariance("query") for each in stack])
+    root, inverse = square_roots(covariances.mean(0))
     weighted = weights @ root
-    found = {rank: _decompose(weighted, form_at(attention.dimensions, rank, form), iterations) for rank in ranks}
-    errors = {rank: (weighted - _product(factors, form)).square().sum() for rank, factors in found.items()}
-    mean = attention.mean("query")
-    bias = torch.cat([attention.biases[role] for role in ("query", "key", "value")])
+
+    def energy(matrices: Tensor) -> Tensor:
+        own = matrices.view(len(stack), -1, matrices.shape[-1])
+        return (own @ covariances * own).sum()
+
+    found, errors = {}, {}
+    for rank in ranks:
+        factors = _decompose(weighted, form_at(attention.dimensions, rank, form, len(stack)), iterations)
+        found[rank] = factors | {"inputs": factors["inputs"] @ inverse}
+        errors[rank] = energy(weights - _product(found[rank], form))
+    means = torch.stack([each.mean("query") for each in stack])
+    bias = torch.cat([each.biases[role] for each in stack for role in roles])
 
     def tensors(rank: int) -> dict[str, dict[str, Tensor]]:
-        factors = {**found[rank], "inputs": found[rank]["inputs"] @ inverse}
-        lost = (weights - _product(factors, form)) @ mean
-        return {"query": {**factors, "bias": bias + lost.flatten()}}
+        lost = (weights - _product(found[rank], form)).view(len(stack), -1, means.shape[-1]) @ means[..., None]
+        return {"query": {**found[rank], "bias": bias + lost.flatten()}}
 
-    return Part(_losses(weighted.square().sum(), errors), tensors)
+    return Part(_losses(energy(weights), errors), tensors)
 
 
 def _outputs(attention: AttentionWeights, ranks: Sequence[int], form: str, iterations: int) -> Part:

@@ -12,6 +12,7 @@ from vitshrink.models import blocks_of
 from vitshrink.recovery.hidden import unexplained
 from vitshrink.recovery.samples import TrainingBatch
 from vitshrink.sequential import HiddenBatch, hidden_batches
+from vitshrink.structures.following import borrowed_parameters
 
 MEMORY = 2**31
 """Bytes of hidden states that are kept; samples beyond it are left out."""
@@ -40,14 +41,17 @@ def reconstruct(
     batches = batches[: max(1, _fitting(dense, batches))]
     streams = [hidden_batches(each, blocks_of(each)[0], batches) for each in (model, dense)]
     judges = [hidden_batches(each, blocks_of(each)[0], held_out) for each in (model, dense)]
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    # what several blocks read cannot be fitted to the first of them
+    shared = {id(parameter) for parameter in borrowed_parameters(model)}
+    names = {id(parameter): name for name, parameter in parameters.items() if id(parameter) not in shared}
     history = []
     for index, (block, dense_block) in enumerate(zip(blocks_of(model), blocks_of(dense), strict=True)):
         wanted, wanted_held_out = (_through(dense_block, stream[1], autocast) for stream in (streams, judges))
         learning = [p for p in block.parameters() if id(p) in names]
         before = _error(block, judges[0], wanted_held_out, autocast)
         best, kept = before, [p.detach().clone() for p in learning]
-        optimizer = torch.optim.AdamW(learning, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        group = {"params": learning}  # a list would have to hold something
+        optimizer = torch.optim.AdamW([group], lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         steps = max(1, epochs * len(batches))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(epochs if learning else 0):

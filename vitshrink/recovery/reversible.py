@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.models import blocks_of
+from vitshrink.structures.following import borrowed_parameters
 
 FRACTION_BITS = 9
 """l: activations are multiples of 2^−l. A float32 holds them exactly up to ±2^(24−l)."""
@@ -65,7 +66,8 @@ class Stack:
         gamma = torch.randint(0, 2, shape, device=hidden.device).to(torch.float32) - 0.5
         hidden = hidden.float()
         if self.reversible and torch.is_grad_enabled():
-            parameters = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks]
+            read = [(*block.parameters(), *borrowed_parameters(block)) for block in self.blocks]
+            parameters = [[p for p in group if p.requires_grad] for group in read]
             plan = Plan(steps, gamma, self.fraction_bits, [len(group) for group in parameters], hidden.device.type)
             return _Reversible.apply(plan, hidden, *(p for group in parameters for p in group))  # type: ignore[no-any-return, no-untyped-call]
         return integrate(steps, gamma, hidden, self.fraction_bits if self.reversible else None)
@@ -131,7 +133,7 @@ class Plan:
     gamma: Tensor
     fraction_bits: int
     sizes: Sequence[int]
-    """Trainable parameters of each block, which follow the hidden states among the arguments."""
+    """Trainable parameters that each block reads, which follow the hidden states among the arguments."""
     device_type: str
     seeds: list[int] = field(default_factory=list)
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)

@@ -39,6 +39,14 @@ class Structure(Protocol):
         """
 
 
+@runtime_checkable
+class Connected(Structure, Protocol):
+    """A structure that reads something of another module."""
+
+    def connect(self, module: nn.Module, base: nn.Module) -> None:
+        """Let ``module``, which has this structure, find the other one in the base model. Raises CheckpointError."""
+
+
 Kind = TypeVar("Kind", bound=type)
 
 _STRUCTURES: dict[str, Any] = {LINEAR: LayerSpec}
@@ -87,6 +95,13 @@ def structure_of(module: nn.Module) -> Structure | None:
     """The structure of a module; None where it is one of the dense model's."""
     spec: Any = getattr(module, "spec", None)
     return spec if type(spec) in _STRUCTURES.values() else None
+
+
+def connect(base: nn.Module) -> None:
+    """Let the modules of a base model that read others find them, once all of them are there."""
+    for module in base.modules():
+        if isinstance(spec := structure_of(module), Connected):
+            spec.connect(module, base)
 
 
 def parameters(found: Structure, module: nn.Module) -> int:

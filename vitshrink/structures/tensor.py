@@ -1,8 +1,11 @@
-"""Attention whose input projections are one tensor, (projection, head, head dimension, width), kept as its factors."""
+"""Attention whose input projections are one tensor, (projection, head, head dimension, width), kept as its factors.
 
-from dataclasses import dataclass
+Several blocks may be stacked into one such tensor: it lies in the attention of the first, and serves those that follow.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,76 +27,81 @@ PROJECTIONS = 3
 
 
 class TensorProjection(nn.Module):
-    """The factors of (3, heads, d, n); every form ends in ``inputs`` (r, n), which reads the input first.
+    """The factors of (3 · blocks, heads, d, n); every form ends in ``inputs`` (r, n), which reads the input first.
 
     ``tucker``: core (p, h, e, r) in ``weight``, a factor for each mode. ``cp``: weights (r,), a factor for each mode.
-    ``tt`` (tensor-train): cores (3, p), ``weight`` (p, heads, e), (e, d, r).
+    ``tt`` (tensor-train): cores (3 · blocks, p), ``weight`` (p, heads, e), (e, d, r). To itself a block has three
+    rows of ``parts``, and its biases.
     """
 
     def __init__(self, spec: "TensorForm", heads: int, head: int, inputs: int, *, bias: bool, **options: Any) -> None:
         super().__init__()
-        self.form, self.sizes = spec.form, (PROJECTIONS, heads, head, inputs)
+        self.form, self.blocks, self.sizes = spec.form, spec.blocks, (PROJECTIONS * spec.blocks, heads, head, inputs)
         shapes = spec.shapes(self.sizes)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
         self.register_parameter("bias", nn.Parameter(torch.empty(prod(self.sizes[:3]), **options)) if bias else None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of x (batch, tokens, n), each (batch, tokens, heads · d)."""
-        z = F.linear(x, self.get_parameter("inputs"))
-        tokens = z.shape[0] * z.shape[1]
+    def forward(self, x: Tensor, block: int = 0) -> tuple[Tensor, ...]:
+        """Queries, keys and values of one of the blocks for x (batch, tokens, n), each (batch, tokens, heads · d)."""
+        z = F.linear(x, self._part("inputs"))
+        tokens, core = z.shape[0] * z.shape[1], self._core(block)
         # what is exported takes batches of any size, so that it cannot depend on them
         cheaper = not torch.compiler.is_exporting() and self._stepwise(tokens) < self._at_once(tokens)
-        y = self._contract(z) if cheaper else F.linear(z, self.matrix())
+        y = self._contract(z, core) if cheaper else F.linear(z, self._matrix(core))
         if isinstance(self.bias, Tensor):
-            y = y + self.bias
+            y = y + self.bias.view(self.blocks, -1)[block]
         return y.chunk(PROJECTIONS, -1)
 
-    def matrix(self) -> Tensor:
+    def matrix(self, block: int = 0) -> Tensor:
         """All factors but the last, multiplied: (3 · heads · d, r)."""
-        weight = self.get_parameter("weight")
-        if self.form == "tt":
-            found = torch.einsum("pa,ahb,bdr->phdr", self._part("parts"), weight, self._part("dims"))
-        elif self.form == "cp":
-            rest = torch.einsum("hr,dr->hdr", self._part("heads"), self._part("dims"))
-            found = torch.einsum("pr,hdr->phdr", self._part("parts") * weight, rest)
-        else:
-            inner = torch.einsum("abcr,dc->abdr", weight, self._part("dims"))
-            found = torch.einsum("pa,abdr,hb->phdr", self._part("parts"), inner, self._part("heads"))
-        return found.flatten(0, 2)
+        return self._matrix(self._core(block))
 
     def _part(self, name: str) -> Tensor:
         return self.get_parameter(name)
 
+    def _core(self, block: int) -> Tensor:
+        """What the three projections of a block make of ``weight``; the smallest product, and so the first."""
+        weight, own = self._part("weight"), self._part("parts")[PROJECTIONS * block : PROJECTIONS * (block + 1)]
+        return own * weight if self.form == "cp" else torch.tensordot(own, weight, 1)
+
+    def _matrix(self, core: Tensor) -> Tensor:
+        if self.form == "tt":
+            found = torch.einsum("phb,bdr->phdr", core, self._part("dims"))
+        elif self.form == "cp":
+            rest = torch.einsum("hr,dr->hdr", self._part("heads"), self._part("dims"))
+            found = torch.einsum("pr,hdr->phdr", core, rest)
+        else:
+            inner = torch.einsum("pbcr,dc->pbdr", core, self._part("dims"))
+            found = torch.einsum("pbdr,hb->phdr", inner, self._part("heads"))
+        return found.flatten(0, 2)
+
     def _at_once(self, tokens: int) -> int:
         """Multiplications of all tokens with the product of the factors, which is made for it."""
         rank = self._part("inputs").shape[0]
-        return (tokens + rank) * prod(self.sizes[:3]) * rank
+        return (tokens + rank) * PROJECTIONS * prod(self.sizes[1:3]) * rank
 
     def _stepwise(self, tokens: int) -> int:
         """Multiplications of all tokens with one factor after the other."""
-        parts, heads, head, _ = self.sizes
+        _, heads, head, _ = self.sizes
         rank = self._part("inputs").shape[0]
         if self.form == "tt":
-            a, _, b = self.get_parameter("weight").shape
-            return tokens * (rank * b * head + b * head * a * heads + a * parts * heads * head)
-        if self.form == "cp":
-            return (tokens + 1) * rank * prod(self.sizes[:3])  # there is no step that all projections share
-        a, b, c, _ = self.get_parameter("weight").shape
-        return tokens * (rank * a * b * c + a * b * c * head + a * b * head * heads + a * heads * head * parts)
+            b = self._part("weight").shape[2]
+            return tokens * (rank * b * head + b * head * heads * PROJECTIONS)
+        if self.form == "cp":  # there is no step that all projections share
+            return (tokens + 1) * rank * PROJECTIONS * heads * head
+        _, b, c, _ = self._part("weight").shape
+        return tokens * PROJECTIONS * (rank * b * c + b * c * head + b * head * heads)
 
-    def _contract(self, z: Tensor) -> Tensor:
-        weight = self.get_parameter("weight")
+    def _contract(self, z: Tensor, core: Tensor) -> Tensor:
         if self.form == "tt":
             y = torch.einsum("ntr,bdr->ntbd", z, self._part("dims"))
-            y = torch.einsum("ntbd,ahb->ntahd", y, weight)
-        elif self.form == "cp":
-            return F.linear(z, self.matrix())
-        else:
-            y = torch.einsum("ntr,abcr->ntabc", z, weight)
-            y = torch.einsum("ntabc,dc->ntabd", y, self._part("dims"))
-            y = torch.einsum("ntabd,hb->ntahd", y, self._part("heads"))
-        return torch.einsum("ntahd,pa->ntphd", y, self._part("parts")).flatten(2)
+            return torch.einsum("ntbd,phb->ntphd", y, core).flatten(2)
+        if self.form == "cp":
+            return F.linear(z, self._matrix(core))
+        y = torch.einsum("ntr,pbcr->ntpbc", z, core)
+        y = torch.einsum("ntpbc,dc->ntpbd", y, self._part("dims"))
+        return torch.einsum("ntpbd,hb->ntphd", y, self._part("heads")).flatten(2)
 
 
 class TensorAttention(StructuredAttention):
@@ -104,10 +112,23 @@ class TensorAttention(StructuredAttention):
         return self.heads(query), self.heads(key), self.heads(value)
 
 
+@dataclass(frozen=True)
 class TensorForm:
-    """What the descriptions of the three forms have in common; see ``TensorProjection``."""
+    """What the descriptions of the three forms have in common; see ``TensorProjection``.
 
-    form: str
+    Attributes:
+        blocks: how many attentions in a row the tensor serves: that in which it lies, and those that follow it.
+    """
+
+    form: ClassVar[str]
+    blocks: int = field(default=1, kw_only=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: number for name, number in asdict(self).items() if name != "blocks" or number > 1}
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> Self:
+        return cls(**read_numbers(entry, {f.name for f in fields(cls)} - {"blocks"}, frozenset({"blocks"})))
 
     def shapes(self, sizes: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
         """The parameters, by name."""
@@ -151,14 +172,7 @@ class Tucker(TensorForm):
     heads: int
     dims: int
     inputs: int
-    form = "tucker"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"parts": self.parts, "heads": self.heads, "dims": self.dims, "inputs": self.inputs}
-
-    @classmethod
-    def from_dict(cls, entry: Any) -> Self:
-        return cls(**read_numbers(entry, {"parts", "heads", "dims", "inputs"}))
+    form: ClassVar[str] = "tucker"
 
     def shapes(self, sizes: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
         ranks = (self.parts, self.heads, self.dims, self.inputs)
@@ -174,14 +188,7 @@ class CP(TensorForm):
     """Number of rank-one terms."""
 
     rank: int
-    form = "cp"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"rank": self.rank}
-
-    @classmethod
-    def from_dict(cls, entry: Any) -> Self:
-        return cls(**read_numbers(entry, {"rank"}))
+    form: ClassVar[str] = "cp"
 
     def shapes(self, sizes: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
         factors = {name: (size, self.rank) for name, size in zip(("parts", "heads", "dims"), sizes[:3], strict=True)}
@@ -196,14 +203,7 @@ class Train(TensorForm):
     parts: int
     heads: int
     inputs: int
-    form = "tt"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"parts": self.parts, "heads": self.heads, "inputs": self.inputs}
-
-    @classmethod
-    def from_dict(cls, entry: Any) -> Self:
-        return cls(**read_numbers(entry, {"parts", "heads", "inputs"}))
+    form: ClassVar[str] = "tt"
 
     def shapes(self, sizes: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
         parts, heads, head, width = sizes
