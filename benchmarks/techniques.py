@@ -37,7 +37,12 @@ from vitshrink.resolution import set_resolution
 
 LAYERS = ("svd", "asvd", "pca", "whitened", "mixed-rank", "curvature")
 ATTENTIONS = ("qk-joint", "vo-joint", "heads-joint", "cholesky")
-TENSORS = ("tucker", "cp", "tt")
+TENSORS = {
+    "tucker": {"form": "tucker"},
+    "tucker of 3 blocks": {"form": "tucker", "blocks": 3},
+    "cp": {"form": "cp"},
+    "tt": {"form": "tt"},
+}
 OUTPUTS = ("pca", "whitened")
 OUTPUT = r"o_proj$|attention\.output\.dense$"
 COLUMNS = ("technique", "parameters", "MACs", "time", "top-1", "KL", "top-1 recovered", "KL recovered")
@@ -50,8 +55,8 @@ def techniques(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         size = {"keep": (fraction,)}
         for method in (*LAYERS, *ATTENTIONS):
             found[f"{method} {fraction:g}"] = {"method": method, **size}
-        for form in TENSORS:
-            found[f"tensor {form} {fraction:g}"] = {"method": "tensor", "options": {"form": form}, **size}
+        for form, options in TENSORS.items():
+            found[f"tensor {form} {fraction:g}"] = {"method": "tensor", "options": options, **size}
         for method in OUTPUTS:
             found[f"output projections, {method} {fraction:g}"] = {"method": method, "include": (OUTPUT,), **size}
     for budget in given.tokens:

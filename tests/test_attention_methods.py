@@ -260,6 +260,7 @@ def test_descriptions_read_back_and_damaged_ones_do_not(entry: dict[str, Any]) -
     for damaged in (
         {**entry, "new": 1},
         {name: 0 if isinstance(value, int) else value for name, value in entry.items()},
+        *([{**entry, "form": form} for form in ("qr", ["tt"])] if "form" in entry else []),
     ):
         with pytest.raises(CheckpointError, match="expected positive whole numbers"):
             read(damaged)

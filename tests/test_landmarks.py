@@ -207,7 +207,7 @@ def test_descriptions_read_back_and_damaged_ones_do_not() -> None:
         {**entry, "form": "svd"},
         {"structure": "landmarks"},
     ):
-        with pytest.raises(CheckpointError, match="expected positive whole numbers of landmarks"):
+        with pytest.raises(CheckpointError, match="for landmarks, special, and a form of pooled, nystrom"):
             read(damaged)
     attention = copy.deepcopy(tiny.build("ViTModel").layers[0].attention)
     with pytest.raises(CheckpointError, match="7 landmarks are not possible"):

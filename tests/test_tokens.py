@@ -215,7 +215,7 @@ def test_descriptions_read_back_and_damaged_ones_do_not() -> None:
     tokens = MixedTokens(40, 3, "features")
     assert read(describe(tokens)) == tokens
     for damage in ({"budget": 0}, {"levels": "2"}, {"scorer": "none"}, {"new": 1}):
-        with pytest.raises(CheckpointError, match="expected budget, levels and a scorer"):
+        with pytest.raises(CheckpointError, match="for budget, levels, and a scorer of blur, features"):
             read(describe(tokens) | damage)
 
 

@@ -80,6 +80,12 @@ class Part:
         return self
 
 
+def tail(energies: Tensor) -> Tensor:
+    """(k,) what each component takes away, to (k + 1,) what is left at every rank."""
+    left = energies.flip(0).cumsum(0).flip(0)
+    return torch.cat([left, left.new_zeros(1)])
+
+
 Decompose = Callable[..., dict[str, Part]]
 """``f(attention, ranks, parts, *, **options)``: the parts asked for, for the ranks on offer; nothing is changed."""
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method
+from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method, tail
 from vitshrink.stats import square_roots
 from vitshrink.structures import Structure
 from vitshrink.structures.headwise import Headwise
@@ -46,9 +46,3 @@ def qk_joint(attention: AttentionWeights, ranks: Sequence[int], parts: Sequence[
         }
 
     return {"qk": Part(tail(torch.stack(values).sum(0)), tensors)}
-
-
-def tail(energies: Tensor) -> Tensor:
-    """(k,) what each component takes away, to (k + 1,) what is left at every rank."""
-    left = energies.flip(0).cumsum(0).flip(0)
-    return torch.cat([left, left.new_zeros(1)])

@@ -122,8 +122,10 @@ def _inputs(attention: AttentionWeights, ranks: Sequence[int], form: str, iterat
 
     found, errors = {}, {}
     for rank in ranks:
-        factors = _decompose(weighted, form_at(attention.dimensions, rank, form, len(stack)), iterations)
-        found[rank] = factors | {"inputs": factors["inputs"] @ inverse}
+        shape = form_at(attention.dimensions, rank, form, len(stack))
+        modes = ("parts", "weight" if form == "tt" else "heads", "dims", "inputs")
+        factors = _decompose(weighted, form, modes, shape.ranks, iterations)
+        found[rank] = factors | {"inputs": factors["inputs"].T @ inverse}
         errors[rank] = energy(weights - _product(found[rank], form))
     means = torch.stack([each.mean("query") for each in stack])
     bias = torch.cat([each.biases[role] for each in stack for role in roles])
@@ -147,9 +149,12 @@ def _outputs(attention: AttentionWeights, ranks: Sequence[int], form: str, itera
         stored = shape.shapes(matrix.shape[1], matrix.shape[0])
         if sum(math.prod(each) for each in stored.values()) >= matrix.numel():
             continue
-        factors = _decompose_output(weighted, shape, iterations)
+        train = form == "tt"  # from the dimensions over the heads to the width
+        modes = ("dims", "weight", "outputs") if train else ("heads", "dims", "outputs")
+        tensor = weighted.transpose(0, 1) if train else weighted
+        factors = _decompose(tensor, form, modes, shape.ranks, iterations)
         factors["dims"] = dims_back @ factors["dims"]
-        if form == "tt":  # the heads are within the middle core
+        if train:  # the heads are within the middle core
             factors["weight"] = torch.einsum("hg,cgr->chr", heads_back, factors["weight"])
         else:
             factors["heads"] = heads_back @ factors["heads"]
@@ -183,54 +188,28 @@ def _losses(energy: Tensor, errors: Mapping[int, Tensor]) -> Tensor:
     return loss
 
 
-def _decompose(weighted: Tensor, shape: Tucker | CP | Train, iterations: int) -> dict[str, Tensor]:
-    """Factors as ``TensorProjection`` names them."""
-    tensorly: Any = importlib.import_module("tensorly")
-    decomposition: Any = importlib.import_module("tensorly.decomposition")
-    names = ("parts", "heads", "dims", "inputs")
-    with tensorly.backend_context("pytorch"):
-        if isinstance(shape, Tucker):
-            ranks = [shape.parts, shape.heads, shape.dims, shape.inputs]
-            core, factors = decomposition.tucker(weighted, rank=ranks, n_iter_max=iterations)
-            named = dict(zip(names, factors, strict=True))
-            return {**named, "weight": core, "inputs": named["inputs"].T}
-        if isinstance(shape, CP):
-            weights, factors = decomposition.parafac(
-                weighted, shape.rank, n_iter_max=4 * iterations, init="random", random_state=0, normalize_factors=True
-            )
-            share = weights.sqrt()  # half of each term with the inputs: no factor is large
-            named = dict(zip(names, factors, strict=True))
-            return {**named, "weight": share, "inputs": (named["inputs"] * share).T}
-        first, second, third, last = decomposition.tensor_train(
-            weighted, rank=[1, shape.parts, shape.heads, shape.inputs, 1]
-        )
-        return {"parts": first[0], "weight": second, "dims": third, "inputs": last[..., 0]}
+def _decompose(
+    tensor: Tensor, form: str, names: Sequence[str], ranks: Sequence[int], iterations: int
+) -> dict[str, Tensor]:
+    """By tensorly: a factor (size, rank) for every mode under its name, and in ``weight`` what joins them.
 
-
-def _decompose_output(weighted: Tensor, shape: TensorOutputSpec, iterations: int) -> dict[str, Tensor]:
-    """Factors of (heads, d, m) as ``TensorOutput`` names them."""
+    The cores of a tensor-train are named in their order; the first and the last are the factors of modes.
+    """
     tensorly: Any = importlib.import_module("tensorly")
     decomposition: Any = importlib.import_module("tensorly.decomposition")
     with tensorly.backend_context("pytorch"):
-        if shape.form == "tucker":
-            ranks = [shape.heads, shape.dims, shape.outputs]
-            core, (heads, dims, outputs) = decomposition.tucker(weighted, rank=ranks, n_iter_max=iterations)
-            return {"weight": core, "heads": heads, "dims": dims, "outputs": outputs}
-        if shape.form == "cp":
-            weights, (heads, dims, outputs) = decomposition.parafac(
-                weighted,
-                shape.outputs,
-                n_iter_max=4 * iterations,
-                init="random",
-                random_state=0,
-                normalize_factors=True,
+        if form == "tt":
+            first, *cores, last = decomposition.tensor_train(tensor, rank=[1, *ranks, 1])
+            return dict(zip(names, (first[0], *cores, last[..., 0].T), strict=True))
+        if form == "tucker":
+            weight, factors = decomposition.tucker(tensor, rank=list(ranks), n_iter_max=iterations)
+        else:
+            terms, factors = decomposition.parafac(
+                tensor, *ranks, n_iter_max=4 * iterations, init="random", random_state=0, normalize_factors=True
             )
-            share = weights.sqrt()
-            return {"weight": share, "heads": heads, "dims": dims, "outputs": outputs * share}
-        first, second, last = decomposition.tensor_train(
-            weighted.transpose(0, 1), rank=[1, shape.dims, shape.outputs, 1]
-        )
-        return {"dims": first[0], "weight": second, "outputs": last[..., 0].T}
+            weight = terms.sqrt()  # half of each term with the last factor: none is large
+            factors[-1] = factors[-1] * weight
+    return {"weight": weight, **dict(zip(names, factors, strict=True))}
 
 
 def _output_matrix(factors: Mapping[str, Tensor], form: str) -> Tensor:

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method
-from vitshrink.methods.qk_joint import tail
+from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method, tail
 from vitshrink.stats import square_roots
 from vitshrink.structures import Structure
 from vitshrink.structures.headwise import Headwise

@@ -7,9 +7,9 @@ the meta device, before its weights are read.
 import importlib
 import pkgutil
 
-from vitshrink.structures.registry import Structure, connect, describe, fill, parameters, read, structure, structure_of
+from vitshrink.structures.registry import Structure, connect, describe, fill, read, structure, structure_of
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Structure", "connect", "describe", "fill", "parameters", "read", "structure", "structure_of"]
+__all__ = ["Structure", "connect", "describe", "fill", "read", "structure", "structure_of"]

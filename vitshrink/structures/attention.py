@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
-from vitshrink.errors import CheckpointError
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -136,15 +134,3 @@ def head_dimension(module: nn.Module) -> int:
     heads = module.num_attention_heads
     assert isinstance(heads, int)
     return linear(module, layout.query).out_features // heads
-
-
-def read_numbers(entry: Any, required: set[str], optional: frozenset[str] = frozenset()) -> dict[str, int]:
-    """The entry of a structure that is described by positive whole numbers. Raises CheckpointError."""
-    known = isinstance(entry, dict) and required <= set(entry) <= required | optional
-    if not known or any(type(number) is not int or number < 1 for number in entry.values()):
-        expected = ", ".join(sorted(required | optional))
-        raise CheckpointError(
-            f"cannot read the description {entry!r}: expected positive whole numbers for {expected}. "
-            "The checkpoint is damaged or was written by a newer vitshrink."
-        )
-    return dict(entry)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
 from vitshrink.structures.attention import StructuredAttention, become, layout_of
-from vitshrink.structures.registry import structure
+from vitshrink.structures.registry import structure, unreadable
 from vitshrink.structures.tensor import TensorAttention, TensorProjection
 
 
@@ -42,10 +42,7 @@ class Following:
     def from_dict(cls, entry: Any) -> Self:
         known = isinstance(entry, dict) and set(entry) == {"source", "block"}
         if not known or type(entry["block"]) is not int or entry["block"] < 1 or not isinstance(entry["source"], str):
-            raise CheckpointError(
-                f"cannot read the description {entry!r}: expected a source and the number of a block. "
-                "The checkpoint is damaged or was written by a newer vitshrink."
-            )
+            raise unreadable(entry, "a source and the number of a block")
         return cls(**entry)
 
     def fits(self, module: nn.Module) -> bool:

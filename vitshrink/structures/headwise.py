@@ -12,10 +12,9 @@ from vitshrink.structures.attention import (
     head_dimension,
     layout_of,
     linear,
-    read_numbers,
     resized,
 )
-from vitshrink.structures.registry import structure
+from vitshrink.structures.registry import read_entry, structure
 
 
 class HeadwiseAttention(StructuredAttention):
@@ -45,7 +44,7 @@ class Headwise:
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        numbers = read_numbers(entry, set(), frozenset({"qk", "value"}))
+        numbers = read_entry(entry, (), optional=("qk", "value"))
         return cls(numbers.get("qk"), numbers.get("value"))
 
     def fits(self, module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
 from vitshrink.structures.attention import StructuredAttention, become, layout_of, run_attention
-from vitshrink.structures.registry import structure
+from vitshrink.structures.registry import read_entry, structure
 
 FORMS = ("pooled", "nystrom")
 """What a map becomes: softmax over the landmarks, whose values are means too, or the Nyström product of three."""
@@ -110,15 +110,7 @@ class Landmarks:
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        known = isinstance(entry, dict) and set(entry) == {"landmarks", "special", "form"}
-        numbers = [entry["landmarks"], entry["special"]] if known else [None]
-        if any(type(number) is not int or number < 1 for number in numbers) or entry["form"] not in FORMS:
-            raise CheckpointError(
-                f"cannot read the description {entry!r}: expected positive whole numbers of landmarks and special "
-                f"tokens, and a form of {', '.join(FORMS)}. The checkpoint is damaged or was written by a newer "
-                "vitshrink."
-            )
-        return cls(**entry)
+        return cls(**read_entry(entry, ("landmarks", "special"), choices={"form": FORMS}))
 
     def window(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of a window, as square as they can be. Raises ValueError where there are no such windows."""

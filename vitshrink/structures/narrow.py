@@ -5,8 +5,8 @@ from typing import Any, Self
 
 from torch import nn
 
-from vitshrink.structures.attention import read_numbers, resized
-from vitshrink.structures.registry import structure
+from vitshrink.structures.attention import resized
+from vitshrink.structures.registry import read_entry, structure
 
 
 class NarrowLinear(nn.Linear):
@@ -27,7 +27,7 @@ class Narrow:
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        return cls(**read_numbers(entry, {"inputs"}))
+        return cls(**read_entry(entry, ("inputs",)))
 
     def fits(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and self.inputs < module.in_features

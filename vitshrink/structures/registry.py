@@ -1,7 +1,7 @@
 """The table of structures, and how each is found again: from a checkpoint's config, and from a module of a model."""
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -91,6 +91,35 @@ def read(entry: Any) -> Structure:
     return found
 
 
+def read_entry(
+    entry: Any,
+    numbers: Iterable[str],
+    *,
+    optional: Iterable[str] = (),
+    choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """What a structure says of itself: positive whole numbers, and words of which each has its ``choices``.
+
+    Raises CheckpointError for an entry that lacks one of them, has others, or other values.
+    """
+    required, known = {*numbers, *choices}, {*numbers, *choices, *optional}
+    fits = isinstance(entry, dict) and required <= set(entry) <= known
+    if not fits or not all(
+        value in choices[name] if name in choices else type(value) is int and value > 0 for name, value in entry.items()
+    ):
+        words = "".join(f", and a {name} of {', '.join(found)}" for name, found in choices.items())
+        raise unreadable(entry, f"positive whole numbers for {', '.join(sorted(known - set(choices)))}{words}")
+    return dict(entry)
+
+
+def unreadable(entry: Any, expected: str) -> CheckpointError:
+    """What there is to say of an entry that no version up to this one writes."""
+    return CheckpointError(
+        f"cannot read the description {entry!r}: expected {expected}. "
+        "The checkpoint is damaged or was written by a newer vitshrink."
+    )
+
+
 def structure_of(module: nn.Module) -> Structure | None:
     """The structure of a module; None where it is one of the dense model's."""
     spec: Any = getattr(module, "spec", None)
@@ -102,12 +131,6 @@ def connect(base: nn.Module) -> None:
     for module in base.modules():
         if isinstance(spec := structure_of(module), Connected):
             spec.connect(module, base)
-
-
-def parameters(found: Structure, module: nn.Module) -> int:
-    """Parameters that the structure has in the place of ``module``: what is built is what is counted."""
-    built = found.build(copy.deepcopy(module).to("meta"))
-    return sum(parameter.numel() for parameter in built.parameters())
 
 
 @torch.no_grad()

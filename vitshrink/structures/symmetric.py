@@ -14,9 +14,8 @@ from vitshrink.structures.attention import (
     head_dimension,
     layout_of,
     linear,
-    read_numbers,
 )
-from vitshrink.structures.registry import structure
+from vitshrink.structures.registry import read_entry, structure
 
 
 class SharedProjection(nn.Module):
@@ -68,7 +67,7 @@ class Symmetric:
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        return cls(**read_numbers(entry, {"rank"}))
+        return cls(**read_entry(entry, ("rank",)))
 
     def fits(self, module: nn.Module) -> bool:
         return layout_of(module) is not None

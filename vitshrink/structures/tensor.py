@@ -18,9 +18,8 @@ from vitshrink.structures.attention import (
     head_dimension,
     layout_of,
     linear,
-    read_numbers,
 )
-from vitshrink.structures.registry import structure
+from vitshrink.structures.registry import read_entry, structure
 
 PROJECTIONS = 3
 """Queries, keys and values: what reads the same input."""
@@ -123,12 +122,18 @@ class TensorForm:
     form: ClassVar[str]
     blocks: int = field(default=1, kw_only=True)
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """In the order of the modes that have them."""
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "blocks")
+
     def to_dict(self) -> dict[str, Any]:
         return {name: number for name, number in asdict(self).items() if name != "blocks" or number > 1}
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        return cls(**read_numbers(entry, {f.name for f in fields(cls)} - {"blocks"}, frozenset({"blocks"})))
+        ranks = [each.name for each in fields(cls) if each.name != "blocks"]
+        return cls(**read_entry(entry, ranks, optional=("blocks",)))
 
     def shapes(self, sizes: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
         """The parameters, by name."""

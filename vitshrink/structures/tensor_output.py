@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
-from vitshrink.structures.attention import read_numbers
-from vitshrink.structures.registry import structure
+from vitshrink.structures.registry import read_entry, structure
 
 RANKS = {"tucker": ("heads", "dims", "outputs"), "cp": ("outputs",), "tt": ("dims", "outputs")}
 """The ranks that each form has. A tensor-train runs from the head dimension over the heads to the width."""
@@ -88,19 +87,19 @@ class TensorOutputSpec:
     dims: int = 1
     heads: int = 1
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """In the order of the modes that have them."""
+        return tuple(getattr(self, name) for name in RANKS[self.form])
+
     def to_dict(self) -> dict[str, Any]:
         return {"form": self.form, "size": self.size} | {name: getattr(self, name) for name in RANKS[self.form]}
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
         form = entry.get("form") if isinstance(entry, dict) else None
-        if form not in RANKS:
-            raise CheckpointError(
-                f"cannot read the description {entry!r}: expected a form of {', '.join(RANKS)}. "
-                "The checkpoint is damaged or was written by a newer vitshrink."
-            )
-        numbers = {name: number for name, number in entry.items() if name != "form"}
-        return cls(form, **read_numbers(numbers, {"size", *RANKS[form]}))
+        ranks = RANKS.get(str(form), ())
+        return cls(**read_entry(entry, ("size", *ranks), choices={"form": tuple(RANKS)}))
 
     def shapes(self, width: int, outputs: int) -> dict[str, tuple[int, ...]]:
         """The parameters, by name. Raises CheckpointError for ranks above the sizes of their modes."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
-from vitshrink.structures.registry import structure
+from vitshrink.structures.registry import read_entry, structure
 
 SCORERS = ("blur", "features")
 """What makes a patch worth splitting: the pixels, or the embedding, that the larger patch does not show."""
@@ -161,14 +161,7 @@ class MixedTokens:
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        known = isinstance(entry, dict) and set(entry) == {"budget", "levels", "scorer"}
-        numbers = [entry["budget"], entry["levels"]] if known else [None]
-        if any(type(number) is not int or number < 1 for number in numbers) or entry["scorer"] not in SCORERS:
-            raise CheckpointError(
-                f"cannot read the description {entry!r}: expected budget, levels and a scorer of {', '.join(SCORERS)}. "
-                "The checkpoint is damaged or was written by a newer vitshrink."
-            )
-        return cls(**entry)
+        return cls(**read_entry(entry, ("budget", "levels"), choices={"scorer": SCORERS}))
 
     def coarse(self, grid: tuple[int, int]) -> int:
         """Patches of the largest size in a grid (rows, columns) of the smallest."""
