@@ -210,6 +210,7 @@ def test_methods_lists_every_method() -> None:
     result = run("methods")
     assert result.exit_code == 0
     assert set(available_methods()) <= set(re.findall(r"^\S+", result.stdout, re.MULTILINE))
+    assert "  tensor: form=tucker, iterations=5, blocks=1" in result.stdout.splitlines()
 
 
 # Recipes

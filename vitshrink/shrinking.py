@@ -1,7 +1,6 @@
 """A job on a model in memory, to which loading, saving and measuring are added elsewhere: one smaller model a size."""
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from vitshrink.description import Description
 from vitshrink.errors import TargetError, UsageError
 from vitshrink.maps import approximate_maps, landmarks_of
 from vitshrink.measurement import CalibrationData
-from vitshrink.methods import AttentionMethod, Method, Needs, choose, find_method
+from vitshrink.methods import AttentionMethod, Method, Needs, choose, find_method, options_of
 from vitshrink.models import Target, find_targets
 from vitshrink.observer import Job
 from vitshrink.progress import Progress
@@ -111,8 +110,7 @@ class Choices:
 
 def check_options(method: Method | AttentionMethod, options: Mapping[str, Any]) -> None:
     """Raises UsageError for an option that the method does not have, or of another kind than its default."""
-    parameters = inspect.signature(method.factorise).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centred"}
+    defaults = options_of(method)
     for name, value in options.items():
         if not defaults:
             raise UsageError(f"--option {name}: method {method.name!r} has no options.")

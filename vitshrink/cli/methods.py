@@ -3,7 +3,7 @@
 from vitshrink.allocation import ALLOCATIONS
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
-from vitshrink.methods import attention_methods, available_methods, find_method
+from vitshrink.methods import attention_methods, available_methods, find_method, options_of
 
 
 @console.reported
@@ -14,4 +14,8 @@ def methods_command() -> None:
         method = find_method(name)
         table.add(name, method.needs.value, method.allocation, method.compensation, method.summary)
     console.show(table)
-    console.output.print(f"\nallocations: {', '.join(sorted(ALLOCATIONS))}")
+    console.output.print("\noptions (--option name=value), with their defaults:")
+    for name in [*available_methods(), *attention_methods()]:
+        if options := options_of(find_method(name)):
+            console.output.print(f"  {name}: {', '.join(f'{option}={default}' for option, default in options.items())}")
+    console.output.print(f"allocations: {', '.join(sorted(ALLOCATIONS))}")

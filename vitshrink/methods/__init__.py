@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from vitshrink.methods.attention import AttentionMethod, attention_methods, find_method
+from vitshrink.methods.attention import AttentionMethod, attention_methods, find_method, options_of
 from vitshrink.methods.registry import (
     Factorisation,
     Method,
@@ -26,4 +26,5 @@ __all__ = [
     "choose",
     "find_method",
     "get_method",
+    "options_of",
 ]

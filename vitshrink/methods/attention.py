@@ -1,7 +1,9 @@
 """The table of methods that replace a whole attention. Like those for layers: a pure function in a file of its own."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,6 +167,12 @@ def attention_method(
 def attention_methods() -> list[str]:
     """Names of all registered methods for attentions."""
     return sorted(_METHODS)
+
+
+def options_of(method: Method | AttentionMethod) -> dict[str, Any]:
+    """What ``--option`` sets, and the defaults: the arguments that are given by name."""
+    parameters = inspect.signature(method.factorise).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centred"}
 
 
 def find_method(name: str) -> Method | AttentionMethod:
