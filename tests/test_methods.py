@@ -266,3 +266,16 @@ def test_every_method_names_its_paper_or_its_origin(name: str) -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"unknown method 'whitend'. Did you mean 'whitened'\?"):
         get_method("whitend")
+
+
+def test_a_measured_loss_is_carried_over_measured_again_or_between() -> None:
+    up, down = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    loss = torch.tensor([8.0, 4.0, 2.0, 0.0], dtype=torch.float64)
+    before = Factorisation(up, down, 2 * loss, torch.tensor([4.0, 3.0, 1.0, 0.0], dtype=torch.float64))
+    again = Factorisation(up, down, 2 * loss, torch.tensor([16.0, 6.0, 1.0, 0.0], dtype=torch.float64))
+    new = Factorisation(up, down, loss)
+    for share, want in ((0.0, [4, 3, 1, 0]), (1.0, [8, 3, 0.5, 0]), (0.5, [32**0.5, 3, 0.5**0.5, 0])):
+        measured = new.measured_between(before, again, share).measured
+        assert measured is not None
+        torch.testing.assert_close(measured, torch.tensor(want, dtype=torch.float64))
+    assert new.measured_between(replace(before, measured=None), again, 0.5) is new

@@ -19,6 +19,7 @@ from vitshrink.models import blocks_of, find_targets
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.recovery import Material, Recovery, recover
 from vitshrink.recovery.factors import pack, unpack
+from vitshrink.recovery.optimizer import optimizer_of
 from vitshrink.recovery.progress import Progress
 from vitshrink.recovery.training import Loop
 from vitshrink.storage import fix_gauge
@@ -339,3 +340,37 @@ def test_plain_factors_and_back_lose_nothing(name: str) -> None:
         pack(model, pivots)
         assert all(layer.spec.pivot is not None for layer in compressed_layers(model).values())
         torch.testing.assert_close(model(**x)[0], before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_moves_all_directions_of_a_matrix_alike_and_its_state_can_be_taken_up() -> None:
+    model = tiny.build("ViTForImageClassification")
+    parameters = dict(model.named_parameters())
+    matrix = next(p for name, p in parameters.items() if name.endswith("q_proj.weight") or "query.weight" in name)
+
+    def step(optimizer: torch.optim.Optimizer, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        U, S, Vh = torch.linalg.svd(torch.randn(matrix.shape, generator=generator))
+        matrix.grad = U @ torch.logspace(0, -1, len(S)).diag() @ Vh
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * group["share"]
+        before = matrix.detach().clone()
+        optimizer.step()
+        return matrix.detach() - before
+
+    first = optimizer_of(model, parameters.values())
+    groups = [{id(p) for p in group["params"]} for group in first.param_groups]
+    assert [id(matrix) in group for group in groups] == [True, False]
+    assert sum(map(len, groups)) == len(parameters)
+    assert all(p.ndim == 2 for p in first.param_groups[0]["params"])
+    values = torch.linalg.svdvals(step(first, 0).double())
+    assert values[0] / values[-1] < 2, "of the gradient they differ tenfold"
+
+    weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(first.state_dict())
+    want = step(first, 1)
+    model.load_state_dict(weights)
+    again = optimizer_of(model, parameters.values())
+    again.load_state_dict(state)
+    assert torch.equal(step(again, 1), want)

@@ -50,6 +50,9 @@ from vitshrink.sharing import Shared, shared_effects, shared_shortfall
 from vitshrink.stats import LinearStats
 from vitshrink.storage import fix_gauge
 
+SHARES_MEASURED_AGAIN = (0.0, 0.5, 1.0)
+"""Exponents of what components do in the compressed model; the rest is that of what was measured before."""
+
 DENSE = "dense"
 """The step of a job that looks at the dense model only."""
 
@@ -176,8 +179,9 @@ class Compression:
     def refine(self, factors: Factors, plan: Plan, job: Job, step: str = "") -> Factors:
         """Estimate the statistics again on the model compressed by ``plan``, and factorise for those.
 
-        What a layer must keep depends on what the others lost. The factors are those of the dense weights again. What
-        they lose is measured with the factors there were, and said of the new ones in proportion.
+        What a layer must keep depends on what the others lost. The factors are those of the dense weights again. How
+        much of its budget each layer gets follows from what its components do in the dense model, in the compressed
+        one, or from the geometric mean of both: whichever gives the model that comes closest to the dense one.
         """
         if (finished := self.resume(step)) is not None:
             return finished
@@ -188,17 +192,38 @@ class Compression:
             again = self._statistics(model, dense, job, seed=self.config.seed + 1, step=step)
             stats = laid_out({name: factors.stats[name].refined_by(again[name]) for name in again})
             memory.write(stats)
-        before = self._measured(model, factors, job)
+        again_measured = self._measured(model, factors, job)
         refined = self._factorise(stats, job, step)
-        layers = laid_out(
-            {
-                name: each.corrected_by(before.layers[name]) if name in before.layers else each
-                for name, each in refined.layers.items()
-            }
-        )
+        chosen = self._best_measured(refined, factors, again_measured, self.size(factors, plan), job)
+        chosen = replace(chosen, layers=laid_out(chosen.layers))
         if not refined.failures:
-            memory.write(layers)
-        return replace(refined, layers=layers)
+            memory.write(chosen.layers)
+        return chosen
+
+    def _best_measured(self, refined: Factors, before: Factors, again: Factors, budget: int, job: Job) -> Factors:
+        """``refined``, with the measured losses that spend the budget best: those ``before``, ``again``, or between.
+
+        What is removed from a compressed model tells little of what it did there, and after a light cut misleads; what
+        a deep cut has left works otherwise than in the dense model.
+        """
+        if not self._measures or self.calibration is None:
+            return refined
+        batches = list(_first(self.calibration.batches, MEASURED_SAMPLES))
+        candidates = []
+        with job.stage("choose", "Choosing what ranks go by", len(SHARES_MEASURED_AGAIN)) as advance:
+            for share in SHARES_MEASURED_AGAIN:
+                layers = {
+                    name: each.measured_between(before.layers[name], again.layers[name], share)
+                    if name in before.layers
+                    else each
+                    for name, each in refined.layers.items()
+                }
+                candidate = replace(refined, layers=layers)
+                model = self._replaced(candidate, self.plan(candidate, budget))
+                missing = shared_shortfall(model, self.dense, batches, seed=self.config.seed + 4, passes=self._passes)
+                candidates.append((float(missing.square().mean()), candidate))
+                advance(1)
+        return min(candidates, key=lambda each: each[0])[1]
 
     def resume(self, step: str) -> Factors | None:
         """What an interrupted run of the job has kept of a step, if it had completed it."""

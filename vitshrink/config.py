@@ -113,7 +113,8 @@ class FinetuneConfig:
     """Epochs of block-wise reconstruction before the whole model is trained."""
     train: Trained = "all"
     augment: bool = True
-    mixing: float = 0.0
+    mixing: float | None = None
+    """Part of the images that are blended with another; None: a usual one in distillation without ``views``."""
     views: int | None = None
     """Different augmentations of a sample, so that the dense model's answers are kept; None: new ones in each epoch."""
     features: float | None = None
@@ -155,6 +156,8 @@ class FinetuneConfig:
                 raise UsageError(f"finetune: {name} {value} is a share: give a number from 0 to 1.")
         if not 0 < self.validation < 1:
             raise UsageError(f"finetune: validation {self.validation} is the part held out: above 0 and below 1.")
+        if self.mixing and self.objective != "distill":
+            raise UsageError("finetune: mixing blends images of different labels: it is for the objective distill.")
         if self.reversible and self.gradient_checkpointing:
             raise UsageError("finetune: reversible already recomputes activations: leave gradient_checkpointing out.")
         if self.features and (self.bdia or self.reversible):

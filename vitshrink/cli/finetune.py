@@ -94,7 +94,10 @@ def finetune_command(
         bool, typer.Option(help="Crop and mirror images, hide tokens.", rich_help_panel=TRAINING)
     ] = DEFAULT.augment,
     mixing: Annotated[
-        float, typer.Option(help="Part of the images that are blended with another.", rich_help_panel=TRAINING)
+        float | None,
+        typer.Option(
+            help="Part of the images that are blended with another, in distillation.", rich_help_panel=TRAINING
+        ),
     ] = DEFAULT.mixing,
     views: Annotated[
         int | None,

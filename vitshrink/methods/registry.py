@@ -37,12 +37,16 @@ class Factorisation:
     loss: Tensor
     measured: Tensor | None = None
 
-    def corrected_by(self, other: "Factorisation") -> "Factorisation":
-        """With the loss measured, from how far the measured loss of ``other`` factors of this layer is from theirs."""
-        if other.measured is None:
+    def measured_between(self, before: "Factorisation", again: "Factorisation", share: float) -> "Factorisation":
+        """With the loss that was measured of other factors of this layer ``before``, and ``again`` by ``share``.
+
+        What was measured again is first scaled, rank by rank, as the loss of these factors is to that of those.
+        """
+        if before.measured is None or again.measured is None:
             return self
-        ratio = other.measured / torch.where(other.loss > 0, other.loss, torch.inf)
-        return replace(self, measured=(self.loss * ratio).cummin(0).values)
+        ratio = self.loss / torch.where(again.loss > 0, again.loss, torch.inf)
+        measured = before.measured ** (1 - share) * (again.measured * ratio) ** share
+        return replace(self, measured=measured.cummin(0).values)
 
     @classmethod
     def from_spectrum(cls, up: Tensor, down: Tensor, energies: Tensor) -> "Factorisation":

@@ -36,6 +36,7 @@ from vitshrink.recovery.factors import pack, unpack
 from vitshrink.recovery.hidden import observed_blocks
 from vitshrink.recovery.material import Material
 from vitshrink.recovery.objectives import Distillation, Supervision
+from vitshrink.recovery.optimizer import optimizer_of
 from vitshrink.recovery.progress import Progress
 from vitshrink.recovery.reversible import bidirectional
 from vitshrink.recovery.samples import TrainingSet
@@ -47,10 +48,11 @@ RATES = {"distill": 5e-5, "supervised": 1e-4}
 EPOCHS = 10.0
 MOST_EPOCHS = 1000.0
 """Where time is the limit."""
-FEATURES = 5.0
-"""Weight of what the blocks hand on."""
+FEATURES = {"distill": 200.0, "supervised": 5.0}
+"""Weight of what the blocks hand on: a few hundred samples teach by it, and overfit without; labels must be heard."""
+MIXING = 0.5
+"""Part of the images that are blended with another one."""
 BLOCKWISE_RATE = 1e-4
-BETAS = (0.9, 0.99)
 TOKENS_AUGMENTED = 0.05
 """Part of the tokens of a text that augmentation hides."""
 LEAST_HELD_OUT = 8
@@ -122,7 +124,7 @@ def recover(
         set_seed(seed)
         parameters = _trainable(model, config)
         loader = DataLoader(Subset(data, training), config.batch_size, shuffle=True, collate_fn=data.collate)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, betas=BETAS, weight_decay=0.0, fused=True)
+        optimizer: torch.optim.Optimizer = optimizer_of(model, parameters.values())
         wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         inside.callback(model.eval)
         inside.callback(_unwrap, accelerator, model, wrapped)
@@ -275,7 +277,7 @@ def _features(model: PreTrainedModel, config: FinetuneConfig) -> float:
     if config.features is not None:
         return config.features
     comparable = _asks(config) and not (config.bdia or config.reversible or _has_mixed_tokens(model))
-    return FEATURES if comparable else 0.0
+    return FEATURES[config.objective] if comparable else 0.0
 
 
 def _asks(config: FinetuneConfig) -> bool:
@@ -293,7 +295,8 @@ def _augmentation(
     config: FinetuneConfig, preprocessor: Preprocessor, model: PreTrainedModel, seed: int
 ) -> Augmentation:
     if preprocessor.kind == "image":
-        return Augmentation(seed, mixing=config.mixing)
+        usual = MIXING if config.objective == "distill" and config.views is None else 0.0
+        return Augmentation(seed, mixing=usual if config.mixing is None else config.mixing)
     guessing = task_of(model) == "masked-lm"
     tokenizer = preprocessor.processor
     return Augmentation(

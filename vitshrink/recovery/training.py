@@ -88,7 +88,7 @@ class Loop:
         """Run one batch; True when it ended with a step of the optimiser, or with the return to a good state."""
         accelerator, progress = self.accelerator, self.progress
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * progress.learning_rate
+            group["lr"] = group["share"] * self.learning_rate * progress.learning_rate
         with accelerator.accumulate(self.model):
             loss = self.criterion.training_loss(batch, progress.epoch)
             accelerator.backward(loss)
