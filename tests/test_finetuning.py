@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from typer.testing import CliRunner
 
@@ -240,3 +241,28 @@ def test_too_few_samples_to_judge_by_end_it_before_the_compression(
     assert refused.exit_code == 1
     assert "15 usable samples: recovery needs at least 16" in " ".join(refused.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_evaluation_data_may_have_columns_of_other_names(
+    compressed: Callable[..., CompressionResult], checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    name = "BertForSequenceClassification"
+    small = compressed(name, keep=(0.7,)).directory
+    sentences = text_file.read_text().splitlines()
+    training, labelled = tmp_path / "training.jsonl", tmp_path / "labelled.jsonl"
+    training.write_text("".join(json.dumps({"words": s, "sentence": "no"}) + "\n" for s in sentences))
+    rows = [{"said": s, "text": "no", "kind": tiny.TEXT_CLASSES[i % 2]} for i, s in enumerate(sentences[:20])]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--epochs", 1, "--batch-size", 8, "--text-column", "words", "--eval-text-column", "said", "--json"]
+    result = run(
+        *("finetune", small, tmp_path / "out", "--teacher", checkpoint(name), "--data", training, "--eval", labelled),
+        *(*flags, "--eval-label-column", "kind"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["evaluation"]["samples"] == 20
+    refused = run(
+        *("finetune", small, tmp_path / "no", "--teacher", checkpoint(name), "--data", training, "--eval", labelled),
+        *("--text-column", "words", "--eval-text-column", "sayd"),
+    )
+    assert refused.exit_code != 0
+    assert "labelled.jsonl has no column 'sayd'. Did you mean 'said'?" in refused.stderr

@@ -440,6 +440,10 @@ class FinetuneJob:
     eval: str | None = None
     eval_split: str | None = None
     eval_limit: int | None = None
+    eval_image_column: str | None = None
+    eval_text_column: str | None = None
+    eval_text_pair_column: str | None = None
+    eval_label_column: str | None = None
     image_column: str | None = None
     text_column: str | None = None
     text_pair_column: str | None = None
@@ -465,16 +469,22 @@ class FinetuneJob:
 
     @property
     def data(self) -> DataConfig | None:
-        return self._data(self.finetune.data, self.finetune.split)
+        if self.finetune.data is None:
+            return None
+        columns = (self.image_column, self.text_column, self.text_pair_column, self.label_column)
+        return DataConfig(self.finetune.data, self.finetune.split, *columns)
 
     @property
     def eval_data(self) -> DataConfig | None:
-        return self._data(self.eval, self.eval_split)
-
-    def _data(self, source: str | None, split: str | None) -> DataConfig | None:
-        if source is None:
+        if self.eval is None:
             return None
-        return DataConfig(source, split, self.image_column, self.text_column, self.text_pair_column, self.label_column)
+        columns = (
+            self.eval_image_column,
+            self.eval_text_column,
+            self.eval_text_pair_column,
+            self.eval_label_column,
+        )
+        return DataConfig(self.eval, self.eval_split, *columns, flags="--eval-")
 
     @classmethod
     def from_mapping(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Self:

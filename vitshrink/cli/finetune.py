@@ -41,6 +41,12 @@ def finetune_command(
     ] = None,
     eval_split: Annotated[str | None, typer.Option(help="Their split.", rich_help_panel=DATA)] = None,
     eval_limit: Annotated[int | None, typer.Option(help="Evaluate on this many at most.", rich_help_panel=DATA)] = None,
+    eval_image_column: Annotated[str | None, typer.Option(help="Their column of images.", rich_help_panel=DATA)] = None,
+    eval_text_column: Annotated[str | None, typer.Option(help="Their column of texts.", rich_help_panel=DATA)] = None,
+    eval_text_pair_column: Annotated[
+        str | None, typer.Option(help="Their column of second texts.", rich_help_panel=DATA)
+    ] = None,
+    eval_label_column: Annotated[str | None, typer.Option(help="Their column of labels.", rich_help_panel=DATA)] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the images.", rich_help_panel=DATA)] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.", rich_help_panel=DATA)] = None,
     text_pair_column: Annotated[
