@@ -184,6 +184,25 @@ def test_a_learning_rate_that_destroys_is_lowered_and_training_begins_again(
     assert max(rates[len(rates) // 2 :]) <= 0.1
 
 
+def test_a_learning_rate_that_gains_nothing_for_so_long_as_patience_lasts_is_lowered_too() -> None:
+    progress = Progress(steps_an_epoch=10, epochs=10, history=[{"held_out": 2.0, "step": 0}])
+    assert progress.keeps([2.0])
+    for step in (10, 20):
+        progress.step = step
+        progress.history.append({"held_out": 2.1, "step": step})
+        assert not progress.keeps([2.1])
+        assert not progress.destroyed(2.1)
+    assert progress.stale(2)
+    assert progress.may_begin_again
+    before = progress.learning_rate
+    progress.begin_again()
+    assert not progress.stale(2)
+    assert progress.learning_rate < before / 2
+    progress.step = 30
+    assert progress.keeps([1.9])
+    assert not progress.may_begin_again, "what was gained is not given up for another rate"
+
+
 def test_of_states_that_cannot_be_told_apart_the_later_is_kept_but_none_worse_than_the_start() -> None:
     def judged(*rows: float) -> bool:
         progress.step += 1

@@ -118,7 +118,12 @@ class Progress:
 
     def destroyed(self, loss: float) -> bool:
         """Whether a held-out loss is so much worse than that of the start that training should begin again."""
-        return self.best_step == 0 < self.step and loss > DESTROYED * self.best and self.retreats < MOST_RETREATS
+        return self.step > 0 and self.may_begin_again and loss > DESTROYED * self.best
+
+    @property
+    def may_begin_again(self) -> bool:
+        """Whether nothing was gained so far, and lower learning rates are left."""
+        return self.best_step == 0 and self.retreats < MOST_RETREATS
 
     def begin_again(self) -> None:
         """At a lower learning rate, which rises anew."""

@@ -124,7 +124,12 @@ class Loop:
             return "diverged"
         if over:
             return "time" if progress.step < progress.steps else "done"
-        return "early" if progress.stale(self.patience) else ""
+        if not progress.stale(self.patience):
+            return ""
+        if not progress.may_begin_again:
+            return "early"
+        self._begin_again(float(progress.history[-1]["held_out"] or math.nan))
+        return ""
 
     def judge(self) -> None:
         """Run the held-out samples, and keep the state where it is the best so far."""
@@ -160,7 +165,7 @@ class Loop:
         return _copy(self.parameters), deepcopy(self.optimizer.state_dict())
 
     def _begin_again(self, held_out: float) -> None:
-        """After a learning rate that destroys: the state that training began with, and a lower one."""
+        """After a learning rate that gains nothing: the state that training began with, and a lower one."""
         progress = self.progress
         self.warn(
             f"learning rate {self.learning_rate * progress.rate:.1e} raised the held-out loss from "
