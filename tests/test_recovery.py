@@ -21,6 +21,7 @@ from vitshrink.recovery import Material, Recovery, recover
 from vitshrink.recovery.factors import pack, unpack
 from vitshrink.recovery.optimizer import optimizer_of
 from vitshrink.recovery.progress import Progress
+from vitshrink.recovery.recover import FEATURES, MOST_FEATURES, _features_from
 from vitshrink.recovery.training import Loop
 from vitshrink.storage import fix_gauge
 
@@ -393,3 +394,17 @@ def test_a_step_moves_all_directions_of_a_matrix_alike_and_its_state_can_be_take
     again = optimizer_of(model, parameters.values())
     again.load_state_dict(state)
     assert torch.equal(step(again, 1), want)
+
+
+def test_what_blocks_hand_on_counts_the_less_the_more_was_lost_at_the_start(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], learned_images: Path
+) -> None:
+    weights = [_features_from(start, [1.0, 3.0]) for start in (0.0, 0.5, 1.0, 1.9, 2.0, 5.0)]
+    assert weights == sorted(weights, reverse=True)
+    assert (weights[0], weights[-1]) == (MOST_FEATURES, FEATURES)
+    *_, usual = train("ViTForImageClassification", epochs=1)
+    assert FEATURES <= usual.settings["features"] <= MOST_FEATURES
+    *_, given = train("ViTForImageClassification", epochs=1, features=7.0)
+    assert given.settings["features"] == 7.0
+    *_, labels = train("ViTForImageClassification", data=learned_images, objective="supervised", distillation=0.5)
+    assert labels.settings["features"] == FEATURES

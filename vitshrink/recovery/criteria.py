@@ -67,14 +67,28 @@ class Criterion:
     def held_out_losses(self) -> list[float]:
         """The plain loss of every row of the held-out samples, the same in every process."""
         self.reader.model.eval()
+        return self._of_held_out(lambda batch: self._rows(self.objective.plain, batch, HELD_OUT))
+
+    @torch.no_grad()
+    def losses_of_nothing(self) -> list[float]:
+        """Those of a model whose answer to everything is zero: a uniform distribution where there are classes."""
+        assert self.teacher is not None
+        teacher, objective = self.teacher, self.objective.plain
+        assert isinstance(objective, Distillation)
+
+        def rows(batch: TrainingBatch) -> Tensor:
+            dense = teacher(batch, HELD_OUT)
+            return objective.loss(torch.zeros_like(dense), dense)
+
+        return self._of_held_out(rows)
+
+    def _of_held_out(self, rows: Callable[[TrainingBatch], Tensor]) -> list[float]:
         losses: list[float] = []
         with self.accelerator.split_between_processes(list(self.held_out)) as own:
             for start in range(0, len(own), self.batch_size):
-                items = self.data.__getitems__(own[start : start + self.batch_size])
-                if not items:
-                    continue
-                batch = self._held_out(self.data.collate(items)).to(self.accelerator.device)
-                losses += self._rows(self.objective.plain, batch, HELD_OUT).float().tolist()
+                if items := self.data.__getitems__(own[start : start + self.batch_size]):
+                    batch = self._held_out(self.data.collate(items)).to(self.accelerator.device)
+                    losses += rows(batch).float().tolist()
         return list(gather_object(losses))
 
     def _held_out(self, batch: TrainingBatch) -> TrainingBatch:

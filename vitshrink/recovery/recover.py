@@ -48,8 +48,10 @@ RATES = {"distill": 5e-5, "supervised": 1e-4}
 EPOCHS = 10.0
 MOST_EPOCHS = 1000.0
 """Where time is the limit."""
-FEATURES = {"distill": 200.0, "supervised": 5.0}
-"""Weight of what the blocks hand on: a few hundred samples teach by it, and overfit without; labels must be heard."""
+FEATURES = 5.0
+"""Weight of what the blocks hand on, where it is far from what the dense model's do, or labels must be heard."""
+MOST_FEATURES = 200.0
+"""The same where a distillation begins near: a few hundred samples teach by it, and overfit without."""
 MIXING = 0.5
 """Part of the images that are blended with another one."""
 BLOCKWISE_RATE = 1e-4
@@ -174,6 +176,8 @@ def recover(
                 "the answers of the compressed model to the held-out samples are not finite: it cannot be trained. "
                 "Compress it again, less strongly."
             )
+        if criterion.features and config.features is None and config.objective == "distill":
+            criterion.features = _features_from(loop.progress.start, criterion.losses_of_nothing())
         blocks: list[dict[str, float]] = []
         if config.blockwise and dense is not None and not resumed:
             with job.stage("blockwise", "Reconstructing blocks", len(blocks_of(model))) as advance:
@@ -277,7 +281,16 @@ def _features(model: PreTrainedModel, config: FinetuneConfig) -> float:
     if config.features is not None:
         return config.features
     comparable = _asks(config) and not (config.bdia or config.reversible or _has_mixed_tokens(model))
-    return FEATURES[config.objective] if comparable else 0.0
+    return FEATURES if comparable else 0.0
+
+
+def _features_from(start: float, nothing: list[float]) -> float:
+    """The usual weight in distillation: less, the more of the dense model's answers is lost at the start.
+
+    A model that has lost nearly all of them has to learn them anew, and what its blocks hand on is of no use before.
+    """
+    kept = max(0.0, 1 - start * len(nothing) / max(sum(nothing), 1e-12))
+    return max(FEATURES, MOST_FEATURES * kept**2)
 
 
 def _asks(config: FinetuneConfig) -> bool:
