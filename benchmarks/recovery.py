@@ -32,7 +32,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "distill": {},
     "distill, factors only": {"train": "factors"},
     "distill, no augmentation": {"augment": False},
-    "distill, mixing 0.5": {"mixing": 0.5},
+    "distill, nothing blended": {"mixing": 0.0},
     "distill, logits only": {"features": 0.0},
     "distill, 2 epochs block by block first": {"blockwise": 2},
     "distill, DeCAtt 0.01": {"decatt": 0.01},

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Required, TypedDict, Unpack
 
@@ -26,9 +27,9 @@ class CalibrationData:
     unread: Sequence[Sample] = ()
     """Chosen with them, and kept from the compression: for a later training to be judged by."""
 
-    @property
+    @cached_property
     def chosen(self) -> SampleSet:
-        """All that were chosen, read or not."""
+        """All that were chosen, read or not; one object, so that their contents are hashed once."""
         return replace(self.samples, samples=[*self.samples.samples, *self.unread]) if self.unread else self.samples
 
     @property

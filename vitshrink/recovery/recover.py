@@ -358,9 +358,9 @@ def _split(
     familiar = len(unseen) < max(LEAST_HELD_OUT, count // 2)
     shuffled = list(usable)
     random.Random(seed).shuffle(shuffled)
-    held_out = [i for i in shuffled if familiar or i in unseen][:count]
-    held_out_set = set(held_out)
-    return [i for i in shuffled if i not in held_out_set], held_out, familiar
+    judging = [i for i in shuffled if familiar or i in unseen][:count]
+    training = set(usable).difference(judging)
+    return [i for i in shuffled if i in training], judging, familiar
 
 
 def _trainable(model: PreTrainedModel, config: FinetuneConfig) -> dict[str, nn.Parameter]:
