@@ -15,6 +15,9 @@ from vitshrink.models import Target
 UNUSED = 1e-12
 """Singular values of a product below this fraction of the largest are rounding."""
 
+SURELY_USED = 1e-10
+"""Squared singular values above this fraction of the largest are no rounding, and need no closer look."""
+
 
 @torch.no_grad()
 def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
@@ -52,7 +55,11 @@ def _full_row_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     Rows that the product does not use are random: those of a factorisation may have no block that can be inverted.
     """
     Q, R = torch.linalg.qr(down.T)
-    U, S, Vh = torch.linalg.svd(up @ R.T, full_matrices=False)
+    mixed = up @ R.T
+    spread = torch.linalg.eigvalsh(mixed.T @ mixed)  # of squares, in which what is unused would drown in rounding
+    if spread[0] > SURELY_USED * spread[-1]:
+        return mixed, Q.T
+    U, S, Vh = torch.linalg.svd(mixed, full_matrices=False)
     unused = UNUSED * S[0] >= S
     rows = Vh @ Q.T
     rows[unused] = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)[unused]
