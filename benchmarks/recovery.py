@@ -37,7 +37,10 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "distill, 2 epochs block by block first": {"blockwise": 2},
     "distill, DeCAtt 0.01": {"decatt": 0.01},
     "distill, BDIA": {"bdia": True},
+    "distill, BDIA, gamma 1/8": {"bdia": True, "gamma": 0.125},
+    "distill, BDIA, momentum 1/8": {"bdia": True, "gamma": 0.125, "momentum": True},
     "distill, reversible": {"reversible": True},
+    "distill, reversible, gamma 1/8": {"reversible": True, "gamma": 0.125},
     "distill, gradient checkpointing": {"gradient_checkpointing": True},
     "distill, eager attention": {"attention": "eager"},
     "supervised": {"objective": "supervised"},
@@ -153,6 +156,11 @@ def _reversible(model: PreTrainedModel, inside: ExitStack) -> Loss:
     return _of_logits
 
 
+def _eighth(model: PreTrainedModel, inside: ExitStack) -> Loss:
+    inside.enter_context(bidirectional(model, reversible=True, gamma=0.125))
+    return _of_logits
+
+
 def _decatt(model: PreTrainedModel, inside: ExitStack) -> Loss:
     heads = inside.enter_context(observed_heads(model))
     return lambda logits: _of_logits(logits) + 0.01 * heads.correlation(None)
@@ -171,6 +179,7 @@ WAYS: dict[str, Enter] = {
     "DeCAtt": _decatt,
     "BDIA": _bdia,
     "BDIA, reversible": _reversible,
+    "BDIA, reversible, gamma 1/8": _eighth,
 }
 
 
@@ -187,8 +196,8 @@ def activation_bytes(model: PreTrainedModel, pixels: Tensor, loss_of: Loss) -> i
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = loss_of(model(pixel_values=pixels).logits)
-    node = next((fn for fn in _nodes(loss.grad_fn) if hasattr(fn, "odd")), None)
-    total = sum(kept.values()) + (sum(bits.nbytes for bits in node.odd) if node is not None else 0)
+    node = next((fn for fn in _nodes(loss.grad_fn) if hasattr(fn, "kept")), None)
+    total = sum(kept.values()) + (sum(bits.nbytes for bits in node.kept) if node is not None else 0)
     loss.backward()
     model.zero_grad()
     return total

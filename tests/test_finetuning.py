@@ -101,6 +101,8 @@ def test_labels_need_no_teacher_and_a_lost_report_is_made_anew(small: Path, clas
         (("--teacher", "TEACHER", "--reversible", "--gradient-checkpointing"), 2, "gradient_checkpointing"),
         (("--objective", "supervised"), 2, "labels"),
         (("--teacher", "TEACHER", "--bdia", "--features", "1"), 2, "features"),
+        (("--teacher", "TEACHER", "--bdia", "--gamma", "0.3"), 2, "0.5, 0.25, 0.125"),
+        (("--teacher", "TEACHER", "--momentum"), 2, "bdia"),
         (("--teacher", "TEACHER", "--objective", "supervised", "--features", "1"), 2, "--distillation"),
         (("--teacher", "BERT"), 2, "baseline"),
     ],

@@ -115,6 +115,7 @@ def test_every_architecture_comes_nearer_to_its_dense_model_and_keeps_its_size(
     [
         {"blockwise": 2},
         {"reversible": True},
+        {"reversible": True, "gamma": 0.125, "momentum": True},
         {"bdia": True, "decatt": 0.1},
         {"gradient_checkpointing": True},
         {"accumulation": 2, "train": "factors"},

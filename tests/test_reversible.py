@@ -26,11 +26,12 @@ class Residual(nn.Module):
         return x + 2 * self.inner(x)
 
 
-def test_gradients_are_those_of_autograd_at_depth_twelve() -> None:
+@pytest.mark.parametrize("size", [0.5, 0.125])
+def test_gradients_are_those_of_autograd_at_depth_twelve(size: float) -> None:
     torch.manual_seed(0)
     blocks = nn.ModuleList(Residual(16) for _ in range(DEPTH))
     x = (3 * torch.randn(4, 5, 16)).requires_grad_()
-    gamma = torch.randint(0, 2, (DEPTH - 1, 4, 1, 1)).float() - 0.5
+    gamma = size * (2 * torch.randint(0, 2, (DEPTH - 1, 4, 1, 1)).float() - 1)
     parameters = list(blocks.parameters())
 
     kept = integrate(list(blocks), gamma, x, 9)
@@ -43,7 +44,8 @@ def test_gradients_are_those_of_autograd_at_depth_twelve() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_activations_are_recomputed_to_the_last_bit() -> None:
+@pytest.mark.parametrize("size", [0.5, 0.25, 0.125])
+def test_activations_are_recomputed_to_the_last_bit(size: float) -> None:
     torch.manual_seed(1)
     blocks = [Residual(16) for _ in range(DEPTH)]
     seen: dict[str, list[Tensor]] = {"forward": [], "backward": []}
@@ -52,7 +54,7 @@ def test_activations_are_recomputed_to_the_last_bit() -> None:
         seen["backward" if torch.is_grad_enabled() else "forward"].append(x.detach().clone())
         return block(x)
 
-    gamma = torch.randint(0, 2, (DEPTH - 1, 4, 1, 1)).float() - 0.5
+    gamma = size * (2 * torch.randint(0, 2, (DEPTH - 1, 4, 1, 1)).float() - 1)
     plan = Plan([partial(step, block) for block in blocks], gamma, 9, [0] * DEPTH, "cpu")
     x = (3 * torch.randn(4, 5, 16)).requires_grad_()
     _Reversible.apply(plan, x).sum().backward()
@@ -91,8 +93,48 @@ def test_dropout_is_drawn_once() -> None:
     assert torch.equal(*gradients)
 
 
-def test_bits_are_packed_without_loss() -> None:
-    bits = torch.rand(3, 7, 5, generator=torch.Generator().manual_seed(0)) < 0.5
-    packed = _packed(bits)
-    assert packed.nbytes == -(-bits.numel() // 8)
-    assert torch.equal(_unpacked(packed, bits.shape), bits)
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_numbers_of_few_bits_are_packed_without_loss(bits: int) -> None:
+    numbers = torch.randint(0, 2**bits, (3, 7, 5), generator=torch.Generator().manual_seed(0)).float()
+    packed = _packed(numbers, bits)
+    assert packed.nbytes == bits * -(-numbers.numel() // 8)
+    assert torch.equal(_unpacked(packed, numbers.shape), numbers)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_one_sign_is_a_momentum_residual_network(reversible: bool) -> None:
+    """v_{k+1} = g v_k + (1 − g) h_k(x_k), x_{k+1} = x_k + v_{k+1}, as published; up to the rounding of activations."""
+    model, x = tiny.build("ViTForImageClassification"), tiny.inputs("ViTForImageClassification")
+    entered: list[Tensor] = []
+    handle = blocks_of(model)[0].register_forward_pre_hook(lambda _module, given: entered.append(given[0]))
+    with torch.no_grad():
+        model(**x)
+        handle.remove()
+        hidden, velocity = entered[0], None
+        for block in blocks_of(model):
+            increment = block(hidden) - hidden
+            velocity = increment if velocity is None else 0.25 * velocity + 0.75 * increment
+            hidden = hidden + velocity
+        expected = model.classifier(model.vit.layernorm(hidden)[:, 0])
+        with bidirectional(model, reversible=reversible, gamma=0.25, momentum=True):
+            model.eval()
+            model.training = True
+            found = model(**x).logits
+    model.training = False
+    tolerance = 0.02 if reversible else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.125])
+def test_a_smaller_gamma_strays_less(gamma: float) -> None:
+    model, x = tiny.build("ViTForImageClassification"), tiny.inputs("ViTForImageClassification")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = model(**x).logits
+        model.training = True
+        with bidirectional(model, reversible=False, gamma=gamma):
+            strayed = (model(**x).logits - expected).norm()
+        with bidirectional(model, reversible=False, gamma=gamma / 2):
+            nearer = (model(**x).logits - expected).norm()
+    model.training = False
+    assert nearer < strayed

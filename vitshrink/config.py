@@ -24,6 +24,8 @@ Layers = Literal["attention", "mlp", "all"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Objective = Literal["distill", "supervised"]
 Trained = Literal["all", "factors"]
+GAMMAS = (0.5, 0.25, 0.125)
+"""Sizes of γ under BDIA, the published one first."""
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
 Preprocessing = Literal["checkpoint", "timm"]
@@ -126,6 +128,10 @@ class FinetuneConfig:
     decatt: float = 0.0
     bdia: bool = False
     reversible: bool = False
+    gamma: float = 0.5
+    """Size of γ under ``bdia`` and ``reversible``, a power of two."""
+    momentum: bool = False
+    """γ of one sign: a momentum residual network."""
     gradient_checkpointing: bool = False
     precision: Precision = "auto"
     checkpoints: str | None = None
@@ -158,6 +164,10 @@ class FinetuneConfig:
             raise UsageError(f"finetune: validation {self.validation} is the part held out: above 0 and below 1.")
         if self.mixing and self.objective != "distill":
             raise UsageError("finetune: mixing blends images of different labels: it is for the objective distill.")
+        if self.gamma not in GAMMAS:
+            raise UsageError(f"finetune: gamma {self.gamma}: choose one of {', '.join(map(str, GAMMAS))}.")
+        if (self.momentum or self.gamma != GAMMAS[0]) and not (self.bdia or self.reversible):
+            raise UsageError("finetune: gamma and momentum belong to bdia and reversible: add one of these.")
         if self.reversible and self.gradient_checkpointing:
             raise UsageError("finetune: reversible already recomputes activations: leave gradient_checkpointing out.")
         if self.features and (self.bdia or self.reversible):

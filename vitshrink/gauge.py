@@ -37,8 +37,8 @@ def best_window(rows: Tensor) -> int:
 def _condition(rows: Tensor, start: int, rank: int) -> float:
     """Frobenius norm of the block's inverse, of which the largest singular value is at most 1; inf if it has none.
 
-    At least its condition, and told by two triangular operations, which are several times faster than eigenvalues. Its
-    square exceeds by ``rank`` that of the coefficients by which the pivots give the other inputs: what has to be stored.
+    At least its condition, and told by two triangular operations, which are faster than eigenvalues. Its
+    square exceeds by ``rank`` that of the coefficients of the other inputs, which have to be stored.
     """
     block = rows[:, start : start + rank]
     root, failed = torch.linalg.cholesky_ex(block @ block.T)

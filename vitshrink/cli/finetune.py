@@ -126,6 +126,14 @@ def finetune_command(
             "--reversible", help="BDIA, with activations recomputed from outputs.", rich_help_panel=TECHNIQUES
         ),
     ] = False,
+    gamma: Annotated[
+        float,
+        typer.Option(help="How far BDIA strays from the model: 0.5, 0.25 or 0.125.", rich_help_panel=TECHNIQUES),
+    ] = DEFAULT.gamma,
+    momentum: Annotated[
+        bool,
+        typer.Option("--momentum", help="BDIA with one sign: a momentum residual network.", rich_help_panel=TECHNIQUES),
+    ] = False,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(

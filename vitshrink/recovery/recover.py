@@ -198,7 +198,8 @@ def recover(
         if attention == FLASH:
             inside.enter_context(flash_attention(model, *([] if dense is None else [dense])))
         if config.bdia or config.reversible:
-            inside.enter_context(bidirectional(model, reversible=config.reversible))
+            kind = bidirectional(model, reversible=config.reversible, gamma=config.gamma, momentum=config.momentum)
+            inside.enter_context(kind)
         if criterion.features and dense is not None:
             criterion.blocks = inside.enter_context(observed_blocks(model, dense))
         if config.decatt:

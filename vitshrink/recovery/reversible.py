@@ -7,9 +7,13 @@ Architectures", arXiv 2407.09093. With h_k(x) = block_k(x) − x, training runs
 
 and inference, γ = 0, is the model as it was. x_{k−1} follows from x_k and x_{k+1}: where activations are rounded to
 multiples of 2^−l, and the bit that halving x_{k−1} loses is kept, it does so exactly, and the activations of a model
-need not be stored, however deep it is.
+need not be stored, however deep it is. Smaller powers of two, γ = ±2^−m, stay nearer to the model and keep m bits.
+
+With γ = −g in every block this is the momentum residual network of Sander et al., "Momentum Residual Neural Networks",
+ICML 2021, arXiv 2102.07870: x_{k+1} = x_k + v_{k+1}, v_{k+1} = g v_k + (1 − g) h_k(x_k), begun with v_0 = h_0(x_0).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,17 +29,24 @@ from vitshrink.structures.following import borrowed_parameters
 FRACTION_BITS = 9
 """l: activations are multiples of 2^−l. A float32 holds them exactly up to ±2^(24−l)."""
 
+GAMMA = 0.5
+"""The published size of γ."""
+
 _WEIGHTS_OF_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @contextmanager
-def bidirectional(model: PreTrainedModel, *, reversible: bool) -> Iterator["Stack"]:
+def bidirectional(
+    model: PreTrainedModel, *, reversible: bool, gamma: float = GAMMA, momentum: bool = False
+) -> Iterator["Stack"]:
     """Inside, passes of ``model`` in training mode run its blocks under BDIA; others run them as ever.
+
+    γ is ±``gamma``, a power of two of at most ½, or −``gamma`` throughout with ``momentum``.
 
     With ``reversible`` activations are rounded, and recomputed in the backward pass instead of kept. Hooks inside the
     blocks then see values from which no gradient flows.
     """
-    stack = Stack(model, reversible=reversible)
+    stack = Stack(model, reversible=reversible, gamma=gamma, momentum=momentum)
     blocks = list(blocks_of(model))
     try:
         # On the instances: names, parameters and what has been wrapped around the model stay as they are.
@@ -51,11 +62,12 @@ def bidirectional(model: PreTrainedModel, *, reversible: bool) -> Iterator["Stac
 class Stack:
     """All blocks of a model as one function of the hidden states that enter the first."""
 
-    def __init__(self, model: PreTrainedModel, *, reversible: bool, fraction_bits: int = FRACTION_BITS) -> None:
+    def __init__(self, model: PreTrainedModel, *, reversible: bool, gamma: float, momentum: bool) -> None:
         self.model = model
         self.blocks = list(blocks_of(model))
         self.reversible = reversible
-        self.fraction_bits = fraction_bits
+        self.gamma = gamma
+        self.momentum = momentum
 
     def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         """Takes the place of the first block's: hidden states (batch, tokens, width) through all of them."""
@@ -63,14 +75,15 @@ class Stack:
         if not self.model.training or len(steps) == 1:
             return steps[0](hidden)
         shape = (len(steps) - 1, hidden.shape[0]) + (1,) * (hidden.ndim - 1)
-        gamma = torch.randint(0, 2, shape, device=hidden.device).to(torch.float32) - 0.5
+        signs = torch.randint(0, 1 if self.momentum else 2, shape, device=hidden.device).to(torch.float32)
+        gamma = self.gamma * (2 * signs - 1)
         hidden = hidden.float()
         if self.reversible and torch.is_grad_enabled():
             read = [(*block.parameters(), *borrowed_parameters(block)) for block in self.blocks]
             parameters = [[p for p in group if p.requires_grad] for group in read]
-            plan = Plan(steps, gamma, self.fraction_bits, [len(group) for group in parameters], hidden.device.type)
+            plan = Plan(steps, gamma, FRACTION_BITS, [len(group) for group in parameters], hidden.device.type)
             return _Reversible.apply(plan, hidden, *(p for group in parameters for p in group))  # type: ignore[no-any-return, no-untyped-call]
-        return integrate(steps, gamma, hidden, self.fraction_bits if self.reversible else None)
+        return integrate(steps, gamma, hidden, FRACTION_BITS if self.reversible else None)
 
     def later(self, block: nn.Module) -> Callable[..., Tensor]:
         """Takes the place of another block's forward: in training the first has done its work already."""
@@ -103,8 +116,8 @@ def integrate(steps: Sequence[Step], gamma: Tensor, hidden: Tensor, fraction_bit
     before = _rounded(hidden, fraction_bits)
     now = _rounded(steps[0](before), fraction_bits)
     for step, g in zip(steps[1:], gamma, strict=True):
-        even = before + _is_odd(before.detach(), fraction_bits) * 2.0**-fraction_bits
-        before, now = now, g * even + _rounded(_increment(step, g, now), fraction_bits)
+        whole = before + _missing(before.detach(), g, fraction_bits) * 2.0**-fraction_bits
+        before, now = now, g * whole + _rounded(_increment(step, g, now), fraction_bits)
     return now
 
 
@@ -120,9 +133,9 @@ def _rounded(x: Tensor, fraction_bits: int) -> Tensor:
     return x + (nearest - x.detach())  # the difference of two so near is exact, and so is the sum
 
 
-def _is_odd(x: Tensor, fraction_bits: int) -> Tensor:
-    """Whether multiples of 2^−l are odd ones."""
-    return torch.remainder(x * 2.0**fraction_bits, 2) == 1
+def _missing(x: Tensor, gamma: Tensor, fraction_bits: int) -> Tensor:
+    """How many times 2^−l multiples of it lack, until γ = ±2^−m times them is one again: 0 to 2^m − 1."""
+    return torch.remainder(-x * 2.0**fraction_bits, 1 / gamma.abs())
 
 
 @dataclass
@@ -137,6 +150,11 @@ class Plan:
     device_type: str
     seeds: list[int] = field(default_factory=list)
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
+
+    @property
+    def bits_kept(self) -> int:
+        """m, for γ = ±2^−m."""
+        return -round(math.log2(self.gamma.abs().max().item()))
 
     def remember(self) -> None:
         self.seeds = torch.randint(2**31, (len(self.steps),)).tolist()
@@ -160,7 +178,7 @@ class Plan:
 
 
 class _Reversible(torch.autograd.Function):
-    """Keeps the last two activations, and one bit for each number of the others."""
+    """Keeps the last two activations, and m bits for each number of the others."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, hidden: Tensor, *_parameters: Tensor) -> Tensor:
@@ -168,12 +186,12 @@ class _Reversible(torch.autograd.Function):
         bits = plan.fraction_bits
         before = _rounded(hidden.detach(), bits)
         now = _rounded(plan.run(0, before), bits)
-        odd = []
+        kept = []
         for index, g in enumerate(plan.gamma, start=1):
-            lost = _is_odd(before, bits)
-            odd.append(_packed(lost))
+            lost = _missing(before, g, bits)
+            kept.append(_packed(lost, plan.bits_kept))
             before, now = now, g * (before + lost * 2.0**-bits) + _rounded(plan.run(index, now), bits)
-        ctx.plan, ctx.odd, ctx.parameters = plan, odd, _parameters
+        ctx.plan, ctx.kept, ctx.parameters = plan, kept, _parameters
         ctx.save_for_backward(before, now)
         return now.clone()
 
@@ -195,19 +213,20 @@ class _Reversible(torch.autograd.Function):
             of_before = of_before + of_entered
             if index:
                 g = plan.gamma[index - 1]
-                lost = _unpacked(ctx.odd[index - 1], before.shape) * 2.0**-plan.fraction_bits
+                lost = _unpacked(ctx.kept[index - 1], before.shape) * 2.0**-plan.fraction_bits
                 before, now = (now - _rounded(output.detach(), plan.fraction_bits)) / g - lost, before
                 of_before, of_now = g * of_now, of_before
         return None, of_before, *found
 
 
-def _packed(bits: Tensor) -> Tensor:
-    """Eight to a byte."""
-    flat = bits.flatten()
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat * torch.tensor(_WEIGHTS_OF_BITS, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+def _packed(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers of so many bits, the lowest ones of all first, eight to a byte: (bits, bytes)."""
+    flat = torch.nn.functional.pad(numbers.flatten().to(torch.uint8), (0, -numbers.numel() % 8)).view(-1, 8)
+    weights = torch.tensor(_WEIGHTS_OF_BITS, dtype=torch.uint8, device=flat.device)
+    return torch.stack([((flat >> i & 1) * weights).sum(1, dtype=torch.uint8) for i in range(bits)])
 
 
 def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
     weights = torch.tensor(_WEIGHTS_OF_BITS, dtype=torch.uint8, device=packed.device)
-    return (packed[:, None] & weights).ne(0).flatten()[: shape.numel()].view(shape)
+    planes = [(each[:, None] & weights).ne(0).flatten()[: shape.numel()] * 2.0**i for i, each in enumerate(packed)]
+    return torch.stack(planes).sum(0).view(shape)
