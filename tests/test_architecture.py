@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report", "resolution", "maps", "sequential", "rescaling", "measurement", "storage", "quantization", "recovery"),
     ("sharing", "memory"),
     ("effects",),
+    ("reference",),
     (
         "models",
         "onnx_model",

@@ -13,6 +13,7 @@ from vitshrink.effects import Components, Effects, component_effects, measured_l
 from vitshrink.errors import NumericsError
 from vitshrink.methods import get_method
 from vitshrink.models import find_targets
+from vitshrink.reference import DenseOutputs
 from vitshrink.rescaling import best_repair
 
 
@@ -63,7 +64,7 @@ def test_padding_has_no_effect(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_is_missing_is_the_difference_to_the_reference() -> None:
     model, other, batch = tiny.build(CLASSIFIER), tiny.build(CLASSIFIER, seed=1), batch_of(CLASSIFIER)
     components = parts_of(model, [batch])
-    missing = component_effects(model, components, [batch], reference=other, seed=2).missing
+    missing = component_effects(model, components, [batch], reference=DenseOutputs(other), seed=2).missing
     with torch.no_grad():
         wanted, found = other(**batch.inputs), model(**batch.inputs)
         functional = random_functional(other, wanted, batch, batch_generator(2, 0))
@@ -118,8 +119,8 @@ def test_an_activation_that_is_not_finite_names_the_layer_and_the_batch() -> Non
 
 def test_what_is_missing_needs_no_gradients() -> None:
     model, other, batches = tiny.build(CLASSIFIER), tiny.build(CLASSIFIER, seed=1), [batch_of(CLASSIFIER)] * 2
-    missing = component_effects(model, parts_of(model, batches), batches, reference=other, seed=2).missing
-    torch.testing.assert_close(shortfall(model, other, batches, seed=2), missing)
+    missing = component_effects(model, parts_of(model, batches), batches, reference=DenseOutputs(other), seed=2).missing
+    torch.testing.assert_close(shortfall(model, DenseOutputs(other), batches, seed=2), missing)
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)

@@ -11,6 +11,7 @@ from vitshrink.effects import shortfall
 from vitshrink.measurement import open_data, read_calibration
 from vitshrink.models import load_dense
 from vitshrink.observer import Job, Silent
+from vitshrink.reference import DenseOutputs
 from vitshrink.shrinking import Choices, Shrinking
 
 
@@ -35,7 +36,13 @@ def test_ranks_go_by_the_measurement_that_brings_the_outputs_closest(
         refined = compression.refine(first, plan, job)
         size = compression.size(first, plan)
         model = compression.truncate(refined, compression.plan(refined, size), job)
-        missing = shortfall(model, source.model, calibration.batches, seed=config.seed + 4, passes=compression._passes)
+        missing = shortfall(
+            model,
+            DenseOutputs(source.model, compression._passes),
+            calibration.batches,
+            seed=config.seed + 4,
+            passes=compression._passes,
+        )
         return float(missing.square().mean())
 
     chosen = lacks()

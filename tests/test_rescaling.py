@@ -17,6 +17,7 @@ from vitshrink.checkpoint import replace_layers
 from vitshrink.effects import Effects
 from vitshrink.methods import Needs
 from vitshrink.models import find_targets
+from vitshrink.reference import DenseOutputs
 from vitshrink.rescaling import Repair, rescale_components
 
 
@@ -40,7 +41,7 @@ def test_components_that_are_too_small_grow_back(name: str) -> None:
             return float(F.mse_loss(model(**test.inputs)[0], dense(**test.inputs)[0]))
 
     before = distance()
-    assert rescale_components(model, dense, [t.name for t in targets], means, batches) > 0
+    assert rescale_components(model, DenseOutputs(dense), [t.name for t in targets], means, batches) > 0
     assert distance() < 0.9 * before
 
 
@@ -67,7 +68,7 @@ def test_a_gain_leaves_the_mean_output_of_its_layer(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         before = layer(means[name].float())
         weight = layer.weight.clone()
-        assert rescale_components(model, dense, [name], means, batches)
+        assert rescale_components(model, DenseOutputs(dense), [name], means, batches)
         assert not torch.equal(layer.weight, weight)
         torch.testing.assert_close(layer(means[name].float()), before, rtol=1e-4, atol=1e-5)
 
@@ -86,11 +87,11 @@ def test_a_step_that_takes_the_outputs_further_away_is_not_taken(monkeypatch: py
         )
 
     monkeypatch.setattr(rescaling, "best_repair", the_wrong_way)
-    assert rescale_components(model, dense, [name], means, batches) == 0
+    assert rescale_components(model, DenseOutputs(dense), [name], means, batches) == 0
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_a_model_that_lacks_nothing_is_left_as_it_is() -> None:
     dense, batches = tiny.build(CLASSIFIER), [batch_of(CLASSIFIER, 8)]
     model = copy.deepcopy(dense)
-    assert rescale_components(model, dense, [], {}, batches) == 0
+    assert rescale_components(model, DenseOutputs(dense), [], {}, batches) == 0

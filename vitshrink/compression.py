@@ -44,6 +44,7 @@ from vitshrink.precision import Passes, passes_in, resolve_precision
 from vitshrink.progress import Progress
 from vitshrink.quantization import Quantization
 from vitshrink.ranks import Storage
+from vitshrink.reference import DenseOutputs
 from vitshrink.rescaling import STEPS, rescale_components
 from vitshrink.sequential import compensate_residuals
 from vitshrink.sharing import Shared, shared_effects, shared_shortfall
@@ -209,6 +210,7 @@ class Compression:
         if not self._measures or self.calibration is None:
             return refined
         batches = list(_first(self.calibration.batches, MEASURED_SAMPLES))
+        seed = self.config.seed + 4
         candidates = []
         with job.stage("choose", "Choosing what ranks go by", len(SHARES_MEASURED_AGAIN)) as advance:
             for share in SHARES_MEASURED_AGAIN:
@@ -220,7 +222,7 @@ class Compression:
                 }
                 candidate = replace(refined, layers=layers)
                 model = self._replaced(candidate, self.plan(candidate, budget))
-                missing = shared_shortfall(model, self.dense, batches, seed=self.config.seed + 4, passes=self._passes)
+                missing = shared_shortfall(model, self._dense_outputs, batches, seed=seed, passes=self._passes)
                 candidates.append((float(missing.square().mean()), candidate))
                 advance(1)
         return min(candidates, key=lambda each: each[0])[1]
@@ -282,7 +284,7 @@ class Compression:
             with job.stage("compensate", "Fitting gains and biases", walks) as advance:
                 rescale_components(
                     model,
-                    self.dense,
+                    self._dense_outputs,
                     low_rank,
                     {name: self._mean(name, factors.stats) for name in low_rank},
                     self.calibration.batches,
@@ -349,6 +351,11 @@ class Compression:
     def _passes(self) -> Passes:
         """The arithmetic of passes that gradients are taken through."""
         return passes_in(next(self.dense.parameters()).device, self.config.precision)
+
+    @cached_property
+    def _dense_outputs(self) -> DenseOutputs:
+        """What every candidate and every repair is compared with."""
+        return DenseOutputs(self.dense, self._passes)
 
     @property
     def _measures(self) -> bool:

@@ -14,6 +14,7 @@ from vitshrink.curvature import batch_generator, frozen, random_functional, requ
 from vitshrink.errors import NumericsError
 from vitshrink.models import blocks_of
 from vitshrink.precision import Passes
+from vitshrink.reference import Reference
 
 TOGETHER = 0.25
 """Weight of the square of the summed effect in the geometric mean that is the measured loss."""
@@ -62,13 +63,13 @@ def component_effects(
     components: Mapping[str, Components],
     batches: Iterable[CalibrationBatch],
     *,
-    reference: PreTrainedModel | None = None,
+    reference: Reference | None = None,
     seed: int = 0,
     first: int = 0,
     passes: Passes = nullcontext,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> Effects:
-    """One forward and one backward pass of ``model``, and a forward pass of ``reference`` where there is one.
+    """One forward and one backward pass of ``model`` over all batches.
 
     A functional of ``model`` is that of its own outputs, or of those of ``reference``.
 
@@ -90,12 +91,10 @@ def component_effects(
             watch.mask = None if batch.mask is None else batch.mask.to(device)
             watch.batch = number
             generator = batch_generator(seed, number)
-            inputs = to_device(batch.inputs, device)
-            with torch.no_grad(), passes():
-                wanted = None if reference is None else reference(**inputs)
+            wanted = None if reference is None else reference(batch)
             with torch.enable_grad():
                 with passes():
-                    outputs = model(**inputs)
+                    outputs = model(**to_device(batch.inputs, device))
                 functional = random_functional(model, outputs if wanted is None else wanted, batch, generator)
                 values = functional(outputs)
                 torch.autograd.backward(values.sum())
@@ -118,7 +117,7 @@ def component_effects(
 @torch.no_grad()
 def shortfall(
     model: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: Reference,
     batches: Iterable[CalibrationBatch],
     *,
     seed: int = 0,
@@ -126,13 +125,13 @@ def shortfall(
     passes: Passes = nullcontext,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> Tensor:
-    """``missing`` of ``component_effects`` with the same seed, (samples,), from forward passes alone."""
+    """``missing`` of ``component_effects`` with the same seed, (samples,), from a forward pass alone."""
     device = next(model.parameters()).device
     missing = [torch.zeros(0, dtype=torch.float64, device=device)]
     for number, batch in enumerate(batches, first):
-        inputs = to_device(batch.inputs, device)
+        wanted = reference(batch)
         with passes():
-            wanted, outputs = reference(**inputs), model(**inputs)
+            outputs = model(**to_device(batch.inputs, device))
         functional = random_functional(model, wanted, batch, batch_generator(seed, number))
         missing.append((functional(wanted) - functional(outputs)).double())
         on_batch(len(missing[-1]))

@@ -12,6 +12,7 @@ from vitshrink.calibration import CalibrationBatch
 from vitshrink.effects import Components, Effects, Lacking, Measure, component_effects, shortfall
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.precision import Passes
+from vitshrink.reference import Reference
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-6, 9))
 """Ridges to choose from, in units of a parameter's own mean squared effect."""
@@ -46,7 +47,7 @@ class Repair:
 @torch.no_grad()
 def rescale_components(
     model: PreTrainedModel,
-    dense: PreTrainedModel,
+    reference: Reference,
     names: Sequence[str],
     means: Mapping[str, Tensor],
     batches: Sequence[CalibrationBatch],
@@ -67,6 +68,7 @@ def rescale_components(
     not help, on the samples themselves or on those left out, is not taken.
 
     Args:
+        reference: the outputs of the dense model.
         means: of the inputs (n,) of each layer; a gain leaves the mean output as it is. Zeros for layers without bias.
         measure, lacking: how effects, and what is missing after a step, are found over all batches.
 
@@ -84,7 +86,7 @@ def rescale_components(
             found[name] = layer, Components(up.double(), down.double(), means[name])
         components = {name: parts for name, (_, parts) in found.items()}
         effects = measure(
-            model, components, batches, reference=dense, seed=seed + step, passes=passes, on_batch=on_batch
+            model, components, batches, reference=reference, seed=seed + step, passes=passes, on_batch=on_batch
         )
         repair = best_repair(effects)
         if repair is None:
@@ -100,7 +102,7 @@ def rescale_components(
                     layer.bias.copy_(biases[name] - moved + length * repair.shifts[name])
             if length == 0:
                 return step
-            now = lacking(model, dense, batches, seed=seed + step, passes=passes, on_batch=on_batch)
+            now = lacking(model, reference, batches, seed=seed + step, passes=passes, on_batch=on_batch)
             if now.square().mean() < effects.missing.square().mean():
                 break
     return STEPS

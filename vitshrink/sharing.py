@@ -13,6 +13,7 @@ from vitshrink import processes
 from vitshrink.calibration import CalibrationBatch, Collector, OnBatch, samples_of
 from vitshrink.effects import Components, Effects, component_effects, shortfall
 from vitshrink.progress import Progress
+from vitshrink.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def shared_effects(
 
 
 def shared_shortfall(
-    model: PreTrainedModel, reference: PreTrainedModel, batches: Sequence[CalibrationBatch], **rest: Any
+    model: PreTrainedModel, reference: Reference, batches: Sequence[CalibrationBatch], **rest: Any
 ) -> Tensor:
     """``shortfall``, to which each process contributes that of its batches; all of them get all."""
     if not processes.started():
