@@ -147,22 +147,32 @@ def test_unreadable_samples_are_left_out_named_and_bounded(vit: LoadedModel, spo
 
 def test_held_out_samples_are_none_of_those_calibrated_on(flat: SampleSet) -> None:
     own = job()
-    held_out = hold_out(flat, own, used=16, holdout=6, seed=5)
+    held_out = hold_out(flat, own, samples=16, calibrated=True, holdout=6, seed=5)
     assert held_out is not None
     assert len(held_out) == 6
     used = {sample.key for sample in flat.select(16, 5).samples}
     assert not used & {sample.key for sample in held_out.samples}
-    rest = hold_out(flat, own, used=16, holdout=100, seed=5)
+    rest = hold_out(flat, own, samples=16, calibrated=True, holdout=100, seed=5)
     assert rest is not None
     assert len(rest) == 8
     assert own.warnings == []
 
 
+def test_methods_that_are_not_calibrated_are_held_to_the_same_samples(flat: SampleSet) -> None:
+    both = [hold_out(flat, job(), samples=16, calibrated=each, holdout=6, seed=5) for each in (True, False)]
+    keys = [[sample.key for sample in each.samples] for each in both if each is not None]
+    assert len(keys) == 2
+    assert keys[0] == keys[1]
+    rest = hold_out(flat, job(), samples=24, calibrated=False, holdout=6, seed=5)
+    assert rest is not None
+    assert len(rest) == 6
+
+
 def test_nothing_left_to_hold_out_is_warned_of(flat: SampleSet) -> None:
     own = job()
-    assert hold_out(flat, own, used=24, holdout=6, seed=0) is None
+    assert hold_out(flat, own, samples=24, calibrated=True, holdout=6, seed=0) is None
     assert "all samples were calibrated on" in own.warnings[0]
-    assert hold_out(flat, job(), used=0, holdout=0, seed=0) is None
+    assert hold_out(flat, job(), samples=16, calibrated=True, holdout=0, seed=0) is None
 
 
 # Measuring

@@ -194,11 +194,13 @@ def _data(
             max_bad_samples=config.max_bad_samples,
         )
     needed = Bound.of(config) is not None
-    used = config.samples if calibrated or config.samples < len(samples) else 0
     if not needed and task_of(model) == "masked-lm" and preprocessor.processor is None:
         job.warn("the fidelity was not measured: pass processor=, the tokenizer, which knows the mask token.")
         return preprocessor, data, None
-    return preprocessor, data, hold_out(samples, job, used=used, holdout=config.holdout, seed=config.seed)
+    held_out = hold_out(
+        samples, job, samples=config.samples, calibrated=calibrated, holdout=config.holdout, seed=config.seed
+    )
+    return preprocessor, data, held_out
 
 
 def _samples(

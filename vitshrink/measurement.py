@@ -86,10 +86,17 @@ def read_calibration(
     return CalibrationData(chosen, batches, selected.samples[read:])
 
 
-def hold_out(source: SampleSet, job: Job, *, used: int, holdout: int, seed: int) -> SampleSet | None:
-    """``holdout`` samples after the ``used`` first that this seed selects. Warns, and gives None, when none is left."""
+def hold_out(
+    source: SampleSet, job: Job, *, samples: int, calibrated: bool, holdout: int, seed: int
+) -> SampleSet | None:
+    """``holdout`` samples after the ``samples`` first that this seed selects, which are for calibration.
+
+    A method that is not calibrated leaves those out too where there are others, so that all are held to the same ones.
+    Warns, and gives None, when none is left.
+    """
     if not holdout:
         return None
+    used = samples if calibrated or samples < len(source) else 0
     try:
         return source.select(holdout, seed, skip=used)
     except DataError:

@@ -332,9 +332,14 @@ def _data(
                 unread=partial(_kept_for_recovery, config),
             )
         if Bound.of(config) is not None or (config.eval_data is None and not config.dry_run):
-            # the same samples for every method, so that methods can be compared; where there are enough
-            used = config.samples if calibrated or config.samples < len(unlabelled) else 0
-            held_out = hold_out(unlabelled, job, used=used, holdout=config.holdout, seed=config.seed)
+            held_out = hold_out(
+                unlabelled,
+                job,
+                samples=config.samples,
+                calibrated=calibrated,
+                holdout=config.holdout,
+                seed=config.seed,
+            )
     if config.eval_data is None:
         samples = held_out
     elif not config.dry_run:
