@@ -18,7 +18,7 @@ class Augmentation:
     """Draws views by seed, epoch and sample, whatever the batch: the same with any number of processes."""
 
     seed: int
-    scale: float = 0.35
+    scale: float = 0.5
     """Least area of a crop, as a fraction of the image."""
     mixing: float = 0.0
     """Part of the images that are blended with another one of the batch."""
