@@ -128,7 +128,7 @@ class FinetuneConfig:
     decatt: float = 0.0
     bdia: bool = False
     reversible: bool = False
-    gamma: float = 0.5
+    gamma: float = GAMMAS[0]
     """Size of γ under ``bdia`` and ``reversible``, a power of two."""
     momentum: bool = False
     """γ of one sign: a momentum residual network."""

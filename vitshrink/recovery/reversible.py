@@ -23,21 +23,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vitshrink.config import GAMMAS
 from vitshrink.models import blocks_of
 from vitshrink.structures.following import borrowed_parameters
 
 FRACTION_BITS = 9
 """l: activations are multiples of 2^−l. A float32 holds them exactly up to ±2^(24−l)."""
 
-GAMMA = 0.5
-"""The published size of γ."""
-
 _WEIGHTS_OF_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @contextmanager
 def bidirectional(
-    model: PreTrainedModel, *, reversible: bool, gamma: float = GAMMA, momentum: bool = False
+    model: PreTrainedModel, *, reversible: bool, gamma: float = GAMMAS[0], momentum: bool = False
 ) -> Iterator["Stack"]:
     """Inside, passes of ``model`` in training mode run its blocks under BDIA; others run them as ever.
 
