@@ -20,7 +20,7 @@ from vitshrink.observer import Job, Observer, Silent
 from vitshrink.recovery import Material, Recovery, recover
 from vitshrink.recovery.factors import pack, unpack
 from vitshrink.recovery.optimizer import optimizer_of
-from vitshrink.recovery.progress import Progress
+from vitshrink.recovery.progress import MOST_RETREATS, Progress
 from vitshrink.recovery.recover import FEATURES, MOST_FEATURES, _features_from
 from vitshrink.recovery.training import Loop
 from vitshrink.storage import fix_gauge
@@ -186,7 +186,7 @@ def test_a_learning_rate_that_destroys_is_lowered_and_training_begins_again(
     assert max(rates[len(rates) // 2 :]) <= 0.1
 
 
-def test_a_learning_rate_that_gains_nothing_for_so_long_as_patience_lasts_is_lowered_too() -> None:
+def test_a_learning_rate_that_gains_nothing_for_so_long_as_patience_lasts_is_lowered() -> None:
     progress = Progress(steps_an_epoch=10, epochs=10, history=[{"held_out": 2.0, "step": 0}])
     assert progress.keeps([2.0])
     for step in (10, 20):
@@ -195,14 +195,31 @@ def test_a_learning_rate_that_gains_nothing_for_so_long_as_patience_lasts_is_low
         assert not progress.keeps([2.1])
         assert not progress.destroyed(2.1)
     assert progress.stale(2)
-    assert progress.may_begin_again
     before = progress.learning_rate
-    progress.begin_again()
+    progress.retreat()
     assert not progress.stale(2)
     assert progress.learning_rate < before / 2
     progress.step = 30
     assert progress.keeps([1.9])
-    assert not progress.may_begin_again, "what was gained is not given up for another rate"
+    assert not progress.destroyed(20.0), "only what has gained nothing is given up at once"
+    for _ in range(MOST_RETREATS - 1):
+        assert progress.may_retreat
+        progress.retreat()
+    assert not progress.may_retreat
+
+
+def test_after_gains_too_a_rate_that_brings_nothing_more_is_lowered_from_the_best_state(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+) -> None:
+    observer = Listening()
+    _, _, recovery = train("ViTForImageClassification", learning_rate=0.02, epochs=60, patience=1, observer=observer)
+    assert recovery.best_step > 0
+    assert not any("begins again" in message for message in observer.messages)
+    rates = [entry["learning_rate"] for entry in recovery.history[1:]]
+    lowered = [number for number, rate in enumerate(rates[1:], 1) if rate < rates[number - 1] / 2.5]
+    assert lowered
+    start = [entry["held_out"] for entry in recovery.history][lowered[0] + 1]
+    assert start < recovery.before, "what was gained is not given up for another rate"
 
 
 def test_of_states_that_cannot_be_told_apart_the_later_is_kept_but_none_worse_than_the_start() -> None:

@@ -36,9 +36,9 @@ class Progress:
     failures: int = 0
     """Times that training met numbers that were not finite."""
     retreats: int = 0
-    """Times that training worsened what it began with, and began again."""
+    """Times that training brought nothing more, and went back to the best state."""
     began: tuple[int, float] = (0, 0.0)
-    """Step and fraction at which it last began."""
+    """Step and fraction at which it last went on from there."""
     losses: list[float] = field(default_factory=list)
     """Of the steps since then: the first ``WINDOW``, and as many of the last."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -118,15 +118,16 @@ class Progress:
 
     def destroyed(self, loss: float) -> bool:
         """Whether a held-out loss is so much worse than that of the start that training should begin again."""
-        return self.step > 0 and self.may_begin_again and loss > DESTROYED * self.best
+        gained = self.best_step > 0
+        return self.step > 0 and not gained and self.may_retreat and loss > DESTROYED * self.best
 
     @property
-    def may_begin_again(self) -> bool:
-        """Whether nothing was gained so far, and lower learning rates are left."""
-        return self.best_step == 0 and self.retreats < MOST_RETREATS
+    def may_retreat(self) -> bool:
+        """Whether lower learning rates are left to try."""
+        return self.retreats < MOST_RETREATS
 
-    def begin_again(self) -> None:
-        """At a lower learning rate, which rises anew."""
+    def retreat(self) -> None:
+        """To a lower learning rate, which rises anew."""
         self.retreats += 1
         self.rate *= RETREAT
         self.began = (self.step, self.fraction)

@@ -126,9 +126,9 @@ class Loop:
             return "time" if progress.step < progress.steps else "done"
         if not progress.stale(self.patience):
             return ""
-        if not progress.may_begin_again:
+        if not progress.may_retreat:
             return "early"
-        self._begin_again(float(progress.history[-1]["held_out"] or math.nan))
+        self._retreat(float(progress.history[-1]["held_out"] or math.nan))
         return ""
 
     def judge(self) -> None:
@@ -150,7 +150,7 @@ class Loop:
         if progress.keeps(rows):
             self.best = _copy(self.parameters)
         if progress.destroyed(held_out):
-            self._begin_again(held_out)
+            self._retreat(held_out)
         if math.isfinite(held_out):
             self._good = self._state()
         elif progress.step:
@@ -164,15 +164,16 @@ class Loop:
     def _state(self) -> tuple[dict[str, Tensor], Any]:
         return _copy(self.parameters), deepcopy(self.optimizer.state_dict())
 
-    def _begin_again(self, held_out: float) -> None:
-        """After a learning rate that gains nothing: the state that training began with, and a lower one."""
+    def _retreat(self, held_out: float) -> None:
+        """From a learning rate that brings nothing more: to the best state, and a lower one."""
         progress = self.progress
-        self.warn(
-            f"learning rate {self.learning_rate * progress.rate:.1e} raised the held-out loss from "
-            f"{progress.best:.4g} to {held_out:.4g} in {progress.step - progress.began[0]} steps: training begins "
-            "again at a third of it."
-        )
-        progress.begin_again()
+        if not progress.best_step:
+            self.warn(
+                f"learning rate {self.learning_rate * progress.rate:.1e} raised the held-out loss from "
+                f"{progress.best:.4g} to {held_out:.4g} in {progress.step - progress.began[0]} steps: training begins "
+                "again at a third of it."
+            )
+        progress.retreat()
         self._restore(self.best)
         self.optimizer.state.clear()
 
