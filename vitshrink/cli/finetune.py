@@ -128,7 +128,9 @@ def finetune_command(
     ] = False,
     gamma: Annotated[
         float,
-        typer.Option(help="How far BDIA strays from the model: 0.5, 0.25 or 0.125.", rich_help_panel=TECHNIQUES),
+        typer.Option(
+            help="Of BDIA: 0.5 as published; 0.25 or 0.125 stay nearer to the model.", rich_help_panel=TECHNIQUES
+        ),
     ] = DEFAULT.gamma,
     momentum: Annotated[
         bool,
