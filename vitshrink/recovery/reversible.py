@@ -184,10 +184,10 @@ class _Reversible(torch.autograd.Function):
         bits = plan.fraction_bits
         before = _rounded(hidden.detach(), bits)
         now = _rounded(plan.run(0, before), bits)
-        kept = []
+        kept, bits_kept = [], plan.bits_kept  # asked once: a GPU has to be waited for
         for index, g in enumerate(plan.gamma, start=1):
             lost = _missing(before, g, bits)
-            kept.append(_packed(lost, plan.bits_kept))
+            kept.append(_packed(lost, bits_kept))
             before, now = now, g * (before + lost * 2.0**-bits) + _rounded(plan.run(index, now), bits)
         ctx.plan, ctx.kept, ctx.parameters = plan, kept, _parameters
         ctx.save_for_backward(before, now)
