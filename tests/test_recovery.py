@@ -332,6 +332,34 @@ def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(
     assert (Path(checkpoints) / "state").is_dir(), "nothing is lost before the model is saved"
 
 
+def test_a_training_killed_after_it_went_back_goes_on_from_there(
+    train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    settings = {"precision": "no", "learning_rate": 0.02, "patience": 1, "epochs": 60}
+    _, whole, undisturbed = train("ViTForImageClassification", **settings)
+    healthy = Loop._after_step
+
+    def dies(loop: Loop) -> str:
+        if loop.progress.retreats:
+            raise Killed
+        return healthy(loop)
+
+    checkpoints = str(tmp_path / "state")
+    monkeypatch.setattr(Loop, "_after_step", dies)
+    with pytest.raises(Killed):
+        train("ViTForImageClassification", **settings, checkpoints=checkpoints)
+    monkeypatch.undo()
+    _, resumed, recovery = train("ViTForImageClassification", **settings, checkpoints=checkpoints)
+    assert same(whole, resumed)
+    steps = [[(entry["step"], entry["held_out"]) for entry in each.history] for each in (undisturbed, recovery)]
+    assert steps[0] == steps[1]
+
+
 def test_what_cannot_be_trained_is_refused(
     train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], tmp_path: Path
 ) -> None:

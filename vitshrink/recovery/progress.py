@@ -118,13 +118,12 @@ class Progress:
 
     def destroyed(self, loss: float) -> bool:
         """Whether a held-out loss is so much worse than that of the start that training should begin again."""
-        gained = self.best_step > 0
-        return self.step > 0 and not gained and self.may_retreat and loss > DESTROYED * self.best
+        return self.best_step == 0 < self.step and loss > DESTROYED * self.best
 
     @property
     def may_retreat(self) -> bool:
-        """Whether lower learning rates are left to try."""
-        return self.retreats < MOST_RETREATS
+        """Whether lower learning rates, and time, are left to try them."""
+        return self.retreats < MOST_RETREATS and self.fraction < 1
 
     def retreat(self) -> None:
         """To a lower learning rate, which rises anew."""

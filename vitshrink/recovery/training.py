@@ -124,15 +124,10 @@ class Loop:
             return "diverged"
         if over:
             return "time" if progress.step < progress.steps else "done"
-        if not progress.stale(self.patience):
-            return ""
-        if not progress.may_retreat:
-            return "early"
-        self._retreat(float(progress.history[-1]["held_out"] or math.nan))
-        return ""
+        return "early" if progress.stale(self.patience) and not progress.may_retreat else ""
 
     def judge(self) -> None:
-        """Run the held-out samples, and keep the state where it is the best so far."""
+        """Run the held-out samples, and keep the state where it is the best so far, or go back to that."""
         progress = self.progress
         rows = self.criterion.held_out_losses()
         held_out = sum(rows) / len(rows)
@@ -149,7 +144,8 @@ class Loop:
         )
         if progress.keeps(rows):
             self.best = _copy(self.parameters)
-        if progress.destroyed(held_out):
+        gives_up = progress.destroyed(held_out) or (math.isfinite(held_out) and progress.stale(self.patience))
+        if gives_up and progress.may_retreat:
             self._retreat(held_out)
         if math.isfinite(held_out):
             self._good = self._state()
