@@ -154,7 +154,7 @@ def test_another_option_keeps_the_statistics(job: Job, work: list[str]) -> None:
 def test_several_sizes_and_a_search_share_the_cache(job: Job, work: list[str]) -> None:
     job()
     work.clear()
-    job(keep=(), max_drop=100.0)
+    job(keep=(), max_changed=100.0)
     assert work == []
 
 

@@ -2,9 +2,10 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import typer
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -205,3 +206,61 @@ def test_gradients_of_samples_are_not_taken_in_fp16() -> None:
     with pytest.raises(UsageError, match=r"--precision fp16: .* range of float32"):
         CompressConfig("model", "out", keep=(0.5,), precision="fp16")
     assert CompressConfig("model", "out", keep=(0.5,), precision="bf16").precision == "bf16"
+
+
+# Old names
+
+
+def job_of(words: list[str]) -> tuple[list[CompressConfig], str]:
+    """The jobs that a command line asks for, and what it says on stderr."""
+    seen: list[CompressConfig] = []
+
+    def take(wanted: CompressConfig, _observer: object) -> NoReturn:
+        seen.append(wanted)
+        raise typer.Exit
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "compress", take)
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    return seen, result.stderr
+
+
+def test_the_old_name_of_a_bound_works_and_warns(tmp_path: Path) -> None:
+    words = ["compress", "m", "o", "--calibration", "c"]
+    (new,), silent = job_of([*words, "--max-changed", "2"])
+    assert (new.max_changed, silent) == (2.0, "")
+    (old,), said = job_of([*words, "--max-drop", "2"])
+    assert old == new
+    assert "warning: the command line: 'max_drop' is the old name of 'max_changed'" in said
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("model: m\noutput: o\ncalibration: c\nmax-drop: 2")
+    (read,), said = job_of(["compress", "--config", str(recipe)])
+    assert read == new
+    assert "old.yaml: 'max-drop' is the old name of 'max_changed'" in said
+    with pytest.warns(FutureWarning, match="'max-drop' is the old name of 'max_changed'"):
+        assert CompressConfig.from_mapping(yaml.safe_load(recipe.read_text())) == new
+    shown = CliRunner().invoke(app, ["compress", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "--max-changed" in shown
+    assert "--max-drop" not in shown
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_recipe_of_an_old_result_loads_without_a_word(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\noutput: o\nkeep: [0.5]\nmax_drop: null\nmax_kl: null")
+    (found,), said = job_of(["compress", "--config", str(recipe)])
+    assert (found, said) == (CompressConfig("m", "o", keep=(0.5,)), "")
+
+
+def test_another_size_replaces_that_of_a_recipe_by_its_old_name_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("model: m\noutput: o\ncalibration: c\nmax_drop: 2")
+    (found,), _ = job_of(["compress", "--config", str(recipe), "--keep", "0.5"])
+    assert (found.max_changed, found.keep) == (None, (0.5,))
+
+
+def test_an_entry_under_both_of_its_names_is_refused() -> None:
+    entries = {"model": "m", "output": "o", "calibration": "c", "max_drop": 1, "max_changed": 2}
+    with pytest.raises(UsageError, match=r"r\.yaml: 'max_drop' is the old name of 'max_changed', which is given too"):
+        CompressConfig.from_mapping(entries, "r.yaml")

@@ -80,13 +80,13 @@ def test_the_size_is_the_smallest_up_to_the_resolution(bounded: Bounded) -> None
 
 
 def test_a_drop_is_the_share_of_predictions_that_change(bounded: Bounded) -> None:
-    result = bounded(max_drop=10.0)
+    result = bounded(max_changed=10.0)
     assert 100 * (1 - fidelity(result)["agreement"]) <= 10
     assert kept(result) < 0.9
 
 
 def test_a_bound_that_everything_keeps_gives_the_smallest_model_there_is(bounded: Bounded) -> None:
-    result = bounded(max_drop=100.0)
+    result = bounded(max_changed=100.0)
     assert all(layer["rank"] == 1 for layer in result.report.layers)
 
 
@@ -195,11 +195,11 @@ def test_a_model_without_classes_is_refused_before_any_work(
     [
         ({"max_kl": -0.1}, "--max-kl -0.1: give nats"),
         ({"max_kl": float("nan")}, "--max-kl nan"),
-        ({"max_drop": 101.0}, "--max-drop 101.0: give percentage points"),
+        ({"max_changed": 101.0}, "--max-changed 101.0: give the percentage"),
         ({"max_kl": 0.1, "calibration": None}, "--max-kl is judged on .*--calibration"),
-        ({"max_drop": 1.0, "holdout": 0}, "--max-drop is judged on .*--holdout 0"),
-        ({"max_drop": 1.0, "max_kl": 0.1}, "--max-drop and --max-kl were given"),
-        ({"max_drop": 1.0, "keep": (0.5,)}, "--keep and --max-drop were given"),
+        ({"max_changed": 1.0, "holdout": 0}, "--max-changed is judged on .*--holdout 0"),
+        ({"max_changed": 1.0, "max_kl": 0.1}, "--max-changed and --max-kl were given"),
+        ({"max_changed": 1.0, "keep": (0.5,)}, "--keep and --max-changed were given"),
     ],
 )
 def test_a_bound_that_makes_no_sense_is_refused(entries: dict[str, Any], said: str) -> None:
@@ -226,8 +226,8 @@ def test_with_data_to_evaluate_on_the_size_is_chosen_without_them(
 
 
 def test_a_bound_finer_than_one_sample_is_warned_about(bounded: Bounded) -> None:
-    result = bounded(max_drop=1.0)
-    assert any("one of the 48 held-out samples is already 2.1 points" in w for w in result.report.warnings)
+    result = bounded(max_changed=1.0)
+    assert any("one of the 48 held-out samples is already 2.1 percent" in w for w in result.report.warnings)
 
 
 def test_a_dry_run_searches_and_writes_nothing(bounded: Bounded, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_layers_that_cannot_be_factorised_stay_dense(bounded: Bounded, monkeypat
         return budgets[-1]
 
     monkeypatch.setattr(Compression, "least_budget", spy)
-    result = bounded(max_drop=100.0, refine=0)
+    result = bounded(max_changed=100.0, refine=0)
     assert [layer["rank"] for layer in result.report.layers].count(None) == 1
     assert result.report.parameters["compressed"] == budgets[0]
 
@@ -278,8 +278,8 @@ def test_a_bound_on_the_command_line_replaces_the_size_of_a_recipe(
     recipe.write_text(
         f"model: {checkpoint(CLASSIFIER)}\noutput: {tmp_path / 'out'}\nkeep: 0.5\nholdout: 40\nsamples: 40"
     )
-    words = ["compress", "--config", str(recipe), "--calibration", str(photos), "--max-drop", "20", "--quiet"]
+    words = ["compress", "--config", str(recipe), "--calibration", str(photos), "--max-changed", "20", "--quiet"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     recipe = read_recipe(tmp_path / "out" / "recipe.yaml")
-    assert (recipe["keep"], recipe["max_drop"]) == ([], 20.0)
+    assert (recipe["keep"], recipe["max_changed"]) == ([], 20.0)

@@ -162,3 +162,16 @@ def test_a_data_recipe_says_how_many_samples_where_the_sweep_does_not(tmp_path: 
     found = plan(tmp_path, defaults={"calibration": str(recipe)}, matrix={"model": ["m"], "keep": [0.5]})
     stated = plan(tmp_path, defaults={"calibration": str(recipe), "samples": 7}, matrix={"model": ["m"], "keep": [0.5]})
     assert [(job.config.samples, job.config.seed) for job in (*found.jobs, *stated.jobs)] == [(31, 5), (7, 5)]
+
+
+def test_a_bound_on_predictions_and_one_on_accuracy_have_two_names(tmp_path: Path) -> None:
+    """Under the old name an entry of a job still chooses its size, and says once that it does."""
+    said: list[str] = []
+    shared: dict[str, Any] = {"matrix": {"model": ["a", "b"]}, "gates": {"max_drop": 1}}
+    new = plan(tmp_path, defaults={**DATA, "eval": "val", "max_changed": 2}, **shared, options={"warn": said.append})
+    assert [(job.config.max_changed, job.gates.max_drop) for job in new.jobs] == [(2.0, 1.0)] * 2
+    assert said == []
+    old = plan(tmp_path, defaults={**DATA, "eval": "val", "max_drop": 2}, **shared, options={"warn": said.append})
+    assert old == new
+    (warning,) = said
+    assert "sweep.yaml: 'max_drop' is the old name of 'max_changed'" in warning

@@ -101,7 +101,7 @@ def compress(
             iterable of batches with the model's inputs; or what ``--calibration`` takes: a folder, a file, a recipe,
             a Hub data set.
         keep: the fraction of the model's parameters to keep. One of ``target_params``, ``target_size``, ``rank``,
-            ``max_drop`` or ``max_kl`` may take its place.
+            ``max_changed`` or ``max_kl`` may take its place.
         processor: the image processor or tokenizer of the model; looked for where the model came from if not given,
             and not needed for batches.
         choices: the flags of ``vitshrink compress``, such as ``method="whitened"``, ``samples=256`` or ``seed=1``.

@@ -5,7 +5,8 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,8 +31,11 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 
 Preprocessing = Literal["checkpoint", "timm"]
 
-SIZES = ("keep", "target_params", "target_size", "rank", "explained_variance", "max_drop", "max_kl")
+SIZES = ("keep", "target_params", "target_size", "rank", "explained_variance", "max_changed", "max_kl")
 """The entries that say how small, the last two by what may be lost; a job has exactly one of them."""
+
+RENAMED = {"max_drop": "max_changed"}
+"""Present names of entries of a job by the old ones. ``max_drop`` now is a gate alone: points of accuracy."""
 
 
 def flag_of(name: str) -> str:
@@ -187,7 +191,7 @@ class CompressConfig:
     Exactly one size: ``keep`` (fractions of the whole model's parameters; several give several outputs),
     ``target_params``, ``target_size``, ``rank``, ``explained_variance`` (the share that every layer keeps of its energy
     in the method's metric), or the smallest that keeps a bound on held-out calibration samples:
-    ``max_drop``, percentage points of predictions that differ from the dense model's, or ``max_kl``, nats.
+    ``max_changed``, percent of the predictions, which differ from the dense model's, or ``max_kl``, nats.
     """
 
     model: str
@@ -201,7 +205,7 @@ class CompressConfig:
     target_size: str | None = None
     rank: int | None = None
     explained_variance: float | None = None
-    max_drop: float | None = None
+    max_changed: float | None = None
     max_kl: float | None = None
     finetune: FinetuneConfig | None = None
     attention: Attention = "sdpa"
@@ -260,7 +264,7 @@ class CompressConfig:
         check_approximations({name: getattr(self, name) for name in APPROXIMATIONS})
         others = {"--tokens mixed": self.token_budget, "--landmarks": self.landmarks}
         approximated = [flag for flag, number in others.items() if number is not None]
-        if approximated and {"--max-drop", "--max-kl"} & set(sizes):
+        if approximated and {"--max-changed", "--max-kl"} & set(sizes):
             raise UsageError(f"{sizes[0]} searches the size of the weights: with {approximated[0]} ask for a size.")
         if len(sizes) != 1 and (sizes or not approximated):
             given = f"{' and '.join(sizes)} were given" if sizes else "none was"
@@ -281,12 +285,15 @@ class CompressConfig:
                 f"--explained-variance {self.explained_variance}: give the share of its energy that every layer "
                 "keeps, above 0 and below 1."
             )
-        for name, most, what in (("max_drop", 100, "percentage points"), ("max_kl", math.inf, "nats")):
+        for name, most, what in (
+            ("max_changed", 100, "the percentage of predictions that may change"),
+            ("max_kl", math.inf, "nats that may be lost"),
+        ):
             bound = getattr(self, name)
             if bound is None:
                 continue
             if not (math.isfinite(bound) and 0 <= bound <= most):
-                raise UsageError(f"{flag_of(name)} {bound}: give {what} that may be lost, such as {flag_of(name)} 1.")
+                raise UsageError(f"{flag_of(name)} {bound}: give {what}, such as {flag_of(name)} 1.")
             if self.calibration is None or self.holdout == 0:
                 raise UsageError(
                     f"{flag_of(name)} is judged on held-out calibration samples: pass --calibration, not --holdout 0."
@@ -344,7 +351,7 @@ class CompressConfig:
     @property
     def counts_bytes(self) -> bool:
         """Whether ranks are chosen by the bytes of the file, because its weights are integers of several widths."""
-        asked = (self.target_size, self.max_drop, self.max_kl)
+        asked = (self.target_size, self.max_changed, self.max_kl)
         return self.quantize is not None and any(size is not None for size in asked)
 
     @property
@@ -376,8 +383,8 @@ class CompressConfig:
 
     @classmethod
     def from_mapping(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Self:
-        """Build from flags or YAML keys. Raises UsageError that names the entry, and the nearest known one."""
-        values = _values(cls, entries, where)
+        """Build from flags or YAML keys, also old ones. Raises UsageError that names the entry, and the nearest one."""
+        values = _values(cls, renamed(entries, where), where)
         for required, what in (("model", "the checkpoint to compress"), ("output", "the directory to write")):
             if not values.get(required):
                 raise UsageError(
@@ -572,6 +579,31 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise UsageError(f"{path} must hold entries such as 'method: whitened', one a line.")
     return entries
+
+
+def warn_of_old_name(message: str) -> None:
+    warnings.warn(message, FutureWarning, stacklevel=3)
+
+
+def renamed(entries: Mapping[str, Any], where: str, warn: Callable[[str], None] = warn_of_old_name) -> dict[str, Any]:
+    """Entries of a job by their present names; warns of an old name that says something.
+
+    Raises UsageError for an entry under both of its names.
+    """
+    found = {key: value for key, value in entries.items() if str(key).replace("-", "_") not in RENAMED}
+    present = {str(key).replace("-", "_") for key, value in found.items() if value is not None}
+    for old, new in RENAMED.items():
+        for key in (old, old.replace("_", "-")):
+            if entries.get(key) is None:  # as in the recipe of an old result
+                continue
+            if new in present:
+                raise UsageError(f"{where}: {key!r} is the old name of {new!r}, which is given too: leave it out.")
+            warn(
+                f"{where}: {key!r} is the old name of {new!r}, the percentage of predictions that may change: "
+                f"write {new!r} or {flag_of(new)}. The gate {old!r} of eval and sweeps is points of accuracy."
+            )
+            found[new] = entries[key]
+    return found
 
 
 def _values(cls: type[Any], entries: Mapping[str, Any], where: str) -> dict[str, Any]:

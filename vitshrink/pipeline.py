@@ -74,7 +74,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     Raises:
         UsageError, TargetError: before any work where that can be known.
         CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
-        GateError: no size keeps within ``max_drop`` or ``max_kl``.
+        GateError: no size keeps within ``max_changed`` or ``max_kl``.
         OtherProcessError: another process of this job has failed.
     """
     job = Job(observer or Silent())

@@ -44,8 +44,8 @@ class Bound:
         """The bound that a job asks for in place of a size, if it does."""
         if config.max_kl is not None:
             return cls("--max-kl", config.max_kl, "nats")
-        if config.max_drop is not None:
-            return cls("--max-drop", config.max_drop, "points")
+        if config.max_changed is not None:
+            return cls("--max-changed", config.max_changed, "percent of the predictions")
         return None
 
     def require(self, model: PreTrainedModel) -> None:
@@ -125,10 +125,10 @@ class Search:
                 f"{bound.flag} is judged on samples that were not calibrated on, and none is left: "
                 f"pass fewer --samples, or more data to --calibration ({config.calibration})."
             )
-        if bound.unit == "points" and bound.limit < 100 / len(samples):
+        if bound.unit != "nats" and bound.limit < 100 / len(samples):
             job.warn(
                 f"{bound.flag} {bound.limit:g}: one of the {len(samples)} held-out samples is already "
-                f"{100 / len(samples):.2g} points. Judge on more of them with --holdout."
+                f"{100 / len(samples):.2g} percent. Judge on more of them with --holdout."
             )
         if config.eval is None:
             job.warn(

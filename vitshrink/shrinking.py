@@ -211,7 +211,7 @@ class Shrinking:
         Raises:
             NumericsError: no layer can be factorised.
             DataError: nothing is held out, and the size depends on it.
-            GateError: no size keeps within ``max_drop`` or ``max_kl``.
+            GateError: no size keeps within ``max_changed`` or ``max_kl``.
         """
         config, method = self.choices.config, self.choices.method
         if not config.sized:

@@ -11,7 +11,7 @@ import typer
 from vitshrink import processes
 from vitshrink.cli import console
 from vitshrink.cli.tables import plan_table, results_table
-from vitshrink.config import SIZES, CompressConfig, parse_option, read_recipe
+from vitshrink.config import SIZES, CompressConfig, parse_option, read_recipe, renamed
 from vitshrink.data import recipe_defaults
 from vitshrink.errors import UsageError
 from vitshrink.hub import push, require_hub
@@ -48,7 +48,7 @@ def compress_command(
             rich_help_panel=SIZE,
         ),
     ] = None,
-    max_drop: Annotated[
+    max_changed: Annotated[
         float | None,
         typer.Option(
             help="The smallest model that changes at most this many percent of the predictions on held-out "
@@ -63,6 +63,7 @@ def compress_command(
             rich_help_panel=SIZE,
         ),
     ] = None,
+    max_drop: Annotated[float | None, typer.Option(hidden=True, help="The old name of --max-changed.")] = None,
     method: Annotated[
         str, typer.Option(help="See `vitshrink methods`.", rich_help_panel=LAYERS)
     ] = CompressConfig.method,
@@ -166,7 +167,7 @@ def compress_command(
     holdout: Annotated[
         int,
         typer.Option(
-            help="How many others judge --max-drop and --max-kl, and measure the fidelity without --eval.",
+            help="How many others judge --max-changed and --max-kl, and measure the fidelity without --eval.",
             rich_help_panel=DATA,
         ),
     ] = CompressConfig.holdout,
@@ -296,7 +297,9 @@ def compress_command(
         flags["eval"] = flags.pop("eval_data")
     if option:
         flags["options"] = dict(_parse_option(text) for text in flags.pop("option"))
-    recipe = read_recipe(config) if config else {}
+    observer = console.TerminalObserver(quiet=quiet or as_json)
+    flags = renamed(flags, "the command line", observer.warn)
+    recipe = renamed(read_recipe(config), str(config), observer.warn) if config else {}
     if "finetune" in flags or finetune_option:
         flags["finetune"] = _finetune(flags, recipe)
     if any(name in flags for name in SIZES):  # a size on the command line replaces the recipe's

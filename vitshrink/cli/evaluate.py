@@ -48,7 +48,7 @@ def evaluate_command(
     class_map: Annotated[Path | None, typer.Option(help="File that maps class names to indices.")] = None,
     max_bad_samples: Annotated[int | None, typer.Option(min=0, help="Unreadable samples to put up with.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy, in percent.")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Exit with 3 when more points are lost.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Exit with 3 when more points of accuracy are lost.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when the divergence is larger.")] = None,
     max_size: Annotated[str | None, typer.Option(help="Exit with 3 when the files are larger, e.g. 90MB.")] = None,
     max_latency_ratio: Annotated[

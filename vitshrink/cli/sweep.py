@@ -48,7 +48,7 @@ def sweep_command(
     ] = False,
     time_limit: Annotated[str | None, typer.Option(help="Of every job, e.g. 90s, 30m, 1.5h.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Bound on every result, in percent.")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Points below the dense model.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Points of accuracy below the dense model.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Nats from the dense model.")] = None,
     max_size: Annotated[str | None, typer.Option(help="Bytes of the weight files, e.g. 90MB.")] = None,
     max_latency_ratio: Annotated[float | None, typer.Option(help="Time of a pass, as a fraction of the dense.")] = None,
@@ -70,7 +70,8 @@ def sweep_command(
         "max_latency_ratio": max_latency_ratio,
     }
     given = {name: bound for name, bound in bounds.items() if bound is not None}
-    plan = read_sweep(file, output=output, gates=given, time_limit=time_limit)
+    warn = console.TerminalObserver(quiet=quiet or as_json).warn
+    plan = read_sweep(file, output=output, gates=given, time_limit=time_limit, warn=warn)
     if dry_run:
         _show_plan(plan, as_json=as_json)
         return

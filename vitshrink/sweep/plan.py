@@ -3,12 +3,13 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vitshrink.config import CompressConfig, flag_of, parse_duration, read_recipe
+from vitshrink.config import CompressConfig, flag_of, parse_duration, read_recipe, renamed, warn_of_old_name
 from vitshrink.data import recipe_defaults
 from vitshrink.errors import UsageError
 from vitshrink.gates import Gates
@@ -60,6 +61,7 @@ def read_sweep(
     output: Path | None = None,
     gates: Mapping[str, Any] | None = None,
     time_limit: str | None = None,
+    warn: Callable[[str], None] = warn_of_old_name,
 ) -> SweepPlan:
     """Read a sweep from YAML; what is given beside it goes before what the file says.
 
@@ -81,7 +83,8 @@ def read_sweep(
     defaults = _mapping(entries.get("defaults"), f"{path}: defaults")
     bounds = {**_mapping(entries.get("gates"), f"{path}: gates"), **(gates or {})}
     combinations = _combinations(entries, path)
-    jobs = [_job(combination, defaults, bounds, Path(target), path) for combination in combinations]
+    once = cache(warn)
+    jobs = [_job(combination, defaults, bounds, Path(target), path, once) for combination in combinations]
     names = [job.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -195,13 +198,18 @@ def _require_known(wanted: Mapping[str, Any], combinations: Sequence[Combination
 
 
 def _job(
-    combination: Combination, defaults: Mapping[str, Any], bounds: Mapping[str, Any], output: Path, path: Path
+    combination: Combination,
+    defaults: Mapping[str, Any],
+    bounds: Mapping[str, Any],
+    output: Path,
+    path: Path,
+    warn: Callable[[str], None],
 ) -> JobPlan:
     name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, combination.labels.values()))).strip("._-") or "job"
     where = f"{path}: job {name}"
     if len(name.encode()) > 200:
         raise UsageError(f"{where}: the name is too long for a directory: write values as entries with a 'name'.")
-    entries = _plain(defaults) | combination.entries
+    entries = renamed(_plain(defaults) | combination.entries, str(path), warn)
     own = _mapping(entries.pop("gates", None), f"{where}: gates")
     for key in OWN:
         if key in entries and key != "cache":
