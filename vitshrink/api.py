@@ -128,7 +128,7 @@ def compress(
     assert shrunk.model is not None
     quantization = Quantization.of(config, dtype)
     final = shrunk.model if quantization is None else quantization.applied(shrunk.model)
-    small = cast(final, dtype).to(model.device)
+    small = cast(final, dtype).to(model.device).eval()
     judged = copy.deepcopy(small).float()
     measurement = None
     if held_out is not None and preprocessor is not None:

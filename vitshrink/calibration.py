@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.methods import Needs
+from vitshrink.modes import evaluating
 from vitshrink.stats import LinearStats, gram_of
 
 
@@ -248,7 +249,7 @@ def collect(
         NumericsError: NaN or Inf in an activation; names the layer and the batch.
         DataError: no batch at all.
     """
-    with StatisticsCollector(model, targets, needs) as collector:
+    with evaluating(model), StatisticsCollector(model, targets, needs) as collector:
         course(collector, batches, on_batch)
         return collector.statistics()
 

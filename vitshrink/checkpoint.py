@@ -30,9 +30,9 @@ def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def replace_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
-    """Put structures in the place of the modules of these names, and say so in the model's config."""
+    """Put structures in the place of the modules of these names, in their mode, and say so in the model's config."""
     for name, layer in layers.items():
-        model.set_submodule(name, layer, strict=True)
+        model.set_submodule(name, layer.train(model.get_submodule(name).training), strict=True)
     connect(model.base_model)
     _describe(model)
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitshrink.errors import VitshrinkError
+from vitshrink.modes import evaluating
 
 
 def parameters(model: nn.Module) -> int:
@@ -51,7 +52,7 @@ def macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     # torch counts nothing for the fused attention of the CPU, so that the plain one is run; and under inference_mode
     # linear layers are not taken apart into the operations that it counts
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _product_flops})
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(**_on_device_of(model, inputs))
     return int(counter.get_total_flops()) // 2
 
@@ -87,19 +88,12 @@ def latency(
     prepared = {name: _on_device_of(model, inputs) for name, model in models.items()}
     batch_size = len(next(iter(inputs.values())))
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    training = {name: model.training for name, model in models.items()}
-    try:
-        for model in models.values():
-            model.eval()
-        with torch.inference_mode():
-            for i in range(warmup + repeats):
-                for name, model in models.items():
-                    elapsed = _time(model, prepared[name])
-                    if i >= warmup:
-                        seconds[name].append(elapsed)
-    finally:
-        for name, model in models.items():
-            model.train(training[name])
+    with evaluating(*models.values()), torch.inference_mode():
+        for i in range(warmup + repeats):
+            for name, model in models.items():
+                elapsed = _time(model, prepared[name])
+                if i >= warmup:
+                    seconds[name].append(elapsed)
     return {name: _summary(times, batch_size) for name, times in seconds.items()}
 
 

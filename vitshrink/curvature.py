@@ -1,7 +1,7 @@
 """Label-free curvature of a model's output with respect to the outputs of its linear layers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from vitshrink.calibration import (
 )
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models import Target, blocks_of, task_of
+from vitshrink.modes import frozen
 from vitshrink.precision import Passes
 from vitshrink.stats import LinearStats, gram_of
 
@@ -304,15 +305,3 @@ def collect_curvature(
     with frozen(model):
         course(collector, batches, on_batch)
     return collector.statistics()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, so that a backward pass costs what a forward pass does."""
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])

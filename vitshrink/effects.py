@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.calibration import CalibrationBatch, to_device
-from vitshrink.curvature import batch_generator, frozen, random_functional, require_gradient
+from vitshrink.curvature import batch_generator, random_functional, require_gradient
 from vitshrink.errors import NumericsError
 from vitshrink.models import blocks_of
+from vitshrink.modes import evaluating, frozen
 from vitshrink.precision import Passes
 from vitshrink.reference import Reference
 
@@ -130,7 +131,7 @@ def shortfall(
     missing = [torch.zeros(0, dtype=torch.float64, device=device)]
     for number, batch in enumerate(batches, first):
         wanted = reference(batch)
-        with passes():
+        with evaluating(model), passes():
             outputs = model(**to_device(batch.inputs, device))
         functional = random_functional(model, wanted, batch, batch_generator(seed, number))
         missing.append((functional(wanted) - functional(outputs)).double())

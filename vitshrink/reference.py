@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.calibration import CalibrationBatch, to_device
+from vitshrink.modes import evaluating
 from vitshrink.precision import Passes
 
 ROOM = 2**28
@@ -32,7 +33,7 @@ class DenseOutputs:
     def __call__(self, batch: CalibrationBatch) -> Any:
         if id(batch) in self._kept:
             return self._kept[id(batch)][1]
-        with self.passes():
+        with evaluating(self.model), self.passes():
             outputs = self.model(**to_device(batch.inputs, next(self.model.parameters()).device))
         size = sum(tensor.nbytes for tensor in outputs.values() if isinstance(tensor, Tensor))
         if size <= self.room:

@@ -13,6 +13,7 @@ from vitshrink.compensation import fit_residual, shifted_bias
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.methods import Needs
 from vitshrink.models import Target
+from vitshrink.modes import evaluating
 from vitshrink.stats import LinearStats
 
 
@@ -55,7 +56,8 @@ def hidden_batches(model: nn.Module, first_block: nn.Module, batches: Iterable[C
         for batch in batches:
             mask = None if batch.mask is None else batch.mask.to(device)
             try:
-                model(**to_device(batch.inputs, device))
+                with evaluating(model):
+                    model(**to_device(batch.inputs, device))
             except _FirstBlockReached as call:
                 reached.append(HiddenBatch(call.arguments[0], call.arguments[1:], call.keywords, mask))
     finally:
@@ -89,18 +91,19 @@ def compensate_residuals(
     """
     batches_now = hidden_batches(model, blocks[0], batches)
     by_block = {block: [group for _, group in found] for block, found in groupby(stages(targets), key=lambda s: s[0])}
-    for index, block in enumerate(blocks):
-        for group in by_block.get(index, []):
-            low_rank = [target for target in group if isinstance(model.get_submodule(target.name), LowRankLinear)]
-            if low_rank:
-                stats = _stage_statistics(model, block, low_rank, batches_now)
-            for target in low_rank:
-                layer = model.get_submodule(target.name)
-                assert isinstance(layer, LowRankLinear)
-                refit(layer, dense[target.name], stats[target.name])
-                on_layer(target.name)
-        for batch in batches_now:
-            batch.hidden = batch.through(block)
+    with evaluating(model):
+        for index, block in enumerate(blocks):
+            for group in by_block.get(index, []):
+                low_rank = [target for target in group if isinstance(model.get_submodule(target.name), LowRankLinear)]
+                if low_rank:
+                    stats = _stage_statistics(model, block, low_rank, batches_now)
+                for target in low_rank:
+                    layer = model.get_submodule(target.name)
+                    assert isinstance(layer, LowRankLinear)
+                    refit(layer, dense[target.name], stats[target.name])
+                    on_layer(target.name)
+            for batch in batches_now:
+                batch.hidden = batch.through(block)
 
 
 def _stage_statistics(

@@ -29,6 +29,7 @@ from vitshrink.evaluation.columns import (
 )
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.scores import Evaluation, summarise
+from vitshrink.modes import evaluating
 from vitshrink.structures import structure_of
 
 OnBatch = Callable[[int], None]
@@ -69,7 +70,7 @@ def evaluate_each(
     ``task`` is one that ``vitshrink.models`` gives a model. ``label_of`` turns the label of a sample into a class
     index, or into a number for a regression head; without it only the fidelity to the baseline is measured. The task
     ``masked-lm`` needs ``masking`` and no labels. ``seed`` drives the resampling of the intervals. The models are
-    moved to ``device`` and get their training mode back.
+    moved to ``device``, run in evaluation mode, and get the modes of their modules back.
 
     Raises:
         UsageError: there is nothing to measure: neither labels nor a baseline.
@@ -167,17 +168,11 @@ def _require(measurable: bool, why: str) -> None:
 
 @contextmanager
 def _inference(models: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[None]:
-    training = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-            if device is not None:
-                model.to(device)
+    with evaluating(*models):
+        for model in models if device is not None else ():
+            model.to(device)
         with torch.inference_mode():
             yield
-    finally:
-        for model, was_training in zip(models, training, strict=True):
-            model.train(was_training)
 
 
 def _class_names(model: nn.Module) -> dict[int, str]:

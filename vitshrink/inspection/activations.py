@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitshrink.calibration import CalibrationBatch, to_device
 from vitshrink.errors import DataError
 from vitshrink.models import Target
+from vitshrink.modes import evaluating
 
 TOKENS = 1024
 """Tokens kept of each input: several for every channel of a small model, and 16 MB of the widest layer there is."""
@@ -74,7 +75,8 @@ def sample_activations(
             if done * TOKENS_A_BATCH >= TOKENS:
                 break
             chosen, mask = None, None if batch.mask is None else batch.mask.to(device)
-            model(**to_device(batch.inputs, device))
+            with evaluating(model):
+                model(**to_device(batch.inputs, device))
             done += 1
             on_batch(next(iter(batch.inputs.values())).shape[0])
     finally:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from vitshrink.modes import evaluating
 from vitshrink.recovery.answers import Reader, Teacher
 from vitshrink.recovery.augmentation import Augmentation
 from vitshrink.recovery.decatt import HeadOutputs
@@ -66,8 +67,8 @@ class Criterion:
     @torch.no_grad()
     def held_out_losses(self) -> list[float]:
         """The plain loss of every row of the held-out samples, the same in every process."""
-        self.reader.model.eval()
-        return self._of_held_out(lambda batch: self._rows(self.objective.plain, batch, HELD_OUT))
+        with evaluating(self.reader.model):
+            return self._of_held_out(lambda batch: self._rows(self.objective.plain, batch, HELD_OUT))
 
     @torch.no_grad()
     def losses_of_nothing(self) -> list[float]:

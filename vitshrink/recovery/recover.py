@@ -3,14 +3,14 @@
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -24,6 +24,7 @@ from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.errors import DataError, NumericsError, UsageError
 from vitshrink.measurement import warn_of_bad
 from vitshrink.models import FLASH, blocks_of, flash_attention, task_of
+from vitshrink.modes import borrowed, evaluating, own_random_numbers
 from vitshrink.observer import Job
 from vitshrink.precision import resolve_precision
 from vitshrink.recovery.answers import Reader, Teacher
@@ -106,7 +107,8 @@ def recover(
     """Train ``model``, in place, on ``material``; it ends as the best state by held-out loss, at worst as it began.
 
     Layers with pivots are trained as two whole factors, and stored with pivots again: ranks and sizes stay. What is in
-    ``config.checkpoints`` stays there until the caller has saved the model.
+    ``config.checkpoints`` stays there until the caller has saved the model. Modes, random numbers and what accelerate
+    keeps for the whole process are the caller's again afterwards.
 
     Args:
         dense: the model that was compressed; None where only labels count.
@@ -123,12 +125,14 @@ def recover(
     training, held_out, familiar = _split(data, material.seen, config, seed)
     pivots = unpack(model)
     with _accelerator(next(model.parameters()).device, config) as accelerator, ExitStack() as inside:
+        inside.enter_context(own_random_numbers())
         set_seed(seed)
+        inside.enter_context(borrowed(model))
+        inside.enter_context(evaluating(*([] if dense is None else [dense])))
         parameters = _trainable(model, config)
         loader = DataLoader(Subset(data, training), config.batch_size, shuffle=True, collate_fn=data.collate)
         optimizer: torch.optim.Optimizer = optimizer_of(model, parameters.values())
         wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        inside.callback(model.eval)
         inside.callback(_unwrap, accelerator, model, wrapped)
         criterion = Criterion(
             accelerator,
@@ -180,7 +184,8 @@ def recover(
             criterion.features = _features_from(loop.progress.start, criterion.losses_of_nothing())
         blocks: list[dict[str, float]] = []
         if config.blockwise and dense is not None and not resumed:
-            with job.stage("blockwise", "Reconstructing blocks", len(blocks_of(model))) as advance:
+            stage = job.stage("blockwise", "Reconstructing blocks", len(blocks_of(model)))
+            with stage as advance, evaluating(model):
                 sets = (data.batches(training, config.batch_size), data.batches(held_out, config.batch_size))
                 blocks = reconstruct(
                     model,
@@ -381,7 +386,6 @@ def _unwrap(accelerator: Accelerator, model: PreTrainedModel, wrapped: nn.Module
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     for name in ("forward", "_original_forward"):
         model.__dict__.pop(name, None)
-    model.requires_grad_(True)
 
 
 def train_mode(model: PreTrainedModel, *, dropout: bool) -> None:
@@ -403,22 +407,27 @@ def recompute(model: PreTrainedModel) -> Callable[[], None]:
 
 @contextmanager
 def _accelerator(device: torch.device, config: FinetuneConfig) -> Iterator[Accelerator]:
-    """accelerate keeps its choices for a whole process: another job in it must be free to make its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=resolve_precision(device, config.precision),
-        gradient_accumulation_steps=config.accumulation,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    """accelerate keeps its choices for a whole process: those of the caller, or of another job, wait meanwhile."""
+    states = [(each, dict(each._shared_state)) for each in (AcceleratorState, GradientState, PartialState)]
     try:
-        yield accelerator
+        for each, _ in states:
+            each._reset_state()
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            accelerator = Accelerator(
+                cpu=device.type == "cpu",
+                mixed_precision=resolve_precision(device, config.precision),
+                gradient_accumulation_steps=config.accumulation,
+                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            )
+            try:
+                yield accelerator
+            finally:
+                accelerator.free_memory()
     finally:
-        accelerator.free_memory()
-        AcceleratorState._reset_state(reset_partial_state=True)
+        for each, before in states:
+            each._reset_state()
+            each._shared_state.update(before)
 
 
 def _identity(
