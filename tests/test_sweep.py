@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from vitshrink.checksums import broken_files
 from vitshrink.cli.app import app
+from vitshrink.sweep.results import FILES
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +187,21 @@ def test_a_terminal_shows_the_running_jobs_and_keeps_to_its_width(done: Result, 
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     live = [line for line in re.split(r"[\r\n]+", plain) if "jobs ended" in line or " s " in line[:30]]
     assert all(len(line.rstrip()) <= 40 for line in live if not line.startswith("error"))
+
+
+def test_jobs_without_a_size_and_of_whole_attentions_have_rows(
+    vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    shared = {"model": str(vit_directory), "calibration": str(flat_images)}
+    file = tmp_path / "sweep.yaml"
+    include = [
+        {"name": "joint", **shared, "method": "qk-joint", "keep": 0.95},
+        {"name": "maps", **shared, "landmarks": 4},
+    ]
+    defaults = {"samples": 8, "holdout": 8, "batch_size": 8}
+    file.write_text(yaml.safe_dump({"output": str(tmp_path / "out"), "defaults": defaults, "include": include}))
+    done = sweep(file, "--jobs", "2")
+    assert done.exit_code == 0, done.stderr
+    rows = {row["job"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["jobs"]}
+    assert {name: row["size"] for name, row in rows.items()} == {"joint": "keep 0.95", "maps": "landmarks 4"}
+    assert all((tmp_path / "out" / name).exists() for name in FILES)

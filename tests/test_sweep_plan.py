@@ -1,15 +1,20 @@
 """From a file to jobs: the matrix, its exceptions, and what makes no sense."""
 
+from dataclasses import Field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vitshrink.config import SIZES, CompressConfig
 from vitshrink.errors import UsageError
+from vitshrink.methods import attention_methods, available_methods
 from vitshrink.sweep import SweepPlan, fingerprints, read_sweep
+from vitshrink.sweep.plan import OWN
 
 DATA = {"calibration": "images"}
 
@@ -97,7 +102,10 @@ def test_bounds_are_shared_and_overridden_by_flags_and_jobs(tmp_path: Path) -> N
         ({"matrix": {"model": ["m"], "keep": [0.5]}, "exclude": [{"keep": 0.4}]}, "no combination has"),
         ({"matrix": {"model": ["m"], "keep": [0.5]}, "exclude": [{"metod": "svd"}]}, "'metod' is on no axis"),
         ({"matrix": {"model": ["m"], "keep": []}}, "keep lists no value"),
-        ({"matrix": {"model": ["m"], "keep": [[0.5]]}}, "is no value"),
+        ({"matrix": {"model": [["m"]], "keep": [0.5]}}, "is no value"),
+        ({"matrix": {"model": ["m"], "samples": [None], "keep": [0.5]}}, "is no value"),
+        ({"matrix": {"model": ["m"], "method": ["qk-joint"], "keep": [0.5]}, "defaults": {}}, "needs calibration data"),
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "defaults": {"options": {"alfa": 1}, **DATA}}, "job .*alfa"),
         ({"matrix": ["m"]}, "must hold entries"),
         ({"include": {"model": "m"}}, "must list entries"),
         ({"matrix": {"model": ["m"]}}, "job m: say how small|say how small"),
@@ -175,3 +183,81 @@ def test_a_bound_on_predictions_and_one_on_accuracy_have_two_names(tmp_path: Pat
     assert old == new
     (warning,) = said
     assert "sweep.yaml: 'max_drop' is the old name of 'max_changed'" in warning
+
+
+@pytest.mark.parametrize("method", [*available_methods(), *attention_methods()])
+def test_every_method_has_jobs(method: str, tmp_path: Path) -> None:
+    found = plan(tmp_path, matrix={"model": ["m"], "method": [method], "keep": [0.5]})
+    assert names(found) == [f"m-{method}-keep-0.5"]
+
+
+JOBS: dict[str, list[Any]] = {
+    "options": [{"alpha": 0.5}],
+    "finetune": ["distill", {"objective": "supervised", "epochs": 2}],
+    "target_params": ["2k"],
+    "target_size": ["9MB"],
+    "quantize": ["int8", "int4"],
+    "tokens": [{"tokens": "mixed", "token_budget": 9}],
+    "token_budget": [{"name": "few", "tokens": "mixed", "token_budget": 9}],
+    "token_levels": [{"token_levels": 3, "tokens": "mixed", "token_budget": 9}],
+    "token_scorer": [{"token_scorer": "features", "tokens": "mixed", "token_budget": 9}],
+    "landmarks": [{"name": "few", "landmarks": 4}, 4],
+    "landmark_form": [{"landmark_form": "nystrom", "landmarks": 4}],
+    "activations": [{"activations": "none", "quantize": "int8"}],
+    "allocation": ["energy"],
+    "compensation": ["bias"],
+    "storage": ["factors"],
+    "precision": ["bf16"],
+    "layers": ["mlp"],
+    "attention": ["eager"],
+    "preprocess": ["timm"],
+    "dtype": ["float16"],
+    "method": ["asvd"],
+    "calibration": ["x"],
+}
+"""Values of the entries that take only some texts, or belong to others."""
+
+
+def values_of(entry: Field[Any]) -> list[Any]:
+    """Some that an entry of a job takes: all kinds that its type allows."""
+    if entry.name in JOBS:
+        return JOBS[entry.name]
+    kinds = get_args(entry.type) if get_origin(entry.type) is UnionType else (entry.type,)
+    examples: dict[Any, list[Any]] = {str: ["x"], int: [3], float: [0.5], bool: [True, False], NoneType: [None]}
+    found = []
+    for kind in kinds:
+        (item,) = get_args(kind)[:1] if get_origin(kind) is tuple else (kind,)
+        found += [[value] if item is not kind else value for value in examples[item]]
+    return found
+
+
+@pytest.mark.parametrize("entry", [f for f in fields(CompressConfig) if f.name not in OWN], ids=lambda f: f.name)
+def test_every_entry_of_a_job_can_be_an_axis(entry: Field[Any], tmp_path: Path) -> None:
+    base: dict[str, Any] = {**DATA, "model": "m", "method": "asvd", "keep": 0.5}
+    for value in values_of(entry):
+        if entry.name in SIZES and value is None:
+            continue
+        job = {key: given for key, given in base.items() if key != "keep" or entry.name not in SIZES}
+        job.pop(entry.name, None)
+        wanted = value if isinstance(value, dict) and (entry.name in value or "name" in value) else {entry.name: value}
+        (found,) = plan(tmp_path, defaults=job, matrix={entry.name: [value]}).jobs
+        asked = {key: given for key, given in wanted.items() if key != "name"}
+        expected = CompressConfig.from_mapping({"cache": "results/cache", "output": "o", **job, **asked})
+        assert replace(found.config, output="o", overwrite=False) == expected
+
+
+def test_a_job_may_have_no_size(tmp_path: Path) -> None:
+    entries = {"landmarks": [49], "model": ["m"]}
+    (found,) = plan(tmp_path, matrix=entries).jobs
+    assert (found.name, found.config.size) == ("landmarks-49-m", "landmarks 49")
+
+
+def test_what_is_left_out_is_a_value_too(tmp_path: Path) -> None:
+    found = plan(tmp_path, matrix={"model": ["m"], "keep": [0.5], "quantize": [None, "int8"]})
+    assert names(found) == ["m-keep-0.5-quantize-none", "m-keep-0.5-int8"]
+    assert [job.config.quantize for job in found.jobs] == [None, "int8"]
+
+
+def test_a_data_recipe_that_cannot_be_read_is_a_matter_of_its_job(tmp_path: Path) -> None:
+    found = plan(tmp_path, matrix={"model": ["m"], "keep": [0.5], "calibration": ["images", "no/such.yaml"]})
+    assert [job.config.calibration for job in found.jobs] == ["images", "no/such.yaml"]

@@ -19,7 +19,7 @@ import yaml
 
 from vitshrink import checksums
 from vitshrink.errors import OutputError
-from vitshrink.sweep import JobPlan, Outcome, Status, exit_code, read_sweep, run_sweep, runner
+from vitshrink.sweep import JobPlan, Outcome, Status, exit_code, read_sweep, run_sweep, runner, write_results
 
 SCRIPT = """
 job=$1; ready=$2; directory=$(dirname "$job"); name=$(basename "$directory")
@@ -298,3 +298,30 @@ def test_a_job_that_was_killed_with_its_sweep_is_run_again(sweep: Sweep, tmp_pat
     (job / "model").rmdir()
     replace(earlier, status=Status.RUNNING).write(job)
     assert not sweep("a", resume=True)["a"].reused, "it was killed before"
+
+
+def test_a_job_that_cannot_even_be_started_takes_no_other_along(sweep: Sweep, tmp_path: Path) -> None:
+    sweep("a")
+    (tmp_path / "out" / "blocked").write_text("a file where the directory of the job belongs")
+    found = sweep("blocked", "b", resume=True)
+    assert [outcome.status for outcome in found.values()] == [Status.FAILED, Status.PASSED]
+    assert f"cannot write {tmp_path / 'out' / 'blocked'}" in found["blocked"].message
+    assert exit_code(list(found.values())) == 1
+
+
+def test_a_job_whose_result_cannot_be_judged_takes_no_other_along(sweep: Sweep, tmp_path: Path) -> None:
+    """Its log and its report are gone when it ends, as where a disk fails."""
+    file = tmp_path / "job.sh"
+    file.write_text('case "$1" in *vanish*) rm "$(dirname "$1")/log.txt"; exit 1;; esac\n' + file.read_text())
+    found = sweep("vanish", "b", jobs=2)
+    assert [outcome.status for outcome in found.values()] == [Status.FAILED, Status.PASSED]
+    assert "log.txt" in found["vanish"].message
+
+
+def test_results_that_cannot_be_written_hide_no_others(sweep: Sweep, tmp_path: Path) -> None:
+    found = sweep("a", "broken")
+    plan = read_sweep(tmp_path / "sweep.yaml")
+    (tmp_path / "out" / "results.csv").mkdir()
+    with pytest.raises(OutputError, match=r"results\.csv"):
+        write_results(plan, list(found.values()))
+    assert {"results.json", "summary.md", "junit.xml"} <= {path.name for path in (tmp_path / "out").iterdir()}

@@ -349,6 +349,15 @@ class CompressConfig:
         return any(getattr(self, name) not in (None, ()) for name in SIZES)
 
     @property
+    def size(self) -> str:
+        """What is asked for, as a table says it: ``keep 0.5``, ``landmarks 49``."""
+        asked = {name: getattr(self, name) for name in (*SIZES, "token_budget", "landmarks")}
+        values = {name: value if isinstance(value, tuple) else (value,) for name, value in asked.items()}
+        return ", ".join(
+            f"{name} {entry}" for name, entries in values.items() for entry in entries if entry is not None
+        )
+
+    @property
     def counts_bytes(self) -> bool:
         """Whether ranks are chosen by the bytes of the file, because its weights are integers of several widths."""
         asked = (self.target_size, self.max_changed, self.max_kl)
@@ -422,6 +431,15 @@ class CompressConfig:
                 items = value if isinstance(value, tuple) else (value,)
                 words += [word for item in items for word in (flag_of(f.name), str(item))]
         return shlex.join(words)
+
+
+def holds(name: str, kind: type) -> bool:
+    """Whether an entry of a job may be None (``NoneType``), a ``list``, or a ``dict`` of entries of its own."""
+    found = next((f.type for f in fields(CompressConfig) if f.name == name), None)
+    allowed = get_args(found) if get_origin(found) is UnionType else (found,)
+    if kind is dict:
+        return any(entry is FinetuneConfig or get_origin(entry) is Mapping for entry in allowed)
+    return any((get_origin(entry) is tuple) if kind is list else entry is kind for entry in allowed)
 
 
 APPROXIMATIONS = ("tokens", "token_budget", "token_levels", "token_scorer", "landmarks", "landmark_form")

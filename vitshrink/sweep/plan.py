@@ -4,16 +4,18 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from vitshrink.config import CompressConfig, flag_of, parse_duration, read_recipe, renamed, warn_of_old_name
+from vitshrink.config import CompressConfig, flag_of, holds, parse_duration, read_recipe, renamed, warn_of_old_name
 from vitshrink.data import recipe_defaults
-from vitshrink.errors import UsageError
+from vitshrink.errors import DataError, UsageError
 from vitshrink.gates import Gates
-from vitshrink.methods import get_method
+from vitshrink.shrinking import Choices
 
 MOST_JOBS = 1000
 
@@ -21,7 +23,7 @@ KEYS = ("output", "matrix", "include", "exclude", "defaults", "gates", "time_lim
 
 CACHE = "cache"
 """Below the output: what all jobs share."""
-OWN = ("output", "overwrite", "dry_run", "cache")
+OWN = ("output", "overwrite", "dry_run")
 """Entries of a job that the sweep sets itself."""
 
 
@@ -134,10 +136,13 @@ def _axis(name: str, listed: Any, path: Path) -> list[Combination]:
 def _value(axis: str, value: Any, path: Path) -> Combination:
     axis = axis.replace("-", "_")
     if not isinstance(value, Mapping):
-        if value is None or isinstance(value, list):
-            raise UsageError(f"{path}: matrix: {axis}: {value!r} is no value; write a name or a number.")
+        for kind in (NoneType, list):
+            if isinstance(value, kind) and not holds(axis, kind):
+                raise UsageError(f"{path}: matrix: {axis}: {value!r} is no value; write a name or a number.")
         return Combination({axis: _label(axis, value)}, {axis: value}, frozenset({axis}))
-    entries = {str(key).replace("-", "_"): entry for key, entry in value.items() if key != "name"}
+    entries = _plain({key: entry for key, entry in value.items() if key != "name"})
+    if axis not in entries and holds(axis, dict):
+        entries = {axis: entries}
     if "name" in value:
         label = str(value["name"])
     elif axis in entries:
@@ -148,6 +153,12 @@ def _value(axis: str, value: Any, path: Path) -> Combination:
 
 
 def _label(key: str, value: Any) -> str:
+    if value is None:
+        return f"{key}-none"
+    if isinstance(value, list):
+        return "-".join([key, *map(str, value)])
+    if isinstance(value, Mapping):
+        return "-".join([key, *(f"{name}-{entry}" for name, entry in value.items())])
     text = str(value).rstrip("/").rpartition("/")[2] if isinstance(value, str) else f"{value}"
     return text if isinstance(value, str) else f"{key}-{text}"
 
@@ -212,19 +223,36 @@ def _job(
     entries = renamed(_plain(defaults) | combination.entries, str(path), warn)
     own = _mapping(entries.pop("gates", None), f"{where}: gates")
     for key in OWN:
-        if key in entries and key != "cache":
+        if key in entries:
             raise UsageError(f"{where}: {key!r} is set by the sweep: leave it out.")
     directory = output / name
-    defaults = {"cache": str(output / CACHE)} | recipe_defaults(entries.get("calibration"))
+    own_entries = {"output": str(directory / "model"), "overwrite": True}
     config = CompressConfig.from_mapping(
-        {**defaults, **entries, "output": str(directory / "model"), "overwrite": True}, where
+        {"cache": str(output / CACHE), **_defaults_of_data(entries), **entries, **own_entries}, where
     )
     if len(config.keep) > 1:
         raise UsageError(f"{where}: give several sizes as an axis, as in 'matrix: {{keep: [0.7, 0.5]}}'.")
-    get_method(config.method)
+    _require_sense(config, where)
     gates = Gates.from_mapping({**bounds, **own}, f"{where}: gates")
     _require_figures(gates, config, where)
     return JobPlan(name, combination.labels, config, gates)
+
+
+def _defaults_of_data(entries: Mapping[str, Any]) -> dict[str, int]:
+    """Those of a data recipe; one that cannot be read is a matter of its job alone, which says so."""
+    with suppress(DataError):
+        return recipe_defaults(entries.get("calibration"))
+    return {}
+
+
+def _require_sense(config: CompressConfig, where: str) -> None:
+    """What a job would refuse at its start is refused before any job; whatever else is wrong, the job itself says."""
+    try:
+        Choices.of(config)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    except Exception:
+        return
 
 
 def _require_figures(gates: Gates, config: CompressConfig, where: str) -> None:

@@ -4,10 +4,10 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from vitshrink import __version__
-from vitshrink.config import SIZES
 from vitshrink.errors import DataError, OutputError
 from vitshrink.report import Report, markdown_table, render_comparison_html
 from vitshrink.sweep.junit import junit_xml
@@ -28,7 +28,10 @@ def result_rows(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
 
 
 def write_results(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
-    """Write ``FILES`` into the output of the sweep, each whole or not at all. Raises OutputError."""
+    """Write ``FILES`` into the output of the sweep, each whole or not at all, and all that can be.
+
+    Raises OutputError for those that cannot.
+    """
     rows = result_rows(plan, outcomes)
     reports = [
         _report(plan, job) for job, outcome in zip(plan.jobs, outcomes, strict=True) if not outcome.status.broken
@@ -36,24 +39,32 @@ def write_results(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
     measured = [report for report in reports if report is not None]
     document = {"vitshrink": __version__, "exit_code": exit_code(outcomes), "jobs": rows}
     logs = {job.name: plan.output / job.name / LOG for job in plan.jobs}
-    texts = {
-        "results.json": json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "results.csv": _csv(rows),
-        "summary.md": summary_markdown(rows),
-        "comparison.html": render_comparison_html(measured) if measured else None,
-        "junit.xml": junit_xml(rows, logs),
+    texts: dict[str, Callable[[], str | None]] = {
+        "results.json": lambda: json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "results.csv": lambda: _csv(rows),
+        "summary.md": lambda: summary_markdown(rows),
+        "comparison.html": lambda: render_comparison_html(measured) if measured else None,
+        "junit.xml": lambda: junit_xml(rows, logs),
     }
-    try:
-        for name, text in texts.items():
-            if text is None:
-                (plan.output / name).unlink(missing_ok=True)
-                continue
-            temporary = plan.output / f".{name}.tmp"
-            temporary.write_text(text, encoding="utf-8", newline="")
-            temporary.replace(plan.output / name)
-    except OSError as error:
-        raise OutputError(f"cannot write {error.filename}: {error.strerror}.") from error
+    problems: list[tuple[str, Exception]] = []
+    for name, text in texts.items():
+        try:
+            _write(plan.output / name, text())
+        except Exception as error:
+            problems.append((name, error))
+    if problems:
+        told = "; ".join(f"{name} ({type(error).__name__}: {error})" for name, error in problems)
+        raise OutputError(f"cannot write in {plan.output}: {told}.") from problems[0][1]
     return rows
+
+
+def _write(path: Path, text: str | None) -> None:
+    if text is None:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+    temporary.replace(path)
 
 
 def summary_markdown(rows: Sequence[Row]) -> str:
@@ -85,15 +96,13 @@ def _row(plan: SweepPlan, job: JobPlan, outcome: Outcome) -> Row:
     dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
     difference, fidelity = evaluation.get("difference") or {}, evaluation.get("fidelity") or {}
     metric = evaluation.get("metric")
-    size = next(name for name in SIZES if getattr(job.config, name) not in (None, ()))
-    asked = getattr(job.config, size)
     return {
         "job": job.name,
         "status": outcome.status,
         "message": outcome.message,
         "model": job.config.model,
         "method": job.config.method,
-        "size": f"{size} {asked[0] if isinstance(asked, tuple) else asked}",
+        "size": job.config.size,
         "parameters": report.parameters.get("compressed") if report else None,
         "kept": report.parameters.get("kept") if report else None,
         "bytes": report.bytes.get("compressed") if report else None,

@@ -19,10 +19,10 @@ from typing import Protocol
 
 from vitshrink.checksums import broken_files
 from vitshrink.config import CompressConfig
-from vitshrink.errors import DataError, GateError, OutputError, UsageError
+from vitshrink.errors import DataError, GateError, OutputError, UsageError, VitshrinkError
 from vitshrink.gates import Gates
-from vitshrink.methods import Needs, get_method
 from vitshrink.report import Report
+from vitshrink.shrinking import Choices
 from vitshrink.sweep.fingerprint import fingerprints
 from vitshrink.sweep.outcome import FILE_NAME, Outcome, Status
 from vitshrink.sweep.plan import CACHE, JobPlan, SweepPlan
@@ -124,24 +124,28 @@ class _Sweep:
     running: list[_Running] = field(default_factory=list)
     shared: dict[str, bool] = field(default_factory=dict)
     """For each set of statistics that several jobs need: whether it is known to lie in the cache."""
+    statistics: dict[str, str] = field(default_factory=dict)
+    """The set that a job needs, by its name."""
 
     def run(self, *, resume: bool) -> None:
         waiting = list(self.plan.jobs)
         for job, key in zip(waiting, fingerprints([job.config for job in waiting]), strict=True):
             self.outcomes[job.name] = Outcome(Status.WAITING, key)
+            self.statistics[job.name] = _statistics_of(job.config)
         if resume:
             waiting = [job for job in waiting if not self._finished(job)]
         while waiting or self.running:
             for under_way in list(self.running):
-                again = self._look_at(under_way)
-                if again is not None:
-                    waiting.insert(0, again)
+                with self._for(under_way.job):
+                    if (again := self._look_at(under_way)) is not None:
+                        waiting.insert(0, again)
             if self.fail_fast and any(o.status.broken or o.status is Status.GATE for o in self.outcomes.values()):
                 self._cancel(waiting)
                 return
             while len(self.running) < self.most and (ready := self._next(waiting)) is not None:
                 waiting.remove(ready)
-                self._start(ready)
+                with self._for(ready):
+                    self._start(ready)
             self.observer.tick()
             if self.running:
                 time.sleep(POLL)
@@ -160,6 +164,22 @@ class _Sweep:
             _release(under_way)
         self.running.clear()
 
+    @contextmanager
+    def _for(self, job: JobPlan) -> Iterator[None]:
+        """Whatever goes wrong here is the failure of one job, and of no other."""
+        try:
+            yield
+        except Exception as error:
+            for under_way in [each for each in self.running if each.job is job]:
+                _signal(under_way, signal.SIGKILL)
+                if under_way.process is not None:
+                    under_way.process.wait()
+                self._ended(under_way)
+            known = isinstance(error, VitshrinkError)
+            self._became(job, Status.FAILED, message=str(error) if known else f"{type(error).__name__}: {error}")
+            with suppress(OSError):
+                self.outcomes[job.name].write(self.plan.output / job.name)
+
     def _cancel(self, waiting: Sequence[JobPlan]) -> None:
         stopped = [under_way.job for under_way in self.running]
         self.stop()
@@ -168,7 +188,7 @@ class _Sweep:
 
     def _next(self, waiting: Sequence[JobPlan]) -> JobPlan | None:
         """The first job whose statistics are not being collected by another one at this moment."""
-        return next((job for job in waiting if self.shared.get(_statistics_of(job.config), True)), None)
+        return next((job for job in waiting if self.shared.get(self.statistics[job.name], True)), None)
 
     def _start(self, job: JobPlan) -> None:
         directory = self.plan.output / job.name
@@ -197,7 +217,7 @@ class _Sweep:
             os.pwrite(lock, f"{under_way.process.pid}\n".encode(), 0)
         except OSError as error:
             raise OutputError(f"cannot write {directory}: {error.strerror or error} ({error.filename}).") from error
-        if statistics := _statistics_of(job.config):
+        if statistics := self.statistics[job.name]:
             self.shared.setdefault(statistics, False)
 
     def _look_at(self, under_way: _Running) -> JobPlan | None:
@@ -243,7 +263,7 @@ class _Sweep:
     def _ended(self, under_way: _Running) -> None:
         self.running.remove(under_way)
         _release(under_way)
-        self.shared[_statistics_of(under_way.job.config)] = True
+        self.shared[self.statistics[under_way.job.name]] = True
         taken = time.monotonic() - under_way.started
         self.outcomes[under_way.job.name] = replace(self.outcomes[under_way.job.name], seconds=taken)
 
@@ -255,11 +275,15 @@ class _Sweep:
             return False
         if earlier.status not in (Status.RUNNING, Status.PASSED, Status.GATE) or not (directory / MODEL).is_dir():
             return False
-        if broken_files(directory / MODEL) or _is_locked(directory / LOCK):
+        try:
+            if broken_files(directory / MODEL) or _is_locked(directory / LOCK):
+                return False
+        except OSError:  # it cannot be looked at, so it is made again
             return False
         self.outcomes[job.name] = replace(earlier, reused=True)
-        self._judge(job)
-        self.outcomes[job.name].write(directory)
+        with self._for(job):
+            self._judge(job)
+            self.outcomes[job.name].write(directory)
         return True
 
     def _judge(self, job: JobPlan) -> None:
@@ -285,13 +309,15 @@ def judge(gates: Gates, report: Report) -> tuple[Status, str]:
 
 def _statistics_of(config: CompressConfig) -> str:
     """Jobs of which this is equal share what they calibrate, through the cache."""
-    method = get_method(config.method)
-    unneeded = method.needs is Needs.WEIGHTS and (config.compensation or method.compensation) == "none"
-    if config.calibration is None or config.cache is None or unneeded:
+    try:
+        choices = Choices.of(config)
+    except VitshrinkError:  # the job itself will say so
+        return ""
+    if config.cache is None or not choices.calibrated:
         return ""
     shared = [config.cache, config.model, config.calibration, config.calibration_split, config.samples, config.seed]
     layers = [config.layers, config.include, config.exclude]
-    return repr([*shared, config.batch_size, config.max_length, config.probes, *layers, method.needs])
+    return repr([*shared, config.batch_size, config.max_length, config.probes, *layers, choices.method.needs])
 
 
 def _environment(processes: int) -> Mapping[str, str]:
