@@ -31,6 +31,7 @@ from vitshrink.config import CompressConfig, DataConfig, Precision
 from vitshrink.data import Batch, Preprocessor, SampleSet, overlap
 from vitshrink.errors import TargetError, VitshrinkError
 from vitshrink.evaluation import Evaluation
+from vitshrink.fidelity import Head
 from vitshrink.measurement import CalibrationData, measure, open_data, read_calibration
 from vitshrink.methods import Needs, get_method
 from vitshrink.models import LoadedModel, Target, find_targets, load_dense, task_of
@@ -39,7 +40,7 @@ from vitshrink.pipeline import find_device
 from vitshrink.ranks import Storage
 
 
-def sampled_label(logits: Tensor, generator: torch.Generator) -> Tensor:
+def sampled_label(_head: Head, logits: Tensor, generator: torch.Generator) -> Tensor:
     """The textbook probe of the Fisher information: one label drawn from the model's own softmax, y − p."""
     p = logits.detach().float().softmax(-1)
     labels = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
@@ -70,7 +71,9 @@ class Entry:
     planner: Callable[[Compression, Factors], Callable[[int], Plan]] | None = None
 
 
-WITHOUT_TOKEN_WEIGHT = {"CurvatureCollector": partial(curvature.CurvatureCollector, token_weight=0.0)}
+WITHOUT_TOKEN_WEIGHT = {
+    "vitshrink.curvature.CurvatureCollector": partial(curvature.CurvatureCollector, token_weight=0.0)
+}
 
 ENTRIES: dict[str, Entry] = {
     "svd": Entry("svd"),
@@ -98,7 +101,7 @@ ENTRIES: dict[str, Entry] = {
     "curvature-no-bias": Entry("curvature", compensation="none"),
     "curvature-no-shrinkage": Entry("curvature", options={"shrinkage": 0.0}),
     "curvature-no-token-weight": Entry("curvature", replaced=WITHOUT_TOKEN_WEIGHT),
-    "curvature-sampled-label": Entry("curvature", replaced={"softmax_probe": sampled_label}),
+    "curvature-sampled-label": Entry("curvature", replaced={"vitshrink.fidelity.Softmax.probe": sampled_label}),
     "curvature-probes-2": Entry("curvature", probes=2),
     "curvature-float32-passes": Entry("curvature", precision="no"),
 }
@@ -259,7 +262,7 @@ class Bench:
 def replaced(parts: Mapping[str, Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, part in parts.items():
-            stack.enter_context(patch.object(curvature, name, part))
+            stack.enter_context(patch(name, part))
         yield
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from vitshrink import curvature
+from vitshrink import fidelity
 from vitshrink.checkpoint import replace_layers
-from vitshrink.curvature import TOKEN_WEIGHT, CurvatureCollector, collect_curvature, random_functional, softmax_probe
+from vitshrink.curvature import TOKEN_WEIGHT, CurvatureCollector, collect_curvature, random_functional
 from vitshrink.errors import DataError, NumericsError
+from vitshrink.fidelity import SOFTMAX
 from vitshrink.methods import get_method
 from vitshrink.models import Target, find_targets
 from vitshrink.precision import passes_in
@@ -144,15 +145,15 @@ def test_the_second_moment_of_the_probe_is_the_fisher_information(monkeypatch: p
     logits = torch.tensor([[2.0, -1.0, 0.5, 0.0], [30.0, 0.0, 1.0, 2.0]])  # the second one is certain of its class
     total = torch.zeros(2, 4, 4, dtype=torch.float64)
     for signs in product([-1.0, 1.0], repeat=4):
-        monkeypatch.setattr(curvature, "_signs", lambda like, _generator, s=signs: torch.tensor(s).expand_as(like))
-        v = softmax_probe(logits, generator()).double()
+        monkeypatch.setattr(fidelity, "signs", lambda like, _generator, s=signs: torch.tensor(s).expand_as(like))
+        v = SOFTMAX.probe(logits, generator()).double()
         total += v[:, :, None] * v[:, None, :] / 2**4
     torch.testing.assert_close(total, fisher(logits), rtol=1e-5, atol=1e-7)
 
 
 def test_the_signs_are_fair_and_independent() -> None:
     logits = torch.randn(1, 6, generator=generator()).expand(40_000, 6)
-    v = softmax_probe(logits, generator(1)).double()
+    v = SOFTMAX.probe(logits, generator(1)).double()
     torch.testing.assert_close(v.T @ v / len(v), fisher(logits[0]), rtol=0, atol=3e-3)
     assert v.mean(0).abs().max() < 1e-2
     assert v.sum(1).abs().max() < 1e-6  # adding a constant to all logits changes nothing
@@ -181,7 +182,7 @@ def test_all_probes_together_give_the_exact_curvature(role: str, monkeypatch: py
     H /= 2 * tokens
 
     draws = iter(product([-1.0, 1.0], repeat=CLASSES))
-    monkeypatch.setattr(curvature, "_signs", lambda like, _generator: torch.tensor(next(draws)).expand_as(like))
+    monkeypatch.setattr(fidelity, "signs", lambda like, _generator: torch.tensor(next(draws)).expand_as(like))
     stats = collect_curvature(model, [target], [batch], probes=2**CLASSES)[target.name]
     W = layer.weight.detach().double()
     m, n = target.shape
@@ -226,7 +227,7 @@ def test_tokens_count_alike_where_no_gradient_weighs_them() -> None:
 
 
 def test_the_same_batch_twice_gives_the_same_statistics_of_twice_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curvature, "_signs", lambda like, _generator: torch.ones_like(like).index_fill(1, FIRST, -1))
+    monkeypatch.setattr(fidelity, "signs", lambda like, _generator: torch.ones_like(like).index_fill(1, FIRST, -1))
     model, batch = tiny.build(CLASSIFIER), batch_of(CLASSIFIER)
     targets = find_targets(model)
     once, twice = collect_curvature(model, targets, [batch]), collect_curvature(model, targets, [batch, batch])
@@ -256,7 +257,7 @@ def test_passes_in_bfloat16_round_what_they_see_and_not_its_sums(name: str) -> N
 @pytest.mark.parametrize("name", tiny.TEXT_MODELS)
 def test_longer_padding_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "BertModel":  # draws a sign for each hidden number, also in the padding
-        monkeypatch.setattr(curvature, "_signs", lambda like, _generator: torch.ones_like(like))
+        monkeypatch.setattr(fidelity, "signs", lambda like, _generator: torch.ones_like(like))
     model = tiny.build(name)
     targets = find_targets(model)
     short = collect_curvature(model, targets, [batch_of(name)])

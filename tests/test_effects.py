@@ -52,7 +52,7 @@ def test_an_effect_is_the_derivative_by_the_gain_of_a_component(name: str) -> No
 
 @pytest.mark.parametrize("name", tiny.TEXT_MODELS)
 def test_padding_has_no_effect(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitshrink.curvature._signs", lambda like, _generator: torch.ones_like(like))
+    monkeypatch.setattr("vitshrink.fidelity.signs", lambda like, _generator: torch.ones_like(like))
     model = tiny.build(name)
     components = parts_of(model, [batch_of(name)])
     short = component_effects(model, components, [batch_of(name)]).layers

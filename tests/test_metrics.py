@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitshrink import metrics
+from vitshrink import fidelity, metrics
+from vitshrink.fidelity import SOFTMAX, measured
 
 scipy_stats = pytest.importorskip("scipy.stats")
 
@@ -25,21 +26,21 @@ def test_overlap_ignores_the_order_inside_the_top_k() -> None:
 
 def test_kl_is_zero_for_equal_logits_and_matches_the_definition() -> None:
     dense, compressed = torch.randn(5, 7), torch.randn(5, 7)
-    assert metrics.kl_divergence(dense, dense + 3).max() < 1e-12
+    assert measured(SOFTMAX, dense, dense + 3).max() < 1e-12
     expected = scipy_stats.entropy(dense.double().softmax(-1).numpy(), compressed.double().softmax(-1).numpy(), axis=1)
-    assert metrics.kl_divergence(dense, compressed).tolist() == pytest.approx(expected.tolist())
+    assert measured(SOFTMAX, dense, compressed).tolist() == pytest.approx(expected.tolist())
 
 
 def test_kl_of_float16_logits_is_taken_in_float64() -> None:
     dense = torch.tensor([[60000.0, -60000.0]], dtype=torch.float16)
-    assert metrics.kl_divergence(dense, -dense).item() == pytest.approx(120000)
+    assert measured(SOFTMAX, dense, -dense).item() == pytest.approx(120000)
 
 
 def test_kl_in_pieces_is_the_kl_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, compressed = torch.randn(9, 4), torch.randn(9, 4)
-    whole = metrics.kl_divergence(dense, compressed)
-    monkeypatch.setattr(metrics, "_CHUNK", 8)
-    assert torch.equal(metrics.kl_divergence(dense, compressed), whole)
+    whole = measured(SOFTMAX, dense, compressed)
+    monkeypatch.setattr(fidelity, "_CHUNK", 8)
+    assert torch.equal(measured(SOFTMAX, dense, compressed), whole)
 
 
 def test_masked_mean_sees_real_tokens_only() -> None:
@@ -113,10 +114,10 @@ def test_sign_flip_tells_a_drop_from_noise() -> None:
 def test_correlation_drop_is_zero_for_the_same_predictions_and_found_for_noise() -> None:
     torch.manual_seed(0)
     target = torch.randn(120)
-    (low, high), p_value = metrics.bootstrap_correlation_drop(target, target, target, seed=0)
+    (low, high), p_value = metrics.bootstrap_drop(metrics.spearman, target, target, target, seed=0)
     assert (low, high) == (0, 0)
     assert p_value == 1
-    (low, _), p_value = metrics.bootstrap_correlation_drop(target, target, torch.randn(120), seed=0)
+    (low, _), p_value = metrics.bootstrap_drop(metrics.spearman, target, target, torch.randn(120), seed=0)
     assert low > 0.5
     assert p_value < 0.01
 
@@ -124,7 +125,17 @@ def test_correlation_drop_is_zero_for_the_same_predictions_and_found_for_noise()
 def test_rank_correlation_interval_shrinks_with_samples() -> None:
     few, many = metrics.rank_correlation_interval(0.8, 20), metrics.rank_correlation_interval(0.8, 2000)
     assert few[0] < many[0] < 0.8 < many[1] < few[1]
-    assert metrics.rank_correlation_interval(1.0, 20) == (-1, 1)
+    assert metrics.rank_correlation_interval(math.nan, 20) == (-1, 1)
+
+
+@pytest.mark.parametrize("samples", [4, 20, 2000])
+def test_a_perfect_rank_correlation_is_not_taken_for_unknown(samples: int) -> None:
+    low, high = metrics.rank_correlation_interval(1.0, samples)
+    assert high == 1
+    # the sample could not show less than the exchange of two neighbors
+    below = metrics.rank_correlation_interval(1 - 12 / (samples**3 - samples), samples)
+    assert below[0] < low < high
+    assert metrics.rank_correlation_interval(-1.0, samples) == (-1, -low)
 
 
 def test_draws_without_a_token_do_not_spoil_the_interval() -> None:

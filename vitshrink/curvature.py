@@ -20,28 +20,14 @@ from vitshrink.calibration import (
     to_device,
 )
 from vitshrink.errors import DataError, NumericsError
-from vitshrink.models import Target, blocks_of, task_of
+from vitshrink.fidelity import FEATURES, feature_rows
+from vitshrink.models import Target, blocks_of, head_of, task_of
 from vitshrink.modes import frozen
 from vitshrink.precision import Passes
 from vitshrink.stats import LinearStats, gram_of
 
 TOKEN_WEIGHT = 0.7
 """Share of the gradient-weighted tokens in C; the rest counts all tokens alike, for tokens that no gradient met."""
-
-
-def softmax_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A random v (batch, classes) with E[v vᵀ] = diag(p) − p pᵀ, the Fisher information of the softmax.
-
-    A label drawn from the softmax has the same second moment, but nearly always is the one class that a confident
-    model predicts, and then says nothing; this v is as long for every draw: v = √p ∘ (ξ − √p √pᵀ ξ), ξ = ±1.
-    """
-    q = logits.detach().float().softmax(-1).sqrt()
-    signs = _signs(q, generator)
-    return q * (signs - q * (q * signs).sum(-1, keepdim=True))
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)
 
 
 Functional = Callable[[ModelOutput], Tensor]
@@ -51,26 +37,29 @@ Functional = Callable[[ModelOutput], Tensor]
 def random_functional(
     model: PreTrainedModel, outputs: ModelOutput, batch: CalibrationBatch, generator: torch.Generator
 ) -> Functional:
-    """A random functional with E[g gᵀ] = Jᵀ F J for its gradient g: the curvature of the KL divergence.
+    """A random functional with E[g gᵀ] = Jᵀ F J for its gradient g, F the second derivative of the head's divergence.
 
-    Classifiers: the Fisher information of the softmax of ``outputs``. Masked LMs: the same at up to 16 tokens a text.
-    Regression and headless models: features under random ±1 projections, token by token and pooled.
+    It is ``Head.probe`` of ``outputs``: of all logits, of those at up to 16 tokens a text of a masked LM, or of the
+    features of a headless model. The tokens of a masked LM are not hidden here: more of them say something at once, and
+    the models come out closer at the hidden ones too.
     """
-    if task_of(model) == "features":
-        hidden: Tensor = outputs.last_hidden_state.float()
-        mask = torch.ones(hidden.shape[:2]) if batch.mask is None else batch.mask
-        weight = (mask.float() / mask.float().sum(1, keepdim=True)).to(hidden.device)[..., None]
-        signs = _signs(hidden, generator) * weight.sqrt() + _signs(hidden[:, :1], generator) * weight
-        return lambda outputs: (outputs.last_hidden_state.float() * signs).sum((1, 2))
-    logits: Tensor = outputs.logits
+    head = head_of(model)
     if task_of(model) == "masked-lm":
-        rows, positions = _tokens(_masks(logits, batch), generator)
-        probe = softmax_probe(logits[rows, positions], generator)
-        zeros = probe.new_zeros(logits.shape[0])
-        index = rows.to(logits.device)
-        return lambda outputs: zeros.index_add(0, index, (outputs.logits[rows, positions].float() * probe).sum(-1))
-    probe = _signs(logits.float(), generator) if logits.shape[-1] == 1 else softmax_probe(logits, generator)
-    return lambda outputs: (outputs.logits.float() * probe).sum(-1)
+        logits: Tensor = outputs.logits
+        texts, positions = _tokens(_masks(logits, batch), generator)
+        at_tokens = head.probe(logits[texts, positions], generator)
+        zeros = at_tokens.new_zeros(logits.shape[0])
+        index = texts.to(logits.device)
+        return lambda outputs: zeros.index_add(0, index, (outputs.logits[texts, positions].float() * at_tokens).sum(-1))
+
+    def rows(outputs: ModelOutput) -> Tensor:
+        if head is FEATURES:
+            return feature_rows(outputs.last_hidden_state, batch.mask)
+        logits: Tensor = outputs.logits
+        return logits.float()
+
+    probe = head.probe(rows(outputs), generator)
+    return lambda outputs: (rows(outputs) * probe).sum(-1)
 
 
 def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:

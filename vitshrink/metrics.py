@@ -4,6 +4,7 @@ Functions of logits return one value a row, so that a caller can stream batches 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,17 +25,6 @@ def top_k_overlap(dense: Tensor, compressed: Tensor, k: int) -> Tensor:
     """Share of the dense top ``k`` that the compressed top ``k`` has too; logits (n, classes) to (n,)."""
     ours, theirs = dense.topk(k, dim=-1).indices, compressed.topk(k, dim=-1).indices
     return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).double().mean(-1)
-
-
-def kl_divergence(dense: Tensor, compressed: Tensor) -> Tensor:
-    """KL(dense ‖ compressed) in nats of logits (n, classes), computed in float64; result (n,)."""
-    rows = max(1, _CHUNK // dense.shape[-1])
-    pieces = []
-    for p, q in zip(torch.split(dense, rows), torch.split(compressed, rows), strict=True):
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        # equal distributions may come out at -1e-17: a divergence is never negative
-        pieces.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
-    return torch.cat(pieces)
 
 
 def masked_mean(features: Tensor, mask: Tensor | None) -> Tensor:
@@ -61,8 +51,23 @@ def pearson(first: Tensor, second: Tensor) -> float:
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation of two (n,); NaN where one of them is constant."""
-    return pearson(ranks(first), ranks(second))
+    """Rank correlation of two (n,), or the mean of those of the columns of two (n, outputs); NaN for a constant."""
+    if first.ndim == 1:
+        return pearson(ranks(first), ranks(second))
+    columns = zip(first.unbind(1), second.unbind(1), strict=True)
+    return math.fsum(spearman(*pair) for pair in columns) / first.shape[1]
+
+
+def f1_scores(chosen: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Micro and macro F1 of labels, bool (n, labels); a label that is never chosen nor true counts 0, as usual."""
+    found, wrong = f1_parts(chosen, truth)
+    macro = (found / wrong.clamp_min(1)).mean()
+    return float(found.sum() / wrong.sum().clamp_min(1)), float(macro)
+
+
+def f1_parts(chosen: Tensor, truth: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of F1 = 2 TP / (2 TP + FP + FN), summed over one dimension; float64."""
+    return 2 * (chosen & truth).sum(dim).double(), (chosen.double() + truth.double()).sum(dim)
 
 
 def wilson_interval(successes: float, trials: int) -> Interval:
@@ -78,12 +83,18 @@ def wilson_interval(successes: float, trials: int) -> Interval:
 
 
 def rank_correlation_interval(correlation: float, samples: int) -> Interval:
-    """95 % interval of a Spearman correlation: Fisher's z, variance of Fieller and others (1957)."""
-    if samples < 4 or not -1 < correlation < 1:
+    """95 % interval of a Spearman correlation: Fisher's z, variance of Fieller and others (1957).
+
+    Fisher's z of ±1 is infinite: it is replaced by that of the correlation half a step below, where one step is what
+    the exchange of two neighbors changes, and the interval then ends at ±1.
+    """
+    if samples < 4 or math.isnan(correlation):
         return -1.0, 1.0
     half = _Z95 * math.sqrt(1.06 / (samples - 3))
-    z = math.atanh(correlation)
-    return math.tanh(z - half), math.tanh(z + half)
+    limit = 1 - 6 / (samples**3 - samples)
+    z = math.atanh(min(max(correlation, -limit), limit))
+    low, high = math.tanh(z - half), math.tanh(z + half)
+    return (-1.0 if correlation < -limit else low), (1.0 if correlation > limit else high)
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
@@ -120,17 +131,31 @@ def bootstrap_ratio(numerator: Tensor, denominator: Tensor, seed: int) -> Interv
     return _percentiles(ratio[~ratio.isnan()])  # a draw of samples without a single token has no rate
 
 
-def bootstrap_correlation_drop(target: Tensor, dense: Tensor, compressed: Tensor, seed: int) -> tuple[Interval, float]:
-    """95 % interval and two-sided p-value of the fall in Spearman correlation with the target; (n,) each."""
-    target, dense, compressed = target.cpu(), dense.cpu(), compressed.cpu()
+def bootstrap(figure: Callable[[Tensor], float], samples: int, seed: int) -> Tensor:
+    """A figure of samples drawn again, from their indices (samples,); those draws that have one, float64."""
     generator = torch.Generator().manual_seed(seed)
-    drops = []
-    for _ in range(_RESAMPLES):
-        drawn = torch.randint(len(target), (len(target),), generator=generator)
-        truth = ranks(target[drawn])
-        drops.append(pearson(ranks(dense[drawn]), truth) - pearson(ranks(compressed[drawn]), truth))
-    drop = torch.tensor(drops, dtype=torch.float64)
-    drop = drop[drop.isfinite()]  # a draw of one sample n times has no correlation
+    drawn = (torch.randint(samples, (samples,), generator=generator) for _ in range(_RESAMPLES))
+    values = torch.tensor([figure(rows) for rows in drawn], dtype=torch.float64)
+    return values[values.isfinite()]  # a draw of one sample n times has no correlation
+
+
+def bootstrap_interval(figure: Callable[[Tensor], float], samples: int, seed: int, *, most: float = 1.0) -> Interval:
+    """95 % percentile interval of a figure between -``most`` and ``most``."""
+    values = bootstrap(figure, samples, seed)
+    return _percentiles(values) if len(values) else (-most, most)
+
+
+def bootstrap_drop(
+    score: Callable[[Tensor, Tensor], float], target: Tensor, dense: Tensor, compressed: Tensor, seed: int
+) -> tuple[Interval, float]:
+    """95 % interval and two-sided p-value of the fall in a score (at most 1) of predictions (n, …)."""
+    target, dense, compressed = target.cpu(), dense.cpu(), compressed.cpu()
+
+    def fall(rows: Tensor) -> float:
+        truth = target[rows]
+        return score(dense[rows], truth) - score(compressed[rows], truth)
+
+    drop = bootstrap(fall, len(target), seed)
     if not len(drop):
         return (-2.0, 2.0), 1.0
     beyond = min(int((drop <= 0).sum()), int((drop >= 0).sum()))

@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
+from vitshrink.fidelity import Head, head_for
 from vitshrink.hf_quantizer import QUANT_METHOD, base_prefix
 from vitshrink.source import Source, examine, resolve
 from vitshrink.structures import structure_of
@@ -147,6 +148,11 @@ def family_of(model: PreTrainedModel) -> Family:
 def task_of(model: PreTrainedModel) -> Task:
     """What the head of a model is for. Raises CheckpointError when its class is not supported."""
     return family_of(model).tasks[architecture_of(model)]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """What the outputs of a model mean. Raises CheckpointError when its class is not supported."""
+    return head_for(task_of(model), model.config, int(model.config.num_labels))
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:

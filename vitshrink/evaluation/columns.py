@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitshrink import metrics
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.evaluation.masking import Masking
+from vitshrink.fidelity import BERNOULLI, FEATURES, REGRESSION, SOFTMAX, classification_head, feature_rows, measured
 
 
 class Batch(Protocol):
@@ -33,7 +34,8 @@ Columns = dict[str, Tensor]
 """Named columns of one value a sample, each (samples,) unless said otherwise.
 
 ``dense.top1`` and the like belong to one model, ``kl`` and the like compare the two. ``units`` counts what a sample
-contributes to a proportion: 1, or its hidden tokens.
+contributes to a proportion: 1, or its hidden tokens. Predictions and targets of a regression are (samples, outputs),
+``dense.chosen`` and ``truth`` of a multi-label classifier bool (samples, labels).
 """
 
 Models = Mapping[str, nn.Module]
@@ -58,25 +60,43 @@ Step = Callable[[Batch], Examination]
 class _Classification:
     batch: Batch
     label_of: LabelOf | None
+    problem_type: str | None
 
     def outputs(self, role: str, model: nn.Module) -> Tensor:
         return _finite(role, _forward(model, self.batch.inputs).logits, self.batch.keys)
 
     def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
         width, device = next((rows.shape[-1], rows.device) for rows in outputs.values())
-        if width == 1:
-            columns = {f"{role}.prediction": rows.squeeze(-1) for role, rows in outputs.items()}
-            return columns | ({} if self.label_of is None else {"target": _scores(self.batch, self.label_of)})
+        head = classification_head(self.problem_type, width)
+        if head is REGRESSION:
+            return self._numbers(outputs, width)
+        columns = self._labels(outputs, width, device) if head is BERNOULLI else self._classes(outputs, width, device)
+        return columns | {"units": torch.ones(len(self.batch.keys), dtype=torch.long)}
+
+    def _numbers(self, outputs: Mapping[str, Tensor], width: int) -> Columns:
+        columns = {f"{role}.prediction": rows for role, rows in outputs.items()}
+        return columns | ({} if self.label_of is None else {"target": _scores(self.batch, self.label_of, width)})
+
+    def _classes(self, outputs: Mapping[str, Tensor], width: int, device: torch.device) -> Columns:
         labels = None if self.label_of is None else _classes(self.batch, self.label_of, width).to(device)
-        columns = {f"{role}.class": rows.argmax(-1) for role, rows in outputs.items()}
-        columns |= _hits(outputs, labels)
-        columns["units"] = torch.ones(len(self.batch.keys), dtype=torch.long)
-        return columns | ({} if labels is None else {"label": labels})
+        columns = {f"{role}.class": SOFTMAX.decisions(rows) for role, rows in outputs.items()}
+        return columns | _hits(outputs, labels) | ({} if labels is None else {"label": labels})
+
+    def _labels(self, outputs: Mapping[str, Tensor], width: int, device: torch.device) -> Columns:
+        chosen = {role: BERNOULLI.decisions(rows) for role, rows in outputs.items()}
+        columns = {f"{role}.chosen": labels for role, labels in chosen.items()}
+        if self.label_of is not None:
+            columns["truth"] = _label_sets(self.batch, self.label_of, width).to(device)
+        if len(chosen) == 2:
+            same = chosen["dense"] == chosen["compressed"].to(device)
+            columns |= {"agreement": same.all(-1), "label_agreement": same.double().mean(-1)}
+            columns["kl"] = measured(BERNOULLI, outputs["dense"], outputs["compressed"].to(device))
+        return columns
 
 
-def classification_step(label_of: LabelOf | None) -> Step:
-    """For models with a classification head, or a regression head of one output."""
-    return lambda batch: _Classification(batch, label_of)
+def classification_step(label_of: LabelOf | None, problem_type: str | None = None) -> Step:
+    """For models with a head of logits; ``problem_type`` is that of transformers, None where the config has none."""
+    return lambda batch: _Classification(batch, label_of, problem_type)
 
 
 class _MaskedTokens:
@@ -129,7 +149,7 @@ class _Sentences(_Features):
         mask = self.batch.mask
         columns = {f"{role}.pooled": metrics.masked_mean(tokens, mask) for role, tokens in outputs.items()}
         if self.score_of is not None:
-            columns["target"] = _scores(self.batch, self.score_of)
+            columns["target"] = _scores(self.batch, self.score_of, 1)
         return columns | (_cosines(outputs, mask) if len(outputs) == 2 else {})
 
 
@@ -144,7 +164,7 @@ def pair_columns(first: Columns, second: Columns) -> Columns:
     for name in first.keys() & second.keys():
         if name.endswith(".pooled"):
             similarity = torch.cosine_similarity(first[name], second[name], dim=-1)
-            columns[name.replace(".pooled", ".prediction")] = similarity
+            columns[name.replace(".pooled", ".prediction")] = similarity.unsqueeze(-1)
         elif name != "target":
             columns[name] = (first[name] + second[name]) / 2
     return columns
@@ -197,28 +217,32 @@ def _hits(logits: Mapping[str, Tensor], labels: Tensor | None) -> Columns:
     wide = next(iter(logits.values())).shape[-1] > 5
     for role, rows in logits.items():
         if labels is not None:
-            columns[f"{role}.top1"] = rows.argmax(-1) == labels
+            columns[f"{role}.top1"] = SOFTMAX.decisions(rows) == labels
             if wide:
                 columns[f"{role}.top5"] = metrics.top_k_hits(rows, labels, 5)
     if len(logits) == 2:
         dense, compressed = logits["dense"], logits["compressed"].to(logits["dense"].device)
-        columns["agreement"] = dense.argmax(-1) == compressed.argmax(-1)
-        columns["kl"] = metrics.kl_divergence(dense, compressed)
+        columns["agreement"] = SOFTMAX.decisions(dense) == SOFTMAX.decisions(compressed)
+        columns["kl"] = measured(SOFTMAX, dense, compressed)
         if wide:
             columns["top5_overlap"] = metrics.top_k_overlap(dense, compressed, 5)
     return columns
 
 
 def _cosines(features: Mapping[str, Tensor], mask: Tensor | None) -> Columns:
-    """Cosines between two models' features (batch, tokens, width): mean over real tokens, and of the pooled vectors."""
+    """How far two models' features (batch, tokens, width) are apart, and cosines: of real tokens, and of their mean."""
     dense, compressed = features["dense"], features["compressed"]
+    others = dense.shape[1] != compressed.shape[1]
+    rows, other_rows = (feature_rows(each, mask, first_token=others) for each in (dense, compressed))
     pooled = torch.cosine_similarity(metrics.masked_mean(dense, mask), metrics.masked_mean(compressed, mask), dim=-1)
-    if dense.shape[1] != compressed.shape[1]:  # other patches: only the first token stands for the same thing
+    if others:  # other patches: only the first token stands for the same thing
         dense, compressed = dense[:, :1], compressed[:, :1]
     tokens = torch.cosine_similarity(dense, compressed, dim=-1)
     return {
         "feature_cosine": metrics.masked_mean(tokens.unsqueeze(-1), mask).squeeze(-1),
         "pooled_cosine": pooled,
+        "divergence": FEATURES.divergence(rows, other_rows),
+        "spread": FEATURES.spread(rows),
     }
 
 
@@ -232,10 +256,24 @@ def _classes(batch: Batch, label_of: LabelOf, num_labels: int) -> Tensor:
     return torch.tensor(classes, dtype=torch.long)
 
 
-def _scores(batch: Batch, score_of: LabelOf) -> Tensor:
-    scores = torch.tensor(_mapped(batch, score_of), dtype=torch.float64)
-    if not scores.isfinite().all():
-        raise DataError(f"{batch.keys[int((~scores.isfinite()).nonzero()[0])]}: its score is not a finite number.")
+def _label_sets(batch: Batch, labels_of: LabelOf, num_labels: int) -> Tensor:
+    """Which labels apply, bool (samples, labels)."""
+    sets = _mapped(batch, labels_of)
+    for key, label, found in zip(batch.keys, batch.labels, sets, strict=True):
+        if not isinstance(found, tuple) or len(found) != num_labels or not set(found) <= {0, 1}:
+            raise DataError(f"{key}: its label {label!r} does not say which of the model's {num_labels} labels apply.")
+    return torch.tensor(sets, dtype=torch.bool).reshape(-1, num_labels)
+
+
+def _scores(batch: Batch, score_of: LabelOf, width: int) -> Tensor:
+    """Float64 (samples, width)."""
+    found = _mapped(batch, score_of)
+    for key, score in zip(batch.keys, found, strict=True):
+        if (len(score) if isinstance(score, tuple) else 1) != width:
+            raise DataError(f"{key}: its label {score!r} is no list of {width} numbers, which the model gives.")
+    scores = torch.tensor(found, dtype=torch.float64).reshape(-1, width)
+    if not (finite := scores.isfinite().all(1)).all():
+        raise DataError(f"{batch.keys[int((~finite).nonzero()[0])]}: its score is not a finite number.")
     return scores
 
 

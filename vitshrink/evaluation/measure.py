@@ -68,7 +68,8 @@ def evaluate_each(
     """Measure models, and their differences from the dense ``baseline``, which runs once for all of them.
 
     ``task`` is one that ``vitshrink.models`` gives a model. ``label_of`` turns the label of a sample into a class
-    index, or into a number for a regression head; without it only the fidelity to the baseline is measured. The task
+    index, into 0 and 1 for each label of a multi-label head (a tuple), or into a number (a tuple where there are
+    several outputs) for a regression; without it only the fidelity to the baseline is measured. The task
     ``masked-lm`` needs ``masking`` and no labels. ``seed`` drives the resampling of the intervals. The models are
     moved to ``device``, run in evaluation mode, and get the modes of their modules back.
 
@@ -80,7 +81,7 @@ def evaluate_each(
     """
     if task in ("image-classification", "text-classification"):
         _require(label_of is not None or baseline is not None, "the data have no labels")
-        step = classification_step(label_of)
+        step = classification_step(label_of, _problem_type(models[0]))
     elif task == "masked-lm":
         if masking is None:
             raise ValueError("the task 'masked-lm' needs masking=Masking.from_tokenizer(tokenizer)")
@@ -173,6 +174,11 @@ def _inference(models: Sequence[nn.Module], device: torch.device | str | None) -
             model.to(device)
         with torch.inference_mode():
             yield
+
+
+def _problem_type(model: nn.Module) -> str | None:
+    """What its config says of a classification head; an exported model has one too, a bare module may not."""
+    return getattr(getattr(model, "config", None), "problem_type", None)
 
 
 def _class_names(model: nn.Module) -> dict[int, str]:

@@ -1,6 +1,6 @@
 """From the rows of all samples to the figures of an evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,10 @@ from torch import Tensor
 from vitshrink import metrics
 from vitshrink.errors import DataError
 from vitshrink.evaluation.columns import Columns
+from vitshrink.fidelity import REGRESSION
 
+METRICS = ("top1", "f1_micro", "spearman")
+"""What models are compared by: of classes, of sets of labels, and of numbers."""
 SIGNIFICANCE = 0.05
 _SHOWN_DISAGREEMENTS = 24
 
@@ -18,8 +21,8 @@ _SHOWN_DISAGREEMENTS = 24
 class Evaluation:
     """What was measured: fractions in [0, 1], divergences in nats, intervals at 95 %.
 
-    ``metric`` names the entry of ``dense`` and ``compressed`` that ``difference`` compares: ``top1`` or
-    ``spearman``. A model that was not run and a comparison that could not be made are None.
+    ``metric`` names the entry of ``dense`` and ``compressed`` that ``difference`` compares: one of ``METRICS``. A model
+    that was not run and a comparison that could not be made are None.
     """
 
     task: str
@@ -30,7 +33,8 @@ class Evaluation:
     fidelity: dict[str, Any] | None
     difference: dict[str, Any] | None
     classes: list[dict[str, Any]]
-    """Accuracy class by class, the most samples lost first; without labels the dense model's choice is the class."""
+    """Accuracy class by class, or F1 label by label, the most samples lost first; without labels the dense model's choice
+    takes their place."""
     disagreements: list[dict[str, Any]]
     """Samples that the two models classify differently, the largest divergence first."""
 
@@ -47,7 +51,7 @@ def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
         raise DataError("no token could be masked: the texts hold nothing but special tokens.")
     scores = {role: _scores(role, columns, seed) for role in ("dense", "compressed")}
     measured = [entry for entry in scores.values() if entry]
-    metric = next((name for name in ("top1", "spearman") if measured and name in measured[0]), None)
+    metric = next((name for name in METRICS if measured and name in measured[0]), None)
     return Evaluation(
         task=task,
         metric=metric,
@@ -64,15 +68,36 @@ def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
 def _scores(role: str, columns: Columns, seed: int) -> dict[str, Any] | None:
     if f"{role}.top1" in columns:
         return _accuracy(role, columns, seed)
+    if f"{role}.chosen" in columns and "truth" in columns:
+        return _f1(columns[f"{role}.chosen"], columns["truth"], seed)
     if f"{role}.prediction" in columns and "target" in columns:
-        prediction, target = columns[f"{role}.prediction"], columns["target"]
-        rank = metrics.spearman(prediction, target)
-        return {
-            "spearman": _number(rank),
-            "pearson": _number(metrics.pearson(prediction, target)),
-            "interval": list(metrics.rank_correlation_interval(rank, len(target))),
-        }
+        return _correlation(columns[f"{role}.prediction"], columns["target"], seed)
     return None
+
+
+def _correlation(prediction: Tensor, target: Tensor, seed: int) -> dict[str, Any]:
+    rank = metrics.spearman(prediction, target)
+    linear = [metrics.pearson(*pair) for pair in zip(prediction.unbind(1), target.unbind(1), strict=True)]
+    if target.shape[1] == 1:
+        interval = metrics.rank_correlation_interval(rank, len(target))
+    else:
+        interval = metrics.bootstrap_interval(
+            lambda rows: metrics.spearman(prediction[rows], target[rows]), len(target), seed
+        )
+    return {"spearman": _number(rank), "pearson": _number(sum(linear) / len(linear)), "interval": list(interval)}
+
+
+def _f1(chosen: Tensor, truth: Tensor, seed: int) -> dict[str, Any]:
+    """Of a multi-label classifier: F1, and the samples whose labels are all right."""
+    micro, macro = metrics.f1_scores(chosen, truth)
+    exact = (chosen == truth).all(1)
+    return {
+        "f1_micro": micro,
+        "interval": list(metrics.bootstrap_ratio(*metrics.f1_parts(chosen, truth, 1), seed)),
+        "f1_macro": macro,
+        "exact_match": float(exact.double().mean()),
+        "exact_match_interval": list(metrics.wilson_interval(int(exact.sum()), len(exact))),
+    }
 
 
 def _accuracy(role: str, columns: Columns, seed: int) -> dict[str, Any]:
@@ -102,8 +127,9 @@ def _fidelity(columns: Columns, seed: int) -> dict[str, Any] | None:
             "kl": _proportion(columns["kl"], units),
             "kl_interval": list(metrics.bootstrap_ratio(columns["kl"], units, seed)),
         }
-        if "top5_overlap" in columns:
-            fidelity["top5_overlap"] = _proportion(columns["top5_overlap"], units)
+        for name in ("top5_overlap", "label_agreement"):
+            if name in columns:
+                fidelity[name] = _proportion(columns[name], units)
     for name in ("feature_cosine", "pooled_cosine"):
         if name in columns:
             fidelity[name] = float(columns[name].mean())
@@ -111,15 +137,32 @@ def _fidelity(columns: Columns, seed: int) -> dict[str, Any] | None:
         dense, compressed = columns["dense.prediction"].double(), columns["compressed.prediction"].double()
         fidelity["prediction_spearman"] = _number(metrics.spearman(dense, compressed))
         fidelity["mean_absolute_difference"] = float((dense - compressed).abs().mean())
+        if "divergence" not in columns:  # of sentences, the features that the predictions are made of have it
+            columns = columns | {
+                "divergence": REGRESSION.divergence(dense, compressed),
+                "spread": REGRESSION.spread(dense),
+            }
+    if "divergence" in columns:
+        fidelity |= _relative_error(columns["divergence"], columns["spread"], seed)
     return fidelity or None
+
+
+def _relative_error(divergence: Tensor, spread: Tensor, seed: int) -> dict[str, Any]:
+    """The mean divergence as a share of the mean spread; nothing where the dense model says the same of all."""
+    if not spread.sum():
+        return {}
+    return {
+        "relative_error": _proportion(divergence, spread),
+        "relative_error_interval": list(metrics.bootstrap_ratio(divergence, spread, seed)),
+    }
 
 
 def _difference(columns: Columns, seed: int) -> dict[str, Any]:
     """Dense against compressed on the same samples: the drop in the metric, its interval, and whether it is real."""
-    if "target" in columns:
-        target, dense, compressed = (columns[name] for name in ("target", "dense.prediction", "compressed.prediction"))
-        drop = metrics.spearman(dense, target) - metrics.spearman(compressed, target)
-        interval, p_value = metrics.bootstrap_correlation_drop(target, dense, compressed, seed)
+    if (found := _paired(columns)) is not None:
+        score, target, dense, compressed = found
+        drop = score(dense, target) - score(compressed, target)
+        interval, p_value = metrics.bootstrap_drop(score, target, dense, compressed, seed)
         test = "paired bootstrap"
     else:
         units = columns["units"]
@@ -141,7 +184,30 @@ def _difference(columns: Columns, seed: int) -> dict[str, Any]:
     }
 
 
+Score = Callable[[Tensor, Tensor], float]
+"""Of predictions and what they should be."""
+
+
+def _paired(columns: Columns) -> tuple[Score, Tensor, Tensor, Tensor] | None:
+    """A score that is no mean over samples, what it compares with, and the answers of the two models."""
+    if "target" in columns:
+        return metrics.spearman, columns["target"], columns["dense.prediction"], columns["compressed.prediction"]
+    if "truth" in columns:
+        return _micro, columns["truth"], columns["dense.chosen"], columns["compressed.chosen"]
+    return None
+
+
+def _micro(chosen: Tensor, truth: Tensor) -> float:
+    return metrics.f1_scores(chosen, truth)[0]
+
+
 def _classes(columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    rows = _of_labels(columns, names) if _has_labels(columns) else _of_classes(columns, names)
+    return sorted(rows, key=lambda row: row["samples"] * (row.get("compressed", 0.0) - row.get("dense", 0.0)))
+
+
+def _of_classes(columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The part of each class that is recognized."""
     roles = [role for role in ("dense", "compressed") if f"{role}.class" in columns]
     group = columns.get("label", columns.get("dense.class") if len(roles) == 2 else None)
     if group is None:
@@ -152,11 +218,35 @@ def _classes(columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]
         row: dict[str, Any] = {"class": names.get(index, str(index)), "samples": int(members.sum())}
         row |= {role: float((columns[f"{role}.class"][members] == index).double().mean()) for role in roles}
         rows.append(row)
-    return sorted(rows, key=lambda row: row["samples"] * (row.get("compressed", 0.0) - row.get("dense", 0.0)))
+    return rows
+
+
+def _of_labels(columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """F1 of each label that some sample has."""
+    roles = [role for role in ("dense", "compressed") if f"{role}.chosen" in columns]
+    truth = columns.get("truth", columns.get("dense.chosen") if len(roles) == 2 else None)
+    if truth is None:
+        return []
+    scores = {}
+    for role in roles:
+        found, wrong = metrics.f1_parts(columns[f"{role}.chosen"], truth)
+        scores[role] = found / wrong.clamp_min(1)
+    return [
+        {"class": names.get(index, str(index)), "samples": int(truth[:, index].sum())}
+        | {role: float(scores[role][index]) for role in roles}
+        for index in range(truth.shape[1])
+        if truth[:, index].any()
+    ]
+
+
+def _has_labels(columns: Columns) -> bool:
+    return any(name.endswith(".chosen") for name in columns)
 
 
 def _disagreements(keys: list[str], columns: Columns, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    if "agreement" not in columns or "dense.class" not in columns:
+    several = _has_labels(columns)
+    answers = "chosen" if several else "class"
+    if "agreement" not in columns or f"dense.{answers}" not in columns:
         return []
     differing = (~columns["agreement"]).nonzero().squeeze(1)
     order = differing[columns["kl"][differing].argsort(descending=True, stable=True)][:_SHOWN_DISAGREEMENTS]
@@ -164,15 +254,16 @@ def _disagreements(keys: list[str], columns: Columns, names: Mapping[int, str]) 
     def name(column: str, row: int) -> str | None:
         if column not in columns:
             return None
-        index = int(columns[column][row])
-        return names.get(index, str(index))
+        value = columns[column][row]
+        indices = value.nonzero().flatten().tolist() if several else [int(value)]
+        return ", ".join(names.get(index, str(index)) for index in indices) or "none"
 
     return [
         {
             "sample": keys[row],
-            "label": name("label", row),
-            "dense": name("dense.class", row),
-            "compressed": name("compressed.class", row),
+            "label": name("truth" if several else "label", row),
+            "dense": name(f"dense.{answers}", row),
+            "compressed": name(f"compressed.{answers}", row),
             "kl": float(columns["kl"][row]),
         }
         for row in order.tolist()

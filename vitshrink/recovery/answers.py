@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vitshrink.fidelity import feature_rows
 from vitshrink.models import Task, task_of
 from vitshrink.recovery.samples import TrainingBatch
 
@@ -16,9 +17,9 @@ CACHE_BYTES = 2**30
 
 
 class Reader:
-    """Runs a model: logits (rows, classes), or the features (rows, width) of a headless one.
+    """Runs a model: logits (rows, classes), or the ``feature_rows`` of a headless one.
 
-    A row is a sample, or a token: one that is hidden from a masked language model, or a real one of a headless model.
+    A row is a sample, or a token that is hidden from a masked language model.
     ``run`` calls the model, which may be wrapped by accelerate; ``model`` is what is inside.
     """
 
@@ -29,8 +30,7 @@ class Reader:
 
     def __call__(self, batch: TrainingBatch) -> Tensor:
         if self.task == "features":
-            hidden: Tensor = self.run(**batch.inputs).last_hidden_state
-            return hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask]
+            return feature_rows(self.run(**batch.inputs).last_hidden_state, batch.mask)
         if self.task == "masked-lm":
             with self._asked(batch):
                 logits: Tensor = self.run(**batch.inputs).logits

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from vitshrink.fidelity import REGRESSION
 from vitshrink.modes import evaluating
 from vitshrink.recovery.answers import Reader, Teacher
 from vitshrink.recovery.augmentation import Augmentation
@@ -71,26 +73,24 @@ class Criterion:
             return self._of_held_out(lambda batch: self._rows(self.objective.plain, batch, HELD_OUT))
 
     @torch.no_grad()
-    def losses_of_nothing(self) -> list[float]:
-        """Those of a model whose answer to everything is zero: a uniform distribution where there are classes."""
+    def spread(self) -> float:
+        """The mean loss of the best answer that is the same for every held-out sample, before it is scaled."""
         assert self.teacher is not None
-        teacher, objective = self.teacher, self.objective.plain
-        assert isinstance(objective, Distillation)
+        teacher, head = self.teacher, self.objective.head
+        if head is REGRESSION:  # its constant answer is the mean over all of them
+            answers = self._of_held_out(lambda batch: teacher(batch, HELD_OUT))
+            return float(head.spread(torch.tensor(answers)).mean())
+        losses = self._of_held_out(lambda batch: head.spread(teacher(batch, HELD_OUT).float()))
+        return float(torch.tensor(losses).mean()) if losses else 0.0
 
-        def rows(batch: TrainingBatch) -> Tensor:
-            dense = teacher(batch, HELD_OUT)
-            return objective.loss(torch.zeros_like(dense), dense)
-
-        return self._of_held_out(rows)
-
-    def _of_held_out(self, rows: Callable[[TrainingBatch], Tensor]) -> list[float]:
-        losses: list[float] = []
+    def _of_held_out(self, rows: Callable[[TrainingBatch], Tensor]) -> list[Any]:
+        found: list[Any] = []
         with self.accelerator.split_between_processes(list(self.held_out)) as own:
             for start in range(0, len(own), self.batch_size):
                 if items := self.data.__getitems__(own[start : start + self.batch_size]):
                     batch = self._held_out(self.data.collate(items)).to(self.accelerator.device)
-                    losses += rows(batch).float().tolist()
-        return list(gather_object(losses))
+                    found += rows(batch).float().tolist()
+        return list(gather_object(found))
 
     def _held_out(self, batch: TrainingBatch) -> TrainingBatch:
         if self.familiar:

@@ -6,41 +6,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitshrink.fidelity import BERNOULLI, REGRESSION, Head
+
 
 @dataclass(frozen=True)
 class Distillation:
-    """KL(dense ‖ compressed) of the logits, in nats.
+    """The divergence of the head from the dense model's answers, as ``vitshrink.fidelity`` has it.
 
-    A regression is compared by the squared error of its scores over their variance, a ``headless`` model by the
-    relative error of its features. ``temperature`` divides the logits; its square keeps the size of the gradients
-    (Hinton, Vinyals and Dean, arXiv 1503.02531).
+    ``scale`` is what a relative error is a share of, the mean spread of the dense model's answers; 1 for nats.
     """
 
+    head: Head
     temperature: float = 1.0
-    headless: bool = False
+    scale: float = 1.0
 
     asks_dense = True
 
     @property
     def plain(self) -> "Distillation":
         """By which a model is judged."""
-        return Distillation(headless=self.headless)
+        return Distillation(self.head, scale=self.scale)
 
     def loss(self, answer: Tensor, dense: Tensor) -> Tensor:
         """One value for each row."""
-        return relative_error(answer, dense) if self.headless else divergence(answer, dense, self.temperature)
+        return self.head.divergence(dense.float(), answer.float(), self.temperature) / self.scale
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """Cross-entropy with the labels, smoothed, ``distillation`` of it replaced by the divergence from the dense model.
+    """The loss that transformers trains the head with, ``distillation`` of it replaced by the divergence.
 
-    The loss of a regression is the squared error.
+    That is cross-entropy with the labels for one class of several, the same of yes and no for labels on their own, and
+    the squared error for numbers. ``smoothing`` moves that part of every label to all classes alike.
     """
 
+    head: Head
     smoothing: float = 0.1
     distillation: float = 0.0
     temperature: float = 1.0
+    scale: float = 1.0
 
     @property
     def asks_dense(self) -> bool:
@@ -49,31 +53,19 @@ class Supervision:
     @property
     def plain(self) -> "Supervision":
         """By which a model is judged."""
-        return Supervision(smoothing=0.0)
+        return Supervision(self.head, smoothing=0.0)
 
     def loss(self, answer: Tensor, labels: Tensor, dense: Tensor | None) -> Tensor:
         """One value for each row."""
-        logits = answer.float()
-        if logits.shape[-1] == 1:
-            loss = (logits.squeeze(-1) - labels.float()).square()
+        answer = answer.float()
+        if self.head is REGRESSION:
+            loss = (answer - labels.float().reshape(answer.shape)).square().mean(-1)
+        elif self.head is BERNOULLI:
+            smooth = torch.lerp(labels.float(), torch.full_like(answer, 0.5), self.smoothing)
+            loss = F.binary_cross_entropy_with_logits(answer, smooth, reduction="none").mean(-1)
         else:
-            loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
+            loss = F.cross_entropy(answer, labels, reduction="none", label_smoothing=self.smoothing)
         if dense is None:
             return loss
-        return torch.lerp(loss, divergence(logits, dense, self.temperature), self.distillation)
-
-
-def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(dense ‖ logits) of each row; of scores (rows, 1) the squared difference over their variance."""
-    logits, dense = logits.float(), dense.float()
-    if logits.shape[-1] == 1:
-        scale = dense.var().clamp_min(1e-12) if len(dense) > 1 else dense.new_ones(())
-        return (logits - dense).square().squeeze(-1) / scale
-    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (dense, logits))
-    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * temperature**2
-
-
-def relative_error(features: Tensor, dense: Tensor) -> Tensor:
-    """|features − dense|² of each row over the mean of |dense|²."""
-    features, dense = features.float(), dense.float()
-    return (features - dense).square().sum(-1) / dense.square().sum(-1).mean().clamp_min(1e-12)
+        divergence = Distillation(self.head, self.temperature, self.scale).loss(answer, dense)
+        return torch.lerp(loss, divergence, self.distillation)

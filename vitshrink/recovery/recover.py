@@ -22,8 +22,9 @@ from vitshrink.checkpoint import compressed_layers
 from vitshrink.config import FinetuneConfig
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.errors import DataError, NumericsError, UsageError
+from vitshrink.fidelity import Head
 from vitshrink.measurement import warn_of_bad
-from vitshrink.models import FLASH, blocks_of, flash_attention, task_of
+from vitshrink.models import FLASH, blocks_of, flash_attention, head_of, task_of
 from vitshrink.modes import borrowed, evaluating, own_random_numbers
 from vitshrink.observer import Job
 from vitshrink.precision import resolve_precision
@@ -138,7 +139,7 @@ def recover(
             accelerator,
             Reader(model, wrapped),
             Teacher(Reader(dense), autocast=accelerator.autocast) if dense is not None and _asks(config) else None,
-            _objective(config, headless=task_of(model) == "features"),
+            _objective(config, head_of(model)),
             _augmentation(config, preprocessor, model, seed),
             data,
             held_out,
@@ -151,6 +152,9 @@ def recover(
             training_mode=lambda: train_mode(model, dropout=config.objective == "supervised"),
         )
         steps = steps_an_epoch(len(loader), config.accumulation)
+        spread = criterion.spread() if criterion.teacher is not None else 0.0
+        if criterion.objective.head.measure == "relative_error" and spread:
+            criterion.objective, spread = replace(criterion.objective, scale=spread), 1.0
         loop = Loop(
             accelerator,
             wrapped,
@@ -181,7 +185,7 @@ def recover(
                 "Compress it again, less strongly."
             )
         if criterion.features and config.features is None and config.objective == "distill":
-            criterion.features = _features_from(loop.progress.start, criterion.losses_of_nothing())
+            criterion.features = _features_from(loop.progress.start, spread)
         blocks: list[dict[str, float]] = []
         if config.blockwise and dense is not None and not resumed:
             stage = job.stage("blockwise", "Reconstructing blocks", len(blocks_of(model)))
@@ -290,12 +294,12 @@ def _features(model: PreTrainedModel, config: FinetuneConfig) -> float:
     return FEATURES if comparable else 0.0
 
 
-def _features_from(start: float, nothing: list[float]) -> float:
-    """The usual weight in distillation: less, the more of the dense model's answers is lost at the start.
+def _features_from(start: float, nothing: float) -> float:
+    """The usual weight in distillation: less, the more is lost at the ``start`` of what saying ``nothing`` loses.
 
     A model that has lost nearly all of them has to learn them anew, and what its blocks hand on is of no use before.
     """
-    kept = max(0.0, 1 - start * len(nothing) / max(sum(nothing), 1e-12))
+    kept = max(0.0, 1 - start / max(nothing, 1e-12))
     return max(FEATURES, MOST_FEATURES * kept**2)
 
 
@@ -304,10 +308,10 @@ def _asks(config: FinetuneConfig) -> bool:
     return config.objective == "distill" or bool(config.distillation)
 
 
-def _objective(config: FinetuneConfig, *, headless: bool) -> Distillation | Supervision:
+def _objective(config: FinetuneConfig, head: Head) -> Distillation | Supervision:
     if config.objective == "distill":
-        return Distillation(config.temperature, headless)
-    return Supervision(config.label_smoothing, config.distillation or 0.0, config.temperature)
+        return Distillation(head, config.temperature)
+    return Supervision(head, config.label_smoothing, config.distillation or 0.0, config.temperature)
 
 
 def _augmentation(

@@ -51,6 +51,7 @@ COLUMNS = (
     "p_value",
     "agreement",
     "kl",
+    "relative_error",
     "feature_cosine",
     "warnings",
 )
@@ -118,6 +119,7 @@ def evaluation_columns(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "p_value": difference.get("p_value"),
         "agreement": fidelity.get("agreement"),
         "kl": fidelity.get("kl"),
+        "relative_error": fidelity.get("relative_error"),
         "feature_cosine": fidelity.get("feature_cosine"),
     }
 

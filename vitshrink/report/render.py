@@ -141,6 +141,9 @@ def comparison_columns(reports: Sequence[Report]) -> dict[str, list[str]]:
         "real": [real(report) for report in reports],
         "agreement": [summary.percent(entry(report, "evaluation", "fidelity", "agreement")) for report in reports],
         "KL": [summary.number(entry(report, "evaluation", "fidelity", "kl")) for report in reports],
+        "relative error": [
+            summary.number(entry(report, "evaluation", "fidelity", "relative_error")) for report in reports
+        ],
         "cosine": [summary.number(entry(report, "evaluation", "fidelity", "feature_cosine")) for report in reports],
     }
     return {name: texts for name, texts in columns.items() if set(texts) != {summary.UNKNOWN}}

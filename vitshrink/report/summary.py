@@ -19,7 +19,14 @@ PIPELINES = {
     "masked-lm": "fill-mask",
     "features": "feature-extraction",
 }
-METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "spearman": "Spearman"}
+METRIC_NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "f1_micro": "micro-F1",
+    "f1_macro": "macro-F1",
+    "exact_match": "all labels right",
+    "spearman": "Spearman",
+}
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,7 @@ def accuracy_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
     fidelity, metric = evaluation.get("fidelity") or {}, evaluation.get("metric")
     rows = []
-    for name in ("top1", "top5", "spearman"):
+    for name in METRIC_NAMES:
         if compressed.get(name) is None and dense.get(name) is None:
             continue
         before, after = dense.get(name), compressed.get(name)
@@ -247,8 +254,10 @@ def accuracy_rows(evaluation: Mapping[str, Any]) -> list[Row]:
             rows.append(Row("95 % interval", before, after, change))
     shown: dict[str, tuple[str, Callable[[float | None], str]]] = {
         "agreement": ("Same prediction as dense", percent),
+        "label_agreement": ("Same decision as dense, label by label", percent),
         "top5_overlap": ("Top-5 in common with dense", percent),
         "kl": ("KL(dense ‖ compressed), nats", number),
+        "relative_error": ("Squared error relative to dense", number),
         "feature_cosine": ("Cosine to dense features, token by token", number),
         "pooled_cosine": ("Cosine to dense features, pooled", number),
         "prediction_spearman": ("Rank correlation with dense predictions", number),
@@ -333,8 +342,12 @@ def _worse(report: Report) -> Fact:
         detail = f"{samples:,} samples without labels; KL {number(fidelity.get('kl'))} nats"
         return Fact(question, f"{percent(fidelity['agreement'])} same predictions", detail)
     if "feature_cosine" in fidelity:
-        detail = f"token by token on {samples:,} samples; pooled {number(fidelity.get('pooled_cosine'))}"
+        error = f"; relative squared error {number(fidelity['relative_error'])}" if "relative_error" in fidelity else ""
+        detail = f"token by token on {samples:,} samples{error}; pooled {number(fidelity.get('pooled_cosine'))}"
         return Fact(question, f"{number(fidelity['feature_cosine'])} cosine to dense features", detail)
+    if "relative_error" in fidelity:
+        detail = f"of the dense model's scores, as a share of their variance, on {samples:,} samples"
+        return Fact(question, f"{number(fidelity['relative_error'])} squared error", detail)
     if metric and compressed.get(metric) is not None:
         detail = f"on {samples:,} samples; the dense model was not run"
         return Fact(question, f"{score(metric, compressed[metric])} {metric_name(report)}", detail)

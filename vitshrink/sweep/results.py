@@ -116,6 +116,7 @@ def _row(plan: SweepPlan, job: JobPlan, outcome: Outcome) -> Row:
         "drop_is_real": difference.get("significant"),
         "agreement": fidelity.get("agreement"),
         "kl": fidelity.get("kl"),
+        "relative_error": fidelity.get("relative_error"),
         "samples": evaluation.get("samples"),
         "seconds": round(outcome.seconds, 3),
         "reused": outcome.reused,
