@@ -181,13 +181,26 @@ def test_a_search_without_held_out_samples_says_how_to_get_them(bounded: Bounded
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["ViTModel", "BertModel"])
-def test_a_model_without_classes_is_refused_before_any_work(
-    bounded: Bounded, name: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "bound", "said"),
+    [
+        ("ViTModel", {"max_kl": 0.1}, "--max-kl does not judge this model, which gives scores or features.*--max-error"),
+        ("ViTModel", {"max_changed": 1.0}, "--max-changed does not judge .*--max-error"),
+        (CLASSIFIER, {"max_error": 0.1}, "--max-error does not judge this model, which gives probabilities.*--max-kl"),
+    ],
+)
+def test_a_bound_that_the_head_does_not_have_is_refused_before_any_work(
+    bounded: Bounded, name: str, bound: dict[str, float], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Compression, "factorise_dense", lambda *_: pytest.fail("work was done"))
-    with pytest.raises(UsageError, match=r"predicted classes.*--keep"):
-        bounded(name, max_kl=0.1)
+    with pytest.raises(UsageError, match=said):
+        bounded(name, **bound)
+
+
+def test_features_keep_within_a_relative_error(bounded: Bounded) -> None:
+    result = bounded("ViTModel", max_error=0.02, refine=0)
+    assert 0 < fidelity(result)["relative_error"] <= 0.02
+    assert 0.2 < kept(result) < 0.98
 
 
 @pytest.mark.parametrize(
@@ -195,6 +208,7 @@ def test_a_model_without_classes_is_refused_before_any_work(
     [
         ({"max_kl": -0.1}, "--max-kl -0.1: give nats"),
         ({"max_kl": float("nan")}, "--max-kl nan"),
+        ({"max_error": 2.0}, "--max-error 2.0: give the squared error, as a share .*such as --max-error 0.01"),
         ({"max_changed": 101.0}, "--max-changed 101.0: give the percentage"),
         ({"max_kl": 0.1, "calibration": None}, "--max-kl is judged on .*--calibration"),
         ({"max_changed": 1.0, "holdout": 0}, "--max-changed is judged on .*--holdout 0"),

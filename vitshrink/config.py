@@ -31,8 +31,10 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 
 Preprocessing = Literal["checkpoint", "timm"]
 
-SIZES = ("keep", "target_params", "target_size", "rank", "explained_variance", "max_changed", "max_kl")
-"""The entries that say how small, the last two by what may be lost; a job has exactly one of them."""
+BOUNDS = ("max_changed", "max_kl", "max_error")
+"""The entries that say how small by what may be lost."""
+SIZES = ("keep", "target_params", "target_size", "rank", "explained_variance", *BOUNDS)
+"""The entries that say how small; a job has exactly one of them."""
 
 RENAMED = {"max_drop": "max_changed"}
 """Present names of entries of a job by the old ones. ``max_drop`` now is a gate alone: points of accuracy."""
@@ -191,7 +193,8 @@ class CompressConfig:
     Exactly one size: ``keep`` (fractions of the whole model's parameters; several give several outputs),
     ``target_params``, ``target_size``, ``rank``, ``explained_variance`` (the share that every layer keeps of its energy
     in the method's metric), or the smallest that keeps a bound on held-out calibration samples:
-    ``max_changed``, percent of the predictions, which differ from the dense model's, or ``max_kl``, nats.
+    ``max_changed``, percent of the predictions, which differ from the dense model's, ``max_kl``, nats, or, for scores
+    and features, ``max_error``, the squared error as a share of their spread.
     """
 
     model: str
@@ -207,6 +210,7 @@ class CompressConfig:
     explained_variance: float | None = None
     max_changed: float | None = None
     max_kl: float | None = None
+    max_error: float | None = None
     finetune: FinetuneConfig | None = None
     attention: Attention = "sdpa"
     rank_multiple: int = 1
@@ -264,7 +268,7 @@ class CompressConfig:
         check_approximations({name: getattr(self, name) for name in APPROXIMATIONS})
         others = {"--tokens mixed": self.token_budget, "--landmarks": self.landmarks}
         approximated = [flag for flag, number in others.items() if number is not None]
-        if approximated and {"--max-changed", "--max-kl"} & set(sizes):
+        if approximated and set(map(flag_of, BOUNDS)) & set(sizes):
             raise UsageError(f"{sizes[0]} searches the size of the weights: with {approximated[0]} ask for a size.")
         if len(sizes) != 1 and (sizes or not approximated):
             given = f"{' and '.join(sizes)} were given" if sizes else "none was"
@@ -288,12 +292,13 @@ class CompressConfig:
         for name, most, what in (
             ("max_changed", 100, "the percentage of predictions that may change"),
             ("max_kl", math.inf, "nats that may be lost"),
+            ("max_error", 1, "the squared error, as a share of the spread of the dense model's answers"),
         ):
             bound = getattr(self, name)
             if bound is None:
                 continue
             if not (math.isfinite(bound) and 0 <= bound <= most):
-                raise UsageError(f"{flag_of(name)} {bound}: give {what}, such as {flag_of(name)} 1.")
+                raise UsageError(f"{flag_of(name)} {bound}: give {what}, such as {flag_of(name)} {min(1, most / 100)}.")
             if self.calibration is None or self.holdout == 0:
                 raise UsageError(
                     f"{flag_of(name)} is judged on held-out calibration samples: pass --calibration, not --holdout 0."
@@ -360,7 +365,7 @@ class CompressConfig:
     @property
     def counts_bytes(self) -> bool:
         """Whether ranks are chosen by the bytes of the file, because its weights are integers of several widths."""
-        asked = (self.target_size, self.max_changed, self.max_kl)
+        asked = (getattr(self, name) for name in ("target_size", *BOUNDS))
         return self.quantize is not None and any(size is not None for size in asked)
 
     @property

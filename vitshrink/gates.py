@@ -47,6 +47,8 @@ class Gates:
     """Percentage points below the baseline (hundredths of a correlation)."""
     max_kl: float | None = None
     """Nats from the baseline."""
+    max_error: float | None = None
+    """Squared error of scores or features, as a share of their spread in the baseline."""
     max_size: int | None = None
     """Bytes of the weight files."""
     max_latency_ratio: float | None = None
@@ -86,7 +88,7 @@ class Gates:
 
     def require(self, *, baseline: str | None) -> None:
         """Raises UsageError for a bound that needs a baseline, where there is none; before any work."""
-        for name in ("max_drop", "max_kl", "max_latency_ratio"):
+        for name in ("max_drop", "max_kl", "max_error", "max_latency_ratio"):
             if getattr(self, name) is not None and baseline is None:
                 raise UsageError(f"{flag_of(name)} compares with the dense model: pass it as --baseline.")
 
@@ -104,11 +106,16 @@ class Gates:
         scores = evaluation.get("compressed") or evaluation.get("dense") or {}
         unlabelled = "the data have no labels" if evaluation else "nothing was evaluated"
         drop = (evaluation.get("difference") or {}).get("drop")
-        kl = (evaluation.get("fidelity") or {}).get("kl")
+        fidelity = evaluation.get("fidelity") or {}
+        other = {
+            "max_kl": "the models give no probabilities; use --max-error",
+            "max_error": "the models give probabilities, or no two scores that differ; use --max-kl",
+        }
         figures = (
             ("min_accuracy", _percent(scores.get(evaluation.get("metric"))), unlabelled),
             ("max_drop", _percent(drop), unlabelled),
-            ("max_kl", kl, "the models give no probabilities" if evaluation else unlabelled),
+            ("max_kl", fidelity.get("kl"), other["max_kl"] if evaluation else unlabelled),
+            ("max_error", fidelity.get("relative_error"), other["max_error"] if evaluation else unlabelled),
             ("max_size", nbytes, "the weight files were not measured"),
             ("max_latency_ratio", latency_ratio, "the time of a pass was not measured"),
         )

@@ -18,7 +18,7 @@ from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
 from vitshrink.errors import DataError, GateError, UsageError
 from vitshrink.evaluation import Masking, evaluate
 from vitshrink.measurement import warn_of_bad
-from vitshrink.models import task_of
+from vitshrink.models import head_of, task_of
 from vitshrink.observer import Job, Silent
 from vitshrink.quantization import Quantization
 
@@ -33,27 +33,39 @@ Make = Callable[[Factors, Plan], PreTrainedModel]
 
 @dataclass(frozen=True)
 class Bound:
-    """What a compressed model may lose: ``limit`` nats of KL divergence, or percent of predictions that change."""
+    """What a compressed model may lose, on the held-out samples."""
 
     flag: str
     limit: float
     unit: str
+    figure: str
+    """Entry of the fidelity that is judged: the divergence of the head, or the agreement of predictions."""
 
     @classmethod
     def of(cls, config: CompressConfig) -> "Bound | None":
         """The bound that a job asks for in place of a size, if it does."""
         if config.max_kl is not None:
-            return cls("--max-kl", config.max_kl, "nats")
+            return cls("--max-kl", config.max_kl, "nats", "kl")
+        if config.max_error is not None:
+            return cls("--max-error", config.max_error, "of the spread", "relative_error")
         if config.max_changed is not None:
-            return cls("--max-changed", config.max_changed, "percent of the predictions")
+            return cls("--max-changed", config.max_changed, "percent of the predictions", "agreement")
         return None
 
     def require(self, model: PreTrainedModel) -> None:
         """Raises UsageError for a model whose outputs this bound does not judge; before any work."""
-        if task_of(model) == "features" or (task_of(model) != "masked-lm" and model.config.num_labels == 1):
-            raise UsageError(
-                f"{self.flag} compares predicted classes, and this model has none: ask for a size, such as --keep 0.7."
-            )
+        measure = head_of(model).measure
+        if self.figure == measure or (self.figure == "agreement" and measure == "kl"):
+            return
+        why, other = _UNFIT[measure]
+        raise UsageError(f"{self.flag} does not judge this model, which gives {why}: pass {other}.")
+
+
+_UNFIT = {
+    "kl": ("probabilities", "--max-kl 0.05 or --max-changed 5"),
+    "relative_error": ("scores or features, and no classes", "--max-error 0.01, or a size, such as --keep 0.7"),
+}
+"""What a model gives that a bound does not judge, and what does, by the measure of its head."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,9 @@ class Search:
 
     def __post_init__(self) -> None:
         dense = self.compression.dense
-        # a masked LM is asked for its logits at a few tokens, by a hook that has to reach the model itself
-        self.baseline = dense if task_of(dense) == "masked-lm" else Remembering(dense)
+        # a masked LM is asked for its logits at a few tokens, by a hook that has to reach the model itself, and hidden
+        # states are too many to keep
+        self.baseline = dense if task_of(dense) in ("masked-lm", "features") else Remembering(dense)
 
     @classmethod
     def on(
@@ -125,7 +138,7 @@ class Search:
                 f"{bound.flag} is judged on samples that were not calibrated on, and none is left: "
                 f"pass fewer --samples, or more data to --calibration ({config.calibration})."
             )
-        if bound.unit != "nats" and bound.limit < 100 / len(samples):
+        if bound.figure == "agreement" and bound.limit < 100 / len(samples):
             job.warn(
                 f"{bound.flag} {bound.limit:g}: one of the {len(samples)} held-out samples is already "
                 f"{100 / len(samples):.2g} percent. Judge on more of them with --holdout."
@@ -232,9 +245,8 @@ class Search:
         task = task_of(self.compression.dense)
         evaluation = evaluate(model, self.batches, task=task, baseline=self.baseline, masking=self.masking)
         assert evaluation.fidelity is not None
-        if self.bound.unit == "nats":
-            return float(evaluation.fidelity["kl"])
-        return 100 * (1 - float(evaluation.fidelity["agreement"]))
+        figure = float(evaluation.fidelity[self.bound.figure])
+        return 100 * (1 - figure) if self.bound.figure == "agreement" else figure
 
     def _asked(self, candidate: Candidate) -> str:
         """The size that would have to be asked for."""

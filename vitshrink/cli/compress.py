@@ -63,6 +63,13 @@ def compress_command(
             rich_help_panel=SIZE,
         ),
     ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="The same for scores and features: their squared error, as a share of their spread, e.g. 0.01.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     max_drop: Annotated[float | None, typer.Option(hidden=True, help="The old name of --max-changed.")] = None,
     method: Annotated[
         str, typer.Option(help="See `vitshrink methods`.", rich_help_panel=LAYERS)

@@ -50,6 +50,9 @@ def evaluate_command(
     min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy, in percent.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Exit with 3 when more points of accuracy are lost.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when the divergence is larger.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Exit with 3 when the relative error of scores or features is larger.")
+    ] = None,
     max_size: Annotated[str | None, typer.Option(help="Exit with 3 when the files are larger, e.g. 90MB.")] = None,
     max_latency_ratio: Annotated[
         float | None, typer.Option(help="Exit with 3 when a pass takes longer than this fraction of the baseline's.")
@@ -79,7 +82,7 @@ def evaluate_command(
     Example: vitshrink eval ./my-vit-small --baseline ./my-vit --data ./val
     """
     largest = None if max_size is None else parse_quantity(max_size, "--max-size")
-    gates = Gates(min_accuracy, max_drop, max_kl, largest, max_latency_ratio)
+    gates = Gates(min_accuracy, max_drop, max_kl, max_error, largest, max_latency_ratio)
     gates.require(baseline=baseline)
     check_approximations(
         {

@@ -50,6 +50,9 @@ def sweep_command(
     min_accuracy: Annotated[float | None, typer.Option(help="Bound on every result, in percent.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Points of accuracy below the dense model.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Nats from the dense model.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Squared error of scores or features, as a share of their spread.")
+    ] = None,
     max_size: Annotated[str | None, typer.Option(help="Bytes of the weight files, e.g. 90MB.")] = None,
     max_latency_ratio: Annotated[float | None, typer.Option(help="Time of a pass, as a fraction of the dense.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the jobs; run nothing.")] = False,
@@ -66,6 +69,7 @@ def sweep_command(
         "min_accuracy": min_accuracy,
         "max_drop": max_drop,
         "max_kl": max_kl,
+        "max_error": max_error,
         "max_size": max_size,
         "max_latency_ratio": max_latency_ratio,
     }

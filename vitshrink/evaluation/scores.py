@@ -33,8 +33,8 @@ class Evaluation:
     fidelity: dict[str, Any] | None
     difference: dict[str, Any] | None
     classes: list[dict[str, Any]]
-    """Accuracy class by class, or F1 label by label, the most samples lost first; without labels the dense model's choice
-    takes their place."""
+    """Accuracy class by class, or F1 label by label, the most samples lost first; without labels the dense model's
+    choice takes their place."""
     disagreements: list[dict[str, Any]]
     """Samples that the two models classify differently, the largest divergence first."""
 

@@ -260,8 +260,10 @@ def _require_figures(gates: Gates, config: CompressConfig, where: str) -> None:
     for name in ("min_accuracy", "max_drop"):
         if getattr(gates, name) is not None and config.eval is None:
             raise UsageError(f"{where}: {flag_of(name)} needs labelled samples: set 'eval'.")
-    if gates.max_kl is not None and config.eval is None and (config.calibration is None or config.holdout == 0):
-        raise UsageError(f"{where}: --max-kl needs samples: set 'eval', or 'calibration' with a 'holdout'.")
+    for name in ("max_kl", "max_error"):
+        unmeasured = config.eval is None and (config.calibration is None or config.holdout == 0)
+        if getattr(gates, name) is not None and unmeasured:
+            raise UsageError(f"{where}: {flag_of(name)} needs samples: set 'eval', or 'calibration' with a 'holdout'.")
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
