@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -100,6 +101,42 @@ def test_a_program_takes_batches_of_any_size(
         inputs |= {} if name.startswith("ViT") else {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
         with torch.no_grad():
             assert torch.allclose(program(**inputs).logits, model(**inputs).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "scorer", "levels", "budget"),
+    [
+        ("ViTForImageClassification", "blur", 2, 10),
+        ("ViTForImageClassification", "features", 2, 4),  # no patch is split
+        ("DeiTForImageClassificationWithTeacher", "features", 3, 9),
+    ],
+)
+def test_mixed_tokens_become_onnx(
+    name: str, scorer: str, levels: int, budget: int, compressed: Compressed, tmp_path: Path
+) -> None:
+    tokens: dict[str, Any] = {"tokens": "mixed", "token_budget": budget, "token_levels": levels, "token_scorer": scorer}
+    small = compressed(name, method="svd", **tokens).directory
+    found = export(str(small), str(tmp_path / "out"), "onnx")
+    model, copy = vitshrink.load(str(small)), load_onnx(found.directory / "model.onnx").model
+    pixels = tiny.inputs(name, 5)["pixel_values"]
+    pixels[1] = 0.5  # no patch is better than another: the first ones are split
+    pixels[2, :, 16:] = -0.25
+    for batch in (pixels, pixels[:1]):
+        with torch.no_grad():
+            torch.testing.assert_close(copy(pixel_values=batch).logits, model(batch).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_quantised_mixed_tokens_take_batches_of_any_size(form: str, compressed: Compressed, tmp_path: Path) -> None:
+    name = "ViTForImageClassification"
+    small = compressed(name, method="svd", tokens="mixed", token_budget=10, quantize="int8").directory
+    assert export(str(small), str(tmp_path / "out"), form).batch_sizes == (1, 2, 7)
+
+
+def test_the_exporters_own_reason_is_given() -> None:
+    """Not the outermost message, which says in which of its steps it was."""
+    with pytest.raises(OutputError, match=r"failed: KeyError: 'what it was'$"), exporting._quiet():
+        raise RuntimeError("step 3/3") from KeyError("what it was")
 
 
 def test_an_onnx_file_is_evaluated_like_the_checkpoint(

@@ -153,7 +153,7 @@ def _write_onnx(source: LoadedModel, staging: Path, _job: Job) -> tuple[str, Run
             output_names=names,
             dynamic_shapes=_dynamic(inputs, "batch", "sequence"),
             dynamo=True,
-            custom_translation_table=_integer_operators(),
+            custom_translation_table=_missing_operators(),
             verbose=False,
         )
         assert program is not None
@@ -173,14 +173,22 @@ def _write_onnx(source: LoadedModel, staging: Path, _job: Job) -> tuple[str, Run
     return ONNX_FILE, run
 
 
-def _integer_operators() -> dict[Any, Callable[..., Any]]:
+def _missing_operators() -> dict[Any, Callable[..., Any]]:
     """Operators that ONNX has and the exporter does not know."""
+    from onnxscript import INT32, ir
     from onnxscript import opset18 as op
 
     def product(left: Any, right: Any) -> Any:
         return op.MatMulInteger(left, right)
 
-    return {torch.ops.aten._int_mm.default: product}
+    def stable_sort(values: Any, *, dim: int = -1, descending: bool = False, **_stable: Any) -> Any:
+        # TopK puts the lower index first among equals, as a stable sort does
+        length: Any = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))  # type: ignore[type-var]
+        if values.dtype in (ir.DataType.UINT8, ir.DataType.BOOL):  # onnxruntime has no TopK of bytes
+            values = op.Cast(values, to=INT32.dtype)
+        return op.TopK(values, length, axis=dim, largest=int(descending))
+
+    return {torch.ops.aten._int_mm.default: product, torch.ops.aten.sort.stable: stable_sort}
 
 
 def _write_program(source: LoadedModel, staging: Path, _job: Job) -> tuple[str, Run]:
@@ -303,9 +311,12 @@ def _quiet() -> Iterator[None]:
     except (VitshrinkError, MemoryError, OSError):
         raise
     except Exception as error:  # of any class there is, from several libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        first: BaseException = error
+        while first.__cause__ is not None:  # the exporter wraps it in advice to those who develop the exporter
+            first = first.__cause__
+        reason = next(iter(str(first).strip().splitlines()), "")
         raise OutputError(
-            f"the exporter of torch {torch.__version__} failed: {type(error).__name__}: {reason}"
+            f"the exporter of torch {torch.__version__} failed: {type(first).__name__}: {reason}"
         ) from error
     finally:
         logging.disable(disabled)

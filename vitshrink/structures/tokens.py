@@ -48,7 +48,7 @@ class MixedEmbeddings(nn.Module):
         tokens = F.linear(tokens, projection.weight.flatten(1), projection.bias) + positions[chosen]
         names = ("cls_token", "distillation_token") if hasattr(self, "distillation_token") else ("cls_token",)
         own: list[Tensor] = [self.get_parameter(name) for name in names]
-        first = (torch.cat(own, 1) + special).expand(len(tokens), -1, -1)
+        first = (torch.cat(own, 1) + special).expand(tokens.shape[0], -1, -1)
         out: Tensor = self.dropout(torch.cat([first, tokens], 1))
         return out
 
