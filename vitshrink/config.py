@@ -4,7 +4,6 @@ import difflib
 import json
 import math
 import re
-import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,6 +14,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 import yaml
 
 from vitshrink.errors import UsageError
+from vitshrink.names import is_portable, quoted, unportable
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -77,6 +77,11 @@ def parse_duration(text: str, flag: str) -> float:
 def _did_you_mean(name: str, available: list[str]) -> str:
     near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
     return (f"Did you mean {near[0]!r}? " if near else "") + f"Available: {', '.join(available)}."
+
+
+def _require_portable(name: str, directory: str | None) -> None:
+    if directory is not None and not is_portable(Path(directory)):
+        raise UsageError(f"{flag_of(name)}: {unportable(Path(directory))}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,7 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"finetune: {name} {value} is a share: give a number from 0 to 1.")
+        _require_portable("checkpoints", self.checkpoints)
         if not 0 < self.validation < 1:
             raise UsageError(f"finetune: validation {self.validation} is the part held out: above 0 and below 1.")
         if self.mixing and self.objective != "distill":
@@ -327,6 +333,7 @@ class CompressConfig:
                 raise UsageError(f"{flag_of(name)} {value}: must not be negative.")
         if not (math.isfinite(self.save_every) and self.save_every >= 0):
             raise UsageError(f"--save-every {self.save_every}: give seconds, such as 60.")
+        _require_portable("cache", self.cache)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype}: not a type to save in. {_did_you_mean(self.dtype, list(DTYPES))}")
         if self.storage not in ("auto", "gauge", "factors"):
@@ -435,7 +442,7 @@ class CompressConfig:
             else:
                 items = value if isinstance(value, tuple) else (value,)
                 words += [word for item in items for word in (flag_of(f.name), str(item))]
-        return shlex.join(words)
+        return " ".join(map(quoted, words))
 
 
 def holds(name: str, kind: type) -> bool:
@@ -569,7 +576,7 @@ class FinetuneJob:
                         words += _flag(option.name, setting)
             else:
                 words += _flag(entry.name, value)
-        return shlex.join(words)
+        return " ".join(map(quoted, words))
 
 
 def _flag(name: str, value: Any) -> list[str]:

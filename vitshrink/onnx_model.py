@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from vitshrink.errors import CheckpointError
 from vitshrink.extras import require
 from vitshrink.models import LoadedModel, family_named
+from vitshrink.names import is_portable, unportable
 from vitshrink.source import CONFIG, companions_of, read_config
 
 SUFFIX = ".onnx"
@@ -34,6 +35,8 @@ class Session:
         """As many threads as torch uses, so that times can be compared. Raises CheckpointError."""
         import onnxruntime
 
+        if not is_portable(path):
+            raise CheckpointError(unportable(path))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

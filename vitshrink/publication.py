@@ -19,6 +19,7 @@ from pathlib import Path
 from vitshrink import checksums
 from vitshrink.errors import CheckpointError, OutputError
 from vitshrink.hf_quantizer import QUANT_METHOD
+from vitshrink.names import is_portable, unportable
 from vitshrink.source import CONFIG, read_json
 
 REPORT = "report.json"
@@ -44,6 +45,8 @@ def publish(
         OutputError: the target may not or cannot be written, or another process is writing it.
     """
     target = _absolute(target)
+    if not is_portable(target):
+        raise OutputError(unportable(target))
     with _explaining(target):
         _check_target(target, parts, overwrite=overwrite, protect=protect)
         created = _make_parents(target.parent)

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.names import is_portable, unportable
 
 CONFIG = "config.json"
 COMPANIONS = (
@@ -126,6 +127,8 @@ def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | No
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
     if is_directory:
+        if not is_portable(path):
+            raise CheckpointError(unportable(path))
         if revision is not None:
             raise UsageError(f"{path} is a local folder: a revision ({revision!r}) only makes sense for a Hub id.")
         return path

@@ -1,13 +1,12 @@
 """The ``vitshrink`` command and its options for all commands."""
 
-import io
 import sys
 from typing import Annotated
 
 import typer
 
 from vitshrink import __version__
-from vitshrink.cli import console
+from vitshrink.cli import console, streams
 from vitshrink.cli.compress import compress_command
 from vitshrink.cli.demo import demo_command
 from vitshrink.cli.evaluate import evaluate_command
@@ -42,7 +41,7 @@ app.command("demo")(demo_command)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        console.output.print(f"vitshrink {__version__}")
+        console.say(f"vitshrink {__version__}")
         raise typer.Exit
 
 
@@ -58,7 +57,13 @@ def options(
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Unicode shows less, but loses no result
-    app()
+    output = streams.guard()
+    code: str | int | None = 0
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    if (problem := streams.lost(output)) is not None:
+        console.complain(problem)
+        code = code or 1
+    sys.exit(code)

@@ -1,7 +1,5 @@
 """``vitshrink compress``: flags, or a recipe, to a config; results to a table."""
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -333,14 +331,13 @@ def compress_command(
     if push_to_hub is not None:
         address = push(Path(job.output), push_to_hub, private=private)
         if not (quiet or as_json):
-            console.output.print(address, soft_wrap=True, markup=False)
+            console.say(address)
 
 
 def _show(results: Sequence[CompressionResult], job: CompressConfig, *, quiet: bool, as_json: bool) -> None:
     if as_json:
         documents = [result.report.to_dict() for result in results]
-        json.dump(documents[0] if len(documents) == 1 else documents, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        console.show_json(documents[0] if len(documents) == 1 else documents)
         return
     if not quiet:
         if job.dry_run:
@@ -350,9 +347,9 @@ def _show(results: Sequence[CompressionResult], job: CompressConfig, *, quiet: b
         for result in results:
             if result.directory is not None:
                 line = f"{result.directory}  (report.html, report.md, report.json beside the weights)"
-                console.output.print(line, soft_wrap=True, markup=False)
+                console.say(line)
         if len(results) > 1 and not job.dry_run:
-            console.output.print(f"{Path(job.output) / 'comparison.html'}", soft_wrap=True, markup=False)
+            console.say(f"{Path(job.output) / 'comparison.html'}")
 
 
 def _finetune(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the user sees while a job runs and when it fails: progress on stderr, errors in a sentence, exit codes."""
 
 import functools
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
@@ -21,6 +21,7 @@ from rich.text import Text
 
 from vitshrink.cli.tables import Table
 from vitshrink.errors import VitshrinkError
+from vitshrink.names import shown, shown_data, shown_text
 from vitshrink.processes import OtherProcessError
 
 INTERRUPTED = 130
@@ -35,6 +36,16 @@ UNBOUNDED = 10_000
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def say(text: str, *, prose: bool = False) -> None:
+    """Lines of a result, as text: nothing in them is markup, and none is broken unless it is prose."""
+    output.print(Text(shown_text(text)), soft_wrap=not prose)
+
+
+def show_json(document: Any) -> None:
+    """One strict JSON document, and nothing else."""
+    sys.stdout.write(json.dumps(shown_data(document), indent=2, allow_nan=False) + "\n")
+
+
 def show(table: Table) -> None:
     """Print a table: in columns where they fit, otherwise row by row, so that a narrow terminal loses nothing.
 
@@ -44,7 +55,7 @@ def show(table: Table) -> None:
     for index, heading in enumerate(table.headings):
         grid.add_column(heading, justify="left" if index < table.left else "right", no_wrap=True)
     for row in table.rows:
-        grid.add_row(*map(escape, row))
+        grid.add_row(*(Text(shown(cell)) for cell in row))
     bounded = output.is_terminal or "COLUMNS" in os.environ
     needed = output.measure(grid, options=output.options.update(max_width=UNBOUNDED)).maximum
     if needed <= output.width or not bounded:
@@ -55,12 +66,12 @@ def show(table: Table) -> None:
         wide.print(grid)
     else:
         for row in table.rows:
-            output.print(Text(row[0] or " ", style="bold"))
-            for heading, cell in zip(table.headings[1:], row[1:], strict=True):
+            output.print(Text(shown(row[0]) or " ", style="bold"))
+            for heading, cell in zip(table.headings[1:], map(shown, row[1:]), strict=True):
                 if cell:
                     output.print(Padding(Text(f"{heading}: {cell}" if heading else cell), (0, 0, 0, 2)))
     if table.caption:
-        output.print(Text(table.caption), soft_wrap=not bounded)
+        output.print(Text(shown_text(table.caption)), soft_wrap=not bounded)
 
 
 class Terminated(BaseException):
@@ -94,7 +105,7 @@ class TerminalObserver:
 
     def warn(self, message: str) -> None:
         if not self.quiet:
-            errors.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+            errors.print(Text.assemble(("warning: ", "yellow"), shown_text(message)), soft_wrap=True)
 
 
 def reported(command: Command) -> Command:
@@ -115,13 +126,13 @@ def reported(command: Command) -> Command:
             fail("interrupted; nothing was written.", INTERRUPTED)
         except Terminated:
             fail("terminated; nothing was written.", TERMINATED)
-        except BrokenPipeError:  # the reader of stdout has gone: nobody is left to tell
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
             fail(f"out of memory: lower --batch-size or --samples. {error}".strip(), 1)
         except typer.Exit:
             raise
+        except OSError as error:  # where no module knows more to say of it
+            what = f"{error.strerror} ({error.filename})" if error.filename else str(error)
+            fail(f"the operating system refuses: {what}. `vitshrink --debug …` shows in which step.", 1)
         except Exception as error:
             fail(
                 f"unexpected {type(error).__name__}: {error}. This is a bug: run `vitshrink --debug …` for the place, "
@@ -139,5 +150,9 @@ debug = False
 def fail(message: str, code: int) -> NoReturn:
     if debug:
         traceback.print_exc()
-    errors.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    complain(message)
     raise typer.Exit(code)
+
+
+def complain(message: str) -> None:
+    errors.print(Text.assemble(("error: ", "bold red"), shown_text(message)), soft_wrap=True)

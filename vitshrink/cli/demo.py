@@ -15,4 +15,4 @@ def demo_command(
     seed: Annotated[int, typer.Option(help="Of the training and the samples.")] = 0,
 ) -> None:
     """Train a small ViT on scanned digits, compress it with every method, evaluate, reload and report. Offline."""
-    run_demo(output, lambda line: console.output.print(line, soft_wrap=True, markup=False), seed=seed)
+    run_demo(output, console.say, seed=seed)

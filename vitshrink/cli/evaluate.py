@@ -1,7 +1,5 @@
 """``vitshrink eval``: a model measured on a data set."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -127,8 +125,7 @@ def evaluate_command(
     if csv is not None:
         append_rows(csv, [found.to_row()])
     if as_json:
-        json.dump(document, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        console.show_json(document)
     else:
         console.show(evaluation_table(document))
     gates.check(document["evaluation"], nbytes=found.footprint.bytes, latency_ratio=found.latency_ratio)

@@ -1,7 +1,5 @@
 """``vitshrink export``: a checkpoint for programs that do not have vitshrink."""
 
-import json
-import sys
 from typing import Annotated
 
 import typer
@@ -43,8 +41,7 @@ def export_command(
         observer=console.TerminalObserver(quiet=quiet or as_json),
     )
     if as_json:
-        json.dump(found.to_dict(), sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        console.show_json(found.to_dict())
     elif not quiet:
         sizes = ", ".join(map(str, found.batch_sizes))
         table = Table(["", found.form])

@@ -1,7 +1,5 @@
 """``vitshrink finetune``: a compressed checkpoint, trained until it is as near to the dense one as the data allow."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -195,8 +193,7 @@ def finetune_command(
     finally:
         processes.leave()
     if as_json:
-        json.dump(result.report.to_dict(), sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        console.show_json(result.report.to_dict())
     elif not quiet:
         console.show(results_table([result.report]))
-        console.output.print(f"{result.directory}  (report.md, report.json beside the weights)", soft_wrap=True)
+        console.say(f"{result.directory}  (report.md, report.json beside the weights)")

@@ -1,7 +1,5 @@
 """``vitshrink inspect``: the layers of a model before anything is done to them."""
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -110,12 +108,11 @@ def inspect_command(
                 spectra=layer_spectra(dense, targets, stats, activations, curvature),
             )
     if as_json:
-        json.dump([asdict(layer) for layer in found], sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        console.show_json([asdict(layer) for layer in found])
     else:
         console.show(_table(found, weighted=bool(stats)))
         if figures is not None:
-            console.output.print(str(page), soft_wrap=True, markup=False)
+            console.say(str(page))
 
 
 def _table(layers: list[LayerInspection], *, weighted: bool) -> Table:

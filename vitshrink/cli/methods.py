@@ -14,8 +14,10 @@ def methods_command() -> None:
         method = find_method(name)
         table.add(name, method.needs.value, method.allocation, method.compensation, method.summary)
     console.show(table)
-    console.output.print("\noptions (--option name=value), with their defaults:")
+    console.say("\noptions (--option name=value), with their defaults:", prose=True)
     for name in [*available_methods(), *attention_methods()]:
         if options := options_of(find_method(name)):
-            console.output.print(f"  {name}: {', '.join(f'{option}={default}' for option, default in options.items())}")
-    console.output.print(f"allocations: {', '.join(sorted(ALLOCATIONS))}")
+            console.say(
+                f"  {name}: {', '.join(f'{option}={default}' for option, default in options.items())}", prose=True
+            )
+    console.say(f"allocations: {', '.join(sorted(ALLOCATIONS))}", prose=True)

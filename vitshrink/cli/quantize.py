@@ -1,7 +1,5 @@
 """``vitshrink quantize``: integer weights for a checkpoint, dense or compressed."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -61,8 +59,7 @@ def quantize_command(
         observer=console.TerminalObserver(quiet=quiet or as_json),
     )
     if as_json:
-        json.dump(result.report.to_dict(), sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        console.show_json(result.report.to_dict())
     elif not quiet:
         console.show(results_table([result.report]))
-        console.output.print(f"{result.directory}", soft_wrap=True, markup=False)
+        console.say(f"{result.directory}")

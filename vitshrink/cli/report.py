@@ -24,4 +24,4 @@ def report_command(
             checksums.renew(directory, REPORT)
     if html is not None:
         html.write_text(render_comparison_html(reports), encoding="utf-8")
-    console.output.print(comparison_markdown(reports), markup=False, soft_wrap=True, end="")
+    console.say(comparison_markdown(reports).rstrip())

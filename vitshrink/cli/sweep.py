@@ -1,7 +1,6 @@
 """``vitshrink sweep``: a matrix of jobs, followed in a table on a terminal and line by line elsewhere."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
+from vitshrink.names import shown, shown_text
 from vitshrink.sweep import (
     JobPlan,
     Outcome,
@@ -87,11 +87,11 @@ def sweep_command(
             rows = write_results(plan, display.now()) if display.started else []
     code = exit_code(outcomes)
     if as_json:
-        sys.stdout.write((plan.output / "results.json").read_text(encoding="utf-8"))
+        console.show_json(json.loads((plan.output / "results.json").read_text(encoding="utf-8")))
     elif not quiet:
         console.show(_results_table(rows))
         line = f"{plan.output}  (summary.md, comparison.html, results.csv, results.json, junit.xml)"
-        console.output.print(line, soft_wrap=True, markup=False)
+        console.say(line)
     if code:
         bad = [f"{job.name}: {o.message}" for job, o in zip(plan.jobs, outcomes, strict=True) if o.status.bad]
         console.fail("; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else ""), code)
@@ -136,7 +136,7 @@ class SweepDisplay:
         seconds = "found finished" if outcome.reused else f"{outcome.seconds:.1f} s" if outcome.status.ended else ""
         details = "; ".join(filter(None, (seconds, outcome.message)))
         line = Text.assemble(f"{count}{job.name}: ", (str(outcome.status), STYLES.get(outcome.status, "")))
-        console.errors.print(line + Text(f" ({details})" if details else ""), soft_wrap=self.live is None)
+        console.errors.print(line + Text(shown_text(f" ({details})") if details else ""), soft_wrap=self.live is None)
 
     def tick(self) -> None:
         if self.live is not None:
@@ -157,7 +157,7 @@ class SweepDisplay:
             lines = (self.plan.output / name / "log.txt").read_bytes()[-2000:].decode(errors="replace").split("\n")
         except OSError:
             return ""
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return shown(next((line.strip() for line in reversed(lines) if line.strip()), ""))
 
 
 def _show_plan(plan: SweepPlan, *, as_json: bool) -> None:
@@ -167,8 +167,7 @@ def _show_plan(plan: SweepPlan, *, as_json: bool) -> None:
             {"job": job.name, "fingerprint": key, "gates": job.gates.to_dict(), "recipe": job.config.to_dict()}
             for job, key in zip(plan.jobs, keys, strict=True)
         ]
-        json.dump(listed, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        console.show_json(listed)
         return
     table = Table(["job", "fingerprint", "gates", "command"], left=4)
     for job, key in zip(plan.jobs, keys, strict=True):

@@ -1,7 +1,5 @@
 """``vitshrink verify``: whether a compressed directory still is what was published."""
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +24,7 @@ def verify_command(
     """
     checks = verify_directory(directory)
     if as_json:
-        json.dump([asdict(check) for check in checks], sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        console.show_json([asdict(check) for check in checks])
     elif not quiet:
         table = Table(["check", "", "found"], left=3)
         for check in checks:

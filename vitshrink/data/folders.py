@@ -9,6 +9,7 @@ from vitshrink.data.images import IMAGE_SUFFIXES
 from vitshrink.data.recipes import suggestion
 from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.errors import DataError, UsageError
+from vitshrink.names import shown
 
 _SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "dev"), ("test", "testing"))
 
@@ -61,15 +62,15 @@ def open_image_folder(folder: Path, source: str, labels: Path | None = None) -> 
         raise DataError(f"{folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
     if labels is not None:
         raise UsageError(f"{folder} has class folders: a file of labels ({labels}) is for a flat folder.")
-    samples = [Sample(str(file.relative_to(folder)), image=file, label=name) for file, name in found]
+    samples = [Sample(shown(file.relative_to(folder)), image=file, label=name) for file, name in found]
     return SampleSet(source, "image", samples, [entry.name for entry in classes], "names")
 
 
 def _flat_folder(source: str, files: list[Path], labels: Path | None) -> SampleSet:
     if labels is None:
-        return SampleSet(source, "image", [Sample(file.name, image=file) for file in files])
+        return SampleSet(source, "image", [Sample(shown(file.name), image=file) for file in files])
     names = read_ground_truth(labels, [file.name for file in files])
-    samples = [Sample(file.name, image=file, label=name) for file, name in zip(files, names, strict=True)]
+    samples = [Sample(shown(file.name), image=file, label=name) for file, name in zip(files, names, strict=True)]
     return SampleSet(source, "image", samples, sorted(set(names)), "names")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from vitshrink.data.labels import WORDNET_ID
 from vitshrink.errors import DataError
+from vitshrink.names import shown
 
 _NUMBERED = re.compile(r"_(\d{8})\.\w+")
 """``ILSVRC2012_val_00000017.JPEG`` is line 17 of a list of labels, also where only some of the images are there."""
@@ -23,7 +24,7 @@ def read_ground_truth(file: Path, images: Sequence[str]) -> list[str]:
         DataError: unreadable, images without a label, or not one line an image.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as names of files are
         content = json.loads(text) if file.suffix == ".json" else None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the labels {file}: {error}") from error
@@ -43,7 +44,7 @@ def read_ground_truth(file: Path, images: Sequence[str]) -> list[str]:
     missing = [name for name, label in zip(images, labels, strict=True) if label is None]
     if missing:
         raise DataError(
-            f"{file} has no label for {len(missing)} of the {len(images)} images: {', '.join(missing[:5])}."
+            f"{file} has no label for {len(missing)} of the {len(images)} images: {', '.join(map(shown, missing[:5]))}."
         )
     return [_label(label) for label in labels if label is not None]
 

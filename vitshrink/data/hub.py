@@ -319,6 +319,8 @@ def _explanation(address: Address, error: Exception) -> str:
 
     text = str(error) or type(error).__name__
     page = f"https://huggingface.co/datasets/{address.path}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{address}: its path, or a name within, is not UTF-8, and `datasets` cannot read that: rename it."
     if Path(address.path).exists():
         return f"{address}: cannot be read ({text})."
     if re.search(r"\bgated\b", text.replace(address.path, "")):

@@ -25,7 +25,7 @@ class ImageError(DataError):
 
 
 def read_image_bytes(source: ImageSource) -> bytes:
-    """The encoded bytes, or for an open image its mode, size and pixels. Raises OSError."""
+    """The encoded bytes, or for an open image its mode, size and pixels. Raises OSError, ValueError."""
     if isinstance(source, Path):
         return source.read_bytes()
     if isinstance(source, bytes):
@@ -49,6 +49,8 @@ def decode_image(source: ImageSource) -> Image.Image:
         content = read_image_bytes(source)
     except OSError as error:
         raise ImageError(f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a name that no file can have, in a table
+        raise ImageError(f"cannot be read ({error})") from error
     if not content:
         raise ImageError("is empty (0 bytes)")
     try:

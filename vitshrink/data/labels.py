@@ -151,7 +151,7 @@ def read_class_map(file: Path) -> dict[str, int]:
     if file.suffix == ".mat":
         return _development_kit(file)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as names of folders are
         entries = _json_entries(json.loads(text)) if file.suffix == ".json" else _line_entries(text.splitlines())
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"cannot read the class map {file}: {error}") from error

@@ -116,7 +116,10 @@ def _digest(sample: Sample) -> bytes:
     if sample.image is not None:
         try:
             content = read_image_bytes(sample.image)
-        except OSError:  # counted and named when it is decoded; here it only has to differ from the others
+        except (
+            OSError,
+            ValueError,
+        ):  # counted and named when it is decoded; here it only has to differ from the others
             content = f"unreadable {sample.key}".encode()
         return hashlib.sha256(content).digest()
     texts = f"{sample.text}\x00{sample.text_pair}"  # the separator keeps ("ab", "c") apart from ("a", "bc")

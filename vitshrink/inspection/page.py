@@ -11,6 +11,7 @@ from vitshrink.inspection.activations import Activations
 from vitshrink.inspection.layers import LayerInspection
 from vitshrink.inspection.spectra import LayerSpectrum
 from vitshrink.models import Target
+from vitshrink.names import shown_data
 from vitshrink.report import render_figures
 from vitshrink.stats import LinearStats
 
@@ -94,7 +95,7 @@ def write_figures(
                 (directory / f"{name}.svg").write_text(picture, encoding="utf-8")
         numbers = [_numbers(one, other, each) for one, other, each in zip(plain, weighted, spectra, strict=True)]
         (directory / "inspection.json").write_text(
-            json.dumps({**facts, "layers": numbers}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            json.dumps({**shown_data(facts), "layers": numbers}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
         page.write_text(render_figures(title, facts, shown), encoding="utf-8")
     except OSError as error:

@@ -5,6 +5,7 @@ from vitshrink.report.record import Report, before_after
 from vitshrink.report.render import (
     comparison_markdown,
     markdown_table,
+    plain_markdown,
     render_card,
     render_comparison_html,
     render_figures,
@@ -27,6 +28,7 @@ __all__ = [
     "headline",
     "latency_columns",
     "markdown_table",
+    "plain_markdown",
     "render_card",
     "render_comparison_html",
     "render_figures",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitshrink.errors import OutputError
+from vitshrink.names import shown_data
 from vitshrink.report.record import Report
 from vitshrink.report.summary import prepared
 
@@ -137,7 +138,9 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
             if start is None:
                 writer.writeheader()
-            writer.writerows({"time": datetime.now(UTC).isoformat(timespec="seconds")} | dict(row) for row in rows)
+            writer.writerows(
+                {"time": datetime.now(UTC).isoformat(timespec="seconds")} | shown_data(row) for row in rows
+            )
             # a line that a killed process left unfinished stays a line of its own
             os.write(file.fileno(), ((start or "") + text.getvalue()).encode())
     except OSError as error:

@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from vitshrink.errors import DataError
+from vitshrink.names import shown_text
 
 FILE_NAME = "report.json"
 
@@ -121,11 +122,11 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {shown_text(str(key)): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if value is None or isinstance(value, str | int | float | bool):
+    if value is None or isinstance(value, int | float | bool):
         return value
-    return str(value)  # paths, dtypes and devices
+    return shown_text(str(value))  # names, and paths, dtypes and devices

@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from vitshrink.names import shown_text
 from vitshrink.report import figures, summary
 from vitshrink.report.layers import layers
 from vitshrink.report.record import FILE_NAME, Report
@@ -82,7 +83,7 @@ def comparison_markdown(reports: Sequence[Report]) -> str:
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """A table whose first ``left`` columns start at the left, and whose cells stay text whatever is in them."""
     lines = [list(headings), [":--" if i < left else "--:" for i in range(len(headings))]]
-    lines += [[_cell(cell) for cell in row] for row in rows]
+    lines += [[plain_markdown(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -190,7 +191,7 @@ def _environment(*, autoescape: bool) -> Environment:
     )
     for name in ("count", "size", "percent", "duration", "number", "plain", "prepared", "base_name"):
         environment.filters[name] = getattr(summary, name)
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = plain_markdown
     environment.filters["code"] = _code
     environment.filters["unbroken"] = _unbroken
     return environment
@@ -199,11 +200,11 @@ def _environment(*, autoescape: bool) -> Environment:
 def _markdown(template: str, report: Report, **more: Any) -> str:
     environment = _environment(autoescape=False)
     text = environment.get_template(template).render(report=report, **_view(report), **more)
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", shown_text(text)).rstrip() + "\n"
 
 
 def _page(template: str, **values: Any) -> str:
-    return _environment(autoescape=True).get_template(template).render(**values)
+    return shown_text(_environment(autoescape=True).get_template(template).render(**values))
 
 
 def _picture(svg: str | None) -> Markup | None:
@@ -211,9 +212,9 @@ def _picture(svg: str | None) -> Markup | None:
     return None if svg is None else Markup(svg)
 
 
-def _cell(text: Any) -> str:
+def plain_markdown(text: Any) -> str:
     """Text that stays text in a Markdown table, whatever a layer, class or file is called."""
-    line = re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+    line = re.sub(r"([\\`*\[\]<>|&~$])", r"\\\1", " ".join(shown_text(str(text)).split()))
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])|^(?=[#+-])", lambda match: "\\" + match[0], line)
 
 

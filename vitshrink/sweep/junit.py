@@ -1,18 +1,15 @@
 """JUnit XML, as CI systems read it: every job of a sweep is a test."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from vitshrink.names import shown_text
 from vitshrink.sweep.outcome import Status
 
 TAIL = 4000
 """Bytes of a log that are shown with a job that failed."""
-
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 cannot hold, even escaped: control characters and surrogates."""
 
 _KINDS = {Status.GATE: "failure", Status.FAILED: "error", Status.TIMEOUT: "error", Status.CANCELLED: "skipped"}
 
@@ -30,20 +27,16 @@ def junit_xml(rows: Sequence[Mapping[str, Any]], logs: Mapping[str, Path]) -> st
     root = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(root, "testsuite", {"name": "vitshrink sweep", **counts})
     for row, kind in zip(rows, kinds, strict=True):
-        attributes = {"classname": "vitshrink.sweep", "name": _legal(row["job"]), "time": f"{row['seconds']:.3f}"}
+        attributes = {"classname": "vitshrink.sweep", "name": shown_text(row["job"]), "time": f"{row['seconds']:.3f}"}
         case = ElementTree.SubElement(suite, "testcase", attributes)
         if kind:
-            message = _legal(row["message"]) or str(row["status"])
+            message = shown_text(row["message"]) or str(row["status"])
             problem = ElementTree.SubElement(case, kind, {"message": message, "type": str(row["status"])})
-            problem.text = message if kind != "error" else _legal(_tail(logs[row["job"]]))
+            problem.text = message if kind != "error" else shown_text(_tail(logs[row["job"]]))
         elif row["message"]:
-            ElementTree.SubElement(case, "system-out").text = _legal(row["message"])
+            ElementTree.SubElement(case, "system-out").text = shown_text(row["message"])
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
-
-
-def _legal(text: str) -> str:
-    return _FORBIDDEN.sub("�", text)
 
 
 def _tail(log: Path) -> str:

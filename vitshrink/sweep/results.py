@@ -9,7 +9,8 @@ from typing import Any
 
 from vitshrink import __version__
 from vitshrink.errors import DataError, OutputError
-from vitshrink.report import Report, markdown_table, render_comparison_html
+from vitshrink.names import shown_data
+from vitshrink.report import Report, markdown_table, plain_markdown, render_comparison_html
 from vitshrink.sweep.junit import junit_xml
 from vitshrink.sweep.outcome import Outcome, Status, exit_code
 from vitshrink.sweep.plan import JobPlan, SweepPlan
@@ -40,7 +41,7 @@ def write_results(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
     document = {"vitshrink": __version__, "exit_code": exit_code(outcomes), "jobs": rows}
     logs = {job.name: plan.output / job.name / LOG for job in plan.jobs}
     texts: dict[str, Callable[[], str | None]] = {
-        "results.json": lambda: json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "results.json": lambda: json.dumps(shown_data(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "results.csv": lambda: _csv(rows),
         "summary.md": lambda: summary_markdown(rows),
         "comparison.html": lambda: render_comparison_html(measured) if measured else None,
@@ -86,7 +87,7 @@ def summary_markdown(rows: Sequence[Row]) -> str:
     lines += [markdown_table(list(headings), [[show(row) for show in headings.values()] for row in rows], 2)]
     failed = [row for row in rows if row["status"] != Status.PASSED]
     if failed:
-        lines += ["", *(f"* **{row['job']}**: {' '.join(str(row['message']).split())}" for row in failed), ""]
+        lines += ["", *(f"* **{row['job']}**: {plain_markdown(row['message'])}" for row in failed), ""]
     return "\n".join(lines)
 
 
@@ -136,7 +137,7 @@ def _csv(rows: Sequence[Row]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(map(shown_data, rows))
     return stream.getvalue()
 
 
