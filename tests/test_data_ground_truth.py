@@ -52,7 +52,7 @@ def test_a_part_of_the_numbered_images_takes_its_own_lines(tmp_path: Path) -> No
         ("two.tsv", b"a.png\tcat\nb.png\tdog\n", r"no label for 1 of the 3 images: c d\.png"),
         ("list.json", b'["cat"]', "a JSON object"),
         ("bad.json", b"{", "cannot read the labels"),
-        ("latin.txt", b"\xff\xfe\n", "1 lines for the 3 images"),
+        ("latin.txt", b"caf\xe9\n", "1 lines for the 3 images"),
     ],
 )
 def test_labels_that_do_not_fit_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -171,6 +171,26 @@ def test_labels_that_cannot_be_classes_are_refused(samples: SampleSet, message: 
         align_labels(samples, placeholders(2), 2)
 
 
+@pytest.mark.parametrize("names", [("LABEL_1", "LABEL_0"), ("label 1", "label 0")])
+def test_the_names_of_a_model_without_names_are_its_own(names: tuple[str, ...]) -> None:
+    expected = dict(zip(names, (1, 0), strict=True))
+    assert align_labels(folders(*names), placeholders(3), 3) == (expected, "class names; 2 of 3 classes occur")
+    with pytest.raises(DataError, match="'LABEL_7' is none of them"):
+        align_labels(folders("LABEL_0", "LABEL_7"), placeholders(3), 3)
+
+
+@pytest.mark.parametrize("model", [placeholders(2), {0: "negative", 1: "positive"}])
+def test_truth_values_by_name_are_zero_and_one(model: dict[int, str]) -> None:
+    mapping, rule = align_labels(folders("False", "true"), model, 2)
+    assert mapping == {"False": 0, "true": 1}
+    assert rule.startswith("truth values")
+    assert align_labels(folders("False", "true"), {0: "True", 1: "False"}, 2)[0] == {"False": 1, "true": 0}
+
+
+def test_numbers_of_a_stream_are_classes_where_they_are_whole() -> None:
+    assert align_labels(labelled([1.0, 0.0], "scores"), placeholders(2), 2)[0] == {1.0: 1, 0.0: 0}
+
+
 # Class maps
 
 

@@ -31,7 +31,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_relative_paths_start_at_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, "kind: text\npath: data/x.tsv\ndelimiter: tab\n"))
     assert recipe.location == tmp_path / "data/x.tsv"
-    assert (recipe.name, recipe.delimiter, recipe.header) == ("mine", "\t", True)
+    assert (recipe.name, recipe.delimiter, recipe.header) == ("mine", "\t", None)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +16,11 @@ import tiny
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.utils import disable_progress_bars
 
+from vitshrink.assessment import evaluate_checkpoint
+from vitshrink.config import CompressConfig, DataConfig
 from vitshrink.data import Kind, SampleSet, decode_image, open_samples
 from vitshrink.errors import DataError, UsageError
+from vitshrink.pipeline import compress
 
 disable_progress_bars()
 
@@ -123,6 +129,165 @@ def test_a_flat_folder_with_a_list_of_labels(tmp_path: Path) -> None:
         open_samples(recipe, "image")
 
 
+SERVICE = (".ipynb_checkpoints", "__MACOSX", "@eaDir", "@eaDir/photo.jpg", "$RECYCLE.BIN", ".cache/deep/er")
+
+
+@pytest.mark.parametrize("depth", ["", "cat", "cat/tabby"])
+def test_hidden_and_service_folders_are_left_out_at_every_depth_and_counted(tmp_path: Path, depth: str) -> None:
+    tiny.write_images(tmp_path / "cat" / "tabby", 3)
+    for name in SERVICE:
+        tiny.write_images(tmp_path / depth / name, 2)
+    (tmp_path / depth / "._x.PNG").write_bytes(b"Mac OS X")
+    (tmp_path / depth / "Thumbs.db").write_bytes(b"x")
+    samples = open_samples(tmp_path, "image")
+    assert (len(samples), samples.label_names) == (3, ["cat"])
+    folders, files = samples.notes
+    assert "12 images in hidden or service folders were left out" in folders
+    assert all(name.partition("/")[0] in folders for name in SERVICE)
+    assert files.endswith("1 hidden files were left out (._x.PNG).")
+
+
+def test_what_was_left_out_is_told_where_the_job_ends(vit_directory: Path, tmp_path: Path) -> None:
+    tiny.write_images(tmp_path / "images", 24)
+    tiny.write_images(tmp_path / "images" / "@eaDir", 5)
+    config = CompressConfig(
+        str(vit_directory),
+        str(tmp_path / "out"),
+        calibration=str(tmp_path / "images"),
+        keep=(0.8,),
+        samples=8,
+        holdout=8,
+        method="svd",
+    )
+    (result,) = compress(config)
+    assert [w for w in result.report.warnings if "5 images in hidden or service folders" in w and "@eaDir" in w]
+
+
+def test_links_are_followed_once_and_circles_are_survived(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    tiny.write_images(tmp_path / "elsewhere", 2)
+    tiny.write_images(tmp_path / "elsewhere" / "deeper", 1)
+    tiny.write_images(data / "cat", 1)
+    tiny.write_images(data / "dog", 1)
+    (data / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    (data / "cat" / "again").symlink_to(tmp_path / "elsewhere")
+    (data / "cat" / "deeper").symlink_to(tmp_path / "elsewhere" / "deeper")
+    (data / "cat" / "other class").symlink_to(data / "dog")
+    (data / "cat" / "self").symlink_to("self")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path)
+    for number, target in enumerate((data / "cat", data, tmp_path, Path("/"))):
+        (data / "cat" / f"circle {number}").symlink_to(target)
+    samples = open_samples(data, "image")
+    assert labels(samples) == ["cat"] * 4 + ["dog"]
+    assert len({sample.key for sample in samples.samples}) == 5
+    assert "links to folders that are read elsewhere were not followed" in samples.notes[0]
+
+
+def test_a_folder_called_images_is_no_class(tmp_path: Path) -> None:
+    tiny.write_images(tmp_path / "a" / "Images", 2)
+    (tmp_path / "a" / "annotations").mkdir()
+    assert open_samples(tmp_path / "a", "image").labels_are is None
+    tiny.write_images(tmp_path / "b" / "images" / "VAL" / "cat", 2)
+    assert labels(open_samples(f"{tmp_path / 'b'}:validation", "image")) == ["cat", "cat"]
+    tiny.write_images(tmp_path / "c" / "images", 1)
+    tiny.write_images(tmp_path / "c" / "sketches", 1)
+    assert labels(open_samples(tmp_path / "c", "image")) == ["images", "sketches"]
+
+
+def test_a_folder_without_images_beside_splits_makes_no_classes_of_them(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        tiny.write_images(tmp_path / split / "cat", 1)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "x.txt").write_text("x")
+    with pytest.raises(DataError, match="holds the splits train, val"):
+        open_samples(tmp_path, "image")
+    tiny.write_images(tmp_path, 1)
+    with pytest.raises(DataError, match="beside folders of images"):
+        open_samples(tmp_path, "image")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.write_images(tmp_path / "cat", 1)
+    (tmp_path / "cat" / "locked").mkdir()
+    scandir = os.scandir  # tests may run as root, whom no permission stops
+
+    def locked(path: Path) -> Any:
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(DataError, match=r"locked cannot be read \(Permission denied\)"):
+        open_samples(tmp_path, "image")
+
+
+def write_metadata(file: Path, rows: list[dict[str, object]]) -> None:
+    table = pd.DataFrame(rows)
+    match file.suffix:
+        case ".csv":
+            table.to_csv(file, index=False)
+        case ".jsonl":
+            table.to_json(file, orient="records", lines=True)
+        case ".parquet":
+            table.to_parquet(file)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_labels_of_a_metadata_file(tmp_path: Path, suffix: str) -> None:
+    tiny.write_images(tmp_path / "images", 3)
+    rows: list[dict[str, object]] = [
+        {"file_name": f"images/{number:03}.png", "text": "a film", "label": name}
+        for number, name in enumerate(("cat", "dog", "cat"))
+    ]
+    write_metadata(tmp_path / f"metadata{suffix}", rows[::-1])
+    samples = open_samples(tmp_path, "image")
+    assert (labels(samples), samples.label_names, samples.notes) == (["cat", "dog", "cat"], ["cat", "dog"], ())
+    write_metadata(tmp_path / f"metadata{suffix}", [*rows[:2], {"file_name": "gone.png", "label": "cat"}])
+    samples = open_samples(tmp_path, "image")
+    assert labels(samples) == ["cat", "dog", None]
+    assert [note for note in samples.notes if "1 images are not in" in note and "002.png" in note]
+
+
+def test_metadata_of_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        tiny.write_images(tmp_path / split, 2)
+    for number, split in enumerate(("train", "test")):
+        rows = [{"file_name": f"{n:03}.png", "class": number + n} for n in range(2)]
+        write_metadata(tmp_path / split / "metadata.csv", rows)  # type: ignore[arg-type]
+    samples = open_samples(f"{tmp_path}:test", "image")
+    assert (labels(samples), samples.labels_are) == ([1, 2], "integers")
+    for split in ("train", "test"):
+        (tmp_path / split / "metadata.csv").unlink()
+    rows = [
+        {"file_name": f"{split}/00{n}.png", "label": split, "score": n} for split in ("train", "test") for n in (0, 1)
+    ]
+    write_metadata(tmp_path / "metadata.jsonl", rows)
+    samples = open_samples(f"{tmp_path}:test", "image", label_column="label")
+    assert (labels(samples), samples.notes) == (["test", "test"], ())
+
+
+def test_metadata_without_labels_leave_class_folders_and_say_why_a_flat_folder_has_none(tmp_path: Path) -> None:
+    for folder in ("flat", "classes/cat"):
+        tiny.write_images(tmp_path / folder, 1)
+        write_metadata(tmp_path / folder / "metadata.csv", [{"file_name": "000.png", "caption": "a cat"}])
+    assert labels(open_samples(tmp_path / "classes", "image")) == ["cat"]
+    flat = open_samples(tmp_path / "flat", "image")
+    assert flat.labels_are is None
+    assert "metadata.csv: no column looks like the label. Give --label-column. Columns: file_name, caption." in str(
+        flat.unlabelled
+    )
+    assert labels(open_samples(tmp_path / "flat", "image", label_column="caption")) == ["a cat"]
+    (tmp_path / "flat" / "metadata.csv").write_text("name,size\nx,1\n")
+    assert "was not read: it has no column file_name (name, size)" in open_samples(tmp_path / "flat", "image").notes[0]
+
+
+def test_a_table_beside_a_flat_folder_is_pointed_out(vit_directory: Path, tmp_path: Path) -> None:
+    tiny.write_images(tmp_path, 4)
+    (tmp_path / "labels.csv").write_text("image,label\n")
+    found = evaluate_checkpoint(str(vit_directory), DataConfig(str(tmp_path)), baseline=str(vit_directory))
+    assert "If labels.csv holds labels, pass it with --labels." in found.warnings[0]
+
+
 # Tables
 
 
@@ -177,10 +342,43 @@ def test_running_text_is_one_sample_a_line_without_the_blank_ones(tmp_path: Path
     assert (texts(samples), samples.labels_are) == (["= Title =", "body"], None)
 
 
-def test_whole_numbers_with_a_point_are_classes_unless_called_score(tmp_path: Path) -> None:
-    for column, expected in (("label", "integers"), ("score", "scores")):
-        (tmp_path / "x.csv").write_text(f"text,{column}\na,1.0\nb,0.0\n")
-        assert open_samples(tmp_path / "x.csv", "text").labels_are == expected
+FORMATS = ("csv", "json", "jsonl", "parquet")
+
+
+def write_column(file: Path, values: list[object]) -> Path:
+    """A table of texts with this column of labels, written as pandas does."""
+    table = pd.DataFrame({"text": [f"text {number}" for number in range(len(values))], "label": values})
+    match file.suffix:
+        case ".csv":
+            table.to_csv(file)
+        case ".json":
+            table.to_json(file)
+        case ".jsonl":
+            table.to_json(file, orient="records", lines=True)
+        case ".parquet":
+            table.to_parquet(file)
+    return file
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("values", "expected", "labels_are"),
+    [
+        ([1.0, 0.0], [1, 0], "integers"),
+        ([1.0, None, 0.0], [1, None, 0], "integers"),
+        (["1", "0", "nan"], [1, 0, None], "integers"),
+        ([0.5, 3.0], [0.5, 3.0], "scores"),
+        (["0.5", " ", "3"], [0.5, None, 3.0], "scores"),
+        (["1_0", "2_0"], ["1_0", "2_0"], "names"),
+        ([" World", "nan", "1"], ["World", "nan", "1"], "names"),
+    ],
+)
+def test_labels_are_the_same_whatever_the_format(
+    tmp_path: Path, name: str, values: list[object], expected: list[object], labels_are: str
+) -> None:
+    samples = open_samples(write_column(tmp_path / f"x.{name}", values), "text")
+    assert (labels(samples), samples.labels_are) == (expected, labels_are)
+    assert samples.label_names == (sorted(map(str, expected)) if labels_are == "names" else None)
 
 
 def test_a_table_of_image_paths(tmp_path: Path) -> None:
@@ -236,7 +434,7 @@ def test_tables_that_cannot_be_used_are_explained(tmp_path: Path, name: str, con
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_bytes(b"text\tlabel\ncaf\xe9\t1\n")
-    with pytest.raises(DataError, match=r"x\.tsv: cannot be read as a table.*utf-8"):
+    with pytest.raises(DataError, match=r"x\.tsv, line 2: not UTF-8 .*iconv"):
         open_samples(tmp_path / "x.tsv", "text")
 
 

@@ -181,7 +181,7 @@ def _data(
     """How samples are read, those to calibrate on, and those that are held out of them."""
     if calibration is None:
         return None, None, None
-    preprocessor, samples = _samples(model, calibration, processor, config)
+    preprocessor, samples = _samples(model, calibration, processor, config, job)
     data = None
     if calibrated:
         data = read_calibration(
@@ -204,7 +204,7 @@ def _data(
 
 
 def _samples(
-    model: PreTrainedModel, calibration: Any, processor: Any, config: CompressConfig
+    model: PreTrainedModel, calibration: Any, processor: Any, config: CompressConfig, job: Job
 ) -> tuple[Preprocessor, SampleSet]:
     kind = family_of(model).modality
     if isinstance(calibration, SampleSet):
@@ -220,6 +220,8 @@ def _samples(
             text_pair_column=data.text_pair_column,
             offline=config.offline,
         )
+        for note in samples.notes:
+            job.warn(note)
         return _preprocessor(model, processor, config), samples
     if isinstance(calibration, list | tuple) and is_items(calibration):
         samples = samples_in_memory(calibration, kind)

@@ -181,7 +181,7 @@ def evaluate_checkpoint(
         offline=offline,
         resolution=resolution,
     )
-    samples = open_data(data, loaded, offline=offline).at_most(limit, seed)
+    samples = open_data(data, loaded, offline=offline, job=job, labelled=True).at_most(limit, seed)
     where = find_device(device)
     measurement = measure(
         loaded.model,

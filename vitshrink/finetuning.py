@@ -63,12 +63,13 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
             config.finetune,
             config.data,
             source,
+            job=job,
             seen=frozenset(before.fitted_to.split()),
             class_map=class_map,
             seed=config.seed,
             offline=config.offline,
         )
-        evaluation_samples = _evaluation_samples(config, source, class_map)
+        evaluation_samples = _evaluation_samples(config, source, job, class_map)
         shared = overlap(material.samples, evaluation_samples) if evaluation_samples is not None else 0
         if shared:
             job.warn(f"{shared} of the evaluation samples are also trained on: figures may flatter.")
@@ -135,10 +136,11 @@ def _published(config: FinetuneJob, source: LoadedModel) -> Iterator[Path]:
         processes.wait()
 
 
-def _evaluation_samples(config: FinetuneJob, source: LoadedModel, class_map: Path | None) -> SampleSet | None:
+def _evaluation_samples(config: FinetuneJob, source: LoadedModel, job: Job, class_map: Path | None) -> SampleSet | None:
     if config.eval_data is None:
         return None
-    samples = open_data(config.eval_data, source, offline=config.offline).at_most(config.eval_limit, config.seed)
+    samples = open_data(config.eval_data, source, offline=config.offline, job=job, labelled=True)
+    samples = samples.at_most(config.eval_limit, config.seed)
     # before any work: labels that cannot be aligned would otherwise be met at its end
     labels_of(source.model, samples, task_of(source.model), class_map)
     return samples

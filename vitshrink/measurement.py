@@ -12,9 +12,10 @@ from torch import nn
 from vitshrink import processes
 from vitshrink.config import DataConfig
 from vitshrink.data import BadSamples, Batch, Preprocessor, Sample, SampleSet, align_labels, open_samples
+from vitshrink.data.samples import Drawable
 from vitshrink.errors import DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
-from vitshrink.models import LoadedModel
+from vitshrink.models import LoadedModel, task_of
 from vitshrink.observer import Job
 
 
@@ -41,9 +42,14 @@ class CalibrationData:
         )
 
 
-def open_data(data: DataConfig, model: LoadedModel, *, offline: bool) -> SampleSet:
-    """The samples that ``data`` names, of the kind that the model reads."""
-    return open_samples(
+def open_data(
+    data: DataConfig, model: LoadedModel, *, offline: bool, job: Job | None = None, labelled: bool = False
+) -> SampleSet:
+    """The samples that ``data`` names, of the kind that the model reads.
+
+    ``job`` warns of what was left out and, where labels are wanted (``labelled``), of columns none of which holds them.
+    """
+    samples = open_samples(
         data.source,
         model.family.modality,
         split=data.split,
@@ -55,6 +61,20 @@ def open_data(data: DataConfig, model: LoadedModel, *, offline: bool) -> SampleS
         flags=data.flags,
         offline=offline,
     )
+    if job is not None:
+        for note in samples.notes:
+            if note not in job.warnings:  # calibration and evaluation may share a source
+                job.warn(note)
+        if labelled and samples.unlabelled and _uses_labels(model, samples):
+            job.warn(f"{samples.source} is used without labels: {samples.unlabelled}")
+    return samples
+
+
+def _uses_labels(model: LoadedModel, samples: SampleSet) -> bool:
+    task = task_of(model.model)
+    if task == "features":  # scores of pairs; a stream is not read to see whether it has any
+        return not isinstance(samples.samples, Drawable) and samples.samples[0].text_pair is not None
+    return task != "masked-lm"
 
 
 def read_calibration(

@@ -244,6 +244,7 @@ def _material(
         config.finetune_data,
         source,
         calibration,
+        job=job,
         class_map=Path(config.class_map) if config.class_map else None,
         seed=config.seed,
         offline=config.offline,
@@ -318,7 +319,7 @@ def _data(
     )
     calibration, held_out, samples = None, None, None
     if config.calibration_data is not None:
-        unlabelled = open_data(config.calibration_data, source, offline=config.offline)
+        unlabelled = open_data(config.calibration_data, source, offline=config.offline, job=job)
         if calibrated:
             calibration = read_calibration(
                 unlabelled,
@@ -343,7 +344,8 @@ def _data(
     if config.eval_data is None:
         samples = held_out
     elif not config.dry_run:
-        samples = open_data(config.eval_data, source, offline=config.offline).at_most(config.eval_limit, config.seed)
+        samples = open_data(config.eval_data, source, offline=config.offline, job=job, labelled=True)
+        samples = samples.at_most(config.eval_limit, config.seed)
         # before any work: labels that cannot be aligned would otherwise be met at its end
         labels_of(source.model, samples, task_of(source.model), Path(config.class_map) if config.class_map else None)
         shared = overlap(calibration.chosen, samples) if calibration is not None else 0

@@ -52,7 +52,7 @@ def quantize_checkpoint(
         check_comparable(source, dense)
     samples = None
     if data is not None:  # before any work, so that what cannot be read stops it here
-        samples = open_data(data, source, offline=offline).at_most(limit, seed)
+        samples = open_data(data, source, offline=offline, job=job, labelled=True).at_most(limit, seed)
     check_space(Path(output), 2 * cost.parameters(source.model))
     with publish(Path(output), overwrite=overwrite, protect=source.directory) as staging:
         with job.stage("quantize", "Quantising, saving and verifying"):

@@ -76,7 +76,7 @@ def inspect_command(
     if calibration is not None:
         columns = DataConfig(calibration, calibration_split, image_column, text_column, text_pair_column)
         data = read_calibration(
-            open_data(columns, source, offline=offline),
+            open_data(columns, source, offline=offline, job=job),
             Preprocessor.from_checkpoint(
                 source.directory, source.family.modality, max_length=max_length, offline=offline
             ),

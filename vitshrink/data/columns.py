@@ -1,6 +1,8 @@
-"""Which column of a table or data set holds the image, the text and the label."""
+"""Which column of a table or data set holds the image, the text and the label, and what its labels are."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,10 @@ from vitshrink.data.recipes import Kind, suggestion
 from vitshrink.data.samples import Label, LabelsAre
 from vitshrink.errors import DataError
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name")
+IMAGE_COLUMNS = (
+    ("image", "img", "jpg", "jpeg", "png", "webp", "file_name"),
+    ("filename", "file", "path", "file_path", "filepath", "image_path", "image_file"),
+)
 TEXT_COLUMNS = ("text", "sentence")
 TEXT_PAIR_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -18,8 +23,15 @@ TEXT_PAIR_COLUMNS = (
     ("question1", "question2"),
     ("text1", "text2"),
 )
-SCORE_COLUMNS = ("score", "similarity_score")
-LABEL_COLUMNS = ("label", "labels", "cls", "fine_label", "coarse_label", *SCORE_COLUMNS)
+LABEL_COLUMNS = (
+    ("label", "labels", "cls", "fine_label", "coarse_label", "score", "similarity_score"),
+    (
+        *("target", "targets", "class", "classes", "class_name", "class_id", "class_label", "category", "y"),
+        *("gold", "gold_label", "label_id", "label_name", "sentiment", "polarity", "emotion", "intent"),
+        *("rating", "stars", "similarity", "relatedness_score"),
+    ),
+)
+"""As for images, names that say so, and names that may: the second are for where there is none of the first."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +44,22 @@ class Columns:
     label: str | None = None
     flags: str = "--"
     """How the flags begin that name them, ``--eval-`` for the evaluation data of ``compress``."""
+    unlabelled: str | None = None
+    """Why ``label`` is None, and what to do about it; None where it is not."""
 
 
 def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Columns) -> Columns:
-    """``wanted`` completed by a guess from the usual names.
+    """``wanted`` completed by a guess from the usual names, in upper or lower case, with blanks or underscores.
 
     Labels are optional. A pair is guessed only together with its text: the text named alone means no pair.
 
     Raises:
-        DataError: a wanted column does not exist, or the usual names give no column, or more than one choice.
+        DataError: a wanted column does not exist, or stands there twice, or the usual names give no column, or more
+            than one choice.
     """
     flags = wanted.flags
     listed = [name if len(name) <= 40 else name[:37] + "..." for name in available]
+    shown = f"Columns: {', '.join(name or repr(name) for name in listed)}."
     for column in (wanted.image, wanted.text, wanted.text_pair, wanted.label):
         if column is not None and column not in available:
             raise DataError(f"{source} has no column {column!r}.{suggestion(column, listed)}")
@@ -51,46 +67,105 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
     def only(choices: Sequence[tuple[str, ...]], role: str, remedy: str) -> tuple[str, ...]:
         if len(choices) == 1:
             return choices[0]
-        found = " and ".join(" with ".join(choice) for choice in choices)
-        problem = f"{found} could each be the {role}." if found else f"no column looks like the {role}."
-        raise DataError(f"{source}: {problem} {remedy} Columns: {', '.join(listed)}.")
+        raise DataError(f"{source}: {_undecided(choices, role)} {remedy} {shown}")
 
     def present(usual: Sequence[str]) -> list[tuple[str, ...]]:
-        return [(name,) for name in usual if name in available]
+        return [(found,) for name in usual for found in _called(name, available)]
 
-    labels = present(LABEL_COLUMNS)
-    label = wanted.label or (only(labels, "label", f"Give {flags}label-column.")[0] if labels else None)
-    if kind == "image":
-        image = wanted.image or only(present(IMAGE_COLUMNS), "image", f"Give {flags}image-column.")[0]
-        return Columns(image=image, label=label)
-    if wanted.text is not None:
-        return Columns(text=wanted.text, text_pair=wanted.text_pair, label=label)
-    pairs = [names for names in TEXT_PAIR_COLUMNS if set(names) <= set(available)]
-    singles = [name for name in present(TEXT_COLUMNS) if not any(name[0] in names for names in pairs)]
-    alone = [(available[0],)] if len(available) == 1 else []
-    text, *pair = only(
-        [*pairs, *singles] or alone,
-        "text",
-        f"Give {flags}text-column, and {flags}text-pair-column for pairs; a file without a header line needs a recipe "
-        "that names its columns.",
-    )
-    return Columns(text=text, text_pair=wanted.text_pair or next(iter(pair), None), label=label)
+    def complete() -> tuple[str | None, str | None, str | None]:
+        """Image, text and second text."""
+        if kind == "image":
+            found = present(IMAGE_COLUMNS[0]) or present(IMAGE_COLUMNS[1])
+            image = wanted.image or only(found, "image", f"Give {flags}image-column.")[0]
+            return image, None, None
+        if wanted.text is not None:
+            return None, wanted.text, wanted.text_pair
+        pairs = [
+            (first, second)
+            for names in TEXT_PAIR_COLUMNS
+            for first in _called(names[0], available)
+            for second in _called(names[1], available)
+        ]
+        singles = [name for name in present(TEXT_COLUMNS) if not any(name[0] in names for names in pairs)]
+        named = [name for name in available if not re.fullmatch(r"(Unnamed: \d+)?", name)]  # pandas' index has no name
+        text, *pair = only(
+            [*pairs, *singles] or [(name,) for name in named if len(named) == 1],
+            "text",
+            f"Give {flags}text-column, and {flags}text-pair-column for pairs; a file without a header line needs a "
+            "recipe that names its columns.",
+        )
+        return None, text, wanted.text_pair or next(iter(pair), None)
+
+    remedy = f"Give {flags}label-column."
+    sure, likely = map(present, LABEL_COLUMNS)
+    label = wanted.label or (only(sure, "label", remedy)[0] if sure else None)
+    if label is None and len(likely) == 1:
+        ((label,),) = likely
+    unlabelled = None if label else f"{_undecided(likely, 'label')} {remedy} {shown}"
+    image, text, pair = complete()
+    for column in (image, text, pair, label):
+        if column is not None and available.count(column) > 1:
+            raise DataError(f"{source} has {available.count(column)} columns called {column!r}: rename all but one.")
+    return Columns(image, text, pair, label, flags, unlabelled)
 
 
-def typed_labels(column: str, values: Sequence[Any]) -> tuple[list[Label], LabelsAre | None]:
-    """Labels read from a file, as one type: integers, scores, or names.
+def _called(usual: str, available: Sequence[str]) -> list[str]:
+    """The column of exactly this name, or else those whose names differ in case, blanks and hyphens alone."""
+    alike = [name for name in dict.fromkeys(available) if re.sub(r"[\s-]+", "_", name.strip()).casefold() == usual]
+    return [usual] if usual in alike else alike
 
-    Whole numbers are integers, except in a column called score; anything that is not a number makes all of them names.
-    Blank values become None.
+
+def _undecided(choices: Sequence[tuple[str, ...]], role: str) -> str:
+    found = " and ".join(" with ".join(choice) for choice in choices)
+    return f"{found} could each be the {role}." if found else f"no column looks like the {role}."
+
+
+def typed_labels(where: str, values: Sequence[Any]) -> tuple[list[Label], LabelsAre | None]:
+    """The labels of a column, as one type whatever they were read from: integers, scores, or names.
+
+    Numbers are integers where all of them are whole (1.0 is, and so is "1"), and scores where any is not; what is no
+    number makes all of them names. Truth values are 0 and 1. Blank values, and NaN among numbers, become None.
+    ``where`` names source and column in errors.
+
+    Raises:
+        DataError: a value that is not one class or score.
     """
-    present = [None if value is None or str(value).strip() == "" else value for value in values]
-    given = [value for value in present if value is not None]
-    if not given:
+    for number, value in enumerate(values, start=1):
+        if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+            raise DataError(f"{where}, row {number}: {str(value)[:40]} is not one class or score a row.")
+    present = [None if _is_blank(value) else value for value in values]
+    numbers = [None if value is None else _number(value) for value in present]
+    given = [number for number in numbers if number is not None and not math.isnan(number)]
+    if all(value is None for value in present):
         return list(present), None
-    try:
-        numbers = [float(value) for value in given]
-    except (TypeError, ValueError):
+    if not given or any(number is None for number, value in zip(numbers, present, strict=True) if value is not None):
         return [None if value is None else str(value).strip() for value in present], "names"
-    if column not in SCORE_COLUMNS and all(number.is_integer() for number in numbers):
-        return [None if value is None else int(float(value)) for value in present], "integers"
-    return [None if value is None else float(value) for value in present], "scores"
+    labels = [None if number is None or math.isnan(number) else number for number in numbers]
+    if all(float(number).is_integer() for number in given):
+        return [None if label is None else int(label) for label in labels], "integers"
+    return [None if label is None else float(label) for label in labels], "scores"
+
+
+def class_names(labels: Sequence[Label], labels_are: LabelsAre | None) -> list[str] | None:
+    """The distinct names in order; None where labels are no names."""
+    return sorted({str(label) for label in labels if label is not None}) if labels_are == "names" else None
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan|n/?a|null|none", re.IGNORECASE)
+
+
+def _number(value: object) -> float | None:
+    """The number that a value is, NaN for what stands for a missing one, None for anything else."""
+    if isinstance(value, int | float):
+        return value
+    text = str(value).strip()
+    if not _NUMBER.fullmatch(text):  # float() would take "1_0" as well
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from vitshrink.data.labels import WORDNET_ID
+from vitshrink.data.text_files import read_text, text_suffix
 from vitshrink.errors import DataError
 from vitshrink.names import shown
 
@@ -16,17 +17,18 @@ _NUMBERED = re.compile(r"_(\d{8})\.\w+")
 def read_ground_truth(file: Path, images: Sequence[str]) -> list[str]:
     """The label of every image, in the order of ``images``, which are file names.
 
-    Either a line an image, its name (with or without suffix) and its label separated by a tab, a comma or a blank,
-    with a header line or without; or a label a line, in the order of the names. JSON holds ``{"image": label}``. After
-    a WordNet id the rest of its line is left out, as the boxes in the solution file of Kaggle.
+    Either a line an image, its name (with or without suffix) and its label separated by a tab, a comma, a semicolon, a
+    pipe or a blank, with a header line or without; or a label a line, in the order of the names. JSON holds
+    ``{"image": label}``. After a WordNet id the rest of its line is left out, as the boxes in the solution file of
+    Kaggle.
 
     Raises:
         DataError: unreadable, images without a label, or not one line an image.
     """
+    text = read_text(file, errors="surrogateescape")  # as names of files are
     try:
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as names of files are
-        content = json.loads(text) if file.suffix == ".json" else None
-    except (OSError, ValueError) as error:
+        content = json.loads(text) if text_suffix(file) == ".json" else None
+    except ValueError as error:
         raise DataError(f"cannot read the labels {file}: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if content is not None and not isinstance(content, Mapping):
@@ -36,7 +38,8 @@ def read_ground_truth(file: Path, images: Sequence[str]) -> list[str]:
     else:
         known = {part for name in images for part in (name, Path(name).stem)}
         table = next(
-            (found for separator in ("\t", ",", None) if (found := _table(lines, separator)).keys() & known), {}
+            (found for separator in ("\t", ",", ";", "|", None) if (found := _table(lines, separator)).keys() & known),
+            {},
         )
     if not table:
         return [_label(line) for line in _in_order(file, lines, images)]

@@ -17,7 +17,7 @@ from typing import Any, overload
 
 import fsspec  # type: ignore[import-untyped]
 
-from vitshrink.data.columns import Columns, find_columns
+from vitshrink.data.columns import Columns, class_names, find_columns, typed_labels
 from vitshrink.data.images import ImageSource, read_image_bytes
 from vitshrink.data.recipes import Kind, recipe_names, suggestion
 from vitshrink.data.samples import LabelsAre, Sample, SampleSet
@@ -29,7 +29,7 @@ SHUFFLE_BUFFER = 1000
 PARALLEL_READS = 16
 """Images of a Hub repository that holds them as single files are fetched so many at a time."""
 
-SHARD_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
+SHARD_FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
 _LABEL_TYPES: dict[str, LabelsAre] = {
     "bool": "integers",
@@ -44,7 +44,7 @@ _LABEL_TYPES: dict[str, LabelsAre] = {
 
 @dataclass(frozen=True)
 class Address:
-    """A split of a data set: ``path`` is an id on the Hub, a local folder of shards, or one local shard."""
+    """A split of a data set: ``path`` is an id on the Hub, a local folder, or one local shard."""
 
     path: str
     config: str | None = None
@@ -84,26 +84,60 @@ def open_hub(address: Address, kind: Kind, wanted: Columns, *, offline: bool = F
         split = _Split(address)
         features = split.stream.features
     columns, label_names, labels_are = _schema(split.address, kind, features, wanted)
-    return SampleSet(str(split.address), kind, _HubSamples(split, columns), label_names, labels_are)
+    samples = _HubSamples(split, columns)
+    return SampleSet(str(split.address), kind, samples, label_names, labels_are, unlabelled=columns.unlabelled)
+
+
+def holds_saved(folder: Path) -> bool:
+    """Whether ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or all(
+        (folder / name).is_file() for name in ("state.json", "dataset_info.json")
+    )
+
+
+def open_saved(address: Address, kind: Kind, wanted: Columns) -> SampleSet:
+    """Samples of a folder that ``save_to_disk`` wrote, read where they lie.
+
+    Raises:
+        DataError: unreadable, no such split, or columns that cannot be told.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    with _explained(address):
+        found = load_from_disk(address.path)
+        if isinstance(found, DatasetDict):
+            address = _with_split(address, list(found))
+            found = found[address.split]
+        elif address.split is not None:
+            raise DataError(f"{address.path} is one data set without splits: leave the split {address.split!r} out.")
+    return _sample_set(address, kind, wanted, _undecoded(found))
 
 
 def _sample_set(address: Address, kind: Kind, wanted: Columns, dataset: Any) -> SampleSet:
     columns, label_names, labels_are = _schema(address, kind, dataset.features, wanted)
-    return SampleSet(str(address), kind, _stored_samples(dataset, columns), label_names, labels_are)
+    samples = _stored_samples(dataset, columns)
+    if columns.label is not None and label_names is None:  # known by value, as in tables
+        where = f"{address}: column {columns.label!r}"
+        labels, labels_are = typed_labels(where, [sample.label for sample in samples])
+        samples = [replace(sample, label=label) for sample, label in zip(samples, labels, strict=True)]
+        label_names = class_names(labels, labels_are)
+    return SampleSet(str(address), kind, samples, label_names, labels_are, unlabelled=columns.unlabelled)
+
+
+def _with_split(address: Address, splits: Sequence[str]) -> Address:
+    """The address of one of these splits. Raises DataError where it is none, or several and none was asked for."""
+    if address.split is None and len(splits) > 1:
+        raise DataError(f"{address} has the splits {', '.join(splits)}: choose one, such as {address}:{splits[-1]}.")
+    if address.split is not None and address.split not in splits:
+        raise DataError(f"{address.path} has no split {address.split!r}.{suggestion(address.split, list(splits))}")
+    return replace(address, split=address.split or splits[0])
 
 
 class _Split:
     """One split, found but not read yet."""
 
     def __init__(self, address: Address) -> None:
-        splits = list(_builder(address).config.data_files)
-        if address.split is None and len(splits) > 1:
-            raise DataError(
-                f"{address} has the splits {', '.join(splits)}: choose one, such as {address}:{splits[-1]}."
-            )
-        if address.split is not None and address.split not in splits:
-            raise DataError(f"{address.path} has no split {address.split!r}.{suggestion(address.split, splits)}")
-        self.address = replace(address, split=address.split or splits[0])
+        self.address = _with_split(address, list(_builder(address).config.data_files))
 
     @cached_property
     def stream(self) -> Any:
@@ -132,7 +166,7 @@ def _builder(address: Address, cache: Path | None = None) -> Any:
 
     path = Path(address.path)
     if path.is_file():
-        return load_dataset_builder(SHARD_FORMATS[path.suffix], data_files=str(path.resolve()), cache_dir=cache)
+        return load_dataset_builder(SHARD_FORMATS[path.suffix.lower()], data_files=str(path.resolve()), cache_dir=cache)
     return load_dataset_builder(address.path, address.config, cache_dir=cache)
 
 
@@ -248,7 +282,7 @@ def _undecoded(dataset: Any) -> Any:
 def _schema(
     address: Address, kind: Kind, features: Mapping[str, Any], wanted: Columns
 ) -> tuple[Columns, list[str] | None, LabelsAre | None]:
-    """The columns to use, the class names, and what the labels are."""
+    """The columns to use, the class names, and what the labels are as far as their type says."""
     from datasets import ClassLabel, Image, Value
 
     images = [name for name, feature in features.items() if isinstance(feature, Image)]

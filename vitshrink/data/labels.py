@@ -8,10 +8,12 @@ from importlib import resources
 from pathlib import Path
 
 from vitshrink.data.samples import Label, SampleSet
+from vitshrink.data.text_files import read_text, text_suffix
 from vitshrink.errors import DataError, DependencyError
 
 WORDNET_ID = re.compile(r"n\d{8}")
 _PLACEHOLDER = re.compile(r"label[ _]?\d+", re.IGNORECASE)
+_TRUTH = {"false": False, "true": True}
 _REMEDY = "Pass --class-map FILE with one line `name index` for each class."
 
 
@@ -21,7 +23,8 @@ def align_labels(
     """The model's class index for every label that occurs, and the rule by which it was found.
 
     In this order: the class map where one is given; class names against ``id2label`` (any one of the comma-separated
-    synonyms, case and punctuation ignored); WordNet ids against the 1000 classes of ImageNet; whole numbers by value.
+    synonyms, case and punctuation ignored); WordNet ids against the 1000 classes of ImageNet; whole numbers and truth
+    values by value.
 
     Raises:
         DataError: no labels, scores, labels out of range, or names that no rule assigns; the message says what to pass.
@@ -54,7 +57,7 @@ def _by_meaning(
     names: Mapping[Label, str], samples: SampleSet, model_names: Sequence[str]
 ) -> tuple[dict[Label, int], str]:
     """The first rule that fits labels with ``names`` and a model with ``model_names``."""
-    if samples.labels_are == "integers":
+    if samples.labels_are != "names":
         return _by_value(names), "integers taken as class indices (the data set has no class names to check them by)"
     placeholders = all(_PLACEHOLDER.fullmatch(name) for name in model_names)
     in_order = samples.label_names is not None and _agreement(samples.label_names, model_names) == len(model_names)
@@ -65,7 +68,11 @@ def _by_meaning(
         return _by_wordnet_id(names, model_names, placeholders)
     if all(name.isdecimal() for name in names.values()) and not set(names.values()) <= set(model_names):
         return _by_value(names), "class names that are integers, by value"
-    if placeholders:
+    known = {_normalised(name) for name in model_names}
+    truth = {label: _TRUTH.get(name.casefold()) for label, name in names.items()}
+    if None not in truth.values() and known.isdisjoint(_TRUTH):
+        return {label: int(bool(value)) for label, value in truth.items()}, "truth values, class 0 being false"
+    if placeholders and known.isdisjoint(map(_normalised, names.values())):
         raise _UnassignedError(
             f"the classes are called {_some(names.values())}, but the model only knows {_some(model_names)}: "
             "which is which cannot be told."
@@ -151,9 +158,9 @@ def read_class_map(file: Path) -> dict[str, int]:
     if file.suffix == ".mat":
         return _development_kit(file)
     try:
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as names of folders are
-        entries = _json_entries(json.loads(text)) if file.suffix == ".json" else _line_entries(text.splitlines())
-    except (OSError, ValueError, TypeError) as error:
+        text = read_text(file, errors="surrogateescape")  # as names of folders are
+        entries = _json_entries(json.loads(text)) if text_suffix(file) == ".json" else _line_entries(text.splitlines())
+    except (DataError, ValueError, TypeError) as error:
         raise DataError(f"cannot read the class map {file}: {error}") from error
     table: dict[str, int] = {}
     for name, index in entries:
@@ -216,13 +223,15 @@ def _first_keys(samples: SampleSet) -> dict[Label, str]:
     """The distinct labels, each with the key of the first sample that has it."""
     if samples.labels_are is None:
         raise DataError(
-            f"{samples.source} has no labels: name their column, or pass class folders, --labels FILE or another split."
+            f"{samples.source} has no labels: "
+            + (samples.unlabelled or "name their column, or pass class folders, --labels FILE or another split.")
         )
-    if samples.labels_are == "scores":
-        raise DataError(f"{samples.source} has scores, not classes: they are for a regression, or for text similarity.")
     keys: dict[Label, str] = {}
     for sample in samples.samples:
         keys.setdefault(sample.label, sample.key)
+    # A stream of floating-point numbers is only known by value once it is read.
+    if samples.labels_are == "scores" and any(not float(label).is_integer() for label in keys if label is not None):
+        raise DataError(f"{samples.source} has scores, not classes: they are for a regression, or for text similarity.")
     missing = [label for label in (None, -1) if label in keys]
     if missing and len(keys) == len(missing):
         raise DataError(f"{samples.source}: every label is {missing[0]}, as in test splits: use a labelled split.")
@@ -238,7 +247,7 @@ def _name(label: Label, samples: SampleSet, key: str) -> str:
                 f"{samples.source}: {key} has the label {label}, but there are {len(samples.label_names)} class names."
             )
         return samples.label_names[label]
-    return str(int(label) if isinstance(label, bool) else label)
+    return str(int(label) if isinstance(label, bool | float) else label)
 
 
 def _agreement(some: Sequence[str], others: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from vitshrink.data.tables import DELIMITERS, Quoting
 from vitshrink.errors import DataError, UsageError
 
 Kind = Literal["image", "text"]
@@ -35,9 +36,10 @@ class Recipe:
     label_column: str | None = None
     columns: tuple[str, ...] | None = None
     """Names of the columns of a file that has none of its own; goes with ``header: false``."""
-    header: bool = True
+    header: bool | None = None
+    """Whether the first line names the columns; None: as usual for such a file."""
     delimiter: str | None = None
-    quoting: Literal["minimal", "none"] | None = None
+    quoting: Quoting | None = None
     labels: str | None = None
     """File with one class name a line for a flat folder of images, in the order of the file names."""
     samples: int | None = None
@@ -106,7 +108,7 @@ def suggestion(name: str, available: list[str], limit: int = 20) -> str:
 _TEXT, _NUMBER = (str,), (int,)
 _TYPES: dict[str, tuple[type, ...]] = {"columns": (list,), "header": (bool,), "samples": _NUMBER, "seed": _NUMBER}
 _CHOICES = {"kind": ("image", "text"), "quoting": ("minimal", "none")}
-_NAMED_DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";"}
+_NAMED_DELIMITERS = {name: delimiter for delimiter, name in DELIMITERS.items()}
 
 
 def _checked(file: Path, entries: dict[Any, Any]) -> Recipe:
@@ -123,6 +125,9 @@ def _checked(file: Path, entries: dict[Any, Any]) -> Recipe:
         raise UsageError(f"{file}: `kind` is missing: image or text.")
     if ("id" in entries) == ("path" in entries):
         raise UsageError(f"{file}: give either `id` (on the Hub) or `path` (a local file or folder).")
+    for key in ("text_column", "text_pair_column") if entries["kind"] == "image" else ("image_column",):
+        if key in entries:
+            raise UsageError(f"{file}: `{key}` is not for the kind {entries['kind']}: leave it out.")
     if entries.get("samples", 1) < 1:
         raise UsageError(f"{file}: `samples` must be at least 1, not {entries['samples']}.")
     values = dict(entries)
@@ -133,5 +138,5 @@ def _checked(file: Path, entries: dict[Any, Any]) -> Recipe:
     if "delimiter" in values:
         values["delimiter"] = _NAMED_DELIMITERS.get(values["delimiter"], values["delimiter"])
         if len(values["delimiter"]) != 1:
-            raise UsageError(f"{file}: `delimiter` must be one character, or tab, comma or semicolon.")
+            raise UsageError(f"{file}: `delimiter` must be one character, or tab, comma, semicolon or pipe.")
     return Recipe(name=file.stem, folder=file.parent, **values)

@@ -44,7 +44,8 @@ class SampleSet:
     """Samples of one source, in a fixed order.
 
     ``labels_are`` says what ``Sample.label`` holds: ``names`` (strings, or indices into ``label_names``), ``integers``
-    without names, ``scores`` of a regression, or None where the source has no labels.
+    without names, ``scores`` of a regression, or None where the source has no labels; ``unlabelled`` may say why, and
+    what to do about it. ``notes`` are what the user should know of how the source was read.
     """
 
     source: str
@@ -53,6 +54,8 @@ class SampleSet:
     label_names: list[str] | None = None
     labels_are: LabelsAre | None = None
     recipe: Recipe | None = None
+    unlabelled: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)

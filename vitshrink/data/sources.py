@@ -1,15 +1,18 @@
 """``open_samples``: from what a user writes on the command line to a set of samples."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vitshrink.data.columns import Columns, find_columns, typed_labels
-from vitshrink.data.folders import holds_images, open_image_folder, split_folder
-from vitshrink.data.hub import SHARD_FORMATS, Address, open_hub, open_shards
+from vitshrink.data.columns import Columns, class_names, find_columns, typed_labels
+from vitshrink.data.folders import holds_images, is_hidden, open_image_folder
+from vitshrink.data.hub import SHARD_FORMATS, Address, holds_saved, open_hub, open_saved, open_shards
+from vitshrink.data.image_metadata import METADATA_NAMES
 from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_names, suggestion
 from vitshrink.data.samples import Sample, SampleSet
-from vitshrink.data.tables import TABLE_SUFFIXES, Table, read_table
+from vitshrink.data.tables import SEPARATED_SUFFIXES, TABLE_SUFFIXES, Table, is_table, read_table
+from vitshrink.data.text_files import text_suffix
 from vitshrink.errors import DataError, UsageError
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?")
@@ -32,9 +35,10 @@ def open_samples(
 
     ``spec`` is one of
 
-    * a folder of class folders, a flat folder of images, a folder of parquet or webdataset shards, each also below a
-      folder for the split;
-    * a file: ``.parquet``, ``.tar``, ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``;
+    * a folder of class folders, a flat folder of images, either with ``metadata.csv``, a folder of parquet or
+      webdataset shards, each also below a folder for the split; or what ``save_to_disk`` wrote;
+    * a file: ``.parquet``, ``.arrow``, ``.tar``, ``.csv``, ``.tsv``, ``.txt``, ``.json``, ``.jsonl``, and those of text
+      also compressed;
     * a recipe: the name of a shipped one, or the path of a ``.yaml`` file;
     * a data set on the Hub: ``owner/name`` or ``owner/name/config``;
     * any of these with its split: ``spec:split``.
@@ -106,17 +110,33 @@ def _open_recipe(
         wanted.label or recipe.label_column,
         wanted.flags,
     )
+    if labels is None and recipe.labels is not None:
+        labels = recipe.folder / Path(recipe.labels).expanduser()
     if recipe.id is not None:
         _no_labels(recipe.name, labels)
+        _refuse(recipe, _SEPARATED, recipe.id)
         samples = open_hub(Address(recipe.id, recipe.config, split), kind, wanted, offline=offline)
     else:
         assert recipe.location is not None
         if not recipe.location.exists():
             raise DataError(f"the recipe {recipe.name} reads {recipe.location}, which does not exist.")
-        if labels is None and recipe.labels is not None:
-            labels = recipe.folder / Path(recipe.labels).expanduser()
         samples = _open_path(recipe.location, kind, split, wanted, labels, recipe)
     return replace(samples, recipe=recipe)
+
+
+_SEPARATED = dict.fromkeys(("delimiter", "header", "columns", "quoting"), "tables (.csv, .tsv, .txt)")
+_CONFIGURED = {"config": "the Hub and for folders of shards"}
+"""Keys of a recipe that only some sources have a use for, and what these are."""
+
+
+def _refuse(recipe: Recipe | None, keys: Mapping[str, str], source: str | Path) -> None:
+    """Raises UsageError for the first of the keys that a recipe has, since this source could only ignore it."""
+    for key, what in keys.items():
+        if getattr(recipe, key, None) is not None:
+            assert recipe is not None
+            raise UsageError(
+                f"the recipe {recipe.name} has `{key}`, which is for {what}, and {source} is none of these."
+            )
 
 
 def _open_path(
@@ -125,9 +145,11 @@ def _open_path(
     if split is not None and not path.is_dir():
         raise UsageError(f"{path} is one file and has no splits, but {split!r} was asked for: leave the split out.")
     if path.is_dir():
-        samples = _open_folder(path, kind, split, wanted, labels)
+        _refuse(recipe, _SEPARATED, path)
+        samples = _open_folder(path, kind, split, wanted, labels, recipe)
     else:
         _no_labels(path, labels)
+        _refuse(recipe, _CONFIGURED, path)
         samples = _open_file(path, kind, wanted, recipe)
     if not len(samples):
         raise DataError(f"{path} holds no samples.")
@@ -135,66 +157,86 @@ def _open_path(
 
 
 def _open_file(path: Path, kind: Kind, wanted: Columns, recipe: Recipe | None) -> SampleSet:
-    if path.suffix in SHARD_FORMATS:
+    if text_suffix(path) not in SEPARATED_SUFFIXES:
+        _refuse(recipe, _SEPARATED, path)
+    if path.suffix.lower() in SHARD_FORMATS:
         return open_shards(Address(str(path)), kind, wanted)
-    if path.suffix in TABLE_SUFFIXES:
-        table = read_table(path) if recipe is None else _read_by_recipe(path, recipe)
-        return _table_samples(table, path, kind, wanted)
+    if is_table(path):
+        return _table_samples(_read_table(path, recipe), path, kind, wanted)
     known = ", ".join((*SHARD_FORMATS, *TABLE_SUFFIXES, ".yaml"))
     raise DataError(f"{path} is not a data file that vitshrink reads: pass a folder or one of {known}.")
 
 
-def _open_folder(folder: Path, kind: Kind, split: str | None, wanted: Columns, labels: Path | None) -> SampleSet:
-    shards = {file.suffix for pattern in ("*", "*/*") for file in folder.glob(pattern)} & SHARD_FORMATS.keys()
-    # Beside unpacked images a .tar is what they came from; beside .parquet an image is only an illustration.
-    if ".parquet" in shards or (shards and not holds_images(folder)):
+def _open_folder(
+    folder: Path, kind: Kind, split: str | None, wanted: Columns, labels: Path | None, recipe: Recipe | None
+) -> SampleSet:
+    if holds_saved(folder):
         _no_labels(folder, labels)
-        return open_shards(Address(str(folder), split=split), kind, wanted)
+        _refuse(recipe, _CONFIGURED, folder)
+        return open_saved(Address(str(folder), split=split), kind, wanted)
+    shards = {
+        file.suffix.lower()
+        for pattern in ("*", "*/*")
+        for file in folder.glob(pattern)
+        if file.name not in METADATA_NAMES and not is_hidden(file.relative_to(folder))
+    } & SHARD_FORMATS.keys()
+    # Beside unpacked images a .tar is what they came from; beside .parquet an image is only an illustration.
+    if shards - {".tar"} or (shards and not holds_images(folder)):
+        _no_labels(folder, labels)
+        return open_shards(Address(str(folder), None if recipe is None else recipe.config, split), kind, wanted)
+    _refuse(recipe, _CONFIGURED, folder)
     if kind == "text":
-        tables = [file.name for file in sorted(folder.iterdir()) if file.suffix in TABLE_SUFFIXES]
+        tables = [file.name for file in sorted(folder.iterdir()) if is_table(file)]
         raise DataError(
             f"{folder} holds no parquet or tar shards: pass one file of text."
             + (f" There are: {', '.join(tables)}." if tables else "")
         )
-    for flag, column in (("image-column", wanted.image), ("label-column", wanted.label)):
-        if column is not None:
-            raise UsageError(f"{wanted.flags}{flag} {column}: {folder} is a folder of images, without columns.")
-    return open_image_folder(split_folder(folder, split), str(folder), labels)
+    return open_image_folder(folder, str(folder), split, wanted, labels)
 
 
-def _read_by_recipe(path: Path, recipe: Recipe) -> Table:
+def _read_table(path: Path, recipe: Recipe | None) -> Table:
+    if recipe is None:
+        return read_table(path)
     return read_table(
-        path,
-        delimiter=recipe.delimiter,
-        header=recipe.header,
-        quoting=recipe.quoting,
-        columns=recipe.columns,
+        path, delimiter=recipe.delimiter, header=recipe.header, quoting=recipe.quoting, columns=recipe.columns
     )
 
 
 def _table_samples(table: Table, path: Path, kind: Kind, wanted: Columns) -> SampleSet:
     """Rows of a table; images are named by paths, which start at the table's folder."""
     columns = find_columns(str(path), kind, table.columns, wanted)
-
-    def column(name: str | None) -> list[object]:
-        return [None] * len(table.rows) if name is None else [row[table.columns.index(name)] for row in table.rows]
-
-    def string(value: object) -> str | None:
-        return None if value is None else str(value)
-
-    labels, labels_are = typed_labels(columns.label or "", column(columns.label))
-    names = sorted({str(label) for label in labels if label is not None}) if labels_are == "names" else None
-    images = [None if value is None else path.parent / str(value) for value in column(columns.image)]
-    rows = zip(images, column(columns.text), column(columns.text_pair), labels, strict=True)
+    labels, labels_are = typed_labels(f"{path}: column {columns.label!r}", table.column(columns.label))
+    images = [None if value is None else path.parent / str(value) for value in table.column(columns.image)]
+    rows = zip(images, _texts(table, path, columns.text), _texts(table, path, columns.text_pair), labels, strict=True)
     samples = [
-        Sample(f"row {number}", image, string(text), string(pair), label)
+        Sample(f"row {number}", image, text, pair, label)
         for number, (image, text, pair, label) in enumerate(rows, start=1)
     ]
-    return SampleSet(str(path), kind, samples, names, labels_are)
+    unlabelled = columns.unlabelled
+    notes: tuple[str, ...] = ()
+    if table.running:
+        unlabelled = f".txt is read as running text, a sample a line. {_RENAME}"
+        if len(samples) > 1 and all("\t" in (sample.text or "") for sample in samples):
+            notes = (f"{path}: every line holds a tab, but {unlabelled}",)
+    names = class_names(labels, labels_are)
+    return SampleSet(str(path), kind, samples, names, labels_are, unlabelled=unlabelled, notes=notes)
+
+
+_RENAME = "If it is a table call it .tsv or .csv, or name its columns in a recipe."
+
+
+def _texts(table: Table, path: Path, column: str | None) -> list[str | None]:
+    """A column of texts. Numbers are texts as well; NaN is what pandas writes where there is none."""
+    values = table.column(column)
+    for number, value in enumerate(values, start=1):
+        if isinstance(value, list | dict):
+            raise DataError(f"{path}, row {number}: column {column!r} holds a {type(value).__name__}, not text.")
+    return [None if value is None or value != value else str(value) for value in values]
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or Path(name).suffix in (*SHARD_FORMATS, *TABLE_SUFFIXES)
+    path = Path(name)
+    return name.startswith((".", "/", "~")) or path.suffix.lower() in SHARD_FORMATS or is_table(path)
 
 
 def _nothing_there(name: str, path: Path) -> str:

@@ -1,5 +1,6 @@
 """Texts to token tensors by the checkpoint's own tokenizer."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -80,8 +81,10 @@ class TextEncoder:
 
 
 def _problem(sample: Sample, paired: bool) -> str | None:
-    if not (sample.text or "").strip():
-        return "has no text"
-    if paired and not (sample.text_pair or "").strip():
-        return "has no second text"
+    texts = {"text": sample.text or ""} | ({"second text": sample.text_pair or ""} if paired else {})
+    for name, text in texts.items():
+        if not text.strip():
+            return f"has no {name}"
+        if (found := re.search(r"[\ud800-\udfff]", text)) is not None:
+            return f"has half a character (\\u{ord(found[0]):04x}) in its {name}"
     return None

@@ -10,6 +10,7 @@ from vitshrink.data import Batch, SampleSet
 from vitshrink.errors import UsageError
 from vitshrink.measurement import CalibrationData, labels_of, open_data
 from vitshrink.models import LoadedModel, task_of
+from vitshrink.observer import Job
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ def open_material(
     model: LoadedModel,
     calibration: CalibrationData | None = None,
     *,
+    job: Job,
     seen: frozenset[str] = frozenset(),
     class_map: Path | None = None,
     seed: int = 0,
@@ -41,7 +43,7 @@ def open_material(
         DataError: no such data, or labels that are not the model's.
     """
     if data is not None:
-        samples = open_data(data, model, offline=offline)
+        samples = open_data(data, model, offline=offline, job=job, labelled=config.objective == "supervised")
     elif calibration is not None:
         samples = calibration.chosen
     else:
