@@ -20,6 +20,15 @@ IMAGES = ["a.png", "b.png", "c d.png"]
         ("tabs.tsv", "b.png\tdog\nc d.png\tcat\na.png\tcat\nelsewhere.png\tbird\n"),
         ("commas.csv", "ImageId,PredictionString\na,cat\nb,dog\nc d,cat\n"),
         ("folders.csv", 'val/a.png,"cat"\nval/b.png,dog\nval/c d.png,cat\n'),
+        ("pipes.txt", "a.png|cat\nb.png|dog\nc d.png|cat\n"),
+        ("columns.csv", 'file_name,Label,text\na.png,cat,"a, b"\nb.png,dog,\nc d.png,"cat",x\n'),
+        ("columns.tsv", "class\tpath\ncat\tval/a.png\ndog\tval/b.png\ncat\tval/c d.png\n"),
+        (
+            "rows.jsonl",
+            "".join(
+                f'{{"file_name": "{n}.png", "label": "{c}"}}\n' for n, c in (("a", "cat"), ("b", "dog"), ("c d", "cat"))
+            ),
+        ),
         ("object.json", '{"a.png": "cat", "val/b.png": "dog", "c d.png": "cat"}'),
     ],
 )

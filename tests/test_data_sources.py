@@ -163,6 +163,16 @@ def test_what_was_left_out_is_told_where_the_job_ends(vit_directory: Path, tmp_p
     assert [w for w in result.report.warnings if "5 images in hidden or service folders" in w and "@eaDir" in w]
 
 
+def test_images_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    tiny.write_images(tmp_path / "cat", 1)
+    for name in ("a.HEIC", "b.heic", "c.svg", "notes.txt", "Makefile"):
+        (tmp_path / "cat" / name).write_bytes(b"x")
+    (tmp_path / "cat" / "000.png").rename(tmp_path / "cat" / "000.JFIF")
+    samples = open_samples(tmp_path, "image")
+    assert len(samples) == 1
+    assert samples.notes == (f"{tmp_path}: 3 images of other kinds were left out (.heic, .svg): convert them.",)
+
+
 def test_links_are_followed_once_and_circles_are_survived(tmp_path: Path) -> None:
     data = tmp_path / "data"
     tiny.write_images(tmp_path / "elsewhere", 2)

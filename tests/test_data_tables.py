@@ -155,6 +155,11 @@ def test_the_delimiter_that_fits_all_lines_goes_before_one_in_the_header(tmp_pat
     assert contents(open_samples(file, "text", label_column="label, of two")) == [("a, b, c", 1), ("d", 0)]
 
 
+def test_tabs_with_all_names_quoted_are_read_with_quoting(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.tsv", '"text"\t"label"\n"so ""it"" is\ta film"\t"1"\n')
+    assert contents(open_samples(file, "text")) == [('so "it" is\ta film', 1)]
+
+
 def test_a_delimiter_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"divided by comma or semicolon\. Say which with `delimiter` in a recipe"):
         open_samples(write(tmp_path / "x.csv", "text,label;id\na,1;2\n"), "text")
@@ -262,6 +267,7 @@ def test_every_form_of_json(tmp_path: Path, orient: str) -> None:
     [
         ("", "is empty"),
         ("[]", "is empty"),
+        ("{}", "is empty"),
         ('[{"text": "a"}, 3]', "row 2: a JSON object was expected, not int"),
         ('{"text": ["a", "b"], "label": [1]}', "no table: a list of objects was expected"),
         ('"text"', "no table"),

@@ -1,5 +1,6 @@
 """Folders of images: one folder a class, a flat folder, or either below a folder for each split."""
 
+import mimetypes
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,10 +32,12 @@ _SERVICE_NAMES = frozenset(
 
 @dataclass
 class Passed:
-    """What was not read: images by the name of their hidden or service folder, hidden images, and links."""
+    """What was not read: images by the name of their hidden or service folder, hidden ones, other formats, links."""
 
     folders: Counter[str] = field(default_factory=Counter)
     files: list[str] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    """Images of kinds that are not read, by their suffix."""
     links: list[Path] = field(default_factory=list)
     """Those that lead to a folder which is read already, or which holds the one that is read."""
 
@@ -45,6 +48,11 @@ class Passed:
             notes.append(f"{source}: {images} images in hidden or service folders were left out ({folders}).")
         if self.files:
             notes.append(f"{source}: {len(self.files)} hidden files were left out ({_some(sorted(self.files))}).")
+        if self.formats:
+            suffixes = ", ".join(sorted(self.formats))
+            notes.append(
+                f"{source}: {self.formats.total()} images of other kinds were left out ({suffixes}): convert them."
+            )
         if self.links:
             links = _some([str(link) for link in sorted(self.links)])
             notes.append(f"{source}: links to folders that are read elsewhere were not followed ({links}).")
@@ -202,6 +210,8 @@ def _walk(root: Path, passed: Passed) -> Iterator[tuple[Path, list[str]]]:
                     (links if entry.is_symlink() else folders).append(folder / entry.name)
             elif _is_image(entry.name):
                 (passed.files if _is_service(entry.name) else images).append(entry.name)
+            elif (mimetypes.guess_type(entry.name)[0] or "").startswith("image/"):
+                passed.formats[os.path.splitext(entry.name)[1].lower()] += 1
         if images:
             yield folder, images
 

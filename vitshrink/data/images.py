@@ -16,7 +16,10 @@ MAX_ASPECT_RATIO = 200
 """Longer and thinner than this, resizing the short side to 224 pixels would need gigabytes."""
 
 IMAGE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+    (
+        *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+        *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    )
 )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -56,8 +57,9 @@ def read_table(
 
     With ``delimiter``, ``quoting``, ``columns`` or ``header=True`` a ``.txt`` file is a table like the others. All of
     these are for separated values; JSON has names of its own. A delimiter that is not given is the one that divides
-    all lines into equally many fields. Tab-separated files are read without quoting unless told otherwise: those of
-    GLUE hold single quotation marks that would swallow the rows up to the next one. ``columns`` names the first fields
+    all lines into equally many fields. Tab-separated files are read without quoting unless told otherwise, or all of
+    their first line is quoted: those of GLUE hold single quotation marks that would swallow the rows up to the next
+    one. ``columns`` names the first fields
     of a file without a header line; what follows them is not read.
 
     Raises:
@@ -95,7 +97,9 @@ def _read_separated(
 def _rows(path: Path, text: str, delimiter: str, quoting: Quoting | None) -> Iterator[list[str]]:
     """The rows that are not blank. Raises DataError, which names the line."""
     if quoting is None:
-        quoting = "none" if delimiter == "\t" else "minimal"
+        first = next(filter(str.strip, _lines(text)), "").strip()
+        quoted = all(re.fullmatch('".*"', field) for field in first.split("\t"))
+        quoting = "none" if delimiter == "\t" and not quoted else "minimal"
     style: Literal[0, 3] = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
     csv.field_size_limit(2**31 - 1)  # the module stops at 131,072 characters otherwise
     reader = csv.reader(_lines(text), delimiter=delimiter, quoting=style, strict=True)
@@ -192,7 +196,9 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _by_row(path: Path, content: object) -> list[dict[str, Any]]:
-    if isinstance(content, dict) and content:
+    if content == {}:
+        return []
+    if isinstance(content, dict):
         if not all(isinstance(value, list | dict) for value in content.values()):
             return [content]  # JSON lines, of which there is one
         columns = [list(value.values() if isinstance(value, dict) else value) for value in content.values()]
