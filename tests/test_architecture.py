@@ -14,7 +14,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vitshrink"
 # Four layers. The third, what jobs are made of, is all that the sets of the others do not name.
 COMMANDS = {"__main__", "cli"}
 JOBS = {"api", "assessment", "demo", "exporting", "finetuning", "pipeline", "quantizing", "sweep", "verification"}
-MATHEMATICS = {"allocation", "compensation", "errors", "gauge", "lowrank", "methods", "metrics", "ranks", "stats"}
+MATHEMATICS = {
+    "allocation",
+    "compensation",
+    "errors",
+    "gauge",
+    "geometry",
+    "lowrank",
+    "methods",
+    "metrics",
+    "ranks",
+    "stats",
+}
 GROUND = MATHEMATICS | {"structures"}  # what methods give, of transformers' own modules where they must
 
 SPEECH = {"print", "input", "exit", "quit", "breakpoint", "sys.exit", "os._exit", "sys.stdout.write"}

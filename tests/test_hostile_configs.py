@@ -10,21 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vitshrink.config import CompressConfig
-from vitshrink.errors import CheckpointError
+import vitshrink
+from vitshrink.assessment import evaluate_checkpoint
+from vitshrink.config import CompressConfig, DataConfig, FinetuneConfig
+from vitshrink.data import Preprocessor, open_samples
+from vitshrink.errors import CheckpointError, UsageError
 from vitshrink.models import load_dense
 from vitshrink.pipeline import compress
+
+
+def change_json(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
 @pytest.fixture
 def changed(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     def change(name: str = "ViTForImageClassification", **entries: Any) -> Path:
         directory = Path(shutil.copytree(checkpoint(name), tmp_path / "changed"))
-        config = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps(config | entries))
+        change_json(directory / "config.json", **entries)
         return directory
 
     return change
@@ -95,6 +103,95 @@ def test_one_sample_is_enough_and_so_are_copies_of_it(
     (result,) = compress(config)
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert any("samples" in warning for warning in result.report.warnings) == (samples == "one")
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_grey_and_transparent_images_are_read_as_the_model_takes_them(
+    channels: int, mode: str, flat_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitshrink.report.figures.available", lambda: False)
+    directory = tiny.write("ViTForImageClassification", tmp_path / "vit", num_channels=channels)
+    config = CompressConfig(
+        str(directory), str(tmp_path / "out"), keep=(0.8,), calibration=str(flat_images), samples=8, holdout=4, refine=0
+    )
+    (result,) = compress(config)
+    assert result.report.evaluation is not None
+    preprocessor = Preprocessor.from_checkpoint(tmp_path / "out", "image")
+    (batch, *_) = preprocessor.batches(open_samples(flat_images, "image"), 4)
+    with Image.open(flat_images / "000.png") as image:
+        expected = preprocessor.processor(image.convert(mode), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(batch.inputs["pixel_values"][0], expected)
+
+
+def test_other_channels_need_ready_batches(flat_images: Path, tmp_path: Path) -> None:
+    directory = tiny.write("ViTForImageClassification", tmp_path / "vit", num_channels=2)
+    config = CompressConfig(str(directory), str(tmp_path / "out"), keep=(0.8,), calibration=str(flat_images))
+    with pytest.raises(UsageError, match=r"images of 2 channels.*ready batches"):
+        compress(config)
+    small = vitshrink.compress(
+        load_dense(directory).model, torch.randn(12, 2, 32, 32), keep=0.8, samples=8, holdout=4, refine=0
+    )
+    assert small.report.evaluation is not None
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"size": {"height": 48, "width": 48}}, r"makes images of 3 × 48 × 48, and the model takes 3 × 32 × 32"),
+        ({"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}, "3 × 24 × 24.*crop_size in preproc"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, r"image of 3 channels.*image_mean and image_std"),
+        ({"size": {"shortest_edge": 32}}, r"3 × 32 × \d+ of \d+\.png.*size as height and width"),
+        ({"do_resize": False}, r"3 × \d+ × \d+ of \d+\.png.*set do_resize"),
+    ],
+)
+def test_an_image_processor_of_another_model_is_refused_before_the_work(
+    entries: dict[str, Any], message: str, changed: Callable[..., Path], flat_images: Path, tmp_path: Path
+) -> None:
+    directory = changed()
+    change_json(directory / "preprocessor_config.json", **entries)
+    config = CompressConfig(str(directory), str(tmp_path / "out"), keep=(0.8,), calibration=str(flat_images))
+    with pytest.raises(CheckpointError, match=message):
+        compress(config)
+
+
+def test_images_that_are_not_resized_may_have_the_models_size(changed: Callable[..., Path], tmp_path: Path) -> None:
+    directory = changed()
+    change_json(directory / "preprocessor_config.json", do_resize=False)
+    for number in range(8):
+        Image.effect_noise((32, 32), 20 + number).convert("RGB").save(tmp_path / f"{number}.png")
+    preprocessor = Preprocessor.from_checkpoint(directory, "image")
+    (batch,) = preprocessor.batches(open_samples(tmp_path, "image"), 8)
+    assert batch.inputs["pixel_values"].shape == (8, 3, 32, 32)
+
+
+def test_sides_may_be_given_as_pairs(
+    flat_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vit_directory: Path
+) -> None:
+    """By every part of a job that asks for them: block-wise training, landmarks, the baseline of an evaluation."""
+    monkeypatch.setattr("vitshrink.report.figures.available", lambda: False)
+    name, pairs = "ViTForImageClassification", {"image_size": [32, 32], "patch_size": [8, 8]}
+    directory = tiny.write(name, tmp_path / "vit", **pairs)
+    config = CompressConfig(
+        str(directory),
+        str(tmp_path / "out"),
+        keep=(0.8,),
+        method="svd",
+        landmarks=4,
+        calibration=str(flat_images),
+        samples=16,
+        holdout=4,
+        finetune=FinetuneConfig(epochs=1, blockwise=1, batch_size=4),
+    )
+    compress(config)
+    assessed = evaluate_checkpoint(str(tmp_path / "out"), DataConfig(str(flat_images)), baseline=str(vit_directory))
+    assert assessed.measurement.evaluation.fidelity is not None
+
+
+def test_a_resolution_is_for_square_images(flat_images: Path, tmp_path: Path) -> None:
+    directory = tiny.write("ViTForImageClassification", tmp_path / "vit", image_size=[32, 64])
+    flags: dict[str, Any] = {"calibration": str(flat_images), "keep": (0.8,), "method": "svd"}
+    with pytest.raises(UsageError, match=r"--resolution 64: .* square images, and this model takes 32 × 64"):
+        compress(CompressConfig(str(directory), str(tmp_path / "out"), resolution=64, **flags))
 
 
 def test_a_checkpoint_of_another_process_that_is_being_written_is_refused(vit_directory: Path, tmp_path: Path) -> None:

@@ -78,6 +78,16 @@ def test_the_leaves_are_a_tree_that_covers_the_image_once() -> None:
         assert (covered == 1).all()
 
 
+def test_pixels_beyond_the_last_patch_are_left_out_as_in_the_dense_model() -> None:
+    dense = tiny.build("ViTModel", image_size=36)
+    model = copy.deepcopy(dense)
+    mix_tokens(model, MixedTokens(16))
+    pixels = torch.randn(2, 3, 36, 36, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (each(pixels).last_hidden_state[:, 0] for each in (model, dense))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("scorer", ["blur", "features"])
 def test_detail_is_what_gets_small_patches(scorer: str) -> None:
     """Only the lower right quarter of the image is not flat: it, and no other, is split."""

@@ -6,6 +6,7 @@ are the architectures' class names, as in ``config.json``.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,16 +38,22 @@ TEXT_MODELS = ("BertForSequenceClassification", "BertForMaskedLM", "BertModel")
 ARCHITECTURES = (*IMAGE_MODELS, *TEXT_MODELS)
 
 
-def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """The architecture ``name`` in evaluation mode: 2 blocks, hidden 32, no weight left at zero or one."""
+def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
+    """The architecture ``name`` in evaluation mode: 2 blocks, hidden 32, no weight left at zero or one.
+
+    ``entries`` of the config take the place of these.
+    """
     labels = TEXT_CLASSES if name == "BertForSequenceClassification" else IMAGE_CLASSES
     config_class = getattr(transformers, name.partition("For")[0].removesuffix("Model") + "Config")
     config = config_class(
-        **_BLOCKS,
-        **(_TEXT if name in TEXT_MODELS else _IMAGE),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        initializer_range=0.1,
+        **_BLOCKS
+        | (_TEXT if name in TEXT_MODELS else _IMAGE)
+        | {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "initializer_range": 0.1,
+        }
+        | entries
     )
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, name)(config)
@@ -56,25 +63,31 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def write(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A complete checkpoint directory: weights, config, and image processor or tokenizer."""
-    build(name, seed).to(dtype).save_pretrained(directory)
-    write_tokenizer(directory) if name in TEXT_MODELS else write_processor(directory)
+def write(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **entries: Any) -> Path:
+    """A complete checkpoint directory: weights, config, and the image processor or tokenizer that belongs to it."""
+    model = build(name, seed, **entries).to(dtype)
+    model.save_pretrained(directory)
+    if name in TEXT_MODELS:
+        write_tokenizer(directory)
+    else:
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        write_processor(directory, height, width, model.config.num_channels)
     return directory
 
 
-def write_processor(directory: Path) -> None:
+def write_processor(directory: Path, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, channels: int = 3) -> None:
     """The preprocessor_config.json of a ViT: squash to 32 × 32, scale to [-1, 1]."""
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "size": {"height": height, "width": width},
         "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": [0.5] * channels,
+        "image_std": [0.5] * channels,
     }
     (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
 

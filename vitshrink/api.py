@@ -246,5 +246,10 @@ def _preprocessor(model: PreTrainedModel, processor: Any, config: CompressConfig
         what = "image processor" if kind == "image" else "tokenizer"
         raise UsageError(f"processor: the model does not say where it came from: pass its {what} as processor=.")
     return Preprocessor.from_checkpoint(
-        origin, kind, max_length=config.max_length, style=config.preprocess, offline=config.offline
+        origin,
+        kind,
+        config=model.config,
+        max_length=config.max_length,
+        style=config.preprocess,
+        offline=config.offline,
     )

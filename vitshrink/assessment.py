@@ -13,6 +13,7 @@ from vitshrink.config import DataConfig, Preprocessing
 from vitshrink.data import Preprocessor
 from vitshrink.description import example_inputs, latency_entries
 from vitshrink.errors import UsageError
+from vitshrink.geometry import sides
 from vitshrink.maps import approximate_maps, landmarks_of
 from vitshrink.measurement import Measurement, measure, open_data
 from vitshrink.models import LoadedModel, load_dense, task_of
@@ -176,6 +177,7 @@ def evaluate_checkpoint(
     preprocessor = Preprocessor.from_checkpoint(
         loaded.directory,
         loaded.family.modality,
+        config=loaded.model.config,
         max_length=max_length,
         style=preprocess,
         offline=offline,
@@ -243,6 +245,10 @@ def _time(
     )
 
 
+def _image_size(loaded: LoadedModel) -> tuple[int, int] | None:
+    return sides(loaded.model.config.image_size) if loaded.family.modality == "image" else None
+
+
 def check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
     """Raises UsageError when the outputs of the two models do not stand for the same things."""
     for what, of in (
@@ -251,7 +257,7 @@ def check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
         ("number of classes", lambda loaded: loaded.model.config.num_labels),
         ("vocabulary size", lambda loaded: getattr(loaded.model.config, "vocab_size", None)),
         ("width", lambda loaded: loaded.model.config.hidden_size if task_of(loaded.model) == "features" else None),
-        ("image size", lambda loaded: getattr(loaded.model.config, "image_size", None)),
+        ("image size", _image_size),
     ):
         if of(model) != of(baseline):
             raise UsageError(

@@ -14,6 +14,7 @@ from vitshrink import __version__, cost
 from vitshrink.allocation import Offer, Plan
 from vitshrink.compression import Factors
 from vitshrink.config import CompressConfig, quantized_bits
+from vitshrink.geometry import image_shape
 from vitshrink.measurement import CalibrationData, Measurement
 from vitshrink.models import task_of
 from vitshrink.observer import Job
@@ -29,9 +30,7 @@ def example_inputs(model: PreTrainedModel, batch_size: int = 1) -> dict[str, Ten
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width, generator=generator)}
+        return {"pixel_values": torch.randn(batch_size, *image_shape(config), generator=generator)}
     length = min(TEXT_TOKENS, config.max_position_embeddings)
     tokens = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -15,6 +15,7 @@ from vitshrink.config import FinetuneJob
 from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.description import environment, example_inputs
 from vitshrink.errors import CheckpointError, DataError
+from vitshrink.geometry import sides
 from vitshrink.lowrank import LowRankLinear
 from vitshrink.measurement import Measurement, labels_of, measure, open_data
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
@@ -47,16 +48,19 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     if any(not parameter.is_floating_point() for parameter in source.model.parameters()):
         raise CheckpointError(f"{source.directory} is quantised: train what it was made from, and quantise the result.")
     if teacher is not None:
-        size = getattr(source.model.config, "image_size", None)
-        if isinstance(size, int) and not compressed_layers(teacher.model):
-            _look_as_closely(teacher, size, job)
+        if source.family.modality == "image" and not compressed_layers(teacher.model):
+            _look_as_closely(teacher, sides(source.model.config.image_size), job)
         check_comparable(source, teacher)
     before = _compressed_report(config, source, teacher)
     check(source.model, config.finetune, dense=teacher is not None, labelled=True)
     with _published(config, source) as staging:
         check_space(Path(config.output), 2 * file_bytes(source.directory))
         preprocessor = Preprocessor.from_checkpoint(
-            source.directory, source.family.modality, max_length=config.max_length, offline=config.offline
+            source.directory,
+            source.family.modality,
+            config=source.model.config,
+            max_length=config.max_length,
+            offline=config.offline,
         )
         class_map = Path(config.class_map) if config.class_map else None
         material = open_material(
@@ -117,11 +121,11 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     return CompressionResult(Path(config.output), report)
 
 
-def _look_as_closely(teacher: LoadedModel, size: int, job: Job) -> None:
-    """Give the dense model the resolution that the compressed one was given."""
-    if teacher.family.modality == "image" and teacher.model.config.image_size != size:
-        job.warn(f"{teacher.directory} takes images of {size} pixels here, as the compressed model does.")
-        set_resolution(teacher.model, size)
+def _look_as_closely(teacher: LoadedModel, size: tuple[int, int], job: Job) -> None:
+    """Give the dense model the resolution that the compressed one was given, which is square."""
+    if size[0] == size[1] and teacher.family.modality == "image" and sides(teacher.model.config.image_size) != size:
+        job.warn(f"{teacher.directory} takes images of {size[0]} pixels here, as the compressed model does.")
+        set_resolution(teacher.model, size[0])
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from transformers import PreTrainedModel
 
 from vitshrink.checkpoint import replace_layers
 from vitshrink.errors import UsageError
+from vitshrink.geometry import grid_of
 from vitshrink.models import blocks_of, family_of
-from vitshrink.structures.landmarks import FORMS, Landmarks, grid_of
+from vitshrink.structures.landmarks import FORMS, Landmarks
 from vitshrink.structures.tokens import MixedTokens
 
 

@@ -312,6 +312,7 @@ def _data(
     preprocessor = Preprocessor.from_checkpoint(
         source.directory,
         source.family.modality,
+        config=source.model.config,
         max_length=config.max_length,
         style=config.preprocess,
         offline=config.offline,

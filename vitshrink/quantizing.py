@@ -63,7 +63,9 @@ def quantize_checkpoint(
             again = load(staging, dtype=torch.float32)
         measurement, preprocessing = None, None
         if samples is not None:
-            preprocessor = Preprocessor.from_checkpoint(source.directory, source.family.modality, offline=offline)
+            preprocessor = Preprocessor.from_checkpoint(
+                source.directory, source.family.modality, config=source.model.config, offline=offline
+            )
             preprocessing = preprocessor.description
             measurement = measure(
                 again,

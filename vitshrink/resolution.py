@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.checkpoint import replace_layers
 from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.geometry import sides
 from vitshrink.hf_quantizer import base_prefix
 from vitshrink.models import family_of
 from vitshrink.structures import fill, structure_of
@@ -39,6 +40,11 @@ def set_resolution(model: PreTrainedModel, size: int) -> None:
                 f"--resolution {size}: the {what} of this model are chosen for {model.config.image_size} pixels. "
                 "Compress the dense model again, with --resolution."
             )
+    height, width = sides(model.config.image_size)
+    if height != width:
+        raise UsageError(
+            f"--resolution {size}: it is the side of square images, and this model takes {height} × {width} pixels."
+        )
     patches = embeddings.patch_embeddings
     kernel = patches.projection.kernel_size
     if size < 1 or any(size % each for each in kernel):

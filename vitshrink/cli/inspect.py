@@ -78,7 +78,7 @@ def inspect_command(
         data = read_calibration(
             open_data(columns, source, offline=offline, job=job),
             Preprocessor.from_checkpoint(
-                source.directory, source.family.modality, max_length=max_length, offline=offline
+                source.directory, source.family.modality, config=dense.config, max_length=max_length, offline=offline
             ),
             job,
             samples=samples,

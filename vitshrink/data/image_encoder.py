@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from vitshrink.data.batches import BadSamples, Batch, batched
-from vitshrink.data.images import ImageError, decode_image
+from vitshrink.data.images import MODES, ImageError, decode_image
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.data.timm_transform import TimmTransform
-from vitshrink.errors import CheckpointError
+from vitshrink.errors import CheckpointError, UsageError
 
 PREFETCHED_BATCHES = 3
 IMAGES_PER_JOB = 8
@@ -41,11 +41,27 @@ class ImageEncoder:
 
     kind: Kind = "image"
 
-    def __init__(self, processor: Any, geometry: TimmTransform | None = None) -> None:
-        """``geometry`` takes the place of the processor's resizing and cropping."""
+    def __init__(
+        self,
+        processor: Any,
+        geometry: TimmTransform | None = None,
+        shape: tuple[int, int, int] | None = None,
+        name: str = "the image processor",
+    ) -> None:
+        """``geometry`` takes the place of the processor's resizing and cropping; ``shape`` is what the model takes.
+
+        Raises:
+            UsageError: images of so many channels cannot be read.
+            CheckpointError: the processor, which messages call ``name``, makes images of another shape.
+        """
         self.processor = processor
         self._geometry = geometry
-        self._levels = _levels(processor)
+        self._shape = shape
+        self._name = name
+        self._mode = "RGB" if shape is None else _mode(shape[0])
+        self._levels = _levels(processor, self._mode)
+        if shape is not None:
+            self._check(shape)
         self.description = _describe(processor) | ({} if geometry is None else geometry.description)
 
     def batches(self, samples: SampleSet, batch_size: int, bad: BadSamples, workers: int | None) -> Iterator[Batch]:
@@ -76,15 +92,50 @@ class ImageEncoder:
                 failures.append((sample.key, "has no image"))
                 continue
             try:
-                image = decode_image(sample.image)
+                image = decode_image(sample.image, self._mode)
                 images.append(image if self._geometry is None else self._geometry(image))
                 usable.append(sample)
             except ImageError as error:
                 failures.append((sample.key, str(error)))
+        if not images:
+            return _Encoded(usable, torch.empty(0), failures)
         try:
-            return _Encoded(usable, self._pixels(images) if images else torch.empty(0), failures)
+            pixels = self._pixels(images)
         except ValueError as error:
+            self._name_misfit(usable, images)
             raise _processor_error(usable, error) from error
+        if self._shape not in (None, pixels.shape[1:]):
+            self._name_misfit(usable, images)
+        return _Encoded(usable, pixels, failures)
+
+    def _check(self, shape: tuple[int, int, int]) -> None:
+        """An image of the model's own size has to keep it; others are looked at when they are read."""
+        channels, height, width = shape
+        blank = Image.new(self._mode, (width, height))
+        try:
+            found = self._pixels([blank if self._geometry is None else self._geometry(blank)]).shape[1:]
+        except Exception as error:  # of any class: the settings may be anything
+            raise CheckpointError(
+                f"{self._name} cannot prepare an image of {channels} channels, which the model takes "
+                f"({str(error).splitlines()[0]}): image_mean and image_std of preprocessor_config.json need a number "
+                "for each."
+            ) from error
+        if found != shape:
+            raise CheckpointError(
+                f"{self._name} makes images of {_by(found)}, and the model takes {_by(shape)} (channels × height × "
+                "width): correct size and crop_size in preprocessor_config.json, or take the processor of this model."
+            )
+
+    def _name_misfit(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> None:
+        """Raises CheckpointError for the first image that comes out with another shape than the model takes."""
+        for sample, image in zip(samples, images, strict=True):
+            found, shape = self._pixels([image]).shape[1:], self._shape
+            if shape is not None and found != shape:
+                raise CheckpointError(
+                    f"{self._name} makes {_by(found)} of {sample.key}, and the model takes {_by(shape)} "
+                    "(channels × height × width): set do_resize, and size as height and width, in "
+                    "preprocessor_config.json, or give images of this size."
+                )
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
         done = {} if self._geometry is None else {"do_resize": False, "do_center_crop": False}
@@ -109,6 +160,19 @@ def _joined(parts: Sequence[_Encoded], bad: BadSamples, samples: SampleSet) -> I
         yield Batch({"pixel_values": pixels}, None, [s.label for s in usable], [s.key for s in usable])
 
 
+def _mode(channels: int) -> str:
+    if channels not in MODES:
+        raise UsageError(
+            f"the model takes images of {channels} channels, and files are read with {', '.join(map(str, MODES))}: "
+            "give ready batches to vitshrink.compress, in Python, or choose a method that needs no data."
+        )
+    return MODES[channels]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
 def _processor_error(samples: Sequence[Sample], error: Exception) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint's image processor cannot make one batch of {', '.join(sample.key for sample in samples[:5])} "
@@ -116,7 +180,7 @@ def _processor_error(samples: Sequence[Sample], error: Exception) -> CheckpointE
     )
 
 
-def _levels(processor: Any) -> NDArray[np.float32] | None:
+def _levels(processor: Any, mode: str) -> NDArray[np.float32] | None:
     """What rescaling and normalising make of each byte, (channels, 256); None where they do anything else.
 
     Looking the results up takes a quarter of the time of computing them in float64, and gives the same bits: that is
@@ -124,14 +188,16 @@ def _levels(processor: Any) -> NDArray[np.float32] | None:
     """
     if getattr(processor, "backend", None) != "pil":
         return None
-    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    noise = np.random.default_rng(0).integers(0, 256, (300, 310, 3), dtype=np.uint8)
+    channels = len(mode)  # a letter for each
+    ramps = np.tile(np.arange(256, dtype=np.uint8), (channels, 1, 1))
+    noises = np.random.default_rng(0).integers(0, 256, (channels, 300, 310), dtype=np.uint8)
+    ramp, noise = (Image.merge(mode, [Image.fromarray(plane) for plane in planes]) for planes in (ramps, noises))
     try:
-        alone = processor(Image.fromarray(ramp), do_resize=False, do_center_crop=False, return_tensors="np")
+        alone = processor(ramp, do_resize=False, do_center_crop=False, return_tensors="np")
         levels: NDArray[np.float32] = alone["pixel_values"][0][:, 0, :]
-        encoded = processor(Image.fromarray(noise), do_rescale=False, do_normalize=False, return_tensors="np")
+        encoded = processor(noise, do_rescale=False, do_normalize=False, return_tensors="np")
         looked_up = _apply_levels(encoded["pixel_values"], levels)
-        expected = processor(Image.fromarray(noise), return_tensors="np")["pixel_values"]
+        expected = processor(noise, return_tensors="np")["pixel_values"]
     except (TypeError, ValueError, IndexError):  # switches that this processor does not have
         return None
     return levels if looked_up.dtype == expected.dtype and np.array_equal(looked_up, expected) else None

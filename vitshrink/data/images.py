@@ -1,4 +1,4 @@
-"""Decoding of images from anywhere, of any mode, to upright RGB."""
+"""Decoding of images from anywhere, of any mode, to upright ones of the channels that a model takes."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -38,16 +38,21 @@ def read_image_bytes(source: ImageSource) -> bytes:
     return source()
 
 
-def decode_image(source: ImageSource) -> Image.Image:
-    """An upright RGB image with 8 bits a channel.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""What Pillow calls 8-bit images of these channels: grey, colour, and colour with opacity."""
 
-    The EXIF orientation is applied, transparency dropped, and 16-bit grey scaled by 1/257 (Pillow would clip it).
+
+def decode_image(source: ImageSource, mode: str = "RGB") -> Image.Image:
+    """An upright image of one of the ``MODES``, with 8 bits a channel.
+
+    The EXIF orientation is applied, transparency dropped where the mode has none, and 16-bit grey scaled by 1/257
+    (Pillow would clip it).
 
     Raises:
         ImageError: empty, truncated, not an image, too large or too thin, or samples without a defined range.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source)
+        return _upright(source, mode)
     try:
         content = read_image_bytes(source)
     except OSError as error:
@@ -58,7 +63,7 @@ def decode_image(source: ImageSource) -> Image.Image:
         raise ImageError("is empty (0 bytes)")
     try:
         with Image.open(BytesIO(content)) as image:
-            return _upright_rgb(image)
+            return _upright(image, mode)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -67,7 +72,7 @@ def decode_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"cannot be decoded ({error or type(error).__name__})") from error
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, mode: str) -> Image.Image:
     width, height = image.size
     limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns up to twice this
     if limit is not None and width * height > limit:
@@ -77,11 +82,11 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert(mode)
     if image.mode in ("I", "F"):
         raise ImageError(
             f"has 32-bit samples (mode {image.mode}), whose range is not defined: convert it to 8 or 16 bits"
         )
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it goes to RGB in one step
-    return image.convert("RGB")
+    return image.convert(mode)

@@ -15,6 +15,7 @@ from vitshrink.data.samples import SampleSet
 from vitshrink.data.text_encoder import TextEncoder
 from vitshrink.data.timm_transform import TimmTransform
 from vitshrink.errors import CheckpointError, DataError, UsageError
+from vitshrink.geometry import image_shape
 
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -38,6 +39,7 @@ class Preprocessor:
         path: str | Path,
         kind: Kind,
         *,
+        config: Any = None,
         max_length: int | None = None,
         style: Literal["checkpoint", "timm"] = "checkpoint",
         offline: bool = False,
@@ -45,14 +47,17 @@ class Preprocessor:
     ) -> "Preprocessor":
         """The preprocessing that lies beside the weights, in a directory or on the Hub.
 
-        ``max_length`` in tokens lowers that of the tokenizer and the model. The style ``timm`` resizes and crops images
-        as timm does, whose published accuracies are measured so. ``resolution`` in pixels takes the place of the size
-        of its images, and what is resized before it is cropped is scaled along. Code in a checkpoint is never run.
+        ``config`` is that of the model in memory; it is read from the checkpoint where none is given. ``max_length`` in
+        tokens lowers that of the tokenizer and the model. The style ``timm`` resizes and crops images as timm does,
+        whose published accuracies are measured so. ``resolution`` in pixels takes the place of the size of its images,
+        and what is resized before it is cropped is scaled along. Code in a checkpoint is never run.
 
         Raises:
             CheckpointError: the files are missing, damaged, need code of the checkpoint, or do not fit the model.
             UsageError: ``max_length`` is not one that the model can take, or a style that it has no use for.
         """
+        if config is None:
+            config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
         if kind == "image":
             _require(path, _IMAGE_PROCESSOR_FILES, "image processor")
             processor = _load(AutoImageProcessor.from_pretrained, path, offline, "image processor")
@@ -60,15 +65,14 @@ class Preprocessor:
                 raise UsageError(f"--preprocess {style} goes by the model's own size: leave --resolution out.")
             if resolution is not None:
                 _scale(processor, resolution, path)
-            if style == "checkpoint":
-                return cls(ImageEncoder(processor))
-            config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
-            return cls(ImageEncoder(processor, _timm_transform(path, config)))
+            channels, height, width = image_shape(config)
+            shape = (channels, height, width) if resolution is None else (channels, resolution, resolution)
+            geometry = _timm_transform(path, height, width) if style == "timm" else None
+            return cls(ImageEncoder(processor, geometry, shape, f"the image processor of {path}"))
         if style != "checkpoint":
             raise UsageError(f"--preprocess {style} is for images, and {path} reads text.")
         _require(path, _VOCABULARY_FILES, "tokenizer")
-        tokenizer = _load(AutoTokenizer.from_pretrained, path, offline, "tokenizer")
-        config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
+        tokenizer = _load(AutoTokenizer.from_pretrained, path, offline, "tokenizer", config=config)
         _check_vocabulary(path, tokenizer, config)
         return cls(TextEncoder(tokenizer, _length(path, tokenizer, config, max_length)))
 
@@ -87,7 +91,7 @@ class Preprocessor:
                 f"processor: the model needs its {part.replace('_', ' ')}, not a {type(processor).__name__}."
             )
         if kind == "image":
-            return cls(ImageEncoder(processor))
+            return cls(ImageEncoder(processor, shape=image_shape(config), name="processor"))
         _check_vocabulary("the model", processor, config)
         return cls(TextEncoder(processor, _length("the model", processor, config, max_length)))
 
@@ -153,9 +157,9 @@ def _require(path: str | Path, names: tuple[str, ...], what: str) -> None:
         )
 
 
-def _load(loader: Callable[..., Any], path: str | Path, offline: bool, what: str) -> Any:
+def _load(loader: Callable[..., Any], path: str | Path, offline: bool, what: str, **options: Any) -> Any:
     try:
-        return loader(str(path), local_files_only=offline, trust_remote_code=False)
+        return loader(str(path), local_files_only=offline, trust_remote_code=False, **options)
     except Exception as error:  # damaged files end in any exception: JSON, attributes, the tokenizers library's own
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error) or "custom code" in reason:
@@ -163,9 +167,7 @@ def _load(loader: Callable[..., Any], path: str | Path, offline: bool, what: str
         raise CheckpointError(f"cannot read the {what} of {path}: {reason}") from error
 
 
-def _timm_transform(path: str | Path, config: Any) -> TimmTransform:
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+def _timm_transform(path: str | Path, height: int, width: int) -> TimmTransform:
     if height != width:
         raise UsageError(f"--preprocess timm is for square images, and {path} takes {height} × {width} pixels.")
     return TimmTransform(height)

@@ -1,5 +1,6 @@
 """Block by block: each block learns to give what the dense block gave, on what the blocks before it really hand on."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vitshrink.geometry import sides
 from vitshrink.models import blocks_of
 from vitshrink.recovery.hidden import unexplained
 from vitshrink.recovery.samples import TrainingBatch
@@ -88,7 +90,7 @@ def _fitting(model: PreTrainedModel, batches: Sequence[TrainingBatch]) -> int:
         tokens = (
             batch.inputs["input_ids"].numel()
             if pixels is None
-            else len(pixels) * (pixels.shape[-1] * pixels.shape[-2] // model.config.patch_size**2 + 2)
+            else len(pixels) * (pixels.shape[-1] * pixels.shape[-2] // math.prod(sides(model.config.patch_size)) + 2)
         )
         room -= 3 * 4 * tokens * width
         if room < 0:

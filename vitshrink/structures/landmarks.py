@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
+from vitshrink.geometry import grid_of
 from vitshrink.structures.attention import StructuredAttention, become, layout_of, run_attention
 from vitshrink.structures.registry import read_entry, structure
 
@@ -69,15 +70,6 @@ class LandmarkAttention(StructuredAttention):
         if grid[0] * grid[1] != patches:
             raise ValueError(f"{patches} patches are no grid: landmarks are means over windows of one.")
         return grid
-
-
-def grid_of(config: Any) -> tuple[int, int]:
-    """Rows and columns of the patches of an image of the size that a config names."""
-    size, patch = (
-        (number, number) if isinstance(number, int) else tuple(number)
-        for number in (config.image_size, config.patch_size)
-    )
-    return size[0] // patch[0], size[1] // patch[1]
 
 
 def pseudo_inverse(maps: Tensor) -> Tensor:

@@ -59,11 +59,11 @@ class MixedEmbeddings(nn.Module):
     def _tree(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor]:
         """The patches of every size, from small to large, and the indices of those that are read."""
         height, width = self._kernel()
-        levels = [pixel_values]
-        for _ in range(self.spec.levels - 1):
-            levels.append(F.avg_pool2d(levels[-1], 2))
         grid = (pixel_values.shape[-2] // height, pixel_values.shape[-1] // width)
         self.spec.check(grid)
+        levels = [pixel_values[..., : grid[0] * height, : grid[1] * width]]  # no whole patch is left of the rest
+        for _ in range(self.spec.levels - 1):
+            levels.append(F.avg_pool2d(levels[-1], 2))
         patches = [_patches(level, height, width) for level in levels]
         if self.spec.scorer == "blur":
             scores = [_detail(fine, coarse, (height, width)) for fine, coarse in pairwise(levels)]
