@@ -485,6 +485,17 @@ def test_a_folder_of_parquet_shards(shards: Path, class_images: Path) -> None:
         open_samples(shards, "image", split="validatoin")
 
 
+def test_a_shard_that_was_replaced_is_read_anew_though_it_kept_its_time(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    seen = []
+    for words in (["one", "two"], ["six", "ten"]):
+        pq.write_table(pa.table({"text": words}), file, compression="none")
+        os.utime(file, (0, 0))
+        seen.append((texts(open_samples(file, "text")), file.stat().st_size))
+    (first, size), (second, same) = seen
+    assert (first, second, size) == (["one", "two"], ["six", "ten"], same)
+
+
 def test_a_single_shard_and_a_plain_parquet_file(shards: Path, tmp_path: Path, flat_images: Path) -> None:
     assert len(open_samples(shards / "data" / "train-00000-of-00001.parquet", "image")) == 4
     content = next(flat_images.iterdir()).read_bytes()

@@ -194,6 +194,40 @@ def test_the_state_of_another_job_is_not_used_and_it_says_so(
     assert work["batches"] >= 1, "nothing of it was used"
 
 
+@pytest.mark.parametrize("changed", ["class map", "processor"])
+def test_what_training_reads_beside_the_samples_is_not_taken_for_the_same(
+    changed: str, vit_directory: Path, learned_images: Path, tmp_path: Path
+) -> None:
+    """The paths stay, the contents do not."""
+    model, images = (Path(shutil.copytree(each, tmp_path / each.name)) for each in (vit_directory, learned_images))
+    classes = {name: index for index, name in enumerate(tiny.IMAGE_CLASSES)}
+    class_map = tmp_path / "classes.json"
+    class_map.write_text(json.dumps(classes))
+    entries: dict[str, Any] = {
+        "model": str(model),
+        "output": str(tmp_path / "out"),
+        "keep": [0.8],
+        "method": "svd",
+        "compensation": "none",
+        "class_map": str(class_map),
+        "finetune": {"objective": "supervised", "data": str(images), "epochs": 2, "batch_size": 8},
+        "save_every": 0,
+    }
+    compress_until(entries, "vitshrink.recovery.training", "Loop._step", 1)
+    assert state_directory(tmp_path / "out").is_dir()
+    if changed == "class map":
+        first, second, *_ = classes
+        class_map.write_text(json.dumps(classes | {first: classes[second], second: classes[first]}))
+    else:
+        file = model / "preprocessor_config.json"
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    said: list[str] = []
+    stop_at_first_layer(entries, said)
+    (warning,) = [each for each in said if "state of an interrupted job" in each]
+    assert ("preprocessing" if changed == "processor" else "training data") in warning
+
+
 def stop_at_first_layer(entries: dict[str, Any], said: list[str]) -> None:
     """Run a job up to its first decomposition."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import tiny
 import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
 from vitshrink.checksums import broken_files
 from vitshrink.cli.app import app
+from vitshrink.config import CompressConfig
+from vitshrink.pipeline import compress
+from vitshrink.sweep import fingerprints
 from vitshrink.sweep.results import FILES
 
 
@@ -205,3 +210,52 @@ def test_jobs_without_a_size_and_of_whole_attentions_have_rows(
     rows = {row["job"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["jobs"]}
     assert {name: row["size"] for name, row in rows.items()} == {"joint": "keep 0.95", "maps": "landmarks 4"}
     assert all((tmp_path / "out" / name).exists() for name in FILES)
+
+
+def test_whatever_a_job_opens_is_in_its_fingerprint(vit_directory: Path, learned_images: Path, tmp_path: Path) -> None:
+    """All files that Python opens below the inputs while a job runs; what is opened elsewhere, the weights, beside."""
+    inputs = tmp_path / "inputs"
+    model = Path(shutil.copytree(vit_directory, inputs / "model"))
+    images = Path(shutil.copytree(learned_images, inputs / "images"))
+    flat = tiny.write_images(inputs / "flat", 4, seed=3)
+    tiny.write_images(inputs / "train" / tiny.IMAGE_CLASSES[0], 12, seed=4)
+    (inputs / "recipe.yaml").write_text("kind: image\npath: train\n")
+    truth = [f"{each.name} {tiny.IMAGE_CLASSES[0]}" for each in sorted(flat.iterdir())]
+    (inputs / "truth.txt").write_text("\n".join(truth))
+    (inputs / "classes.json").write_text(json.dumps({name: index for index, name in enumerate(tiny.IMAGE_CLASSES)}))
+    config = CompressConfig.from_mapping(
+        {
+            "model": str(model),
+            "output": str(tmp_path / "out"),
+            "keep": 0.8,
+            "method": "whitened",
+            "calibration": str(inputs / "recipe.yaml"),
+            "samples": 8,
+            "holdout": 2,
+            "eval": str(flat),
+            "eval_labels": str(inputs / "truth.txt"),
+            "class_map": str(inputs / "classes.json"),
+            "finetune": {"objective": "supervised", "data": str(images), "samples": 16, "epochs": 1, "batch_size": 8},
+        }
+    )
+    opened = {model / "model.safetensors"}
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and isinstance(arguments[0], str | Path):
+            opened.add(Path(arguments[0]))
+
+    sys.addaudithook(watch)
+    compress(config)
+    watching = False
+    read = sorted(file for file in opened if file.is_file() and file.is_relative_to(inputs))
+    beside = {"config.json", "preprocessor_config.json", "recipe.yaml", "truth.txt", "classes.json"}
+    assert beside <= {file.name for file in read}
+    assert {file.parent.parent for file in read} >= {images, inputs}
+    (first,) = fingerprints([config])
+    for file in read:
+        content = file.read_bytes()
+        file.write_bytes(b"x")
+        assert fingerprints([config]) != [first], file
+        file.write_bytes(content)
+    assert fingerprints([config]) == [first]

@@ -1,11 +1,13 @@
 """From a file to jobs: the matrix, its exceptions, and what makes no sense."""
 
+import os
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 import pytest
+import tiny
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from vitshrink.config import SIZES, CompressConfig
 from vitshrink.errors import UsageError
 from vitshrink.methods import attention_methods, available_methods
 from vitshrink.sweep import SweepPlan, fingerprints, read_sweep
+from vitshrink.sweep.fingerprint import is_same
 from vitshrink.sweep.plan import OWN
 
 DATA = {"calibration": "images"}
@@ -141,27 +144,114 @@ def test_names_stay_within_the_output(tmp_path_factory: pytest.TempPathFactory, 
         assert not name.startswith((".", "-"))
 
 
-def test_fingerprints_follow_what_the_result_depends_on(tmp_path: Path) -> None:
-    model, images = tmp_path / "model", tmp_path / "images"
-    for directory in (model, images):
-        directory.mkdir()
-        (directory / "file").write_text("content")
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A folder with one of everything that a job may read."""
+    root = tmp_path / "inputs"
+    (root / "model" / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"):
+        (root / "model" / name).write_text(f"the content of {name}")
+    tiny.write_images(root / "data" / "train" / "cat", 3)
+    tiny.write_images(root / "data" / "val" / "cat", 3, seed=1)
+    tiny.write_images(root / "flat", 3, seed=2)
+    tiny.write_images(root / "elsewhere", 2, seed=3)
+    (root / "linked").symlink_to(root / "elsewhere" / "000.png")
+    names = sorted(path.name for path in (root / "flat").iterdir())
+    (root / "truth.txt").write_text("".join(f"{name} cat\n" for name in names))
+    (root / "classes.json").write_text('{"cat": 3}')
+    (root / "table.csv").write_text("image,label\nflat/" + names[0] + ",cat\nlinked,dog\n")
+    (root / "recipe.yaml").write_text("kind: image\npath: table.csv\n")
+    (root / "sentences.txt").write_text("one sentence\nanother sentence\n")
+    return root
 
-    def of(**entries: Any) -> str:
-        defaults = {"model": str(model), "calibration": str(images), "keep": 0.5, **entries}
-        (found,) = fingerprints([plan(tmp_path, include=[{"name": "job", **defaults}]).jobs[0].config])
-        return found
 
-    first = of()
-    assert of() == first
-    assert of(cache=None, offline=True) == first
-    others = [of(seed=1), of(method="svd"), of(keep=0.6), of(calibration=str(model))]
+def changed(file: Path) -> None:
+    """Other contents, of the same size and with the same time."""
+    before, content = file.stat(), file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def fingerprint_of(tmp_path: Path, **entries: Any) -> str:
+    (found,) = fingerprints([plan(tmp_path, defaults={}, include=[{"name": "job", **entries}]).jobs[0].config])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("entries", "read"),
+    [
+        ({}, "model/config.json"),
+        ({}, "model/model.safetensors"),
+        ({}, "model/tokenizer.json"),
+        ({}, "model/1_Pooling/config.json"),
+        ({"calibration": "data:train"}, "data/train/cat/*.png"),
+        ({"calibration": "data", "calibration_split": "train"}, "data/train/cat/*.png"),
+        ({"calibration": "table.csv"}, "table.csv"),
+        ({"calibration": "table.csv"}, "flat/000.png"),
+        ({"calibration": "table.csv"}, "elsewhere/000.png"),
+        ({"calibration": "recipe.yaml"}, "table.csv"),
+        ({"calibration": "recipe.yaml"}, "elsewhere/000.png"),
+        ({"calibration": "sentences.txt"}, "sentences.txt"),
+        ({"eval": "data:val"}, "data/val/cat/*.png"),
+        ({"eval": "flat", "eval_labels": "truth.txt"}, "truth.txt"),
+        ({"eval": "flat", "class_map": "classes.json"}, "classes.json"),
+        ({"calibration": "flat", "finetune": {"data": "data:train"}}, "data/train/cat/*.png"),
+    ],
+)
+def test_a_fingerprint_follows_the_contents_of_all_that_is_read(
+    entries: dict[str, Any], read: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    job = {"model": "model", "keep": 0.5, "method": "svd", "compensation": "none", **entries}
+    first = fingerprint_of(tmp_path, **job)
+    changed(sorted(inputs.glob(read))[0])
+    assert fingerprint_of(tmp_path, **job) != first
+
+
+def test_a_fingerprint_follows_names_and_labels_and_nothing_else(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    job = {"model": "model", "keep": 0.5, "calibration": "data:train", "eval": "data:val"}
+
+    def now(**others: Any) -> str:
+        return fingerprint_of(tmp_path, **{**job, **others})
+
+    first = now()
+    assert now(cache=None, offline=True) == first
+    others = [now(seed=1), now(method="svd"), now(keep=0.6), now(calibration="flat")]
     assert len({first, *others}) == 5
-    (images / "another").write_text("more")
-    changed = of()
-    assert changed != first
-    (model / "file").write_text("other content")
-    assert of() not in (first, changed)
+    for file in inputs.rglob("*"):
+        os.utime(file)
+    (inputs / "model" / ".git").mkdir()
+    (inputs / "model" / ".git" / "index").write_text("changes with every look at it")
+    changed(inputs / "truth.txt")
+    assert now() == first
+    (inputs / "data" / "val" / "cat").rename(inputs / "data" / "val" / "dog")
+    relabelled = now()
+    assert relabelled != first
+    (inputs / "model" / "vocab.txt").write_text("a file more")
+    assert now() not in (first, relabelled)
+
+
+def test_what_lies_on_the_hub_counts_with_its_commit_where_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits: dict[str, str | None] = {"some/vit": "1a2b", "some/images": None}
+    monkeypatch.setattr("vitshrink.sweep.fingerprint.revision", lambda name, _kind, **_options: commits[name])
+    job = {"model": "some/vit", "keep": 0.5, "calibration": "some/images:train"}
+    unknown = fingerprint_of(tmp_path, **job)
+    commits["some/images"] = "3c4d"
+    first = fingerprint_of(tmp_path, **job)
+    commits["some/vit"] = "5e6f"
+    pushed = fingerprint_of(tmp_path, **job)
+    assert len({unknown, first, pushed}) == 3
+    assert is_same(first, first)
+    assert not is_same(first, pushed)
+    assert is_same(unknown, first)
+    assert is_same(pushed, unknown)
+    assert not is_same(first, fingerprint_of(tmp_path, **job, seed=1))
 
 
 def test_a_data_recipe_says_how_many_samples_where_the_sweep_does_not(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 def record(directory: Path) -> None:
     """Write the checksums of all files below ``directory``. Raises OSError."""
-    _write(directory, {name: _digest(directory / name) for name in _files(directory)})
+    _write(directory, {name: digest(directory / name) for name in _files(directory)})
 
 
 def renew(directory: Path, name: str) -> None:
     """Record a file that was meant to change, where there are checksums; those of the others stay. Raises OSError."""
     if (directory / FILE_NAME).exists():
-        _write(directory, _read(directory) | {name: _digest(directory / name)})
+        _write(directory, _read(directory) | {name: digest(directory / name)})
 
 
 def broken_files(directory: Path) -> dict[str, str]:
@@ -34,9 +34,9 @@ def broken_files(directory: Path) -> dict[str, str]:
     except (OSError, OutputError) as error:
         return {FILE_NAME: f"cannot be read ({error})"}
     broken = {}
-    for name, digest in recorded.items():
+    for name, wanted in recorded.items():
         try:
-            if _digest(directory / name) != digest:
+            if digest(directory / name) != wanted:
                 broken[name] = "was changed"
         except FileNotFoundError:
             broken[name] = "is missing"
@@ -63,10 +63,11 @@ def _read(directory: Path) -> dict[str, str]:
 
 
 def _write(directory: Path, digests: dict[str, str]) -> None:
-    lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    lines = (f"{known}  {name}\n" for name, known in sorted(digests.items()))
     (directory / FILE_NAME).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

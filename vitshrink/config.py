@@ -36,6 +36,9 @@ BOUNDS = ("max_changed", "max_kl", "max_error")
 SIZES = ("keep", "target_params", "target_size", "rank", "explained_variance", *BOUNDS)
 """The entries that say how small; a job has exactly one of them."""
 
+READ = {"read": True}
+"""Marks an entry that names files, or a model on the Hub, which are read. Samples are known as ``DataConfig``."""
+
 RENAMED = {"max_drop": "max_changed"}
 """Present names of entries of a job by the old ones. ``max_drop`` now is a gate alone: points of accuracy."""
 
@@ -203,7 +206,7 @@ class CompressConfig:
     and features, ``max_error``, the squared error as a share of their spread.
     """
 
-    model: str
+    model: str = field(metadata=READ)
     output: str
     method: str = "curvature"
     allocation: str | None = None
@@ -255,7 +258,7 @@ class CompressConfig:
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
-    class_map: str | None = None
+    class_map: str | None = field(default=None, metadata=READ)
     max_bad_samples: int | None = None
     preprocess: Preprocessing = "checkpoint"
     workers: int | None = None

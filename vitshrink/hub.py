@@ -1,8 +1,9 @@
-"""A finished directory, published on the Hugging Face Hub."""
+"""The Hugging Face Hub: which commit of a repository is read, and a finished directory that is published."""
 
+from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -10,6 +11,20 @@ from vitshrink.errors import OutputError, UsageError
 
 PLACEHOLDER = "path/to/this/directory"
 """What the model card says before it is known where the model will lie."""
+
+
+def revision(name: str, kind: str, *, offline: bool) -> str | None:
+    """The commit of a ``model`` or ``dataset``: asked of the Hub or, where it does not answer, of the local cache."""
+    with suppress(Exception):  # those of the HTTP library, and the Hub's own: then it is not known
+        if not (offline or constants.HF_HUB_OFFLINE):
+            return HfApi().repo_info(name, repo_type=kind, timeout=10).sha
+    with suppress(HFValidationError):
+        cached = try_to_load_from_cache(name, _KNOWN_FILE[kind], repo_type=kind)
+        return Path(cached).parent.name if isinstance(cached, str) else None
+    return None
+
+
+_KNOWN_FILE = {"model": "config.json", "dataset": "README.md"}
 
 
 def require_hub(repository: str, *, offline: bool) -> None:

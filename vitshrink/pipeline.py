@@ -103,7 +103,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             material = _material(config, source, shrinking.base, calibration, evaluation_samples, job)
         progress = Progress(
             state_directory(output) if staging is not None else None,
-            partial(_identity, config, dense, calibration, held_out, material),
+            partial(_identity, config, dense, preprocessor, calibration, held_out, material),
             device,
             config.save_every,
             job.warn,
@@ -197,6 +197,7 @@ OF_NO_CONSEQUENCE = frozenset(
 def _identity(
     config: CompressConfig,
     dense: PreTrainedModel,
+    preprocessor: Preprocessor | None,
     calibration: CalibrationData | None,
     held_out: SampleSet | None,
     material: Material | None,
@@ -215,7 +216,8 @@ def _identity(
         "weights": model_digest(dense),
         "calibration data": None if calibration is None else data_digest(calibration.batches),
         "held-out data": None if held_out is None or Bound.of(config) is None else held_out.fingerprint(),
-        "training data": None if material is None else material.samples.fingerprint(),
+        "training data": None if material is None else material.identity(),
+        "preprocessing": None if preprocessor is None else preprocessor.identity(),
     }
 
 

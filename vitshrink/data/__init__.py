@@ -8,7 +8,7 @@ from vitshrink.data.memory import ReadyBatches, is_items, samples_in_memory
 from vitshrink.data.preprocessing import Preprocessor
 from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_defaults, recipe_names
 from vitshrink.data.samples import Label, Sample, SampleSet, overlap
-from vitshrink.data.sources import open_samples
+from vitshrink.data.sources import hub_source, open_samples
 from vitshrink.data.text_encoder import TextEncoder
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "TextEncoder",
     "align_labels",
     "decode_image",
+    "hub_source",
     "is_items",
     "load_recipe",
     "open_samples",

@@ -4,6 +4,7 @@ Images stay encoded (``decode=False``), so that one broken image can be counted 
 The library is imported where it is used: it takes a second that a folder of images need not pay.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -173,7 +174,14 @@ def _builder(address: Address, cache: Path | None = None) -> Any:
 def _split_cache(address: Address) -> Path:
     from datasets.config import HF_DATASETS_CACHE
 
-    return Path(HF_DATASETS_CACHE, "vitshrink", str(address.split))
+    return Path(HF_DATASETS_CACHE, "vitshrink", str(address.split), *_state(Path(address.path)))
+
+
+def _state(path: Path) -> list[str]:
+    """Of local shards: `datasets` knows them by path and time alone, and what replaces a file may keep its time."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    stats = [(str(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for file in files for s in (file.stat(),)]
+    return [hashlib.sha256(repr(sorted(stats)).encode()).hexdigest()[:32]] if files else []
 
 
 def _downloaded_before(address: Address) -> Any:

@@ -1,5 +1,6 @@
 """A checkpoint's own preprocessing: found, described, and applied to samples batch by batch."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,17 @@ class Preprocessor:
         self.kind: Kind = encoder.kind
         self.processor: Any = encoder.processor
         self.description: dict[str, Any] = encoder.description
+
+    def identity(self) -> str:
+        """SHA-256 of the processor or tokenizer itself, and of how it is used."""
+        processor = self.processor
+        if isinstance(processor, PreTrainedTokenizerBase):
+            fast = getattr(processor, "backend_tokenizer", None)
+            own = processor.get_vocab() if fast is None else json.loads(fast.to_str())
+            own = {name: part for name, part in own.items() if name not in ("padding", "truncation")}  # set by each use
+        else:
+            own = {} if processor is None else json.loads(processor.to_json_string())
+        return hashlib.sha256(json.dumps([self.description, own], sort_keys=True, default=str).encode()).hexdigest()
 
     @classmethod
     def from_checkpoint(

@@ -108,6 +108,11 @@ class SampleSet:
         """SHA-256 over the contents in order, in hexadecimal; reads every file once."""
         return hashlib.sha256(b"".join(self.digests)).hexdigest()
 
+    def identity(self) -> str:
+        """SHA-256 over contents and labels, in hexadecimal: where it is the same, any job makes the same of them."""
+        labels = repr((self.labels_are, self.label_names, [sample.label for sample in self.samples]))
+        return hashlib.sha256(f"{self.fingerprint()} {labels}".encode(errors="surrogatepass")).hexdigest()
+
 
 def overlap(a: SampleSet, b: SampleSet) -> int:
     """How many samples of ``b`` have the same content as a sample of ``a``."""

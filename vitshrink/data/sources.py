@@ -72,6 +72,20 @@ def open_samples(
     return replace(samples, source=str(spec))
 
 
+def hub_source(spec: str | Path) -> tuple[str, Recipe | None] | None:
+    """The data set on the Hub that ``spec`` names, and the recipe by which it does; None for what lies here.
+
+    Raises as ``open_samples`` for a recipe that makes no sense.
+    """
+    name, _ = _divide(str(spec), None)
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or name in recipe_names():
+        recipe = load_recipe(name)
+        return None if recipe.id is None else (recipe.id, recipe)
+    match = _HUB_ID.fullmatch(name)
+    return None if path.exists() or match is None or _looks_like_a_path(name) else (match["id"], None)
+
+
 def _divide(spec: str, split: str | None) -> tuple[str, str | None]:
     """``spec:split`` in two, unless there is a file of that name."""
     name, colon, inside = spec.rpartition(":")

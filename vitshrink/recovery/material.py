@@ -1,5 +1,6 @@
 """What a compressed model is trained on."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,13 @@ class Material:
     read: Sequence[Batch] = ()
     seen: frozenset[str] = frozenset()
     """Marks of samples that the model was fitted to before: they say less of what training gains than others."""
+
+    def identity(self) -> str:
+        """SHA-256 of the samples and, where they are learned, of what their labels mean to the model."""
+        if self.label_of is None:
+            return self.samples.fingerprint()
+        meant = [self.label_of(sample.label) for sample in self.samples.samples]
+        return hashlib.sha256(f"{self.samples.fingerprint()} {meant!r}".encode(errors="surrogatepass")).hexdigest()
 
 
 def open_material(

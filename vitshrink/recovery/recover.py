@@ -20,7 +20,7 @@ from vitshrink import __version__
 from vitshrink.cache import model_digest
 from vitshrink.checkpoint import compressed_layers
 from vitshrink.config import FinetuneConfig
-from vitshrink.data import Preprocessor, SampleSet
+from vitshrink.data import Preprocessor
 from vitshrink.errors import DataError, NumericsError, UsageError
 from vitshrink.fidelity import Head
 from vitshrink.measurement import warn_of_bad
@@ -174,7 +174,7 @@ def recover(
         )
         resumed = False
         if config.checkpoints:
-            identity = _identity(start, dense, samples, config, seed, accelerator)
+            identity = _identity(start, dense, material, preprocessor, config, seed, accelerator)
             loop.checkpoints = Checkpoints(Path(config.checkpoints), identity)
             resumed = loop.resume()
             if resumed:
@@ -437,7 +437,8 @@ def _accelerator(device: torch.device, config: FinetuneConfig) -> Iterator[Accel
 def _identity(
     start: str,
     dense: PreTrainedModel | None,
-    samples: SampleSet,
+    material: Material,
+    preprocessor: Preprocessor,
     config: FinetuneConfig,
     seed: int,
     accelerator: Accelerator,
@@ -448,7 +449,8 @@ def _identity(
         "torch": torch.__version__,
         "model": start,
         "teacher": None if dense is None else model_digest(dense),
-        "data": samples.fingerprint(),
+        "data": material.identity(),
+        "preprocessing": preprocessor.identity(),
         "seed": seed,
         "settings": asdict(replace(config, checkpoints=None)),
         "precision": accelerator.mixed_precision,

@@ -23,7 +23,7 @@ from vitshrink.errors import DataError, GateError, OutputError, UsageError, Vits
 from vitshrink.gates import Gates
 from vitshrink.report import Report
 from vitshrink.shrinking import Choices
-from vitshrink.sweep.fingerprint import fingerprints
+from vitshrink.sweep.fingerprint import fingerprints, is_same
 from vitshrink.sweep.outcome import FILE_NAME, Outcome, Status
 from vitshrink.sweep.plan import CACHE, JobPlan, SweepPlan
 
@@ -271,7 +271,7 @@ class _Sweep:
         """Take over a job that ended well, now or in an earlier sweep, if its result is there and undamaged."""
         directory = self.plan.output / job.name
         earlier = Outcome.read(directory)
-        if earlier is None or earlier.fingerprint != self.outcomes[job.name].fingerprint:
+        if earlier is None or not is_same(earlier.fingerprint, self.outcomes[job.name].fingerprint):
             return False
         if earlier.status not in (Status.RUNNING, Status.PASSED, Status.GATE) or not (directory / MODEL).is_dir():
             return False
