@@ -165,7 +165,10 @@ def test_what_is_saved_loads_with_stock_calls(vit: PreTrainedModel, images: list
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, result.model(**inputs).logits)
     assert {"report.json", "README.md", "preprocessor_config.json"} <= {file.name for file in directory.iterdir()}
-    assert transformers.pipeline("image-classification", str(directory), device="cpu")(images[0])
+    (answer,) = transformers.pipeline("image-classification", str(directory), device="cpu")(images[0], top_k=1)
+    pixels = result.processor(images[0].convert("RGB"), return_tensors="pt")
+    with torch.no_grad():
+        assert answer["label"] == vit.config.id2label[int(result.model(**pixels).logits.argmax())]
     with pytest.raises(OutputError, match="exists"):
         result.save(directory)
     result.save(directory, overwrite=True)

@@ -232,13 +232,6 @@ def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path
     assert not (tmp_path / "out").exists()
 
 
-@every_method
-def test_every_method_names_its_origin(method: str) -> None:
-    found = find_method(method)
-    assert found.summary.endswith((".", ":"))
-    assert len(found.factorise.__doc__ or "") > 100
-
-
 @pytest.mark.parametrize(
     "entry",
     [

@@ -188,12 +188,6 @@ def test_pipelines_open_it(written: Callable[..., tuple[LoadedModel, Path]], fla
     assert {row["label"] for row in answer} == set(tiny.IMAGE_CLASSES)
 
 
-def test_text_pipelines_open_it(written: Callable[..., tuple[LoadedModel, Path]]) -> None:
-    _, directory = written("BertForSequenceClassification")
-    (answer,) = transformers.pipeline("text-classification", str(directory))("this film is good")
-    assert answer["label"] in tiny.TEXT_CLASSES
-
-
 def test_a_loaded_model_casts_copies_and_trains(
     written: Callable[..., tuple[LoadedModel, Path]], tmp_path: Path
 ) -> None:

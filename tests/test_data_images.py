@@ -26,8 +26,11 @@ def photo(width: int = 40, height: int = 30) -> Image.Image:
      ("P", "GIF"), ("RGB", "WEBP"), ("CMYK", "TIFF"), ("YCbCr", "JPEG")],
 )  # fmt: skip
 def test_every_mode_becomes_rgb(mode: str, file_format: str) -> None:
-    image = decode_image(encoded(photo().convert(mode), file_format))
+    given = photo(4, 3).resize((40, 30), Image.Resampling.BICUBIC).convert(mode)
+    image = decode_image(encoded(given, file_format))
     assert (image.mode, image.size) == ("RGB", (40, 30))
+    difference = np.abs(np.asarray(image, float) - np.asarray(given.convert("RGB"), float))
+    assert difference.mean() <= (6 if file_format in ("JPEG", "WEBP") else 0)
 
 
 def test_palette_with_transparency_decodes_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:

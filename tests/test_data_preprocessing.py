@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -169,12 +170,14 @@ def test_nothing_but_bad_images(image_preprocessor: Preprocessor, tmp_path: Path
 
 
 def test_threads_end_when_the_caller_stops_early(image_preprocessor: Preprocessor, class_images: Path) -> None:
-    import threading
+    def running() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if "vitshrink" in thread.name]
 
     batches = image_preprocessor.batches(open_samples(class_images, "image"), 2, workers=2)
     next(batches)
+    assert running()
     batches.close()
-    assert not [thread for thread in threading.enumerate() if "vitshrink" in thread.name]
+    assert not running()
 
 
 def test_rows_of_a_shard_can_be_read_by_several_threads(image_preprocessor: Preprocessor, tmp_path: Path) -> None:

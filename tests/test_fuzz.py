@@ -78,7 +78,11 @@ def mutated(draw: Callable[..., Any], document: Any) -> Any:
 
 
 def survives(work: Callable[[], object]) -> None:
-    """A result, or an error with a message of one kind: anything else is a failure of the test."""
+    """A result, or an error with a message of one kind: anything else is a failure of the test.
+
+    What is damaged gives a result as it is: the tests below begin with that, or every damage would be stopped by the
+    same first check.
+    """
     said = "a result"
     with suppress(VitshrinkError):
         try:
@@ -107,12 +111,18 @@ def with_json(directory: Path, name: str, document: Any) -> Callable[[], object]
     return lambda: load(directory)
 
 
+def copied(source: Path, directory: Path) -> Path:
+    """The directory, with a copy of a sound checkpoint the first time."""
+    if not directory.exists():
+        shutil.copytree(source, directory)
+        load(directory)
+    return directory
+
+
 @fuzz
 @given(data=st.data())
 def test_a_config_of_a_dense_model(data: st.DataObject, vit_directory: Path, folder: Path) -> None:
-    directory = folder / "dense"
-    if not directory.exists():
-        shutil.copytree(vit_directory, directory)
+    directory = copied(vit_directory, folder / "dense")
     document = json.loads((vit_directory / "config.json").read_text())
     survives(with_json(directory, "config.json", data.draw(mutated(document))))
 
@@ -120,14 +130,10 @@ def test_a_config_of_a_dense_model(data: st.DataObject, vit_directory: Path, fol
 @fuzz
 @given(data=st.data())
 def test_the_plan_in_the_config_of_a_compressed_model(data: st.DataObject, small: Path, folder: Path) -> None:
+    directory = copied(small, folder / "plan")
     document = json.loads((small / "config.json").read_text())
-    original = folder / "plan.json"
-    if not original.exists():
-        original.write_text(json.dumps(document))
-    document = json.loads(original.read_text())
     document["quantization_config"] = data.draw(mutated(document["quantization_config"]))
-    survives(with_json(small, "config.json", document))
-    (small / "config.json").write_text(original.read_text())
+    survives(with_json(directory, "config.json", document))
 
 
 ENTRIES = [
@@ -161,24 +167,26 @@ def test_those_entries_are_read() -> None:
 @fuzz
 @given(data=st.data())
 def test_the_header_of_a_weight_file(data: st.DataObject, vit_directory: Path, folder: Path) -> None:
-    directory = folder / "header"
-    if not directory.exists():
-        shutil.copytree(vit_directory, directory)
+    directory = copied(vit_directory, folder / "header")
     blob = (vit_directory / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", blob[:8])
-    header = json.loads(blob[8 : 8 + length])
-    text = json.dumps(data.draw(mutated(header))).encode(errors="surrogatepass")
-    length = data.draw(st.sampled_from([len(text), len(text), len(text) + 1, 0, 2**62]))
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", length) + text + blob[8 + len(text) :])
+    header, tensors = json.loads(blob[8 : 8 + length]), blob[8 + length :]
+
+    def write(header: Any, said: Callable[[int], int] = lambda length: length) -> None:
+        text = json.dumps(header).encode(errors="surrogatepass")
+        (directory / "model.safetensors").write_bytes(struct.pack("<Q", said(len(text))) + text + tensors)
+
+    write(header)
+    load(directory)
+    lie = st.sampled_from([lambda length: length, lambda length: length + 1, lambda _: 0, lambda _: 2**62])
+    write(data.draw(mutated(header)), data.draw(lie))
     survives(lambda: load(directory))
 
 
 @fuzz
 @given(position=st.integers(0, 4000), value=st.binary(min_size=1, max_size=8), cut=st.integers(0, 60000))
 def test_bytes_of_a_weight_file(position: int, value: bytes, cut: int, vit_directory: Path, folder: Path) -> None:
-    directory = folder / "bytes"
-    if not directory.exists():
-        shutil.copytree(vit_directory, directory)
+    directory = copied(vit_directory, folder / "bytes")
     blob = bytearray((vit_directory / "model.safetensors").read_bytes())
     blob[position : position + len(value)] = value
     (directory / "model.safetensors").write_bytes(blob[: len(blob) - cut] if cut % 2 else blob)
@@ -194,7 +202,17 @@ def test_an_index_of_shards(data: st.DataObject, vit_directory: Path, folder: Pa
         (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
     names = list(examine(vit_directory).tensors)
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    with_json(directory, "model.safetensors.index.json", index)()
     survives(with_json(directory, "model.safetensors.index.json", data.draw(mutated(index))))
+
+
+def read_yaml(file: Path, document: Any, read: Callable[[Path], object]) -> object:
+    file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return read(file)
+
+
+def recipe_of(file: Path) -> CompressConfig:
+    return CompressConfig.from_mapping(read_recipe(file))
 
 
 RECIPE = CompressConfig("model", "out", keep=(0.5,), calibration="images", options={"alpha": 0.5}).to_dict()
@@ -203,9 +221,9 @@ RECIPE = CompressConfig("model", "out", keep=(0.5,), calibration="images", optio
 @fuzz
 @given(data=st.data())
 def test_a_recipe(data: st.DataObject, folder: Path) -> None:
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(data.draw(mutated(RECIPE)), allow_unicode=True))
-    survives(lambda: CompressConfig.from_mapping(read_recipe(file)))
+    read_yaml(folder / "recipe.yaml", RECIPE, recipe_of)
+    changed = data.draw(mutated(RECIPE))
+    survives(lambda: read_yaml(folder / "recipe.yaml", changed, recipe_of))
 
 
 SWEEP = {
@@ -222,32 +240,34 @@ SWEEP = {
 @fuzz
 @given(data=st.data())
 def test_a_sweep(data: st.DataObject, folder: Path) -> None:
-    file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(data.draw(mutated(SWEEP)), sort_keys=False, allow_unicode=True))
-    survives(lambda: read_sweep(file))
+    read_yaml(folder / "sweep.yaml", SWEEP, read_sweep)
+    changed = data.draw(mutated(SWEEP))
+    survives(lambda: read_yaml(folder / "sweep.yaml", changed, read_sweep))
 
 
 @fuzz
 @given(text=st.text(alphabet=st.sampled_from("{}[]:,-&*!|>'\"%@` \n\tabc01"), max_size=60))
 def test_text_that_is_meant_to_be_a_recipe(text: str, folder: Path) -> None:
     file = folder / "text.yaml"
-    file.write_text(text)
-    survives(lambda: CompressConfig.from_mapping(read_recipe(file)))
+    file.write_text(text, encoding="utf-8")
+    survives(lambda: recipe_of(file))
     survives(lambda: read_sweep(file))
 
 
 @fuzz
 @given(data=st.data())
 def test_a_data_recipe(data: st.DataObject, folder: Path) -> None:
-    document = {"dataset": "owner/images", "split": "train", "kind": "image", "image_column": "image", "samples": 8}
-    file = folder / "data.yaml"
-    file.write_text(yaml.safe_dump(data.draw(mutated(document)), allow_unicode=True))
-    survives(lambda: load_recipe(str(file)))
+    document = {"id": "owner/images", "split": "train", "kind": "image", "image_column": "image", "samples": 8}
+    document |= {"header": False, "columns": ["image", "label"], "delimiter": "tab", "quoting": "none"}
+    read_yaml(folder / "data.yaml", document, load_recipe)
+    changed = data.draw(mutated(document))
+    survives(lambda: read_yaml(folder / "data.yaml", changed, load_recipe))
 
 
 @fuzz
 @given(data=st.data())
 def test_a_report(data: st.DataObject, small: Path) -> None:
     document = json.loads((small / "report.json").read_text())
+    Report.from_json(json.dumps(document))
     changed = json.dumps(data.draw(mutated({name: document[name] for name in ("model", "task", "layers", "recipe")})))
     survives(lambda: Report.from_json(json.dumps(document | json.loads(changed))))

@@ -170,8 +170,10 @@ def test_every_figure_is_written_with_its_numbers(name: str, tmp_path: Path) -> 
     for layer in numbers["layers"]:
         assert layer["predicted_loss"] > 0
         for curve in (*layer["explained"].values(), *layer["output_loss"].values()):
-            assert set(curve) <= {str(rank) for rank in range(33)}
-            assert all(-1e-6 <= value <= 1 + 1e-6 for value in list(layer["explained"]["svd"].values()))
+            assert list(curve)[-1] == "32"
+            assert all(-1e-6 <= value <= 1 + 1e-6 for value in curve.values())
+        assert all(curve["32"] == pytest.approx(1) for curve in layer["explained"].values())
+        assert all(curve["32"] == pytest.approx(0, abs=1e-6) for curve in layer["output_loss"].values())
 
 
 def test_calibrating_costs_nothing_more_for_it() -> None:

@@ -125,6 +125,7 @@ def test_a_report_of_ours_marks_an_output(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.json").write_text('{"vitshrink": "0.1.0"}')
     write(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == "new"
 
 
 def test_files_and_links_are_not_replaced(tmp_path: Path) -> None:

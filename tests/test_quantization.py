@@ -361,4 +361,3 @@ def test_the_original_is_not_changed() -> None:
     quantized(model, 8, "dynamic")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not hasattr(model.config, "quantization_config")
-    assert DataConfig("x").source == "x"

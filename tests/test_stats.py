@@ -1,10 +1,12 @@
 """Products and square roots that statistics and methods are made of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vitshrink import stats
-from vitshrink.stats import gram_of, roots, square_roots
+from vitshrink.stats import LinearStats, gram_of, roots, square_roots
 
 
 @pytest.mark.parametrize("columns", [1, 127, 128, 300])
@@ -32,3 +34,19 @@ def test_a_matrix_far_from_singular_needs_no_eigenvectors(monkeypatch: pytest.Mo
     root, inverse = roots(matrix)
     torch.testing.assert_close(root.T @ root, symmetric @ symmetric)
     torch.testing.assert_close(inverse @ root, torch.eye(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("entry", ["gradient_gram", "input_gradient_gram"])
+def test_refined_statistics_have_the_new_inputs_and_the_mean_of_both_gradients(entry: str) -> None:
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
+    first, again = (
+        replace(LinearStats.from_inputs(each), gradient_power=power, **{entry: power * torch.eye(4)})  # type: ignore[arg-type]
+        for each, power in ((x, 1.0), (y, 3.0))
+    )
+    refined = first.refined_by(again)
+    assert (refined.tokens, refined.gradient_power) == (30, 2.0)
+    assert torch.equal(refined.mean, again.mean)
+    assert refined.gram is again.gram
+    assert torch.equal(getattr(refined, entry), 2 * torch.eye(4))
+    other = {"gradient_gram", "input_gradient_gram"} - {entry}
+    assert getattr(refined, other.pop()) is None

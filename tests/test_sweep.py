@@ -191,6 +191,7 @@ def test_a_terminal_shows_the_running_jobs_and_keeps_to_its_width(done: Result, 
     assert "\x1b[" in text
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     live = [line for line in re.split(r"[\r\n]+", plain) if "jobs ended" in line or " s " in line[:30]]
+    assert live
     assert all(len(line.rstrip()) <= 40 for line in live if not line.startswith("error"))
 
 
