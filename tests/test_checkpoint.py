@@ -21,7 +21,7 @@ from torch import nn
 
 import vitshrink
 from vitshrink import checkpoint as checkpoints
-from vitshrink import hf_quantizer, models, source
+from vitshrink import hf_quantizer, models
 from vitshrink.errors import CheckpointError, NumericsError, OutputError
 from vitshrink.models import LoadedModel
 
@@ -165,13 +165,13 @@ def test_tied_weights_are_stored_once(written: Callable[..., tuple[LoadedModel, 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
 def test_processor_and_tokenizer_come_along(name: str, written: Callable[..., tuple[LoadedModel, Path]]) -> None:
     loaded, directory = written(name)
-    assert loaded.companions == source.examine(loaded.directory).companions != ()
-    for companion in loaded.companions:
+    assert loaded.companions.files
+    for companion in loaded.companions.files:
         assert (directory / companion).read_bytes() == (loaded.directory / companion).read_bytes()
     assert {file.name for file in directory.iterdir()} == {
         "config.json",
         "model.safetensors",
-        *map(str, loaded.companions),
+        *map(str, loaded.companions.files),
     }
 
 

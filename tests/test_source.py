@@ -85,7 +85,6 @@ def test_a_sound_directory_is_described(bert_directory: Path) -> None:
     assert {name: tensor.shape for name, tensor in described.tensors.items()} == {
         name: tuple(tensor.shape) for name, tensor in load_file(bert_directory / WEIGHTS).items()
     }
-    assert [str(name) for name in described.companions] == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
 
 
 def test_the_type_is_that_of_most_weights(directory: Path) -> None:
@@ -93,23 +92,6 @@ def test_the_type_is_that_of_most_weights(directory: Path) -> None:
     weights["vit.layernorm.weight"] = weights["vit.layernorm.weight"].float()
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     assert source.examine(directory).dtype == torch.float16
-
-
-def test_files_of_sentence_encoders_and_licences_belong_to_the_checkpoint(directory: Path) -> None:
-    for name in ("1_Pooling/config.json", "modules.json", "LICENSE.txt", "special_tokens_map.json"):
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text("{}")
-    (directory / "LICENSES").mkdir()
-    for name in ("README.md", "evil.py", "optimizer.pt", "deep/tokenizer.json", "tokenizer.py"):
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text("{}")
-    assert {str(name) for name in source.examine(directory).companions} == {
-        "1_Pooling/config.json",
-        "LICENSE.txt",
-        "modules.json",
-        "preprocessor_config.json",
-        "special_tokens_map.json",
-    }
 
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {

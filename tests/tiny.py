@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from vitshrink.lowrank import LowRankLinear
@@ -97,6 +98,22 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     transformers.BertTokenizer(vocab=vocabulary, model_max_length=64).save_pretrained(directory)
+
+
+def write_sentence_encoder(directory: Path, *modules: tuple[str, dict[str, object], torch.nn.Module | None]) -> Path:
+    """A BertModel with the modules of sentence-transformers after it: kinds, settings and what holds their weights."""
+    write("BertModel", directory)
+    entries = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    for number, (kind, settings, weights) in enumerate(modules, 1):
+        folder = f"{number}_{kind.rpartition('.')[2]}"
+        full = kind if "." in kind else f"sentence_transformers.models.{kind}"
+        entries.append({"idx": number, "name": str(number), "path": folder, "type": full})
+        (directory / folder).mkdir()
+        (directory / folder / "config.json").write_text(json.dumps(settings))
+        if weights is not None:
+            save_file(weights.state_dict(), directory / folder / "model.safetensors")
+    (directory / "modules.json").write_text(json.dumps(entries))
+    return directory
 
 
 def inputs(name: str, batch: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:

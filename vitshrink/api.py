@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from vitshrink import cost
 from vitshrink.checkpoint import cast, save, verify
+from vitshrink.companions import Companions, companions_of
 from vitshrink.config import CompressConfig, DataConfig
 from vitshrink.data import (
     Preprocessor,
@@ -22,15 +23,17 @@ from vitshrink.data import (
     samples_in_memory,
 )
 from vitshrink.description import example_inputs
-from vitshrink.errors import DataError, UsageError
+from vitshrink.errors import CheckpointError, DataError, UsageError
 from vitshrink.measurement import CalibrationData, hold_out, measure, read_calibration
-from vitshrink.models import check_finite, family_of, task_of
+from vitshrink.models import check_finite, embedding_of, family_of, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import publish
 from vitshrink.quantization import Quantization
 from vitshrink.report import Report, headline, write
 from vitshrink.search import Bound
+from vitshrink.sentences import MEAN, NO_SETTINGS, TextSettings
 from vitshrink.shrinking import Choices, Shrinking
+from vitshrink.source import resolve
 
 FILES_ONLY = (
     "model",
@@ -66,6 +69,8 @@ class Compressed:
     """Sizes, operations, time, and the fidelity on held-out samples where there were any."""
     processor: Any = None
     """The image processor or tokenizer, where one was given or found."""
+    modules: Companions | None = None
+    """Of a sentence encoder: what sentence-transformers needs beside the two, where the original's files were found."""
 
     def __str__(self) -> str:
         return headline(self.report)
@@ -79,6 +84,8 @@ class Compressed:
             save(self.model, staging)
             if self.processor is not None:
                 self.processor.save_pretrained(staging)
+            if self.modules is not None:
+                self.modules.copy_to(staging)
             verify(staging, self.model, example_inputs(self.model))
             write(self.report, staging)
         return Path(directory)
@@ -123,7 +130,10 @@ def compress(
     dense = copy.deepcopy(model).float().eval()
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
     shrinking = Shrinking.of(chosen, dense, dtype)
-    preprocessor, data, held_out = _data(dense, calibration, processor, config, job, calibrated=chosen.calibrated)
+    origin = _origin(dense, config, job)
+    preprocessor, data, held_out = _data(
+        dense, origin, calibration, processor, config, job, calibrated=chosen.calibrated
+    )
     (shrunk,) = shrinking.run(data, held_out, preprocessor, job)
     assert shrunk.model is not None
     quantization = Quantization.of(config, dtype)
@@ -141,6 +151,7 @@ def compress(
             baseline=dense,
             device=model.device,
             batch_size=config.batch_size,
+            embedding=MEAN if origin is None else embedding_of(origin, dense),
             labelled=False,
             max_bad_samples=config.max_bad_samples,
         )
@@ -153,7 +164,12 @@ def compress(
         (cost.memory_bytes(model), cost.memory_bytes(small)),
         measurement,
     )
-    return Compressed(small, replace(report, command=None), processor or getattr(preprocessor, "processor", None))
+    return Compressed(
+        small,
+        replace(report, command=None),
+        processor or getattr(preprocessor, "processor", None),
+        None if origin is None else companions_of(origin).of_modules,
+    )
 
 
 def _config(model: PreTrainedModel, calibration: Any, entries: dict[str, Any]) -> CompressConfig:
@@ -171,17 +187,35 @@ def _config(model: PreTrainedModel, calibration: Any, entries: dict[str, Any]) -
     )
 
 
+def _origin(model: PreTrainedModel, config: CompressConfig, job: Job) -> Path | None:
+    """The directory of a sentence encoder, whose files say how it makes its embeddings; None for other models."""
+    if task_of(model) != "features" or family_of(model).modality != "text" or not model.config._name_or_path:
+        return None
+    try:
+        return resolve(model.config._name_or_path, offline=config.offline)
+    except CheckpointError as error:
+        job.warn(f"sentence embeddings are taken to be the mean of the tokens: {error}")
+        return None
+
+
 def _is_address(calibration: Any) -> bool:
     return isinstance(calibration, str | Path)
 
 
 def _data(
-    model: PreTrainedModel, calibration: Any, processor: Any, config: CompressConfig, job: Job, *, calibrated: bool
+    model: PreTrainedModel,
+    origin: Path | None,
+    calibration: Any,
+    processor: Any,
+    config: CompressConfig,
+    job: Job,
+    *,
+    calibrated: bool,
 ) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None]:
     """How samples are read, those to calibrate on, and those that are held out of them."""
     if calibration is None:
         return None, None, None
-    preprocessor, samples = _samples(model, calibration, processor, config, job)
+    preprocessor, samples = _samples(model, origin, calibration, processor, config, job)
     data = None
     if calibrated:
         data = read_calibration(
@@ -204,11 +238,11 @@ def _data(
 
 
 def _samples(
-    model: PreTrainedModel, calibration: Any, processor: Any, config: CompressConfig, job: Job
+    model: PreTrainedModel, origin: Path | None, calibration: Any, processor: Any, config: CompressConfig, job: Job
 ) -> tuple[Preprocessor, SampleSet]:
     kind = family_of(model).modality
     if isinstance(calibration, SampleSet):
-        return _preprocessor(model, processor, config), calibration
+        return _preprocessor(model, origin, processor, config), calibration
     if _is_address(calibration):
         data = config.calibration_data or DataConfig(str(calibration))
         samples = open_samples(
@@ -222,10 +256,10 @@ def _samples(
         )
         for note in samples.notes:
             job.warn(note)
-        return _preprocessor(model, processor, config), samples
+        return _preprocessor(model, origin, processor, config), samples
     if isinstance(calibration, list | tuple) and is_items(calibration):
         samples = samples_in_memory(calibration, kind)
-        return _preprocessor(model, processor, config), samples
+        return _preprocessor(model, origin, processor, config), samples
     if isinstance(calibration, Mapping | torch.Tensor):
         calibration = [calibration]  # one batch
     if not isinstance(calibration, Iterable):
@@ -237,16 +271,17 @@ def _samples(
     return Preprocessor(batches), batches.samples()
 
 
-def _preprocessor(model: PreTrainedModel, processor: Any, config: CompressConfig) -> Preprocessor:
+def _preprocessor(model: PreTrainedModel, origin: Path | None, processor: Any, config: CompressConfig) -> Preprocessor:
     kind = family_of(model).modality
     if processor is not None:
-        return Preprocessor.of(processor, kind, model.config, max_length=config.max_length)
-    origin = model.config._name_or_path
-    if not origin:
+        settings = NO_SETTINGS if origin is None else TextSettings.read(origin)
+        return Preprocessor.of(processor, kind, model.config, max_length=config.max_length, settings=settings)
+    named = model.config._name_or_path
+    if not named:
         what = "image processor" if kind == "image" else "tokenizer"
         raise UsageError(f"processor: the model does not say where it came from: pass its {what} as processor=.")
     return Preprocessor.from_checkpoint(
-        origin,
+        origin or named,
         kind,
         config=model.config,
         max_length=config.max_length,

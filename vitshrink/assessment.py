@@ -91,6 +91,8 @@ class Assessment:
             "source": self.measurement.source,
             "fingerprint": self.measurement.fingerprint,
             "label_rule": self.measurement.label_rule,
+            "pooling": self.measurement.pooling,
+            "similarity": self.measurement.similarity,
             "bad_samples": dict(self.measurement.bad.reasons),
             "preprocessing": dict(self.preprocessing),
             "seed": self.seed,
@@ -101,7 +103,9 @@ class Assessment:
     def to_row(self) -> dict[str, Any]:
         """What ``append_rows`` takes."""
         document = self.to_dict()
-        described = {name: document[name] for name in ("source", "fingerprint", "preprocessing")}
+        described = {
+            name: document[name] for name in ("source", "fingerprint", "pooling", "similarity", "preprocessing")
+        }
         row = {
             "vitshrink": __version__,
             "model": self.model,
@@ -194,6 +198,8 @@ def evaluate_checkpoint(
         baseline=None if reference is None else reference.model,
         device=where,
         batch_size=batch_size,
+        embedding=loaded.embedding,
+        baseline_embedding=None if reference is None else reference.embedding,
         seed=seed,
         class_map=class_map,
         max_bad_samples=max_bad_samples,

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,9 +48,9 @@ def save(
     """Write the model as a checkpoint directory that ``from_pretrained`` loads once vitshrink is imported.
 
     The weights are cast to ``dtype`` (the source's, or else the model's, if none is given), tensors are named as in
-    the source's files, and the source's processor or tokenizer files are copied. ``metadata`` (JSON) goes into the
-    config, ``extra_files`` (by names relative to the directory) beside the weights. The model itself is not changed.
-    Writing is not atomic: give a staging directory, see ``publication.publish``.
+    the source's files, and its companions are copied: processor, tokenizer, sentence modules, licence. ``metadata``
+    (JSON) goes into the config, ``extra_files`` (by names relative to the directory) beside the weights. The model
+    itself is not changed. Writing is not atomic: give a staging directory, see ``publication.publish``.
 
     Raises:
         NumericsError: a value does not fit the type it is saved in.
@@ -63,10 +62,8 @@ def save(
     try:
         with quiet_transformers():
             saved.save_pretrained(directory)
-        for companion in source.companions if source is not None else ():
-            assert source is not None
-            (directory / companion).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.directory / companion, directory / companion)
+        if source is not None:
+            source.companions.copy_to(directory)
         for name, content in (extra_files or {}).items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,6 +101,7 @@ def export(
     job = Job(observer or Silent())
     with job.stage("load", "Loading the model"):
         source = load_dense(model, offline=offline, allow_compressed=True)
+    source.companions.tell(job)
     if form == "dense" and not compressed_layers(source.model):
         raise UsageError(f"{model} has no compressed layer: it is the dense checkpoint already.")
     check_space(Path(output), 5 * cost.parameters(source.model))
@@ -130,7 +130,11 @@ def export(
             BATCH_SIZES,
             job.warnings,
         )
-        record = found.to_dict() | {"directory": Path(output).name, "model": model}
+        record = found.to_dict() | {
+            "directory": Path(output).name,
+            "model": model,
+            "left_out": dict(source.companions.left),
+        }
         (staging / EXPORT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -294,9 +298,7 @@ def _write_companions(source: LoadedModel, staging: Path) -> None:
     """The configuration, as of a dense model, and the processor files."""
     config = {key: value for key, value in examine(source.directory).config.items() if key != "quantization_config"}
     (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for companion in source.companions:
-        (staging / companion).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.directory / companion, staging / companion)
+    source.companions.copy_to(staging)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from vitshrink.description import environment, example_inputs
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.geometry import sides
 from vitshrink.lowrank import LowRankLinear
-from vitshrink.measurement import Measurement, labels_of, measure, open_data
+from vitshrink.measurement import Measurement, labels_of, measure, open_data, require_embedding
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.pipeline import CompressionResult, find_device
@@ -51,7 +51,8 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
         if source.family.modality == "image" and not compressed_layers(teacher.model):
             _look_as_closely(teacher, sides(source.model.config.image_size), job)
         check_comparable(source, teacher)
-    before = _compressed_report(config, source, teacher)
+    source.companions.tell(job)
+    before = replace(_compressed_report(config, source, teacher), left_out=source.companions.left)
     check(source.model, config.finetune, dense=teacher is not None, labelled=True)
     with _published(config, source) as staging:
         check_space(Path(config.output), 2 * file_bytes(source.directory))
@@ -106,6 +107,8 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
                 job,
                 task=task_of(model),
                 baseline=dense,
+                embedding=source.embedding,
+                baseline_embedding=None if teacher is None else teacher.embedding,
                 device=device,
                 batch_size=config.finetune.batch_size,
                 class_map=class_map,
@@ -146,6 +149,7 @@ def _evaluation_samples(config: FinetuneJob, source: LoadedModel, job: Job, clas
     samples = open_data(config.eval_data, source, offline=config.offline, job=job, labelled=True)
     samples = samples.at_most(config.eval_limit, config.seed)
     # before any work: labels that cannot be aligned would otherwise be met at its end
+    require_embedding(source.embedding, samples)
     labels_of(source.model, samples, task_of(source.model), class_map)
     return samples
 

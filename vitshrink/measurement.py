@@ -13,10 +13,11 @@ from vitshrink import processes
 from vitshrink.config import DataConfig
 from vitshrink.data import BadSamples, Batch, Preprocessor, Sample, SampleSet, align_labels, open_samples
 from vitshrink.data.samples import Drawable
-from vitshrink.errors import DataError
+from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
 from vitshrink.models import LoadedModel, task_of
 from vitshrink.observer import Job
+from vitshrink.sentences import MEAN, Embedding
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,10 @@ class Measurement:
     fingerprint: str
     label_rule: str | None
     bad: BadSamples
+    pooling: str | None = None
+    """How one vector was made of a sample's tokens, where the models have no head."""
+    similarity: str | None = None
+    """How two of them were compared, where the samples are pairs."""
 
     def to_dict(self, preprocessing: Mapping[str, Any] | None) -> dict[str, Any]:
         """The evaluation, and what its data were, as a report has it."""
@@ -169,6 +174,8 @@ class Measurement:
             "source": self.source,
             "fingerprint": self.fingerprint,
             "label_rule": self.label_rule,
+            "pooling": self.pooling,
+            "similarity": self.similarity,
             "bad_samples": dict(self.bad.reasons),
             "preprocessing": preprocessing,
         }
@@ -181,6 +188,8 @@ class Options(TypedDict, total=False):
     baseline: Required[nn.Module | None]
     device: Required[torch.device]
     batch_size: Required[int]
+    embedding: Embedding
+    baseline_embedding: Embedding | None
     seed: int
     labelled: bool
     class_map: Path | None
@@ -205,6 +214,8 @@ def measure_each(
     baseline: nn.Module | None,
     device: torch.device,
     batch_size: int,
+    embedding: Embedding = MEAN,
+    baseline_embedding: Embedding | None = None,
     seed: int = 0,
     labelled: bool = True,
     class_map: Path | None = None,
@@ -220,7 +231,10 @@ def measure_each(
         DataError: labels that cannot be aligned, or look permuted; more unusable samples than allowed.
     """
     bad, cut = BadSamples.of(samples, max_bad_samples), Cut(samples.source)
-    pairs = task == "features" and any(sample.text_pair is not None for sample in samples.samples[:1])
+    pairs = task == "features" and has_pairs(samples)
+    if task == "features":
+        require_embedding(embedding, samples)
+        _remark(embedding, baseline_embedding or embedding, job)
     label_of, rule = labels_of(models[0], samples, task, class_map) if labelled else (None, None)
     mine = replace(samples, samples=processes.share(samples.samples))
     total = len(samples) * (2 if pairs else 1)
@@ -238,6 +252,8 @@ def measure_each(
                 *(read(_side(mine, first=first)) for first in (True, False)),
                 score_of=_number if labelled and samples.labels_are is not None else None,
                 baseline=baseline,
+                embedding=embedding,
+                baseline_embedding=baseline_embedding,
                 device=device,
                 seed=seed,
                 on_batch=ticks,
@@ -249,6 +265,8 @@ def measure_each(
                 task=task,
                 label_of=label_of,
                 baseline=baseline,
+                embedding=embedding,
+                baseline_embedding=baseline_embedding,
                 masking=Masking.from_tokenizer(preprocessor.processor, seed) if task == "masked-lm" else None,
                 device=device,
                 seed=seed,
@@ -265,7 +283,39 @@ def measure_each(
     if label_of is not None and _num_labels(models[0]) > 1:
         check_labels(evaluations[0], _num_labels(models[0]))
     fingerprint = processes.from_main(samples.fingerprint() if processes.is_main() else None)
-    return [Measurement(evaluation, samples, samples.source, fingerprint, rule, bad) for evaluation in evaluations]
+    pooling = embedding.pooling if task == "features" else None
+    similarity = embedding.similarity if pairs else None
+    return [
+        Measurement(evaluation, samples, samples.source, fingerprint, rule, bad, pooling, similarity)
+        for evaluation in evaluations
+    ]
+
+
+def has_pairs(samples: SampleSet) -> bool:
+    """Whether the samples are pairs of texts."""
+    return any(sample.text_pair is not None for sample in samples.samples[:1])
+
+
+def require_embedding(embedding: Embedding, samples: SampleSet) -> None:
+    """Raises CheckpointError, before any work, where sentences are to be compared and cannot be as the model does."""
+    if embedding.problem and has_pairs(samples):
+        raise CheckpointError(
+            f"{embedding.problem}: the similarity of sentences cannot be measured as this model makes it. Measure it "
+            "with sentence-transformers, or give single texts."
+        )
+
+
+def _remark(embedding: Embedding, baseline: Embedding, job: Job) -> None:
+    """Say what a sentence's vectors are not made by."""
+    for problem in {embedding.problem, baseline.problem} - {None}:
+        job.warn(f"{problem}: pooled features were not compared.")
+    for remark in embedding.remarks:
+        job.warn(f"sentence embeddings: {remark}.")
+    if (baseline.pooling, baseline.similarity) != (embedding.pooling, embedding.similarity):
+        job.warn(
+            f"the baseline makes sentence embeddings by other means than the model: {baseline.pooling}; "
+            f"{baseline.similarity}, not {embedding.pooling}; {embedding.similarity}."
+        )
 
 
 def _scaled(advance: Callable[[int], None], factor: int) -> Callable[[int], None]:

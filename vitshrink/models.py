@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from vitshrink.companions import Companions, companions_of
 from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
 from vitshrink.fidelity import Head, head_for
 from vitshrink.hf_quantizer import QUANT_METHOD, base_prefix
+from vitshrink.sentences import MEAN, Embedding
 from vitshrink.source import Source, examine, resolve
 from vitshrink.structures import structure_of
 
@@ -129,8 +131,10 @@ class LoadedModel:
     source_dtype: torch.dtype
     """Type of the weights on disk; in memory they are float32."""
     family: Family
-    companions: tuple[Path, ...] = ()
-    """Processor, tokenizer and licence files beside the weights, relative to the directory."""
+    companions: Companions
+    """The other files of the directory: which of them a result takes along."""
+    embedding: Embedding = MEAN
+    """How the checkpoint makes one vector of a sentence, where it has no head."""
     ignored: tuple[str, ...] = ()
     """Tensors of the checkpoint, outside the blocks, that the architecture does not use (a pooler, say)."""
 
@@ -153,6 +157,13 @@ def task_of(model: PreTrainedModel) -> Task:
 def head_of(model: PreTrainedModel) -> Head:
     """What the outputs of a model mean. Raises CheckpointError when its class is not supported."""
     return head_for(task_of(model), model.config, int(model.config.num_labels))
+
+
+def embedding_of(directory: Path, model: PreTrainedModel) -> Embedding:
+    """How the checkpoint in ``directory`` makes one vector of a sentence. Raises CheckpointError."""
+    if task_of(model) != "features" or family_of(model).modality != "text":
+        return MEAN
+    return Embedding.read(directory, model.config.hidden_size)
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -279,6 +290,7 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     depth = source.config.get("num_hidden_layers")
     if isinstance(depth, int) and depth > len(source.tensors):  # would be built before anything is compared
         raise CheckpointError(f"{where} promises {depth} blocks, more than the checkpoint has tensors: it is damaged.")
+    companions = companions_of(source.directory, source.weights)
     options: dict[str, Any] = {}
     if family.tasks[architectures[0]] == "features" and not any("pooler." in name for name in source.tensors):
         options["add_pooling_layer"] = False  # saved without one: transformers would add a random pooler
@@ -317,7 +329,8 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
         source.directory,
         source_dtype=source.dtype,
         family=family,
-        companions=source.companions,
+        companions=companions,
+        embedding=embedding_of(source.directory, model),
         ignored=tuple(sorted(info["unexpected_keys"])),
     )
 

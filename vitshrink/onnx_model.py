@@ -11,11 +11,12 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ModelOutput
 
+from vitshrink.companions import companions_of
 from vitshrink.errors import CheckpointError
 from vitshrink.extras import require
-from vitshrink.models import LoadedModel, family_named
+from vitshrink.models import LoadedModel, embedding_of, family_named
 from vitshrink.names import is_portable, unportable
-from vitshrink.source import CONFIG, companions_of, read_config
+from vitshrink.source import CONFIG, read_config
 
 SUFFIX = ".onnx"
 
@@ -109,7 +110,8 @@ def load_onnx(path: Path) -> LoadedModel:
             "`vitshrink export` wrote for this architecture."
         )
     model: Any = OnnxModel(session, config, architecture).eval()
-    return LoadedModel(model, path.parent, torch.float32, family, companions_of(path.parent))
+    companions = companions_of(path.parent, [path])
+    return LoadedModel(model, path.parent, torch.float32, family, companions, embedding_of(path.parent, model))
 
 
 def onnx_numbers(path: Path) -> int:

@@ -27,6 +27,7 @@ from vitshrink.measurement import (
     measure_each,
     open_data,
     read_calibration,
+    require_embedding,
 )
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
@@ -89,6 +90,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         dense = source.model.to(device)
         if config.resolution is not None:
             set_resolution(dense, config.resolution)
+    source.companions.tell(job)
     dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
     shrinking = Shrinking.of(choices, dense, dtype)
     output = Path(config.output)
@@ -131,7 +133,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             saved.append(_Saved(again, shrunk.plan, layers, own, part, recovery))
         measuring = Job(job.observer)
         reloaded = [each.model for each in saved]
-        measurements = _measure(config, reloaded, dense, evaluation_samples, preprocessor, measuring)
+        measurements = _measure(config, reloaded, source, evaluation_samples, preprocessor, measuring)
         for each, measurement in zip(saved, measurements, strict=True):
             assert staging is not None
             each.job.include(measuring)
@@ -139,6 +141,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             report = description.written(
                 each.layers, each.plan, each.job, each.model, nbytes, measurement, each.recovery
             )
+            report = replace(report, left_out=source.companions.left)
             write(report, staging / each.part)
             results.append(CompressionResult(output / each.part, report))
         if len(saved) > 1 and staging is not None:
@@ -350,6 +353,7 @@ def _data(
         samples = open_data(config.eval_data, source, offline=config.offline, job=job, labelled=True)
         samples = samples.at_most(config.eval_limit, config.seed)
         # before any work: labels that cannot be aligned would otherwise be met at its end
+        require_embedding(source.embedding, samples)
         labels_of(source.model, samples, task_of(source.model), Path(config.class_map) if config.class_map else None)
         shared = overlap(calibration.chosen, samples) if calibration is not None else 0
         if shared:
@@ -367,7 +371,7 @@ def _kept_for_recovery(config: CompressConfig, samples: int) -> int:
 def _measure(
     config: CompressConfig,
     models: Sequence[PreTrainedModel],
-    dense: PreTrainedModel,
+    source: LoadedModel,
     samples: SampleSet | None,
     preprocessor: Preprocessor | None,
     job: Job,
@@ -375,6 +379,7 @@ def _measure(
     """One pass over the samples for all sizes, in which the dense model runs once."""
     if samples is None or preprocessor is None or not models:
         return [None] * len(models)
+    dense = source.model
     return measure_each(
         models,
         samples,
@@ -384,6 +389,7 @@ def _measure(
         baseline=dense,
         device=next(dense.parameters()).device,
         batch_size=config.batch_size,
+        embedding=source.embedding,
         labelled=config.eval is not None,
         class_map=Path(config.class_map) if config.class_map else None,
         max_bad_samples=config.max_bad_samples,

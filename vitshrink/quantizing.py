@@ -11,7 +11,7 @@ from vitshrink.checkpoint import file_bytes, load, save, verify
 from vitshrink.config import DataConfig, quantized_bits
 from vitshrink.data import Preprocessor
 from vitshrink.description import environment, example_inputs, quantization_of
-from vitshrink.measurement import measure, open_data
+from vitshrink.measurement import measure, open_data, require_embedding
 from vitshrink.models import load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.pipeline import CompressionResult
@@ -50,9 +50,11 @@ def quantize_checkpoint(
         source = load_dense(model, offline=offline, allow_compressed=True)
         dense = load_dense(baseline, offline=offline, allow_compressed=True) if baseline else source
         check_comparable(source, dense)
+    source.companions.tell(job)
     samples = None
     if data is not None:  # before any work, so that what cannot be read stops it here
         samples = open_data(data, source, offline=offline, job=job, labelled=True).at_most(limit, seed)
+        require_embedding(source.embedding, samples)
     check_space(Path(output), 2 * cost.parameters(source.model))
     with publish(Path(output), overwrite=overwrite, protect=source.directory) as staging:
         with job.stage("quantize", "Quantising, saving and verifying"):
@@ -74,6 +76,8 @@ def quantize_checkpoint(
                 job,
                 task=task_of(source.model),
                 baseline=dense.model,
+                embedding=source.embedding,
+                baseline_embedding=dense.embedding,
                 device=torch.device("cpu"),
                 batch_size=batch_size,
                 seed=seed,
@@ -101,6 +105,7 @@ def quantize_checkpoint(
             timings=dict(job.timings),
             environment=environment("cpu"),
             warnings=list(job.warnings),
+            left_out=source.companions.left,
         )
         write(report, staging)
     return CompressionResult(Path(output), report)

@@ -81,13 +81,14 @@ def shared_shortfall(
 
 
 def copy_from_main(directory: Path) -> None:
-    """Give the other processes, which may be on other machines, the files that the first one has in a directory."""
+    """Give the other processes, which may be on other machines, the files that the first one has below a directory."""
     if not processes.started():
         return
-    names = processes.from_main(sorted(path.name for path in directory.iterdir() if path.is_file()))
-    for name in names:
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    for name in processes.from_main(sorted(files)):
         content = processes.from_main((directory / name).read_bytes() if processes.is_main() else None)
         if not processes.is_main():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +23,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from vitshrink.errors import CheckpointError, UsageError
 from vitshrink.names import is_portable, unportable
 
 CONFIG = "config.json"
+MODULES = "modules.json"
+STATE_DICT = "pytorch_model.bin"
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".ipynb", ".sh")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pt2", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -36,16 +42,19 @@ COMPANIONS = (
     "vocab*.txt",
     "vocab*.json",
     "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "modules.json",
-    "1_Pooling/config.json",
+    MODULES,
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
     "NOTICE*",
 )
-"""Files beside the weights that a compressed copy needs: image processor, tokenizer, pooling, licence."""
+"""Files beside the weights that a compressed copy needs: image processor, tokenizer, sentence modules, licence."""
 
 # In the order in which transformers looks for them.
 _WEIGHTS = (
@@ -95,8 +104,6 @@ class Source:
     weights: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
     """Tensors of the weight files, by their names on disk."""
-    companions: tuple[Path, ...]
-    """Processor, tokenizer and licence files, relative to the directory."""
 
     @property
     def safetensors(self) -> bool:
@@ -155,7 +162,12 @@ def _download(name: str, *, offline: bool, revision: str | None) -> Path:
         )
     try:
         files = HfApi().list_repo_files(name, revision=revision)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_wanted(files))))
+        modules: tuple[Module, ...] = ()
+        if MODULES in files:
+            modules = modules_of(Path(snapshot_download(name, revision=revision, allow_patterns=[MODULES])))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_wanted(files, modules))))
+    except CheckpointError:
+        raise
     except GatedRepoError as error:
         raise CheckpointError(
             f"the Hub model {name!r} is gated: accept its terms at https://huggingface.co/{name} and log in "
@@ -175,19 +187,30 @@ def _download(name: str, *, offline: bool, revision: str | None) -> Path:
         ) from error
 
 
-def _wanted(files: Iterable[str]) -> Iterator[str]:
+def _wanted(files: Iterable[str], modules: Iterable["Module"] = ()) -> Iterator[str]:
     """Of all files of a Hub model those to download: one form of the weights, and what belongs to it."""
     present = set(files)
+    folders = tuple(f"{module.folder}/" for module in modules if module.folder)
     weights = next((name for name in _WEIGHTS if name in present), "")
     if weights.endswith(".index.json"):
         stem, suffix = weights.removesuffix(".index.json").split(".")
         shard = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
         yield from (name for name in present if shard.fullmatch(name))
-    yield from (name for name in present if name in (weights, CONFIG) or _is_companion(name))
+    for name in present:
+        if name in (weights, CONFIG) or is_companion(name) or (name.startswith(folders) and is_module_file(name)):
+            yield name
 
 
-def _is_companion(name: str) -> bool:
+def is_companion(name: str) -> bool:
+    """Whether a file of this name, relative to the directory, is one of COMPANIONS."""
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in COMPANIONS)
+
+
+def is_module_file(name: str) -> bool:
+    """Whether a file of a module's folder may be taken along: neither code nor a pickle, but its state dict."""
+    file = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in file.parts)
+    return not hidden and (file.name == STATE_DICT or file.suffix not in (*CODE_SUFFIXES, *PICKLE_SUFFIXES))
 
 
 def examine(directory: Path) -> Source:
@@ -207,20 +230,44 @@ def _examine(directory: Path) -> Source:
     weights, tensors = _read_weights(directory)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
         raise CheckpointError(f"{weights[0]} holds no floating-point tensor: it is no checkpoint of a model.")
-    return Source(directory, config, weights, tensors, companions_of(directory))
+    return Source(directory, config, weights, tensors)
 
 
-def companions_of(directory: Path) -> tuple[Path, ...]:
-    """Processor, tokenizer and licence files, relative to the directory; checked as ``examine`` does."""
-    companions = []
-    for file in sorted((*directory.glob("*"), *directory.glob("*/*"))):
-        name = file.relative_to(directory)
-        if _is_companion(name.as_posix()) and not file.is_dir():
-            _check_regular(file, directory)
-            if name.name.endswith("_config.json"):
-                _refuse_code(read_json(file), file)
-            companions.append(name)
-    return tuple(companions)
+class Module(NamedTuple):
+    """A step of a sentence encoder, as modules.json has it."""
+
+    folder: str
+    """Where its files are, relative to the directory; empty for the transformer, whose files lie there itself."""
+    type: str
+    """The dotted name of its class."""
+
+
+def modules_of(directory: Path) -> tuple[Module, ...]:
+    """The modules that sentence-transformers runs one after another; none where there is no modules.json.
+
+    Raises CheckpointError where the file is damaged, or places a module outside the directory.
+    """
+    path = directory / MODULES
+    if not path.exists() and not path.is_symlink():
+        return ()
+    check_regular(path, directory)
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise CheckpointError(f"{path} is no list of modules. {_AGAIN}")
+    return tuple(_module(entry, path) for entry in entries)
+
+
+def _module(entry: Any, path: Path) -> Module:
+    folder, kind = (entry.get(key) if isinstance(entry, dict) else None for key in ("path", "type"))
+    if not isinstance(folder, str) or not isinstance(kind, str):
+        raise CheckpointError(f"{path} has an entry without path or type: {str(entry)[:100]}. {_AGAIN}")
+    parts = PurePosixPath(folder).parts
+    if PurePosixPath(folder).is_absolute() or ".." in parts or re.search(r"[\\\0:]", folder):
+        raise CheckpointError(
+            f"{path} places a module in {folder!r}, which is no folder of this directory: refused. "
+            "Do not use this checkpoint unless you know why it says so."
+        )
+    return Module("/".join(parts), kind)
 
 
 def read_json(path: Path) -> Any:
@@ -251,11 +298,11 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} has no {CONFIG}: it is no Hugging Face model directory. "
             f"It holds {_listing(directory)}. Give the folder with {CONFIG} and the weights."
         )
-    _check_regular(path, directory)
+    check_regular(path, directory)
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type: it is no configuration of a transformers model.")
-    _refuse_code(config, path)
+    refuse_code(config, path)
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
             f"{directory} holds a PEFT adapter (adapter_config.json): merge it into its base model first "
@@ -264,7 +311,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_code(config: Any, path: Path) -> None:
+def refuse_code(config: Any, path: Path) -> None:
+    """Raises CheckpointError where a configuration makes transformers run code of the checkpoint."""
     if isinstance(config, dict):
         for key in _CODE_KEYS:
             if config.get(key):
@@ -282,7 +330,7 @@ def _read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTe
             f"{directory} has no weights that can be read: expected {', '.join(_WEIGHTS[:3])}. "
             f"It holds {_listing(directory)}. Convert the weights to safetensors, or download them as well."
         )
-    _check_regular(entry, directory)
+    check_regular(entry, directory)
     if entry.suffix != ".json":
         return (entry,), _stored_tensors(entry)
     weight_map = _read_index(entry)
@@ -292,7 +340,7 @@ def _read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTe
     for shard in shards:
         if not shard.exists():
             raise CheckpointError(f"{shard} is missing, but {entry.name} lists it: download or copy it as well.")
-        _check_regular(shard, directory)
+        check_regular(shard, directory)
         for name, tensor in _stored_tensors(shard).items():
             if name in tensors:
                 raise CheckpointError(
@@ -320,8 +368,18 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_regular(path: Path, directory: Path) -> None:
-    """A file of the directory or a link within it; the Hub cache links snapshots to the blobs beside them."""
+def check_regular(path: Path, directory: Path) -> None:
+    """A file of the directory or a link within it. Raises CheckpointError for anything else."""
+    target = check_inside(path, directory)
+    if not target.is_file():
+        raise CheckpointError(f"{path} is not a file{' (a dangling link)' if path.is_symlink() else ''}.")
+
+
+def check_inside(path: Path, directory: Path) -> Path:
+    """Where a file or folder of the directory really is; the Hub cache links snapshots to the blobs beside them.
+
+    Raises CheckpointError for a link that leads out of it.
+    """
     root = directory.resolve()
     if root.parent.name == "snapshots":
         root = root.parent.parent
@@ -332,10 +390,9 @@ def _check_regular(path: Path, directory: Path) -> None:
     if not target.is_relative_to(root):
         raise CheckpointError(
             f"{path} is a link that leads out of the checkpoint, to {target}: refused. "
-            "If this is meant, put a copy of the file in its place."
+            f"If this is meant, put a copy of the {'folder' if target.is_dir() else 'file'} in its place."
         )
-    if not target.is_file():
-        raise CheckpointError(f"{path} is not a file{' (a dangling link)' if path.is_symlink() else ''}.")
+    return target
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -347,7 +404,13 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its repository.")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page, not weights: the download was answered by a login or error page.")
-    return _safetensors_header(path) if path.suffix == ".safetensors" else _pickled_tensors(path)
+    return _safetensors_header(path) if path.suffix == ".safetensors" else _pickled_header(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a plain state dict. Raises CheckpointError; runs no code of the file."""
+    _stored_tensors(path)
+    return load_file(path) if path.suffix == ".safetensors" else _state_dict(path, "cpu")
 
 
 def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
@@ -368,9 +431,13 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _pickled_tensors(path: Path) -> dict[str, StoredTensor]:
+def _pickled_header(path: Path) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in _state_dict(path, "meta").items()}
+
+
+def _state_dict(path: Path, device: str) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="meta", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         # The message of torch is left out: it advises to switch the protection off.
         raise CheckpointError(
@@ -381,7 +448,7 @@ def _pickled_tensors(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} is not a readable PyTorch file ({_first_line(error)}). {_AGAIN}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path} is not a state dict (tensors by name): save model.state_dict() alone.")
-    return {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    return state
 
 
 def _listing(directory: Path, most: int = 8) -> str:

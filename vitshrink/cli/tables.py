@@ -45,7 +45,7 @@ def _size(report: Report) -> str:
 
 def results_table(reports: Sequence[Report]) -> Table:
     """Before and after, one column a size."""
-    table = Table(["", "dense", *map(_size, reports)])
+    table = Table(["", "dense", *map(_size, reports)], caption=embedded(reports[0].evaluation or {}))
     rows = [summary_rows(report) for report in reports]
     for index, row in enumerate(rows[0]):
         table.add(row.name, row.dense, *(each[index].compressed for each in rows))
@@ -85,6 +85,12 @@ def evaluation_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
+def embedded(measured: Mapping[str, Any]) -> str | None:
+    """How sentences became vectors that were compared; None where they did not."""
+    made = [f"{name}: {measured[name]}" for name in ("pooling", "similarity") if measured.get(name)]
+    return "; ".join(made) or None
+
+
 def _conditions(document: Mapping[str, Any]) -> str:
     """What the figures rest on."""
     lines = [f"preprocessing: {prepared(document['preprocessing'])}"]
@@ -92,6 +98,8 @@ def _conditions(document: Mapping[str, Any]) -> str:
         lines.append(f"tokens: at most {tokens['budget']} patches of {tokens['levels']} sizes, by {tokens['scorer']}")
     if maps := document["landmarks"]:
         lines.append(f"attention maps: {maps['landmarks']} landmarks, {maps['form']}")
+    if made := embedded(document):
+        lines.append(made)
     if document["label_rule"]:
         lines.append(f"labels: {document['label_rule']}")
     return "\n".join(lines)

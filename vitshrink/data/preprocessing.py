@@ -17,6 +17,7 @@ from vitshrink.data.text_encoder import TextEncoder
 from vitshrink.data.timm_transform import TimmTransform
 from vitshrink.errors import CheckpointError, DataError, UsageError
 from vitshrink.geometry import image_shape
+from vitshrink.sentences import NO_SETTINGS, TextSettings
 
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -60,9 +61,10 @@ class Preprocessor:
         """The preprocessing that lies beside the weights, in a directory or on the Hub.
 
         ``config`` is that of the model in memory; it is read from the checkpoint where none is given. ``max_length`` in
-        tokens lowers that of the tokenizer and the model. The style ``timm`` resizes and crops images as timm does,
-        whose published accuracies are measured so. ``resolution`` in pixels takes the place of the size of its images,
-        and what is resized before it is cropped is scaled along. Code in a checkpoint is never run.
+        tokens takes the place of the checkpoint's own, within what tokenizer and model can take. The style ``timm``
+        resizes and crops images as timm does, whose published accuracies are measured so. ``resolution`` in pixels
+        takes the place of the size of its images, and what is resized before it is cropped is scaled along. Code in a
+        checkpoint is never run.
 
         Raises:
             CheckpointError: the files are missing, damaged, need code of the checkpoint, or do not fit the model.
@@ -86,11 +88,29 @@ class Preprocessor:
         _require(path, _VOCABULARY_FILES, "tokenizer")
         tokenizer = _load(AutoTokenizer.from_pretrained, path, offline, "tokenizer", config=config)
         _check_vocabulary(path, tokenizer, config)
-        return cls(TextEncoder(tokenizer, _length(path, tokenizer, config, max_length)))
+        settings = TextSettings.read(Path(path)) if Path(path).is_dir() else NO_SETTINGS
+        return cls._of_texts(path, tokenizer, config, max_length, settings)
 
     @classmethod
-    def of(cls, processor: Any, kind: Kind, config: Any, *, max_length: int | None = None) -> "Preprocessor":
+    def _of_texts(
+        cls, path: str | Path, tokenizer: Any, config: Any, max_length: int | None, settings: TextSettings
+    ) -> "Preprocessor":
+        length = _length(path, tokenizer, config, max_length, settings.max_length)
+        return cls(TextEncoder(tokenizer, length, lower_case=settings.lower_case, prompt=settings.prompt))
+
+    @classmethod
+    def of(
+        cls,
+        processor: Any,
+        kind: Kind,
+        config: Any,
+        *,
+        max_length: int | None = None,
+        settings: TextSettings = NO_SETTINGS,
+    ) -> "Preprocessor":
         """The preprocessing of an image processor or tokenizer in memory, for a model with this ``config``.
+
+        ``settings`` are those of the sentence encoder that the model is.
 
         Raises:
             UsageError: it is none, or ``max_length`` is not one that the model can take.
@@ -105,7 +125,7 @@ class Preprocessor:
         if kind == "image":
             return cls(ImageEncoder(processor, shape=image_shape(config), name="processor"))
         _check_vocabulary("the model", processor, config)
-        return cls(TextEncoder(processor, _length("the model", processor, config, max_length)))
+        return cls._of_texts("the model", processor, config, max_length, settings)
 
     def batches(
         self,
@@ -197,11 +217,13 @@ def _check_vocabulary(path: str | Path, tokenizer: Any, config: Any) -> None:
         raise CheckpointError(f"the tokenizer of {path} has no padding token: name it in tokenizer_config.json.")
 
 
-def _length(path: str | Path, tokenizer: Any, config: Any, wanted: int | None) -> int:
-    """The maximum number of tokens, special ones included."""
+def _length(path: str | Path, tokenizer: Any, config: Any, wanted: int | None, own: int | None) -> int:
+    """The maximum number of tokens, special ones included; ``own`` is that of a sentence encoder."""
     positions = getattr(config, "max_position_embeddings", None)
     longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     if wanted is None:
+        if own is not None:
+            return min(own, positions or own)
         if longest > 10**9:  # what transformers puts where nothing is known
             raise UsageError(f"{path} does not say how long a text may be: pass --max-length.")
         return int(longest)

@@ -13,19 +13,28 @@ SORTED_BATCHES = 64
 
 
 class TextEncoder:
-    """Tokenizes single texts or pairs, cuts them to ``max_length`` tokens, and pads each batch to its longest."""
+    """Tokenizes single texts or pairs, cuts them to ``max_length`` tokens, and pads each batch to its longest.
+
+    ``lower_case`` and ``prompt``, which stands before every text, are what a sentence encoder asks for.
+    """
 
     kind: Kind = "text"
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, *, lower_case: bool = False, prompt: str = "") -> None:
         self.processor = tokenizer
         self.max_length = max_length
+        self.lower_case = lower_case
+        self.prompt = prompt
         self.description: dict[str, Any] = {
             "kind": "text",
             "tokenizer": type(tokenizer).__name__,
             "vocabulary": len(tokenizer),
             "max_length": max_length,
         }
+        if lower_case:
+            self.description["lower_case"] = True
+        if prompt:
+            self.description["prompt"] = prompt
 
     def batches(self, samples: SampleSet, batch_size: int, bad: BadSamples, in_order: bool) -> Iterator[Batch]:
         """Batches of texts of similar length, or in the order of the samples."""
@@ -67,8 +76,10 @@ class TextEncoder:
     def _call(self, samples: Sequence[Sample], *, truncation: bool) -> list[dict[str, list[int]]]:
         if not samples:
             return []
-        texts = [sample.text for sample in samples]
-        pairs = [sample.text_pair for sample in samples] if samples[0].text_pair is not None else None
+        texts = [self._prepared(f"{self.prompt}{sample.text}") for sample in samples]
+        pairs = None
+        if samples[0].text_pair is not None:
+            pairs = [self._prepared(sample.text_pair or "") for sample in samples]
         encoded = self.processor(
             texts,
             pairs,
@@ -78,6 +89,9 @@ class TextEncoder:
             verbose=False,
         )
         return [{name: rows[index] for name, rows in encoded.items()} for index in range(len(samples))]
+
+    def _prepared(self, text: str) -> str:
+        return text.lower() if self.lower_case else text
 
 
 def _problem(sample: Sample, paired: bool) -> str | None:

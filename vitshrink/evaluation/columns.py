@@ -11,6 +11,7 @@ from vitshrink import metrics
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.evaluation.masking import Masking
 from vitshrink.fidelity import BERNOULLI, FEATURES, REGRESSION, SOFTMAX, classification_head, feature_rows, measured
+from vitshrink.sentences import Embedding
 
 
 class Batch(Protocol):
@@ -125,20 +126,25 @@ def masked_lm_step(masking: Masking) -> Step:
     return lambda batch: _MaskedTokens(batch, masking)
 
 
+Embeddings = Mapping[str, Embedding]
+"""By role, how each model makes one vector of the tokens of a sample."""
+
+
 @dataclass(frozen=True)
 class _Features:
     batch: Batch
+    embeddings: Embeddings
 
     def outputs(self, role: str, model: nn.Module) -> Tensor:
         return _finite(role, _forward(model, self.batch.inputs).last_hidden_state.double(), self.batch.keys).cpu()
 
     def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
-        return _cosines(outputs, self.batch.mask)
+        return _cosines(outputs, _pooled(outputs, self.batch.mask, self.embeddings), self.batch.mask)
 
 
-def features_step(batch: Batch) -> Examination:
-    """For two headless models: how alike their last hidden states are."""
-    return _Features(batch)
+def features_step(embeddings: Embeddings) -> Step:
+    """For two headless models: how alike their last hidden states are, and the vectors made of these."""
+    return lambda batch: _Features(batch, embeddings)
 
 
 @dataclass(frozen=True)
@@ -146,25 +152,25 @@ class _Sentences(_Features):
     score_of: LabelOf | None
 
     def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
-        mask = self.batch.mask
-        columns = {f"{role}.pooled": metrics.masked_mean(tokens, mask) for role, tokens in outputs.items()}
+        pooled = _pooled(outputs, self.batch.mask, self.embeddings)
+        columns = {f"{role}.pooled": vectors for role, vectors in pooled.items()}
         if self.score_of is not None:
             columns["target"] = _scores(self.batch, self.score_of, 1)
-        return columns | (_cosines(outputs, mask) if len(outputs) == 2 else {})
+        return columns | (_cosines(outputs, pooled, self.batch.mask) if len(outputs) == 2 else {})
 
 
-def sentence_step(score_of: LabelOf | None) -> Step:
-    """For headless text models: the mean of a sentence's real tokens, columns ``dense.pooled`` (samples, width)."""
-    return lambda batch: _Sentences(batch, score_of)
+def sentence_step(embeddings: Embeddings, score_of: LabelOf | None) -> Step:
+    """For headless text models: one vector a sentence, columns ``dense.pooled`` (samples, width)."""
+    return lambda batch: _Sentences(batch, embeddings, score_of)
 
 
-def pair_columns(first: Columns, second: Columns) -> Columns:
-    """From the columns of the two sentences of each pair, in the same order: ``dense.prediction`` is their cosine."""
+def pair_columns(first: Columns, second: Columns, embeddings: Embeddings) -> Columns:
+    """From the columns of the two sentences of each pair, in the same order: ``dense.prediction``, their similarity."""
     columns = {name: first[name] for name in ("target",) if name in first}
     for name in first.keys() & second.keys():
         if name.endswith(".pooled"):
-            similarity = torch.cosine_similarity(first[name], second[name], dim=-1)
-            columns[name.replace(".pooled", ".prediction")] = similarity.unsqueeze(-1)
+            role = name.removesuffix(".pooled")
+            columns[f"{role}.prediction"] = embeddings[role].compare(first[name], second[name]).unsqueeze(-1)
         elif name != "target":
             columns[name] = (first[name] + second[name]) / 2
     return columns
@@ -229,21 +235,32 @@ def _hits(logits: Mapping[str, Tensor], labels: Tensor | None) -> Columns:
     return columns
 
 
-def _cosines(features: Mapping[str, Tensor], mask: Tensor | None) -> Columns:
-    """How far two models' features (batch, tokens, width) are apart, and cosines: of real tokens, and of their mean."""
+def _pooled(features: Mapping[str, Tensor], mask: Tensor | None, embeddings: Embeddings) -> dict[str, Tensor]:
+    """One vector a sample by role; none where a model makes it in a way that cannot be computed."""
+    if any(embeddings[role].problem for role in features):
+        return {}
+    return {role: embeddings[role](tokens, mask) for role, tokens in features.items()}
+
+
+def _cosines(features: Mapping[str, Tensor], pooled: Mapping[str, Tensor], mask: Tensor | None) -> Columns:
+    """How far two models' features (batch, tokens, width) are apart, and cosines: of real tokens, and of the vectors.
+
+    ``pooled`` are vectors made of the features.
+    """
     dense, compressed = features["dense"], features["compressed"]
     others = dense.shape[1] != compressed.shape[1]
     rows, other_rows = (feature_rows(each, mask, first_token=others) for each in (dense, compressed))
-    pooled = torch.cosine_similarity(metrics.masked_mean(dense, mask), metrics.masked_mean(compressed, mask), dim=-1)
     if others:  # other patches: only the first token stands for the same thing
         dense, compressed = dense[:, :1], compressed[:, :1]
     tokens = torch.cosine_similarity(dense, compressed, dim=-1)
-    return {
+    columns = {
         "feature_cosine": metrics.masked_mean(tokens.unsqueeze(-1), mask).squeeze(-1),
-        "pooled_cosine": pooled,
         "divergence": FEATURES.divergence(rows, other_rows),
         "spread": FEATURES.spread(rows),
     }
+    if pooled and pooled["dense"].shape == pooled["compressed"].shape:
+        columns["pooled_cosine"] = torch.cosine_similarity(pooled["dense"], pooled["compressed"], dim=-1)
+    return columns
 
 
 def _classes(batch: Batch, label_of: LabelOf, num_labels: int) -> Tensor:

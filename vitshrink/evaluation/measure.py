@@ -30,6 +30,7 @@ from vitshrink.evaluation.columns import (
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.scores import Evaluation, summarise
 from vitshrink.modes import evaluating
+from vitshrink.sentences import MEAN, Embedding
 from vitshrink.structures import structure_of
 
 OnBatch = Callable[[int], None]
@@ -42,6 +43,8 @@ class Options(TypedDict, total=False):
     task: Required[str]
     label_of: LabelOf | None
     baseline: nn.Module | None
+    embedding: Embedding
+    baseline_embedding: Embedding | None
     masking: Masking | None
     device: torch.device | str | None
     seed: int
@@ -60,6 +63,8 @@ def evaluate_each(
     task: str,
     label_of: LabelOf | None = None,
     baseline: nn.Module | None = None,
+    embedding: Embedding = MEAN,
+    baseline_embedding: Embedding | None = None,
     masking: Masking | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -70,8 +75,9 @@ def evaluate_each(
     ``task`` is one that ``vitshrink.models`` gives a model. ``label_of`` turns the label of a sample into a class
     index, into 0 and 1 for each label of a multi-label head (a tuple), or into a number (a tuple where there are
     several outputs) for a regression; without it only the fidelity to the baseline is measured. The task
-    ``masked-lm`` needs ``masking`` and no labels. ``seed`` drives the resampling of the intervals. The models are
-    moved to ``device``, run in evaluation mode, and get the modes of their modules back.
+    ``masked-lm`` needs ``masking`` and no labels. ``embedding`` is how headless models make one vector of a sample, and
+    ``baseline_embedding`` how the baseline does, if otherwise. ``seed`` drives the resampling of the intervals. The
+    models are moved to ``device``, run in evaluation mode, and get the modes of their modules back.
 
     Raises:
         UsageError: there is nothing to measure: neither labels nor a baseline.
@@ -88,7 +94,7 @@ def evaluate_each(
         step = masked_lm_step(masking)
     elif task == "features":
         _require(baseline is not None, "the model has no head")
-        step = features_step
+        step = features_step(_embeddings(embedding, baseline_embedding))
     else:
         raise ValueError(f"unknown task {task!r}")
     with _inference([*models, *([] if baseline is None else [baseline])], device):
@@ -103,11 +109,13 @@ def evaluate_pairs(
     *,
     score_of: LabelOf | None = float,
     baseline: nn.Module | None = None,
+    embedding: Embedding = MEAN,
+    baseline_embedding: Embedding | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     on_batch: OnBatch | None = None,
 ) -> list[Evaluation]:
-    """Sentence similarity of headless text models: mean of the real tokens, cosine, Spearman with the scores.
+    """Sentence similarity of headless text models: their embeddings compared, Spearman with the scores.
 
     ``first`` and ``second`` hold the two sentences of the pairs, in any order, under the same keys; a pair of which
     one sentence was unusable is left out. The score is the label of the first. Without ``score_of`` only the
@@ -115,9 +123,10 @@ def evaluate_pairs(
     """
     _require(score_of is not None or baseline is not None, "the pairs have no scores")
     comparisons = [_by_role(model, baseline) for model in models]
+    embeddings = _embeddings(embedding, baseline_embedding)
     with _inference([*models, *([] if baseline is None else [baseline])], device):
-        first_keys, first_columns = _rows(sentence_step(score_of), comparisons, first, on_batch)
-        second_keys, second_columns = _rows(sentence_step(None), comparisons, second, on_batch)
+        first_keys, first_columns = _rows(sentence_step(embeddings, score_of), comparisons, first, on_batch)
+        second_keys, second_columns = _rows(sentence_step(embeddings, None), comparisons, second, on_batch)
     keys = sorted(set(first_keys) & set(second_keys))
     if not keys:
         raise DataError("no sentence has a partner: the two sides of the pairs share no key.")
@@ -125,7 +134,7 @@ def evaluate_pairs(
         summarise(
             "similarity",
             keys,
-            pair_columns(_select(one, first_keys, keys), _select(other, second_keys, keys)),
+            pair_columns(_select(one, first_keys, keys), _select(other, second_keys, keys), embeddings),
             {},
             seed,
         )
@@ -157,6 +166,10 @@ def _by_role(model: nn.Module, baseline: nn.Module | None) -> dict[str, nn.Modul
         return {"dense": baseline, "compressed": model}
     compressed = any(structure_of(module) is not None for module in model.modules())
     return {"compressed" if compressed else "dense": model}
+
+
+def _embeddings(model: Embedding, baseline: Embedding | None) -> dict[str, Embedding]:
+    return {"dense": baseline or model, "compressed": model}
 
 
 def _require(measurable: bool, why: str) -> None:

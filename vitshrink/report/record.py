@@ -47,8 +47,8 @@ class Report:
     latency: Mapping[str, Any] = field(default_factory=dict)
     """``dense`` and ``compressed``, each as ``vitshrink.cost.Latency``; ``others``: the same for other batch sizes."""
     evaluation: Mapping[str, Any] | None = None
-    """As ``vitshrink.evaluation.Evaluation``, with ``source``, ``fingerprint``, ``label_rule``, ``preprocessing``; a
-    ``thumbnail`` in disagreements where the user asked for them."""
+    """As ``vitshrink.evaluation.Evaluation``, with ``source``, ``fingerprint``, ``label_rule``, ``preprocessing``,
+    ``pooling`` and ``similarity``; a ``thumbnail`` in disagreements where the user asked for them."""
     calibration: Mapping[str, Any] | None = None
     """``source``, ``samples``, ``tokens``, ``seed``, ``fingerprint``."""
     fitted_to: str = ""
@@ -62,6 +62,8 @@ class Report:
     command: str | None = None
     recipe: Mapping[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Files of the source's directory that are not in the result, and why."""
 
     @property
     def latency_ratio(self) -> float | None:

@@ -192,8 +192,13 @@ def prepared(description: Mapping[str, Any]) -> str:
     """The effective preprocessing in a line, from ``Preprocessor.description``; empty where there is none."""
     if description.get("kind") != "image":
         words = [str(description[key]) for key in ("tokenizer",) if key in description]
-        length = description.get("max_length")
-        return ", ".join(words + ([f"up to {length} tokens"] if length else []))
+        if length := description.get("max_length"):
+            words.append(f"up to {length} tokens")
+        if description.get("lower_case"):
+            words.append("in lower case")
+        if prompt := description.get("prompt"):
+            words.append(f"after the prompt {prompt!r}")
+        return ", ".join(words)
     parts = [f"{description['geometry']} geometry:"] if "geometry" in description else []
     steps = []
     if size := description.get("size"):
