@@ -1,5 +1,6 @@
 # make demo    train, compress, evaluate, reload and report a small ViT; offline once installed
 # make test    lint, types and tests
+# make outside odd checkpoints, data and surroundings; COUNT=1000 SEED=7 for more, others
 # Each sets up its own environment in .venv first; PYTHON=python3.12 make test picks the interpreter.
 
 PYTHON ?= python3
@@ -7,13 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= demo-output
+COUNT ?= 1000
+SEED ?= 0
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test clean
+.PHONY: help venv demo check test outside clean
 
 help:
 	@echo "make demo   the whole job on an embedded example, into $(OUTPUT)/"
 	@echo "make test   lint, types and tests"
+	@echo "make outside  the command line on odd input by chance: COUNT=$(COUNT) cases from SEED=$(SEED)"
 	@echo "make check  lint and types only"
 	@echo "make venv   only the environment, in $(VENV)/"
 	@echo "make clean  remove the environment, caches and demo output"
@@ -38,6 +42,9 @@ check: $(INSTALLED)
 
 test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+outside: $(INSTALLED)
+	$(BIN)/python -m tests.outside --singles --count $(COUNT) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

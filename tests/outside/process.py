@@ -1,0 +1,263 @@
+"""The command line in a process of its own, forked from one that has imported what takes long.
+
+What it meets is what a new process would: its own streams, directory, environment, limits and user. Only the command
+line is imported anew in each, since it looks at the terminal when it is imported.
+"""
+
+import atexit
+import ctypes
+import fcntl
+import io
+import os
+import pty
+import resource
+import select
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .place import Place, Stream
+
+TIME_LIMIT = 120.0
+INTERNAL = 250
+"""Status of a process that failed in this file."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command said, and how it ended: ``status`` is negative for a signal, None for the time limit."""
+
+    line: list[str]
+    status: int | None
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+def run(line: list[str], place: Place) -> Ended:
+    """Run ``vitshrink`` with the arguments ``line``."""
+    began = time.monotonic()
+    with _Streams(place) as streams:
+        process = os.fork()
+        if process == 0:
+            _become(line, place, streams)
+        status = streams.wait(process, began + TIME_LIMIT)
+        return Ended(line, status, streams.said(1), streams.said(2), time.monotonic() - began)
+
+
+def alone(work: Callable[[], str]) -> str:
+    """What ``work`` says in a process of its own, or how that ended."""
+    with tempfile.TemporaryFile() as answer:
+        process = os.fork()
+        if process == 0:
+            try:
+                for descriptor in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                answer.write(work().encode(errors="backslashreplace"))
+                answer.flush()
+            except BaseException as error:
+                answer.write(f"{type(error).__name__}: {error}".encode(errors="backslashreplace"))
+                answer.flush()
+            os._exit(0)
+        _, status = os.waitpid(process, 0)
+        answer.seek(0)
+        said = answer.read().decode()
+        return said if status == 0 else f"{said} (ended with {os.waitstatus_to_exitcode(status)})"
+
+
+class _Streams:
+    """What the three descriptors of a process are, and what was written to them."""
+
+    def __init__(self, place: Place) -> None:
+        self.kinds: dict[int, Stream] = {1: place.stdout, 2: place.stderr}
+        self.files = {number: tempfile.TemporaryFile() for number in (1, 2)}  # noqa: SIM115
+        self.seen = {1: b"", 2: b""}
+        self.terminal: tuple[int, int] | None = None
+        if "terminal" in self.kinds.values():
+            self.terminal = pty.openpty()
+            fcntl.ioctl(self.terminal[1], termios.TIOCSWINSZ, struct.pack("HHHH", 24, place.columns, 0, 0))
+
+    def __enter__(self) -> "_Streams":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files.values():
+            file.close()
+        for descriptor in self.terminal or ():
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def install(self, place: Place) -> None:
+        """In the new process."""
+        if place.stdin == "closed":
+            os.close(0)
+        else:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, kind in self.kinds.items():
+            if kind == "file":
+                os.dup2(self.files[number].fileno(), number)
+            elif kind == "full":
+                os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+            elif kind == "gone":
+                reader, writer = os.pipe()
+                os.dup2(writer, number)
+                os.close(reader)
+                os.close(writer)
+            elif kind == "terminal" and self.terminal is not None:
+                os.dup2(self.terminal[1], number)
+        for number, kind in self.kinds.items():
+            if kind == "closed":
+                os.close(number)
+        os.closerange(3, 4096)
+
+    def wait(self, process: int, deadline: float) -> int | None:
+        if self.terminal is not None:
+            os.close(self.terminal[1])
+        pause = 0.002
+        while True:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            self._read_terminal()
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > deadline:
+                os.killpg(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+
+    def _read_terminal(self) -> None:
+        """What is there by now; it is shown as stderr."""
+        while self.terminal is not None and select.select([self.terminal[0]], [], [], 0)[0]:
+            try:
+                content = os.read(self.terminal[0], 65536)
+            except OSError:  # the other side is closed
+                return
+            if not content:
+                return
+            self.seen[2] += content
+
+    def said(self, number: int) -> str:
+        self.files[number].seek(0)
+        return (self.seen[number] + self.files[number].read()).decode("utf-8", "backslashreplace")
+
+
+def _become(line: list[str], place: Place, streams: _Streams) -> None:
+    """Turn this process into one that was started to run the command; never returns."""
+    status = INTERNAL
+    try:
+        os.setsid()
+        streams.install(place)
+        _reopen()
+        os.chdir(place.work)
+        os.umask(place.umask)
+        for name, value in place.environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        for limit, most in place.limits.items():
+            resource.setrlimit(limit, (most, most))
+        if place.unprivileged:
+            _drop_capabilities()
+        if not place.drawing:
+            sys.modules["matplotlib"] = None  # type: ignore[assignment] - as where it is not installed
+        tempfile.tempdir = None  # it is looked for once in a process
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as the interpreter has them
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        status = _main(line)
+    finally:
+        os._exit(status)
+
+
+def _drop_capabilities() -> None:
+    """Be an ordinary user: root itself may write to what is read-only."""
+    header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    if ctypes.CDLL(None, use_errno=True).capset(header, none) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _reopen() -> None:
+    """Python's own streams on the new descriptors, made as the interpreter makes them; none on a closed one."""
+    for number, (name, mode) in enumerate((("stdin", "rb"), ("stdout", "wb"), ("stderr", "wb"))):
+        old = getattr(sys, f"__{name}__")
+        try:
+            os.fstat(number)
+        except OSError:
+            stream = None
+        else:
+            raw = open(number, mode, closefd=False)  # noqa: SIM115
+            buffered = name == "stderr" or os.isatty(number)
+            stream = io.TextIOWrapper(raw, encoding=old.encoding, errors=old.errors, line_buffering=buffered)
+        setattr(sys, name, stream)
+
+
+def _main(line: list[str]) -> int:
+    """Run the command as ``python -m vitshrink`` would, and end as the interpreter does."""
+    sys.argv = ["vitshrink", *line]
+    status = 0
+    try:
+        from vitshrink.cli import main
+
+        main()
+    except SystemExit as ended:
+        if ended.code is not None and not isinstance(ended.code, int):
+            print(ended.code, file=sys.stderr)
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except Exception as error:
+            status = 120
+            with suppress(Exception):
+                sys.stderr.write(f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}\n")
+                sys.stderr.flush()
+    return status
+
+
+@contextmanager
+def new_directory(parent: Path | None = None) -> Iterator[Path]:
+    """A directory that is gone afterwards, whatever was made in it."""
+    root = Path(tempfile.mkdtemp(prefix="outside-", dir=parent))
+    try:
+        yield root
+    finally:
+        shutil.rmtree(os.fsencode(root), ignore_errors=True)
+
+
+def preload() -> Any:
+    """Import what takes long, before any case is forked off."""
+    import torch
+
+    torch.set_num_threads(1)
+    import accelerate
+    import datasets
+    import jinja2
+    import transformers.models.bert.modeling_bert
+    import transformers.models.deit.modeling_deit
+    import transformers.models.vit.modeling_vit
+    import typer.rich_utils
+
+    import vitshrink.assessment
+    import vitshrink.exporting
+    import vitshrink.finetuning
+    import vitshrink.inspection
+    import vitshrink.quantizing
+    import vitshrink.sweep
+    import vitshrink.verification
+
+    return accelerate, datasets, jinja2, transformers, typer, vitshrink
