@@ -171,6 +171,17 @@ def test_labels_that_cannot_be_classes_are_refused(samples: SampleSet, message: 
         align_labels(samples, placeholders(2), 2)
 
 
+def test_integers_go_by_name_where_the_classes_are_called_by_other_numbers() -> None:
+    stars = {index: str(index + 1) for index in range(5)}
+    mapping, rule = align_labels(labelled([1, 5], "integers"), stars, 5)
+    assert mapping == {1: 0, 5: 4}
+    assert rule.startswith("class names, which are numbers")
+    with pytest.raises(DataError, match=r"labels '1', '4' could be class indices, or the names.*--class-map"):
+        align_labels(labelled([1, 4], "integers"), stars, 5)
+    with pytest.raises(DataError, match="'6' is none of them"):
+        align_labels(labelled([1, 6], "integers"), stars, 5)
+
+
 @pytest.mark.parametrize("names", [("LABEL_1", "LABEL_0"), ("label 1", "label 0")])
 def test_the_names_of_a_model_without_names_are_its_own(names: tuple[str, ...]) -> None:
     expected = dict(zip(names, (1, 0), strict=True))

@@ -213,6 +213,9 @@ def test_an_evaluation_without_labels_says_which_columns_there_are(bert_director
     )
     named = CliRunner().invoke(app, [*arguments, "--json", "--label-column", "verdict"])
     assert not any("label" in warning for warning in json.loads(named.stdout)["warnings"])
+    alone = CliRunner().invoke(app, ["eval", str(bert_directory), "--data", str(tmp_path / "x.csv"), "--json"])
+    assert alone.exit_code == 2
+    assert "there is no --baseline to compare with: no column looks like the label" in " ".join(alone.stderr.split())
 
 
 def test_duplicate_columns_are_refused_where_one_is_used(tmp_path: Path) -> None:

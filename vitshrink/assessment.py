@@ -15,7 +15,7 @@ from vitshrink.description import example_inputs, latency_entries
 from vitshrink.errors import UsageError
 from vitshrink.geometry import sides
 from vitshrink.maps import approximate_maps, landmarks_of
-from vitshrink.measurement import Measurement, measure, open_data
+from vitshrink.measurement import Measurement, measure, open_data, uses_labels
 from vitshrink.models import LoadedModel, load_dense, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.onnx_model import SUFFIX, load_onnx, onnx_bytes, onnx_numbers
@@ -188,6 +188,10 @@ def evaluate_checkpoint(
         resolution=resolution,
     )
     samples = open_data(data, loaded, offline=offline, job=job, labelled=True).at_most(limit, seed)
+    if reference is None and samples.labels_are is None and samples.unlabelled and uses_labels(loaded, samples):
+        raise UsageError(
+            f"{samples.source} has no labels, and there is no --baseline to compare with: {samples.unlabelled}"
+        )
     where = find_device(device)
     measurement = measure(
         loaded.model,

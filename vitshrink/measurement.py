@@ -66,12 +66,13 @@ def open_data(
         for note in samples.notes:
             if note not in job.warnings:  # calibration and evaluation may share a source
                 job.warn(note)
-        if labelled and samples.unlabelled and _uses_labels(model, samples):
+        if labelled and samples.unlabelled and uses_labels(model, samples):
             job.warn(f"{samples.source} is used without labels: {samples.unlabelled}")
     return samples
 
 
-def _uses_labels(model: LoadedModel, samples: SampleSet) -> bool:
+def uses_labels(model: LoadedModel, samples: SampleSet) -> bool:
+    """Whether the model is measured by the labels of samples such as these."""
     task = task_of(model.model)
     if task == "features":  # scores of pairs; a stream is not read to see whether it has any
         return not isinstance(samples.samples, Drawable) and samples.samples[0].text_pair is not None

@@ -24,7 +24,7 @@ def align_labels(
 
     In this order: the class map where one is given; class names against ``id2label`` (any one of the comma-separated
     synonyms, case and punctuation ignored); WordNet ids against the 1000 classes of ImageNet; whole numbers and truth
-    values by value.
+    values by value, or by name where the model's classes are called by numbers.
 
     Raises:
         DataError: no labels, scores, labels out of range, or names that no rule assigns; the message says what to pass.
@@ -58,7 +58,7 @@ def _by_meaning(
 ) -> tuple[dict[Label, int], str]:
     """The first rule that fits labels with ``names`` and a model with ``model_names``."""
     if samples.labels_are != "names":
-        return _by_value(names), "integers taken as class indices (the data set has no class names to check them by)"
+        return _by_number(names, model_names)
     placeholders = all(_PLACEHOLDER.fullmatch(name) for name in model_names)
     in_order = samples.label_names is not None and _agreement(samples.label_names, model_names) == len(model_names)
     if in_order and all(isinstance(label, int) for label in names):
@@ -78,6 +78,20 @@ def _by_meaning(
             "which is which cannot be told."
         )
     return _by_name(names, names, model_names), "class names"
+
+
+def _by_number(names: Mapping[Label, str], model_names: Sequence[str]) -> tuple[dict[Label, int], str]:
+    """By value, unless the model's classes are called by other numbers, such as 1 to 5 for stars."""
+    classes = _by_value(names)
+    called = {name: index for index, name in enumerate(model_names)}
+    if any(called.get(names[label], index) != index for label, index in classes.items()):
+        if all(0 <= index < len(model_names) for index in classes.values()):
+            raise _UnassignedError(
+                f"the labels {_some(names.values())} could be class indices, or the names of the model's classes, "
+                f"which are {_some(model_names)}."
+            )
+        return _by_name(names, names, model_names), "class names, which are numbers"
+    return classes, "integers taken as class indices (the data set has no class names to check them by)"
 
 
 def _by_value(names: Mapping[Label, str]) -> dict[Label, int]:
