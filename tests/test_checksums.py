@@ -1,5 +1,6 @@
 """Checksums of a published directory: what was changed, lost or added shows, texts for people may be edited."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,8 +14,9 @@ from vitshrink import checksums
 def directory(tmp_path: Path) -> Path:
     root = tmp_path / "model"
     (root / "1_Pooling").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "1_Pooling/config.json", "ünï code.txt", "README.md"):
-        (root / name).write_text(f"content of {name}")
+    foreign = os.fsdecode("ünï code.txt".encode())  # whatever the locale
+    for name in ("config.json", "model.safetensors", "1_Pooling/config.json", foreign, "README.md"):
+        (root / name).write_bytes(b"content of " + os.fsencode(name))
     checksums.record(root)
     return root
 

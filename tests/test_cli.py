@@ -27,7 +27,7 @@ from vitshrink import __version__
 from vitshrink.cli import compress as compress_module
 from vitshrink.cli import console
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig
+from vitshrink.config import RENAMED, CompressConfig
 from vitshrink.methods import available_methods
 from vitshrink.pipeline import CompressionResult
 from vitshrink.report import figures
@@ -186,7 +186,7 @@ def test_a_terminal_gets_bars_that_vanish_and_colours_unless_not_wanted(
 def test_every_flag_is_an_entry_of_a_recipe_and_the_other_way_round() -> None:
     flags = set(inspect.signature(compress_module.compress_command).parameters)
     own = {"context", "config", "csv", "quiet", "as_json", "push_to_hub", "private"}
-    renamed = {"eval_data": "eval", "option": "options", "finetune_option": "finetune"}
+    renamed = {"eval_data": "eval", "option": "options", "finetune_option": "finetune"} | RENAMED
     assert {renamed.get(flag, flag) for flag in flags - own} == {field.name for field in fields(CompressConfig)}
 
 

@@ -1,9 +1,9 @@
 """Rows appended to one file by whoever comes along."""
 
 import csv
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,19 +27,28 @@ def test_the_header_is_written_once_and_text_survives(tmp_path: Path) -> None:
     assert all(row["time"].endswith("+00:00") for row in found)
 
 
+def append_many(folder: Path, name: str, start: Any) -> None:
+    for number in range(100):
+        start.wait()  # both meet a file that is not there yet
+        append_rows(folder / f"{number}.csv", [{"model": name * 200, "samples": number}])
+        append_rows(folder / "all.csv", [{"model": name * 200, "samples": number}])
+
+
 def test_two_processes_lose_no_row(tmp_path: Path) -> None:
-    file = tmp_path / "results.csv"
-    program = (
-        "import sys; from pathlib import Path; from vitshrink.report import append_rows\n"
-        "for i in range(100): append_rows(Path(sys.argv[1]), [{'model': sys.argv[2] * 200, 'samples': i}])"
-    )
-    running = [subprocess.Popen([sys.executable, "-c", program, str(file), name]) for name in "ab"]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
-    assert len(file.read_text().splitlines()) == 201
-    found = rows_of(file)
+    fork = multiprocessing.get_context("fork")  # with everything imported
+    start = fork.Barrier(2, timeout=60)
+    running = [fork.Process(target=append_many, args=(tmp_path, name, start)) for name in "ab"]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    assert [process.exitcode for process in running] == [0, 0]
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 201
+    found = rows_of(tmp_path / "all.csv")
     for name in "ab":
         own = [row["samples"] for row in found if row["model"] == name * 200]
         assert own == [str(i) for i in range(100)]
+    assert {len((tmp_path / f"{i}.csv").read_text().splitlines()) for i in range(100)} == {3}
 
 
 def test_a_line_that_a_killed_process_left_stays_alone(tmp_path: Path) -> None:

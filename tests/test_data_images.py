@@ -1,5 +1,6 @@
 """Decoding: every mode that is met in the wild becomes upright 8-bit RGB, and what cannot is refused with a reason."""
 
+import os
 from io import BytesIO
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_one_pixel() -> None:
 
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
     data = encoded(photo())
-    file = tmp_path / "ä photo.png"
+    file = tmp_path / os.fsdecode("ä photo.png".encode())
     file.write_bytes(data)
     for source in (file, data, photo(), lambda: data):
         assert np.array_equal(np.asarray(decode_image(source)), np.asarray(photo()))

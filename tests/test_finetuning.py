@@ -46,7 +46,7 @@ def test_compress_trains_and_says_so(compressed: Callable[..., CompressionResult
         assert report.recovery["objective"] == finetune.objective
         assert report.recovery["after"] <= report.recovery["before"]
         assert len(report.recovery["history"]) == 2
-        assert "## Recovery" in (result.directory / "report.md").read_text()
+        assert "## Recovery" in (result.directory / "report.md").read_text(encoding="utf-8")
         recipe = yaml.safe_load((result.directory / "recipe.yaml").read_text())
         assert CompressConfig.from_mapping(recipe).finetune == finetune
         assert cost.parameters(vitshrink.load(result.directory)) == report.parameters["compressed"]

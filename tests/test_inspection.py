@@ -160,8 +160,8 @@ def test_every_figure_is_written_with_its_numbers(name: str, tmp_path: Path) -> 
         "predicted-loss",
     ]
     for file in page.parent.glob("*.svg"):
-        ElementTree.fromstring(file.read_text())
-    text = page.read_text()
+        ElementTree.fromstring(file.read_bytes())
+    text = page.read_text(encoding="utf-8")
     assert text.count("<svg") == 6
     assert "<b>" not in text
     assert not re.search(r"(?:src|href)=.https?:", text)

@@ -326,7 +326,7 @@ def test_several_sizes_come_from_one_calibration(vit_directory: Path, flat_image
         assert weights_of(single) == weights_of(result)
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["comparison.html", "comparison.md", "keep-0.6", "keep-0.7", "keep-0.8"]
-    assert (tmp_path / "out" / "comparison.md").read_text().count("\n") == 5
+    assert (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8").count("\n") == 5
 
 
 def test_each_of_several_reports_times_its_own_stages(vit_directory: Path, tmp_path: Path) -> None:

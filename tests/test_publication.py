@@ -52,7 +52,9 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "models" / "dense"
 
 
-@pytest.mark.parametrize("name", ["out", "a/b/c", "with space", "ünï-çødé 模型", ".hidden", "out.v1", "[a]*?"])
+@pytest.mark.parametrize(
+    "name", ["out", "a/b/c", "with space", os.fsdecode("ünï-çødé 模型".encode()), ".hidden", "out.v1", "[a]*?"]
+)
 def test_the_target_appears_with_nothing_beside_it(name: str, tmp_path: Path) -> None:
     target = tmp_path / name
     with publish(target) as staging:

@@ -196,7 +196,7 @@ def test_compress_quantises_its_result(
     assert result.report.bytes["compressed"] < 0.7 * plain.report.bytes["compressed"]
     assert result.report.quantization == {"weights": "int8", "activations": "dynamic"}
     assert result.report.macs["compressed"] == plain.report.macs["compressed"]
-    assert "stored as int8" in (tmp_path / "out" / "README.md").read_text()
+    assert "stored as int8" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     afterwards = quantize_checkpoint(str(plain.directory), str(tmp_path / "later"))
     assert afterwards.directory is not None
     models = [vitshrink.load(directory) for directory in (tmp_path / "out", afterwards.directory)]
@@ -214,7 +214,9 @@ def test_the_report_has_the_figures_of_both_models(vit_directory: Path, learned_
     assert CliRunner().invoke(app, arguments).exit_code == 1, "the output exists"
     compared = CliRunner().invoke(app, ["report", str(tmp_path / "out")])
     assert "| int8 |" in compared.output
-    smaller = re.search(r"answer good\">([\d.]+)\xa0% smaller", (tmp_path / "out" / "report.html").read_text())
+    smaller = re.search(
+        r"answer good\">([\d.]+)\xa0% smaller", (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    )
     assert smaller is not None
     assert float(smaller[1]) == pytest.approx(100 * (1 - report["bytes"]["kept"]), abs=0.1)
     shown = CliRunner().invoke(app, ["quantize", str(vit_directory), str(tmp_path / "four"), "--weights", "int4"])

@@ -90,7 +90,7 @@ def test_the_results_say_the_same_in_every_form(done: Result, folder: Path) -> N
     assert [(line["job"], line["status"]) for line in table] == [(name, r["status"]) for name, r in rows.items()]
     assert float(table[0]["kl"]) == row["kl"]
 
-    summary = (results / "summary.md").read_text()
+    summary = (results / "summary.md").read_text(encoding="utf-8")
     assert summary.startswith("### vitshrink sweep: 3 jobs, 2 gate, 1 failed\n")
     lines = [line for line in summary.splitlines() if line.startswith("|")]
     assert len(lines) == 5
@@ -106,7 +106,7 @@ def test_the_results_say_the_same_in_every_form(done: Result, folder: Path) -> N
             assert not any(name in ("src", "href") and str(value).startswith("http") for name, value in attrs)
 
     page = Page()
-    page.feed((results / "comparison.html").read_text())
+    page.feed((results / "comparison.html").read_text(encoding="utf-8"))
     assert page.cells > 10
 
 
