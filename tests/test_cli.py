@@ -445,18 +445,76 @@ def test_inspect_refuses_what_makes_no_sense(vit_directory: Path, flags: tuple[s
     assert "Traceback" not in result.output
 
 
-def test_report_renders_and_compares(compressed: Compressed, tmp_path: Path) -> None:
+@pytest.fixture
+def published(compressed: Compressed, tmp_path: Path) -> list[Path]:
+    """Two results in directories of their own, whose model cards somebody has edited."""
     copies = []
     for method in ("svd", "whitened"):
         directory = compressed(CLASSIFIER, method=method).directory
         assert directory is not None
-        copies.append(shutil.copytree(directory, tmp_path / method))
-        (copies[-1] / "report.md").unlink()
-    result = run("report", *copies, "--html", tmp_path / "both.html")
+        copies.append(Path(shutil.copytree(directory, tmp_path / method)))
+        (copies[-1] / "README.md").write_text("mine")
+    return copies
+
+
+def contents(*directories: Path) -> dict[Path, tuple[bytes, int]]:
+    found = [path for directory in directories for path in directory.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+@pytest.mark.parametrize("page", [True, False])
+def test_a_comparison_changes_nothing_in_what_it_compares(published: list[Path], tmp_path: Path, page: bool) -> None:
+    (published[0] / "report.md").unlink()
+    (published[1] / "report.md").write_text("mine as well")
+    before = contents(*published)
+    result = run("report", *published, *(("--html", tmp_path / "both.html") if page else ()))
     assert result.exit_code == 0
     assert [line.split("|")[2].strip().split(",")[0] for line in result.stdout.splitlines()[2:]] == ["svd", "whitened"]
-    assert (tmp_path / "svd" / "report.md").is_file()
-    assert "whitened" in (tmp_path / "both.html").read_text()
+    assert contents(*published) == before
+    assert not page or "whitened" in (tmp_path / "both.html").read_text()
+    assert run("report", published[0], "--html", tmp_path / "one.html").exit_code == 0
+    assert contents(*published) == before
+
+
+def test_a_report_is_rendered_again_beside_a_card_that_stays(published: list[Path]) -> None:
+    directory = published[0]
+    before = contents(directory)
+    (directory / "report.md").unlink()
+    (directory / "report.html").write_text("old")
+    assert run("report", directory).exit_code == 0
+    after = contents(directory)
+    assert {path.name for path in before if after[path] != before[path]} == {"report.md", "report.html"}
+    assert before[directory / "report.md"][0] == after[directory / "report.md"][0]
+    (directory / "README.md").unlink()
+    assert run("report", directory).exit_code == 0
+    assert "compressed with vitshrink" in (directory / "README.md").read_text()
+    assert run("verify", directory).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [("no/such/page.html", "there is no folder"), (".", "Is a directory"), ("/dev/full", "No space left on device")],
+)
+def test_a_page_that_cannot_be_written_is_an_error_that_says_why(
+    published: list[Path], tmp_path: Path, page: str, said: str
+) -> None:
+    result = run("report", *published, "--html", tmp_path / page)
+    assert result.exit_code == 1
+    assert re.match(r"error: cannot write .*\.\n", result.stderr)
+    assert said in result.stderr
+
+
+def test_a_page_does_not_take_the_place_of_a_device_or_a_link(published: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    assert run("report", *published, "--html", tmp_path / "link.html").exit_code == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "page.html").is_file()
+    (tmp_path / "null").symlink_to("/dev/null")
+    assert run("report", *published, "--html", tmp_path / "null").exit_code == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
     missing = run("report", tmp_path / "nowhere")
     assert missing.exit_code == 1
     assert "nowhere" in missing.stderr

@@ -19,12 +19,6 @@ def record(directory: Path) -> None:
     _write(directory, {name: digest(directory / name) for name in _files(directory)})
 
 
-def renew(directory: Path, name: str) -> None:
-    """Record a file that was meant to change, where there are checksums; those of the others stay. Raises OSError."""
-    if (directory / FILE_NAME).exists():
-        _write(directory, _read(directory) | {name: digest(directory / name)})
-
-
 def broken_files(directory: Path) -> dict[str, str]:
     """The files that are not as they were published, and what is wrong with them; none when all is well."""
     try:

@@ -1,14 +1,12 @@
-"""``vitshrink report``: render what compress wrote once more, or compare several results."""
+"""``vitshrink report``: what compress wrote, rendered once more, or several results compared."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vitshrink import checksums
 from vitshrink.cli import console
-from vitshrink.publication import REPORT
-from vitshrink.report import Report, comparison_markdown, render_comparison_html, write
+from vitshrink.report import Report, comparison_markdown, render_comparison_html, write_again, write_text
 
 
 @console.reported
@@ -16,12 +14,14 @@ def report_command(
     directories: Annotated[list[Path], typer.Argument(help="Directories that `vitshrink compress` wrote.")],
     html: Annotated[Path | None, typer.Option(help="Write the comparison as a page to this file.")] = None,
 ) -> None:
-    """Render the reports of DIRECTORIES again; with several, or --html, compare them."""
+    """Render the report of a directory again, or compare those of several, in which nothing is changed then.
+
+    Rendered again are report.md and report.html. README.md, the model card, is yours: it is written only where there is
+    none.
+    """
     reports = [Report.read(directory) for directory in directories]
-    for report, directory in zip(reports, directories, strict=True):
-        if directory.is_dir():
-            write(report, directory)
-            checksums.renew(directory, REPORT)
     if html is not None:
-        html.write_text(render_comparison_html(reports), encoding="utf-8")
+        write_text(html, render_comparison_html(reports))
+    elif len(reports) == 1 and directories[0].is_dir():
+        write_again(reports[0], directories[0])
     console.say(comparison_markdown(reports).rstrip())

@@ -12,7 +12,9 @@ from vitshrink.report.render import (
     render_html,
     render_markdown,
     write,
+    write_again,
     write_comparison,
+    write_text,
 )
 from vitshrink.report.summary import Row, headline, size, summary_rows
 from vitshrink.report.thumbnails import with_thumbnails
@@ -39,5 +41,7 @@ __all__ = [
     "summary_rows",
     "with_thumbnails",
     "write",
+    "write_again",
     "write_comparison",
+    "write_text",
 ]

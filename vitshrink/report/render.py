@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from vitshrink.errors import OutputError
 from vitshrink.names import shown_text
 from vitshrink.report import figures, summary
 from vitshrink.report.layers import layers
@@ -19,28 +20,52 @@ from vitshrink.report.thumbnails import SHOWN
 
 SHOWN_CLASSES = 15
 
+CARD = "README.md"
+
 
 def write(report: Report, directory: Path) -> None:
     """Write ``report.json``, ``report.md``, ``report.html`` and the model card ``README.md``. Raises OSError."""
-    for name, text in (
-        (FILE_NAME, report.to_json()),
-        ("report.md", render_markdown(report)),
-        ("report.html", render_html(report)),
-        ("README.md", render_card(report)),
-    ):
+    for name, text in ((FILE_NAME, report.to_json()), *_views(report), (CARD, render_card(report))):
         (directory / name).write_text(text, encoding="utf-8")
 
 
+def write_again(report: Report, directory: Path) -> None:
+    """Write ``report.md`` and ``report.html``, and the model card, which people edit, only where there is none.
+
+    Raises OutputError.
+    """
+    missing = [] if (directory / CARD).exists() else [(CARD, render_card(report))]
+    for name, text in (*_views(report), *missing):
+        write_text(directory / name, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises OutputError."""
+    target = path.resolve()
+    try:
+        if target.exists() and not target.is_file():  # a device, whose place a file must not take
+            target.write_text(text, encoding="utf-8", newline="")
+            return
+        staged = target.with_name(f".{target.name}.tmp")
+        try:
+            staged.write_text(text, encoding="utf-8", newline="")
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror if target.parent.is_dir() else f"there is no folder {target.parent}"
+        raise OutputError(f"cannot write {path}: {reason}.") from error
+
+
 def write_comparison(reports: Sequence[Report], directory: Path) -> Path:
-    """Write ``comparison.html``, whose path is returned, and ``comparison.md``. Raises OSError."""
-    for name, text in (
-        ("comparison.md", comparison_markdown(reports)),
-        ("comparison.html", render_comparison_html(reports)),
-    ):
-        staged = directory / f".{name}"
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(directory / name)
+    """Write ``comparison.html``, whose path is returned, and ``comparison.md``. Raises OutputError."""
+    write_text(directory / "comparison.md", comparison_markdown(reports))
+    write_text(directory / "comparison.html", render_comparison_html(reports))
     return directory / "comparison.html"
+
+
+def _views(report: Report) -> tuple[tuple[str, str], ...]:
+    return ("report.md", render_markdown(report)), ("report.html", render_html(report))
 
 
 def render_markdown(report: Report) -> str:

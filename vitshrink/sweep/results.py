@@ -4,13 +4,12 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from vitshrink import __version__
 from vitshrink.errors import DataError, OutputError
 from vitshrink.names import shown_data
-from vitshrink.report import Report, markdown_table, plain_markdown, render_comparison_html
+from vitshrink.report import Report, markdown_table, plain_markdown, render_comparison_html, write_text
 from vitshrink.sweep.junit import junit_xml
 from vitshrink.sweep.outcome import Outcome, Status, exit_code
 from vitshrink.sweep.plan import JobPlan, SweepPlan
@@ -50,22 +49,16 @@ def write_results(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
     problems: list[tuple[str, Exception]] = []
     for name, text in texts.items():
         try:
-            _write(plan.output / name, text())
+            if (written := text()) is None:
+                (plan.output / name).unlink(missing_ok=True)
+            else:
+                write_text(plan.output / name, written)
         except Exception as error:
             problems.append((name, error))
     if problems:
         told = "; ".join(f"{name} ({type(error).__name__}: {error})" for name, error in problems)
         raise OutputError(f"cannot write in {plan.output}: {told}.") from problems[0][1]
     return rows
-
-
-def _write(path: Path, text: str | None) -> None:
-    if text is None:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    temporary.replace(path)
 
 
 def summary_markdown(rows: Sequence[Row]) -> str:
