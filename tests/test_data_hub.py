@@ -213,6 +213,27 @@ results["all"] = contents(samples)
     assert ask.handler.requested == []
 
 
+def test_samples_are_held_out_of_a_stream_without_downloading_it(ask: Answers) -> None:
+    results = ask("""
+from vitshrink.measurement import hold_out
+from vitshrink.observer import Job, Silent
+def held_out(spec, kind, samples, calibrated):
+    job = Job(Silent())
+    found = hold_out(open_samples(spec, kind), job, samples=samples, calibrated=calibrated, holdout=2, seed=0)
+    return [None if found is None else contents(found), job.warnings]
+for calibrated in (True, False):
+    results[f"some left {calibrated}"] = held_out("owner/reviews/films:validation", "text", 2, calibrated)
+    results[f"none left {calibrated}"] = held_out("owner/reviews/films:validation", "text", 4, calibrated)
+results["broken"] = attempt(lambda: held_out("owner/broken:train", "image", 1, True))
+""")
+    assert not list(ask.cache.rglob("*.arrow"))
+    assert results["some left True"] == results["some left False"]
+    assert len(results["some left True"][0]) == len(results["none left False"][0]) == 2
+    assert results["none left True"][0] is None
+    assert "all samples were calibrated on" in results["none left True"][1][0]
+    assert results["broken"].startswith("DataError: owner/broken:train")
+
+
 def test_images_of_the_hub_are_decoded_by_vitshrink(ask: Answers, flat_images: Path) -> None:
     results = ask("""
 for name in ("pictures:validation", "folders:test"):

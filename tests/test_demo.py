@@ -66,6 +66,9 @@ def test_the_whole_demo_replaces_an_earlier_one(tmp_path: Path) -> None:
     correct = [report.evaluation["compressed"]["correct"] for report in reports if report.evaluation]
     assert correct == sorted(correct, reverse=True)
 
+    compared, left_out = next(line for line in lines if line.startswith("Comparing")).split("; not part of the demo: ")
+    assert compared == "Comparing the methods svd, whitened"
+    assert left_out == "asvd, cholesky, curvature, heads-joint, mixed-rank, pca, qk-joint, tensor, vo-joint."
     assert str(result.comparison) in lines[-1]
     table = [line for line in lines[-1].splitlines() if line.startswith("|")]
     assert len(table) == 5

@@ -479,6 +479,24 @@ def test_pictures_are_valid_svg_in_the_colours_of_the_page() -> None:
     assert figures.rank_plan(made()) == drawn[0]
 
 
+def test_models_of_one_size_stand_below_each_other_with_their_methods() -> None:
+    """An axis of sizes that differ in the fifth digit says nothing."""
+    pytest.importorskip("matplotlib")
+    methods = ("svd", "whitened", "$x_{y}$ \udce9")
+    alike = [made(method=m, parameters=reports.before_after(10**6, 499_800 + 5 * i)) for i, m in enumerate(methods)]
+    text = "".join(ElementTree.fromstring(str(figures.trade_off(alike))).itertext())
+    for said in ("svd", "whitened", "$x_{y}$ \\xe9", "dense", "with 50.0 % of the parameters kept"):
+        assert said in text
+    assert "fraction" not in text
+    assert "1e" not in text
+    twice = [made(allocation=allocation) for allocation in ("loss", "energy")]
+    assert "whitened, energy" in "".join(ElementTree.fromstring(str(figures.trade_off(twice))).itertext())
+    close = [made(), made(parameters=reports.before_after(10**6, 730_000))]
+    text = "".join(ElementTree.fromstring(str(figures.trade_off(close))).itertext())
+    assert "fraction of the parameters kept" in text
+    assert not re.search(r"\de[−-]?\d", text)
+
+
 def test_without_matplotlib_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     for text in (reports.render_html(made()), reports.render_comparison_html([made(), smaller()])):

@@ -1,5 +1,6 @@
 """Jobs that ask for a bound instead of a size."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,24 @@ def test_a_bound_that_nothing_keeps_stops_the_job_with_the_best_that_was_found(
     with pytest.raises(GateError, match=r"--max-kl 0.001: the best of 1 .*--keep 0\.\d+, loses .* nats on 48 held-out"):
         bounded(max_kl=0.001, method="svd")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bound_missed_by_storing_names_what_was_judged(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Truncated models keep it, so that their losses would contradict the message."""
+    build = Compression.build
+
+    def spoil(self: Compression, *arguments: Any) -> Any:
+        model = build(self, *arguments)
+        with torch.no_grad():
+            model.classifier.weight.neg_()
+        return model
+
+    monkeypatch.setattr(Compression, "build", spoil)
+    with pytest.raises(GateError, match=r"keep it until they are stored, --keep [01]\.\d+, loses ") as missed:
+        bounded(max_kl=0.01, refine=0)
+    lost = re.search(r"loses ([\d.]+) nats as it is stored on 48", str(missed.value))
+    assert lost is not None
+    assert float(lost[1]) > 0.01
 
 
 def test_a_search_without_held_out_samples_says_how_to_get_them(bounded: Bounded, tmp_path: Path) -> None:

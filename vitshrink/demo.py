@@ -1,4 +1,4 @@
-"""The whole job on an embedded example: train a small ViT, compress it with every method, reload it, compare.
+"""The whole job on an embedded example: train a small ViT, compress it with each method for linear layers, compare.
 
 Needs no network and no files: the scanned digits ship inside scikit-learn.
 """
@@ -18,9 +18,9 @@ from typing import Any
 from vitshrink.config import CompressConfig
 from vitshrink.digits import CALIBRATION_IMAGES, EPOCHS, HELD_OUT, train_digits_model, write_digits
 from vitshrink.errors import OutputError
-from vitshrink.methods import available_methods
+from vitshrink.methods import attention_methods, available_methods
 from vitshrink.pipeline import compress
-from vitshrink.report import Report, render_comparison_html
+from vitshrink.report import Report, render_comparison_html, write_text
 
 KEEP = 0.5
 
@@ -83,7 +83,7 @@ def run_demo(
     epochs: int = EPOCHS,
     methods: Sequence[str] | None = None,
 ) -> DemoResult:
-    """Train, compress with every method (or ``methods``), reload in a fresh process, and compare.
+    """Train, compress with every method for linear layers (or ``methods``), reload in a fresh process, and compare.
 
     ``output`` is replaced when an earlier demo left it. ``echo`` receives the lines meant for the reader.
     Raises DependencyError without scikit-learn and OutputError when ``output`` holds something else or a
@@ -97,8 +97,11 @@ def run_demo(
     train_digits_model(digits / "train", model, seed=seed, epochs=epochs)
     echo(f"  {time.perf_counter() - started:.0f} s: {model}")
 
+    methods = methods or available_methods()
+    left_out = sorted({*available_methods(), *attention_methods()} - {*methods})
+    echo(f"Comparing the methods {', '.join(methods)}; not part of the demo: {', '.join(left_out)}.")
     reports: dict[Path, Report] = {}
-    for method in methods or available_methods():
+    for method in methods:
         echo(f"Compressing it to {KEEP:.0%} of its parameters: {method}")
         config = CompressConfig(
             model=str(model),
@@ -123,9 +126,9 @@ def run_demo(
     reports = dict(sorted(reports.items(), key=lambda item: _scores(item[1])["correct"], reverse=True))
     table = comparison_table(list(reports.values()))
     comparison = output / "comparison.md"
-    comparison.write_text(_comparison_page(table, reports), encoding="utf-8")
+    write_text(comparison, _comparison_page(table, reports))
     page = output / "comparison.html"
-    page.write_text(render_comparison_html(list(reports.values())), encoding="utf-8")
+    write_text(page, render_comparison_html(list(reports.values())))
     echo(f"\n{table}\n\nReport: {comparison} and {page}; report.md and report.json lie beside the weights.")
     return DemoResult(reports, comparison)
 

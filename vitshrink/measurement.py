@@ -11,7 +11,16 @@ from torch import nn
 
 from vitshrink import processes
 from vitshrink.config import DataConfig
-from vitshrink.data import BadSamples, Batch, Preprocessor, Sample, SampleSet, align_labels, open_samples
+from vitshrink.data import (
+    BadSamples,
+    Batch,
+    NothingLeftError,
+    Preprocessor,
+    Sample,
+    SampleSet,
+    align_labels,
+    open_samples,
+)
 from vitshrink.data.samples import Drawable
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
@@ -118,10 +127,11 @@ def hold_out(
     """
     if not holdout:
         return None
-    used = samples if calibrated or samples < len(source) else 0
     try:
-        return source.select(holdout, seed, skip=used)
-    except DataError:
+        return source.select(holdout, seed, skip=samples)
+    except NothingLeftError:  # asked this way a stream need not be read to its end
+        if not calibrated:
+            return source.select(holdout, seed)
         job.warn(
             f"{source.source}: all samples were calibrated on, so the fidelity was not measured. "
             "Pass --eval, or fewer --samples."

@@ -174,13 +174,15 @@ class Search:
             again = self.compression.refine(found.factors, found.plan, job, f"search-{number + 1}")
             found = self._bisect(again, least, found.size, job) or found
         kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.size)
+        missed: list[Candidate] = []
         for candidate in kept:
             with self._stage(job):
                 stored = self._judge(candidate.factors, candidate.plan, self._stored)
                 if stored.loss <= self.bound.limit:
                     return self._smaller(stored, least) if stored.loss < REPAIRED * candidate.loss else stored
+            missed.append(stored)
             job.warn(f"as it is stored, {self._asked(stored)} loses {stored.loss:.3g}: a larger one is taken.")
-        raise GateError(self._missed())
+        raise GateError(self._missed(missed))
 
     def _stage(self, job: Job) -> AbstractContextManager[object]:
         return job.stage("search", f"Searching the size for {self.bound.flag} {self.bound.limit:g}")
@@ -255,11 +257,15 @@ class Search:
             return f"--target-size {candidate.size / 1e6:.2f}MB as {config.quantize}"
         return f"--keep {candidate.size / self.compression.whole:.3f}"
 
-    def _missed(self) -> str:
-        best = min(self.tried, key=lambda each: (each.loss, each.size))
+    def _missed(self, stored: Sequence[Candidate]) -> str:
+        """Of the models that were judged last: as they are stored, where truncation alone kept the bound."""
+        judged = stored or self.tried
+        best = min(judged, key=lambda each: (each.loss, each.size))
         samples = sum(processes.gather(sum(len(batch.keys) for batch in self.batches)))
+        number = f"{len(judged)} that keep it until they are stored" if stored else f"{len(judged)} that were tried"
+        loss = f"{best.loss:.3g} {self.bound.unit}{' as it is stored' if stored else ''}"
         return (
-            f"no size keeps within {self.bound.flag} {self.bound.limit:g}: the best of {len(self.tried)} that were "
-            f"tried, {self._asked(best)}, loses {best.loss:.3g} {self.bound.unit} on {samples} held-out samples. "
+            f"no size keeps within {self.bound.flag} {self.bound.limit:g}: the best of {number}, {self._asked(best)}, "
+            f"loses {loss} on {samples} held-out samples. "
             "Allow more, calibrate on more --samples, or judge on more with --holdout. Nothing was written."
         )

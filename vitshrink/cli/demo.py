@@ -14,5 +14,5 @@ def demo_command(
     output: Annotated[Path, typer.Option(help="Where the model, the images and the results go.")] = Path("demo-output"),
     seed: Annotated[int, typer.Option(help="Of the training and the samples.")] = 0,
 ) -> None:
-    """Train a small ViT on scanned digits, compress it with every method, evaluate, reload and report. Offline."""
+    """Train a small ViT on scanned digits, compress it with every method for linear layers, and compare. Offline."""
     run_demo(output, console.say, seed=seed)

@@ -7,7 +7,7 @@ from vitshrink.data.labels import align_labels
 from vitshrink.data.memory import ReadyBatches, is_items, samples_in_memory
 from vitshrink.data.preprocessing import Preprocessor
 from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_defaults, recipe_names
-from vitshrink.data.samples import Label, Sample, SampleSet, overlap
+from vitshrink.data.samples import Label, NothingLeftError, Sample, SampleSet, overlap
 from vitshrink.data.sources import hub_source, open_samples
 from vitshrink.data.text_encoder import TextEncoder
 
@@ -19,6 +19,7 @@ __all__ = [
     "ImageSource",
     "Kind",
     "Label",
+    "NothingLeftError",
     "Preprocessor",
     "ReadyBatches",
     "Recipe",

@@ -32,6 +32,10 @@ class Sample:
     label: Label = None
 
 
+class NothingLeftError(DataError):
+    """A source has no more samples than those that were to be left out."""
+
+
 @runtime_checkable
 class Drawable(Protocol):
     """Samples that can be drawn at random without reading all of them (a stream)."""
@@ -68,7 +72,7 @@ class SampleSet:
 
         Raises:
             UsageError: ``count`` below 1 or ``skip`` below 0.
-            DataError: nothing is left.
+            NothingLeftError: nothing is left.
         """
         if (count is not None and count < 1) or skip < 0:
             raise UsageError(
@@ -84,7 +88,7 @@ class SampleSet:
             random.Random(seed).shuffle(order)
             chosen = [self.samples[i] for i in order[skip : None if count is None else skip + count]]
         if not len(chosen):
-            raise DataError(f"{self.source}: no sample is left after skipping {skip}.")
+            raise NothingLeftError(f"{self.source}: no sample is left after skipping {skip}.")
         return replace(self, samples=chosen)
 
     def at_most(self, count: int | None, seed: int) -> "SampleSet":

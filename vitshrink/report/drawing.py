@@ -31,6 +31,7 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **optio
     axes = figure.subplots(rows, columns, **options)
     for each in figure.axes:
         each.patch.set_alpha(0)
+        each.ticklabel_format(useOffset=False)  # nobody adds 4.998e-1 in the head
     return figure, axes
 
 

@@ -1,11 +1,16 @@
 """Pictures of a report: its rank plan, its errors, and how several trade size for quality."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from vitshrink.names import shown
 from vitshrink.report.drawing import COLOURS, INK, available, canvas, svg
 from vitshrink.report.layers import Layer, layers
 from vitshrink.report.record import Report
-from vitshrink.report.summary import metric_name
+from vitshrink.report.summary import metric_name, percent
+
+ONE_SIZE = 0.005
+"""Fractions kept that differ by less are those of one size: methods do not hit a size exactly."""
 
 __all__ = ["available", "error_by_layer", "rank_plan", "trade_off"]
 
@@ -33,7 +38,7 @@ def rank_plan(report: Report) -> str | None:
     axes.set_xlim(-0.5, len(blocks) - 0.5)
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
-    axes.set_yticks(range(len(places)), places)
+    axes.set_yticks(range(len(places)), map(_plain, places))
     axes.set_xlabel("block")
     axes.tick_params(length=0)
     for side in axes.spines.values():
@@ -57,7 +62,9 @@ def error_by_layer(report: Report) -> str | None:
     figure, axes = canvas(9.6, 3.4)
     for i, place in enumerate(_places(shown)):
         line = sorted((layer.block or 0, layer.relative_error or 0.0) for layer in shown if layer.place == place)
-        axes.plot(*zip(*line, strict=True), color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, label=place)
+        axes.plot(
+            *zip(*line, strict=True), color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, label=_plain(place)
+        )
     axes.set_xlabel("block")
     axes.set_ylabel("relative error")
     axes.set_ylim(bottom=0)
@@ -67,43 +74,102 @@ def error_by_layer(report: Report) -> str | None:
     return svg(figure)
 
 
+@dataclass(frozen=True)
+class _Point:
+    report: Report
+    kept: float
+    score: float
+    bounds: Sequence[float]
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """From the score down and up to the ends of its interval."""
+        return max(0.0, self.score - self.bounds[0]), max(0.0, self.bounds[1] - self.score)
+
+
 def trade_off(reports: Sequence[Report]) -> str | None:
-    """Score over the fraction of parameters kept, with its interval, a line a method; None without two points."""
-    points: dict[str, list[tuple[float, float, float, float]]] = {}
-    reference, label = None, ""
-    for report in reports:
-        evaluation = report.evaluation or {}
-        metric, scores = evaluation.get("metric"), evaluation.get("compressed") or {}
-        fidelity = evaluation.get("fidelity") or {}
-        if metric and scores.get(metric) is not None:
-            label = metric_name(report)
-            value, bounds = scores[metric], scores.get("interval") or [scores[metric]] * 2
-            reference = (evaluation.get("dense") or {}).get(metric, reference)
-        elif fidelity.get("agreement") is not None:
-            label = "same prediction as dense"
-            value = fidelity["agreement"]
-            bounds = fidelity.get("agreement_interval") or [value] * 2
-        else:
-            continue
-        points.setdefault(report.method, []).append((report.parameters["kept"], value, *bounds))
-    if sum(map(len, points.values())) < 2:
+    """Score over the fraction of parameters kept, with its interval, a line a method; None without two points.
+
+    Where all are of one size, the methods stand below each other instead.
+    """
+    points = [point for report in reports if (point := _point(report)) is not None]
+    if len(points) < 2:
         return None
+    kept = [point.kept for point in points]
+    label, dense = "same prediction as dense", None
+    for report in reports:
+        if (metric := _metric(report)) is not None:
+            label = metric_name(report)
+            dense = ((report.evaluation or {}).get("dense") or {}).get(metric, dense)
+    draw = _by_method if max(kept) - min(kept) < ONE_SIZE else _by_size
+    return draw(points, label, dense)
+
+
+def _by_size(points: Sequence[_Point], label: str, dense: float | None) -> str:
     figure, axes = canvas(9.6, 3.8)
-    for i, (method, line) in enumerate(sorted(points.items())):
-        kept, value, low, high = zip(*sorted(line), strict=True)
-        spread = [
-            [max(0.0, v - b) for v, b in zip(value, low, strict=True)],
-            [max(0.0, b - v) for v, b in zip(value, high, strict=True)],
-        ]
-        colour = COLOURS[i % len(COLOURS)]
-        axes.errorbar(kept, value, yerr=spread, color=colour, marker="o", markersize=5, capsize=3, label=method)
-    if reference is not None:
-        axes.axhline(reference, color=INK, alpha=0.5, linewidth=1, linestyle="--", label="dense")
+    for i, method in enumerate(sorted({point.report.method for point in points})):
+        line = sorted((point for point in points if point.report.method == method), key=lambda each: each.kept)
+        axes.errorbar(
+            [point.kept for point in line],
+            [point.score for point in line],
+            yerr=list(zip(*(point.spread for point in line), strict=True)),
+            color=COLOURS[i % len(COLOURS)],
+            marker="o",
+            markersize=5,
+            capsize=3,
+            label=_plain(method),
+        )
+    if dense is not None:
+        axes.axhline(dense, color=INK, alpha=0.5, linewidth=1, linestyle="--", label="dense")
     axes.set_xlabel("fraction of the parameters kept")
     axes.set_ylabel(label)
     axes.grid(alpha=0.2, color=INK)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return svg(figure)
+
+
+def _by_method(points: Sequence[_Point], label: str, dense: float | None) -> str:
+    """The best at the top."""
+    rows = sorted(points, key=lambda point: point.score)
+    names = [_plain(point.report.method) for point in rows]
+    if len(set(names)) < len(names):  # then they differ in something else
+        parts = [(point.report.method, point.report.allocation, point.report.compensation) for point in rows]
+        names = [_plain(", ".join(each)) for each in parts]
+    figure, axes = canvas(9.6, 0.36 * len(rows) + 1.3)
+    for row, point in enumerate(rows):
+        spread = [[side] for side in point.spread]
+        axes.errorbar([point.score], [row], xerr=spread, color=COLOURS[0], marker="o", markersize=5, capsize=3)
+    if dense is not None:
+        axes.axvline(dense, color=INK, alpha=0.5, linewidth=1, linestyle="--", label="dense")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    sizes = dict.fromkeys(percent(extreme([point.kept for point in rows])) for extreme in (min, max))
+    axes.set_xlabel(f"{label}, with {' to '.join(sizes)} of the parameters kept")
+    axes.grid(alpha=0.2, color=INK, axis="x")
+    return svg(figure)
+
+
+def _point(report: Report) -> _Point | None:
+    """The score, or without labels the agreement with the dense model; None where neither was measured."""
+    evaluation = report.evaluation or {}
+    scores, fidelity = evaluation.get("compressed") or {}, evaluation.get("fidelity") or {}
+    metric = _metric(report)
+    value = scores[metric] if metric else fidelity.get("agreement")
+    bounds = scores.get("interval") if metric else fidelity.get("agreement_interval")
+    return None if value is None else _Point(report, report.parameters["kept"], value, bounds or (value, value))
+
+
+def _metric(report: Report) -> str | None:
+    """The metric of the evaluation, where the compressed model has a figure of it."""
+    evaluation = report.evaluation or {}
+    metric = evaluation.get("metric")
+    return metric if metric and (evaluation.get("compressed") or {}).get(metric) is not None else None
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib draws it as it is, and not as a formula."""
+    return shown(name).replace("$", "\\$")
 
 
 def _places(shown: Sequence[Layer]) -> list[str]:
