@@ -55,9 +55,9 @@ def compression(model: PreTrainedModel, name: str, method: str, **entries: Any) 
     return AttentionCompression(config, model, find_targets(model), found, ALLOCATIONS[found.allocation], "none", data)
 
 
-def at_rank(model: PreTrainedModel, name: str, method: str, rank: int) -> PreTrainedModel:
+def at_rank(model: PreTrainedModel, name: str, method: str, rank: int, **entries: Any) -> PreTrainedModel:
     job = Job(Silent())
-    found = compression(model, name, method, keep=(), rank=rank)
+    found = compression(model, name, method, keep=(), rank=rank, **entries)
     factors = found.factorise_dense(job)
     return found.build(factors, {unit.name: unit.nearest(rank) for unit in found.units()}, job).eval()
 

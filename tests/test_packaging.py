@@ -5,8 +5,13 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from vitshrink.config import CompressConfig, FinetuneConfig
+from vitshrink.pipeline import compress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,3 +91,17 @@ def test_constraints_pin_exact_versions_and_name_no_host() -> None:
         assert name, pin
         assert version, f"{pin!r} is not an exact version"
         assert not set(pin) & set("+@/ "), f"{pin!r} names a build or a place"
+
+
+def test_the_oldest_torch_does_that_is_declared(
+    monkeypatch: pytest.MonkeyPatch, vit_directory: Path, tmp_path: Path, flat_images: Path
+) -> None:
+    """torch 2.9 has no ``torch.cpu.get_capabilities``."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    entries: dict[str, Any] = {"calibration": str(flat_images), "samples": 16, "holdout": 4, "refine": 0}
+    training = FinetuneConfig(data=str(flat_images), epochs=1)
+    (result,) = compress(
+        CompressConfig(str(vit_directory), str(tmp_path / "out"), keep=(0.8,), finetune=training, **entries)
+    )
+    assert result.report.recovery is not None
+    assert result.report.recovery["settings"]["precision"] == "no"

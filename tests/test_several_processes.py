@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_processes import run_together, start_together
 
 from vitshrink import checksums
+from vitshrink.checkpoint import load, save
 from vitshrink.compression import Compression, Factors
 from vitshrink.config import CompressConfig
 from vitshrink.observer import Job
@@ -128,6 +129,82 @@ def test_the_result_is_that_of_one_process(
             assert kl == pytest.approx(same, rel=1e-3)
     left = {path.name for path in tmp_path.iterdir() if path.suffix != ".pt"}
     assert left == {"taken", *(f"{name}-{number}" for name in ("one", "two") for number in range(len(jobs)))}
+
+
+TRAINING = """
+import json, os, sys, torch
+from vitshrink import processes
+from vitshrink.config import CompressConfig, FinetuneJob
+from vitshrink.errors import VitshrinkError
+from vitshrink.finetuning import finetune_checkpoint
+from vitshrink.pipeline import compress
+from vitshrink.report import figures
+figures.available = lambda: False
+torch.set_num_threads(1)
+processes.join("cpu")
+opened = []
+sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+for entries in json.loads(sys.argv[1]):
+    job = FinetuneJob.from_mapping if "teacher" in entries else CompressConfig.from_mapping
+    try:
+        result = finetune_checkpoint(job(entries)) if "teacher" in entries else compress(job(entries))[0]
+        report = result.report
+        print(json.dumps([report.latency, report.environment["device"], report.recovery]))
+    except VitshrinkError as error:
+        print(json.dumps(f"{type(error).__name__} {error.exit_code}: {error}"))
+print(json.dumps([path for path in opened if ".vitshrink-" in path]))
+processes.leave()
+"""
+
+
+def test_one_process_times_and_all_train_and_know_what_went_wrong(
+    vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    """``finetune`` after ``compress``; then a model that cannot be saved, and a target that may not be replaced."""
+    small = compress(CompressConfig(str(vit_directory), str(tmp_path / "small"), keep=(0.8,), method="svd"))[
+        0
+    ].directory
+    assert small is not None
+    model = load(small)
+    with torch.no_grad():
+        model.vit.layernorm.bias[0] = 1e5  # not in half precision
+    save(model, tmp_path / "large")
+    shutil.copy(vit_directory / "preprocessor_config.json", tmp_path / "large")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("years of work")
+    training = {"teacher": str(vit_directory), "data": str(flat_images), "eval": str(flat_images), "device": "auto"}
+    training |= {"epochs": 1, "batch_size": 4}
+    jobs: list[dict[str, Any]] = [
+        {
+            "model": str(vit_directory),
+            "output": str(tmp_path / "timed"),
+            "keep": [0.8],
+            "method": "svd",
+            "latency": [2],
+        },
+        training | {"model": str(small), "output": str(tmp_path / "out"), "checkpoints": str(tmp_path / "state")},
+        training | {"model": str(tmp_path / "large"), "output": str(tmp_path / "half"), "dtype": "float16"},
+        training | {"model": str(small), "output": str(tmp_path / "taken")},
+        training | {"model": str(small), "output": str(tmp_path / "none"), "data": "no/such/folder"},
+    ]
+    done = run_together("-c", TRAINING, json.dumps(jobs))
+    assert [process.returncode for process in done] == [0, 0], [process.stderr for process in done]
+    first, second = ([json.loads(line) for line in process.stdout.splitlines()] for process in done)
+    assert first[0][0] == second[0][0], "the times of one process, which the other waited for"
+    assert first[0][0]["dense"]["batch_size"] == 2
+    (_, device, recovery), (_, other_device, other) = first[1], second[1]
+    assert (device, other_device) == ("cpu", "cpu")
+    assert recovery["settings"]["processes"] == 2
+    assert (recovery["before"], recovery["after"]) == (other["before"], other["after"])
+    assert [lines[2].partition(":")[0] for lines in (first, second)] == ["NumericsError 1", "OtherProcessError 1"]
+    assert [lines[3].partition(":")[0] for lines in (first, second)] == ["OutputError 1", "OtherProcessError 1"]
+    for number in (2, 3):
+        assert first[number].partition(":")[2] == second[number].partition(":")[2]
+    assert all(lines[4].startswith("DataError 1: ") for lines in (first, second))
+    assert first[5]
+    assert not [path for path in second[5] if str(tmp_path) in path], "what the other writes may be on another machine"
+    assert not checksums.broken_files(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "large", "taken", "timed", "out"}
 
 
 def test_where_one_process_is_killed_the_other_ends(vit_directory: Path, flat_images: Path, tmp_path: Path) -> None:

@@ -1,10 +1,18 @@
 """Products and square roots that statistics and methods are made of."""
 
-from dataclasses import replace
+import collections.abc
+import importlib
+import pkgutil
+import sys
+import typing
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import vitshrink
 from vitshrink import stats
 from vitshrink.stats import LinearStats, gram_of, roots, square_roots
 
@@ -50,3 +58,34 @@ def test_refined_statistics_have_the_new_inputs_and_the_mean_of_both_gradients(e
     assert torch.equal(getattr(refined, entry), 2 * torch.eye(4))
     other = {"gradient_gram", "input_gradient_gram"} - {entry}
     assert getattr(refined, other.pop()) is None
+
+
+def test_what_holds_tensors_is_compared_by_identity() -> None:
+    """``==`` on tensors gives tensors, of which none is true or false."""
+    for module in pkgutil.walk_packages(vitshrink.__path__, "vitshrink."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found = {
+        kind
+        for name, module in list(sys.modules.items())
+        if name.startswith("vitshrink")
+        for kind in vars(module).values()
+        if isinstance(kind, type) and is_dataclass(kind) and kind.__module__.startswith("vitshrink")
+    }
+    assert LinearStats in found
+    assert not [kind for kind in found if kind.__eq__ is not object.__eq__ and _holds_tensors(kind)]
+    one, other = (LinearStats(1, torch.ones(2)) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other}) == 2
+
+
+def _holds_tensors(kind: Any) -> bool:
+    if not isinstance(kind, type):
+        return typing.get_origin(kind) is not collections.abc.Callable and any(
+            map(_holds_tensors, typing.get_args(kind))
+        )
+    if is_dataclass(kind) and kind.__eq__ is not object.__eq__:
+        hints = typing.get_type_hints(kind)
+        return any(_holds_tensors(hints[each.name]) for each in fields(kind) if each.compare)
+    return issubclass(kind, torch.Tensor | torch.nn.Module | np.ndarray)

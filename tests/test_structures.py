@@ -1,15 +1,30 @@
 """Structures: what is described is what is built, counted and found again."""
 
 import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from test_attention_methods import at_rank
 from torch import nn
+from transformers import PreTrainedModel
 
+from vitshrink.checkpoint import replace_layers
 from vitshrink.errors import CheckpointError
 from vitshrink.lowrank import LayerSpec
+from vitshrink.maps import approximate_maps, landmarks_of
+from vitshrink.methods import attention_methods, find_method
+from vitshrink.models import find_targets
+from vitshrink.quantization import quantized
+from vitshrink.resolution import mix_tokens
+from vitshrink.storage import fix_gauge
 from vitshrink.structures import describe, read, structure, structure_of
+from vitshrink.structures.landmarks import FORMS
+from vitshrink.structures.tokens import MixedTokens
 
 
 def test_an_entry_without_a_structure_is_a_low_rank_layer() -> None:
@@ -38,3 +53,52 @@ def test_an_unknown_structure_and_a_second_of_one_name_are_errors() -> None:
         read({"structure": "new"})
     with pytest.raises(ValueError, match="two structures are called 'low-rank'"):
         structure("low-rank")(LayerSpec)
+
+
+def smaller(kind: str) -> tuple[PreTrainedModel, str]:
+    """A tiny model with structures of this kind, and its architecture."""
+    if kind in attention_methods():
+        name = "BertForSequenceClassification" if kind == "cholesky" else "ViTForImageClassification"
+        options = {"blocks": 2} if find_method(kind).stacked else {}  # type: ignore[union-attr]
+        return at_rank(tiny.build(name), name, kind, 4, options=options), name
+    name = "BertForMaskedLM" if kind == "int8" else "ViTForImageClassification"
+    model = tiny.build(name)
+    if kind == "low-rank":
+        targets = find_targets(model)
+        replace_layers(model, {each.name: tiny.low_rank(model.get_submodule(each.name), 4) for each in targets})
+        fix_gauge(model, targets)
+    elif kind in FORMS:
+        approximate_maps(model, landmarks_of(model, 4, kind))
+    elif kind == "mixed tokens":
+        mix_tokens(model, MixedTokens(10))
+    else:
+        model = quantized(model, int(kind.removeprefix("int")), "dynamic" if kind == "int8" else "none")
+    return model, name
+
+
+def test_models_are_pickled_saved_whole_and_copied(tmp_path: Path) -> None:
+    """And read again by a process that imports torch alone."""
+    kinds = [*attention_methods(), "low-rank", *FORMS, "mixed tokens", "int8", "int4"]
+    for number, kind in enumerate(kinds):
+        model, name = smaller(kind)
+        with torch.no_grad():
+            inputs = tiny.inputs(name)
+            wanted = model(**inputs)[0]
+            for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+                assert torch.equal(other(**inputs)[0], wanted), kind
+                assert type(other) is type(model)
+                assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
+                assert not {id(each) for each in other.parameters()} & {id(each) for each in model.parameters()}
+        torch.save((model, inputs, wanted), tmp_path / f"{number}.pt")
+    program = """
+import sys, torch
+torch.set_num_threads(1)
+for path in sys.argv[1:]:
+    model, inputs, wanted = torch.load(path, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], wanted), path
+print("read")
+"""
+    files = [str(path) for path in tmp_path.iterdir()]
+    done = subprocess.run([sys.executable, "-c", program, *files], capture_output=True, text=True, check=False)
+    assert done.stdout == "read\n", done.stderr

@@ -44,7 +44,7 @@ class Offer(Protocol):
         """What a user who asks for ``rank`` gets; None: it would not make this smaller."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Menu:
     """An offer whose costs follow no formula.
 
@@ -77,7 +77,7 @@ class Menu:
         return max((offered for offered in self.ranks if offered <= rank), default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """What each rank of one layer costs and loses.
 

@@ -59,7 +59,7 @@ FILES_ONLY = (
 """Entries of a config that say what is read, written and trained, where compress is given and returns objects."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compressed:
     """A compressed model and what there is to say of it."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def evaluate_checkpoint(
     with job.stage("cost", "Measuring cost"):
         footprint = Footprint.of(model, loaded)
         other = None if baseline is None or reference is None else Footprint.of(baseline, reference)
-        timed = processes.from_main(_time(loaded, reference, latency) if processes.is_main() else None)
+        timed = processes.by_main(partial(_time, loaded, reference, latency))
     return Assessment(
         model,
         baseline,
@@ -248,7 +249,6 @@ def _options_of(model: nn.Module) -> dict[str, dict[str, Any] | None]:
 def _time(
     model: LoadedModel, baseline: LoadedModel | None, batch_sizes: Sequence[int]
 ) -> list[dict[str, cost.Latency]]:
-    """By the process that others wait for, so that they do not take the cores from under it."""
     models = {} if baseline is None else {"dense": baseline.model}
     return cost.latency_by_batch_size(
         models | {"compressed": model.model}, lambda size: example_inputs(model.model, size), batch_sizes

@@ -58,7 +58,7 @@ class _Unit:
         return f"{self.attentions[0].places[ATTENTION]}:{self.part}{several}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionCompression:
     """The dense model and every choice that is not the size.
 

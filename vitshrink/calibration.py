@@ -86,7 +86,7 @@ def put_sums(kind: str, state: Mapping[str, Tensor], sums: dict[str, Any], make:
             setattr(entry, name, value if isinstance(before, Tensor | None) else type(before)(value.item()))
 
 
-@dataclass
+@dataclass(eq=False)
 class InputSums:
     """Running float64 sums over the tokens that one group of layers reads; x is (tokens, n)."""
 
@@ -121,7 +121,7 @@ class InputSums:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class OutputSums:
     """The running float64 sum of (Wx)(Wx)ᵀ, (m, m), of one layer."""
 
@@ -133,7 +133,7 @@ def accumulate(total: Tensor | None, batch: Tensor) -> Tensor:
     return batch.double() if total is None else total.add_(batch)
 
 
-@dataclass
+@dataclass(eq=False)
 class StatisticsCollector:
     """Hooks on the target layers; removes only its own hooks when the ``with`` block ends.
 

@@ -58,7 +58,7 @@ DENSE = "dense"
 """The step of a job that looks at the dense model only."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factors:
     """The factorisations of a model's layers, why those that are missing are, and the statistics behind them."""
 
@@ -110,7 +110,7 @@ class Compressor(Protocol):
         """The compressed model before the repairs and the form that come with storing it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compression:
     """The dense model and every choice that is not the size."""
 

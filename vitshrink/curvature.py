@@ -76,7 +76,7 @@ def _tokens(masks: Tensor, generator: torch.Generator, most: int = 16) -> tuple[
     return rows, torch.cat(found)
 
 
-@dataclass
+@dataclass(eq=False)
 class GroupSums:
     """Weighted float64 sums over the inputs x (tokens, n) of the layers that read the same tensor."""
 
@@ -94,7 +94,7 @@ class GroupSums:
             self.gram = accumulate(self.gram, gram_of(x * weights.sqrt()[:, None]))
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerSums:
     """Float64 sums over the output gradients g (tokens, m) of one layer, in the smaller of its two spaces."""
 
@@ -106,7 +106,7 @@ class LayerSums:
     """Σ s (Wx)(Wx)ᵀ, (m, m), where m < n."""
 
 
-@dataclass
+@dataclass(eq=False)
 class CurvatureCollector:
     """Hooks on the targets; parameters need no gradient, so that a backward pass costs what a forward pass does."""
 

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink import __version__, cost
+from vitshrink import __version__, cost, processes
 from vitshrink.allocation import Offer, Plan
 from vitshrink.compression import Factors
 from vitshrink.config import CompressConfig, quantized_bits
@@ -36,17 +36,18 @@ def example_inputs(model: PreTrainedModel, batch_size: int = 1) -> dict[str, Ten
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """What a job ran on, and with; memory in bytes."""
+    on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "platform": platform.platform(),
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
         "threads": torch.get_num_threads(),
         "peak_memory": cost.peak_memory_bytes(),
-    }
+    } | ({"peak_device_memory": cost.peak_memory_bytes(device)} if on_gpu else {})
 
 
 def latency_entries(timed: Sequence[Mapping[str, cost.Latency]]) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def latency_entries(timed: Sequence[Mapping[str, cost.Latency]]) -> dict[str, An
     return first | ({"others": others} if others else {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Description:
     """What stays the same in the reports of all sizes of a job."""
 
@@ -94,11 +95,13 @@ class Description:
         with job.stage("cost", "Measuring cost"):
             macs = before_after(cost.macs(dense, inputs), cost.macs(model, inputs))
             memory = before_after(cost.memory_bytes(dense), cost.memory_bytes(model))
-            timed = cost.latency_by_batch_size(
-                {"dense": dense, "compressed": model},
-                lambda size: example_inputs(dense, size),
-                self.config.latency,
-                repeats=10,
+            timed = processes.by_main(
+                lambda: cost.latency_by_batch_size(
+                    {"dense": dense, "compressed": model},
+                    lambda size: example_inputs(dense, size),
+                    self.config.latency,
+                    repeats=10,
+                )
             )
         evaluation = None
         if measurement is not None:
@@ -127,7 +130,6 @@ class Description:
         return [] if self.calibration is None else sorted(self.calibration.samples.marks)
 
     def _report(self, layers: list[dict[str, Any]], plan: Plan, job: Job, **measured: Any) -> Report:
-        device = next(self.dense.parameters()).device
         return Report(
             vitshrink=__version__,
             model=self.config.model,
@@ -140,8 +142,7 @@ class Description:
             layers=list(layers),
             calibration=self._calibration(),
             timings=dict(job.timings),
-            environment=environment(str(device) if device.type == "cpu" else torch.cuda.get_device_name(device))
-            | ({} if device.type == "cpu" else {"peak_device_memory": cost.peak_memory_bytes(device)}),
+            environment=environment(next(self.dense.parameters()).device),
             recipe=self.config.to_dict(),
             command=self.config.command(),
             warnings=list(job.warnings),

@@ -24,7 +24,7 @@ MEASURED_SAMPLES = 128
 """Samples on which components are measured: they say how much each counts, not what it is, and few suffice for that."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Components:
     """A layer as a sum of rank-one maps of what varies: y = Σ up[:, i] down[i] (x − mean) + constant."""
 
@@ -36,7 +36,7 @@ class Components:
     """(n,)"""
 
 
-@dataclass
+@dataclass(eq=False)
 class Effects:
     """First-order effects on random functionals of the output, one row a sample.
 
@@ -139,7 +139,7 @@ def shortfall(
     return torch.cat(missing)
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """Hooks that turn the inputs and output gradients of layers into the effects of their components."""
 

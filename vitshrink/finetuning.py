@@ -1,7 +1,6 @@
 """``finetune_checkpoint``: a compressed directory, trained and written anew with an updated report."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from vitshrink.measurement import Measurement, labels_of, measure, open_data, re
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.pipeline import CompressionResult, find_device
-from vitshrink.publication import check_space, publish
+from vitshrink.publication import publish_by_main
 from vitshrink.recovery import Recovery, check, clear_state, open_material, recover
 from vitshrink.report import Report, before_after, write
 from vitshrink.resolution import set_resolution
+from vitshrink.sharing import copy_from_main
 
 
 def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -> CompressionResult:
@@ -54,27 +54,29 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     source.companions.tell(job)
     before = replace(_compressed_report(config, source, teacher), left_out=source.companions.left)
     check(source.model, config.finetune, dense=teacher is not None, labelled=True)
-    with _published(config, source) as staging:
-        check_space(Path(config.output), 2 * file_bytes(source.directory))
-        preprocessor = Preprocessor.from_checkpoint(
-            source.directory,
-            source.family.modality,
-            config=source.model.config,
-            max_length=config.max_length,
-            offline=config.offline,
-        )
-        class_map = Path(config.class_map) if config.class_map else None
-        material = open_material(
-            config.finetune,
-            config.data,
-            source,
-            job=job,
-            seen=frozenset(before.fitted_to.split()),
-            class_map=class_map,
-            seed=config.seed,
-            offline=config.offline,
-        )
-        evaluation_samples = _evaluation_samples(config, source, job, class_map)
+    class_map = Path(config.class_map) if config.class_map else None
+    needed = 2 * file_bytes(source.directory)
+    publishing = publish_by_main(Path(config.output), needed, overwrite=config.overwrite, protect=source.directory)
+    with publishing as staging:
+        with processes.together():
+            preprocessor = Preprocessor.from_checkpoint(
+                source.directory,
+                source.family.modality,
+                config=source.model.config,
+                max_length=config.max_length,
+                offline=config.offline,
+            )
+            material = open_material(
+                config.finetune,
+                config.data,
+                source,
+                job=job,
+                seen=frozenset(before.fitted_to.split()),
+                class_map=class_map,
+                seed=config.seed,
+                offline=config.offline,
+            )
+            evaluation_samples = _evaluation_samples(config, source, job, class_map)
         shared = overlap(material.samples, evaluation_samples) if evaluation_samples is not None else 0
         if shared:
             job.warn(f"{shared} of the evaluation samples are also trained on: figures may flatter.")
@@ -92,11 +94,12 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
             max_bad_samples=config.max_bad_samples,
         )
         with job.stage("save", "Saving and verifying"):
-            if processes.is_main():
-                dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
-                save(model, staging, source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
-                verify(staging, model, example_inputs(model))
-            processes.wait()
+            with processes.together():
+                if processes.is_main():
+                    dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
+                    save(model, staging, source=source, dtype=dtype, extra_files={"recipe.yaml": config.to_yaml()})
+                    verify(staging, model, example_inputs(model))
+            copy_from_main(staging)
             reloaded = load(staging, dtype=torch.float32, device=device, attention=config.attention)
         measurement = None
         if evaluation_samples is not None:
@@ -116,7 +119,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
             )
         else:
             job.warn("the result is not evaluated: pass --eval.")
-        report = _report(config, before, recovery, measurement, preprocessor, staging, job)
+        report = _report(config, before, recovery, measurement, preprocessor, staging, job, device)
         if processes.is_main():
             write(report, staging)
     if config.finetune.checkpoints is not None and processes.is_main():
@@ -129,18 +132,6 @@ def _look_as_closely(teacher: LoadedModel, size: tuple[int, int], job: Job) -> N
     if size[0] == size[1] and teacher.family.modality == "image" and sides(teacher.model.config.image_size) != size:
         job.warn(f"{teacher.directory} takes images of {size[0]} pixels here, as the compressed model does.")
         set_resolution(teacher.model, size[0])
-
-
-@contextmanager
-def _published(config: FinetuneJob, source: LoadedModel) -> Iterator[Path]:
-    """The staging directory; the first process publishes it, the others only read what it writes there."""
-    if not processes.is_main():
-        yield Path(processes.from_main(None))
-        processes.wait()
-        return
-    with publish(Path(config.output), overwrite=config.overwrite, protect=source.directory) as staging:
-        yield Path(processes.from_main(str(staging)))
-        processes.wait()
 
 
 def _evaluation_samples(config: FinetuneJob, source: LoadedModel, job: Job, class_map: Path | None) -> SampleSet | None:
@@ -162,6 +153,7 @@ def _report(
     preprocessor: Preprocessor,
     staging: Path,
     job: Job,
+    device: torch.device,
 ) -> Report:
     """The report of the compression, where there is one, with what training changed."""
     return replace(
@@ -172,7 +164,7 @@ def _report(
         recovery=recovery.to_dict(),
         fitted_to=" ".join(sorted(recovery.fitted_to)),
         timings=dict(job.timings),
-        environment=environment(config.device),
+        environment=environment(device),
         recipe=config.to_dict(),
         command=config.command(),
         warnings=[*before.warnings, *job.warnings],

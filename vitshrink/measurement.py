@@ -29,7 +29,7 @@ from vitshrink.observer import Job
 from vitshrink.sentences import MEAN, Embedding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CalibrationData:
     """Samples to calibrate on, preprocessed."""
 

@@ -122,7 +122,7 @@ class Target:
     """Layers of the same group read the same input tensor: query, key and value of a block."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A model in memory and where it came from."""
 

@@ -1,11 +1,10 @@
 """The algorithm, told once from top to bottom: ``compress`` and ``evaluate_checkpoint``."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from vitshrink.measurement import (
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.progress import FINETUNE, Progress, state_directory
-from vitshrink.publication import check_space, publish
+from vitshrink.publication import publish_by_main
 from vitshrink.quantization import Quantization
 from vitshrink.recovery import Material, Recovery, clear_state, held_out_count, open_material, recover
 from vitshrink.recovery import check as check_recovery
@@ -51,7 +50,7 @@ class CompressionResult:
     report: Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Saved:
     """One size, written and verified but not yet measured."""
 
@@ -97,7 +96,9 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     parts = [size.label for size in shrinking.sizes] if len(shrinking.sizes) > 1 else []
 
     width = 1 if config.counts_bytes else dtype.itemsize
-    with _staging(config, source, parts, 2 * sum(size.budget for size in shrinking.sizes) * width) as staging:
+    needed = 2 * sum(size.budget for size in shrinking.sizes) * width
+    publishing = publish_by_main(output, needed, parts=parts, overwrite=config.overwrite, protect=source.directory)
+    with nullcontext() if config.dry_run else publishing as staging:
         with processes.together():
             preprocessor, calibration, held_out, evaluation_samples = _data(
                 config, source, job, calibrated=choices.calibrated or trains
@@ -169,26 +170,6 @@ def _store(
         model = quantization.applied(model)
     save(model, directory, source=source, dtype=dtype, extra_files=extra)
     verify(directory, model, example_inputs(source.model))
-
-
-@contextmanager
-def _staging(
-    config: CompressConfig, source: LoadedModel, parts: Sequence[str], bytes_needed: int
-) -> Iterator[Path | None]:
-    """Where to write; the first process publishes it, and what the others write there is thrown away."""
-    with ExitStack() as outputs:
-        staging = None
-        with processes.together():
-            if not config.dry_run and processes.is_main():
-                check_space(Path(config.output), bytes_needed)
-                staging = outputs.enter_context(
-                    publish(Path(config.output), parts=parts, overwrite=config.overwrite, protect=source.directory)
-                )
-            elif not config.dry_run:
-                staging = Path(outputs.enter_context(TemporaryDirectory(prefix="vitshrink-")))
-                for part in parts:
-                    (staging / part).mkdir()
-        yield staging
 
 
 OF_NO_CONSEQUENCE = frozenset(

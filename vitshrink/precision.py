@@ -1,6 +1,6 @@
 """The arithmetic in which a model runs its forward and backward passes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,12 +13,13 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(device: torch.device, wanted: str) -> str:
-    """``auto`` is bfloat16 where the processor multiplies it faster than float32: ``bf16``, and else ``no``."""
+    """``auto`` is ``bf16`` where the processor is known to multiply it faster than float32, and else ``no``."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    # torch 2.9 does not tell what a CPU can
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 

@@ -5,7 +5,7 @@ writes. A process that runs alone needs no special case: its share is everything
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from vitshrink.errors import UsageError, VitshrinkError
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class OtherProcessError(VitshrinkError):
@@ -150,6 +151,19 @@ def from_process(source: int, value: Any) -> Any:
 def from_main(value: Any) -> Any:
     """The value that the first process passes, in every process."""
     return from_process(0, value)
+
+
+def by_main(work: Callable[[], Result]) -> Result:
+    """What the first process makes, in every process; the others wait, and leave it the processor.
+
+    Raises:
+        OtherProcessError: the first process has failed; the message is its own.
+    """
+    made: Result | None = None
+    with together():
+        if is_main():
+            made = work()
+    return from_main(made)  # type: ignore[no-any-return]
 
 
 def total(tensor: Tensor, *, largest: bool = False) -> Tensor:

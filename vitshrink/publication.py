@@ -13,10 +13,12 @@ import secrets
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from vitshrink import checksums
+from vitshrink import checksums, processes
 from vitshrink.errors import CheckpointError, OutputError
 from vitshrink.hf_quantizer import QUANT_METHOD
 from vitshrink.names import is_portable, unportable
@@ -68,6 +70,28 @@ def publish(
             with suppress(OSError):
                 parent.rmdir()  # fails if something else was put there in the meantime
         raise
+
+
+@contextmanager
+def publish_by_main(target: Path, bytes_needed: int, *, parts: Collection[str] = (), **options: Any) -> Iterator[Path]:
+    """``publish`` in the first process of a job; what the others, which may be on other machines, write is thrown away.
+
+    Raises:
+        OutputError: as ``publish``, or there is too little space.
+        OtherProcessError: the first process may not, or cannot, publish.
+    """
+    with ExitStack() as outputs:
+        with processes.together():
+            if processes.is_main():
+                check_space(target, bytes_needed)
+                staging = outputs.enter_context(publish(target, parts=parts, **options))
+            else:
+                staging = Path(outputs.enter_context(TemporaryDirectory(prefix="vitshrink-")))
+                for part in parts:
+                    (staging / part).mkdir()
+        yield staging
+        with processes.together():
+            outputs.close()
 
 
 def check_space(directory: Path, bytes_needed: int) -> None:

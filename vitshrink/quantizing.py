@@ -103,7 +103,7 @@ def quantize_checkpoint(
             latency={role: asdict(timing) for role, timing in latency.items()},
             evaluation=None if measurement is None else measurement.to_dict(preprocessing),
             timings=dict(job.timings),
-            environment=environment("cpu"),
+            environment=environment(torch.device("cpu")),
             warnings=list(job.warnings),
             left_out=source.companions.left,
         )

@@ -31,7 +31,7 @@ LENGTHS = (1.0, 0.5, 0.25)
 """Of a step; the first that takes the outputs closer to those of the dense model is taken."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Repair:
     """Changes that explain what the compressed model lacks, and how well, on samples they were not fitted to."""
 

@@ -68,7 +68,7 @@ _UNFIT = {
 """What a model gives that a bound does not judge, and what does, by the measure of its head."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A size that was tried, and what it lost."""
 
@@ -95,7 +95,7 @@ class Remembering(nn.Module):
         return self.known[id(first)][1]
 
 
-@dataclass
+@dataclass(eq=False)
 class Search:
     """Bisection over the size, each step one set of ranks cut from the same factors and run on the held-out samples.
 

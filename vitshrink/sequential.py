@@ -25,7 +25,7 @@ class _FirstBlockReached(Exception):  # noqa: N818 - a signal, not an error
         self.keywords = keywords
 
 
-@dataclass
+@dataclass(eq=False)
 class HiddenBatch:
     """One calibration batch on its way through the blocks."""
 

@@ -130,7 +130,7 @@ class Size:
     """Parameters of the whole model that may be stored, or bytes (``config.counts_bytes``)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shrunk:
     """The outcome for one size."""
 
@@ -141,7 +141,7 @@ class Shrunk:
     job: Job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shrinking:
     """A dense model, and all that is to be done with it."""
 

@@ -19,7 +19,7 @@ GRAM_BLOCK = 128
 """Columns that are multiplied at once: narrow enough to leave out half of a wide Gram, and wide enough to be fast."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearStats:
     """Statistics of one layer; which are there depends on what the method asked for.
 

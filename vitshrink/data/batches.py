@@ -10,7 +10,7 @@ from vitshrink.data.samples import Label, Sample, SampleSet
 from vitshrink.errors import DataError
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """``inputs`` of the model: ``pixel_values`` (batch, channels, height, width), or token tensors (batch, tokens).
 

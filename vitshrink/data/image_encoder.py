@@ -26,7 +26,7 @@ IMAGES_PER_JOB = 8
 """A call of an image processor costs about 0.3 ms beside the work on its images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Encoded:
     samples: list[Sample]
     pixels: Tensor

@@ -1,6 +1,5 @@
 """Which tokens a masked language model has to guess: the same ones for every model and every batch size."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import UsageError
+from vitshrink.seeds import generator_of
 
 
 class MaskingTokenizer(Protocol):
@@ -61,8 +61,6 @@ class Masking:
             if not len(candidates):
                 continue
             count = max(1, round(self.fraction * len(candidates)))
-            digest = hashlib.sha256(f"{self.seed}\0{key}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-            order = torch.randperm(len(candidates), generator=generator)
+            order = torch.randperm(len(candidates), generator=generator_of(self.seed, key))
             hidden[row, candidates[order[:count].to(candidates.device)]] = True
         return hidden

@@ -268,7 +268,7 @@ def _run(step: Step, comparisons: Sequence[Models], batch: Batch) -> list[Column
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     inputs: dict[str, Tensor]
     mask: Tensor | None

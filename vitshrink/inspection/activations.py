@@ -17,7 +17,7 @@ TOKENS = 1024
 TOKENS_A_BATCH = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activations:
     """Tokens drawn at random, on the CPU.
 

@@ -17,7 +17,7 @@ HALF = 0.5
 """Fraction of a layer's numbers at which the predicted losses are compared."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerSpectrum:
     """Curves over the rank, from 0 to the full rank k, (k + 1,) each.
 

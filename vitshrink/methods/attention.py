@@ -27,7 +27,7 @@ class Dimensions:
     width: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionWeights:
     """One dense attention and what calibration left of it, in float64; expectations are over the calibration tokens.
 
@@ -64,7 +64,7 @@ class AttentionWeights:
         return self.stats[role].mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """What an attention method offers to choose the rank of.
 

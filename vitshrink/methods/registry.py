@@ -22,7 +22,7 @@ class Needs(Enum):
     CURVATURE = "curvature"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factorisation:
     """Nested factors of one layer: the best rank-r form is a slice.
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitshrink.recovery.samples import TrainingBatch
+from vitshrink.seeds import generator_of
 
 TOKENS_HIDDEN = 0.15
 """Part of the tokens that a masked language model has to guess."""
@@ -30,7 +31,7 @@ class Augmentation:
     special_tokens: Sequence[int] = ()
 
     def apply(self, batch: TrainingBatch, view: int) -> TrainingBatch:
-        generators = [_generator(self.seed, view, int(index)) for index in batch.indices]
+        generators = [generator_of(self.seed, view, int(index)) for index in batch.indices]
         if "pixel_values" in batch.inputs:
             pixels = self._crop(batch.inputs["pixel_values"], generators)
             return replace(batch, inputs={**batch.inputs, "pixel_values": self._mix(pixels, generators)})
@@ -40,7 +41,7 @@ class Augmentation:
         """The batch as it is, but for the tokens that a masked language model has to guess."""
         if not self.guessing:
             return batch
-        return self._hide(batch, [_generator(self.seed, view, int(index)) for index in batch.indices], self.tokens)
+        return self._hide(batch, [generator_of(self.seed, view, int(index)) for index in batch.indices], self.tokens)
 
     def _crop(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """A part of each image at the image's size, half of them mirrored."""
@@ -74,8 +75,3 @@ class Augmentation:
         hidden = (drawn < part) | (drawn == drawn.amin(1, keepdim=True)) & real  # one at least, where there is one
         inputs = {**batch.inputs, "input_ids": tokens.masked_fill(hidden, self.mask_token)}
         return replace(batch, inputs=inputs, selected=hidden)
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    """The same stream for the same numbers."""
-    return torch.Generator().manual_seed(hash(numbers) % 2**63)

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitshrink import processes
 from vitshrink.errors import OutputError, UsageError
 from vitshrink.recovery.progress import Progress
 
@@ -25,7 +27,7 @@ class Checkpoints:
     """A directory that holds the last state of one job; ``job`` is all that the job's result follows from.
 
     Raises:
-        OutputError: the directory cannot be read or written.
+        OutputError: the directory cannot be read or written, or another process of the job sees another one.
         UsageError: it holds the state of another job.
     """
 
@@ -35,14 +37,15 @@ class Checkpoints:
     def save(self, accelerator: Accelerator, progress: Progress, best: Mapping[str, Tensor]) -> None:
         """Replace the state; a kill at any moment leaves the old one or the new one."""
         new, state, old = (self.directory / name for name in (_NEW, _STATE, _OLD))
-        try:
-            if accelerator.is_main_process:
+        with processes.together(), self._writing():
+            if processes.is_main():
                 shutil.rmtree(new, ignore_errors=True)
                 new.mkdir(parents=True)
-            accelerator.wait_for_everyone()
+        with processes.together(), self._writing():
+            self._require(new)
             accelerator.save_state(str(new))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
+        with processes.together(), self._writing():
+            if processes.is_main():
                 save_file({name: tensor.cpu().contiguous() for name, tensor in best.items()}, new / _BEST)
                 (new / _PROGRESS).write_text(json.dumps(progress.to_dict()), encoding="utf-8")
                 (new / _JOB).write_text(json.dumps(self.job, sort_keys=True, default=str), encoding="utf-8")
@@ -54,17 +57,35 @@ class Checkpoints:
                     state.rename(old)
                 new.rename(state)
                 shutil.rmtree(old, ignore_errors=True)
-            accelerator.wait_for_everyone()
+
+    def load(self, accelerator: Accelerator, progress: Progress) -> dict[str, Tensor] | None:
+        """Take up the last state; gives the best weights so far, or None where nothing was saved."""
+        state = next((self.directory / name for name in (_STATE, _OLD) if (self.directory / name).is_dir()), None)
+        state = processes.from_main(state)
+        if state is None:
+            return None
+        with processes.together():
+            self._require(state)
+            return self._read(state, accelerator, progress)
+
+    def _require(self, state: Path) -> None:
+        """Raises OutputError where this process does not see what the first one does."""
+        if not state.is_dir():
+            raise OutputError(
+                f"{self.directory} is not the same directory for every process: on several machines, "
+                "--checkpoints has to lie on storage that they share."
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, SafetensorError, RuntimeError) as error:
             raise OutputError(
                 f"cannot write the state of training to {self.directory}: {error}. Check free space and permissions."
             ) from error
 
-    def load(self, accelerator: Accelerator, progress: Progress) -> dict[str, Tensor] | None:
-        """Take up the last state; gives the best weights so far, or None where nothing was saved."""
-        state = next((self.directory / name for name in (_STATE, _OLD) if (self.directory / name).is_dir()), None)
-        if state is None:
-            return None
+    def _read(self, state: Path, accelerator: Accelerator, progress: Progress) -> dict[str, Tensor]:
         try:
             found = json.loads((state / _JOB).read_text(encoding="utf-8"))
             saved = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))

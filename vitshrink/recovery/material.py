@@ -14,7 +14,7 @@ from vitshrink.models import LoadedModel, task_of
 from vitshrink.observer import Job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Material:
     """Samples, how their labels are understood, and those that were preprocessed already."""
 

@@ -136,7 +136,7 @@ def _missing(x: Tensor, gamma: Tensor, fraction_bits: int) -> Tensor:
     return torch.remainder(-x * 2.0**fraction_bits, 1 / gamma.abs())
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """What a reversible pass does; ``seeds`` and ``autocast`` let the backward pass repeat the forward one."""
 

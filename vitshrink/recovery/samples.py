@@ -15,7 +15,7 @@ MEMORY = 2 * 2**30
 """Bytes of decoded samples that are kept; those that come later are decoded again whenever they are needed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Item:
     """One preprocessed sample without padding; ``index`` is its place in the data set."""
 
@@ -28,7 +28,7 @@ class Item:
         return sum(tensor.nbytes for tensor in self.inputs.values())
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainingBatch:
     """``inputs`` of the model, ``mask`` (batch, tokens) of real tokens or None, class ``labels`` or scores (batch,)."""
 

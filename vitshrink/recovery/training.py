@@ -30,7 +30,7 @@ class Criterion(Protocol):
         """The plain loss of every row of the held-out samples, the same in every process."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Loop:
     """Everything that a step needs; ``model`` is what accelerate made of the model, ``parameters`` those that learn."""
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
+from vitshrink.structures.joined import Joined, join
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -55,7 +57,7 @@ def resized(like: nn.Linear, *, inputs: int | None = None, outputs: int | None =
     return layer
 
 
-class StructuredAttention(nn.Module):
+class StructuredAttention(Joined):
     """Attention whose queries, keys and values come from ``project``; the scale of the softmax stays what it was.
 
     The head dimension of queries and keys may differ from that of the values, and either from the dense model's.
@@ -112,19 +114,10 @@ def become(module: nn.Module, kind: type[StructuredAttention], spec: object) -> 
     """Make a dense attention one of ``kind``, in place; its projections are still to be replaced."""
     layout = layout_of(module, nn.Module)
     assert layout is not None
-    module.__class__ = _joined(kind, type(module))
+    join(module, kind)
     module.layout = layout  # type: ignore[assignment]
     module.spec = spec  # type: ignore[assignment]
     return module
-
-
-_JOINED: dict[tuple[type, type], type[nn.Module]] = {}
-
-
-def _joined(kind: type[StructuredAttention], base: type[nn.Module]) -> type[nn.Module]:
-    if (kind, base) not in _JOINED:
-        _JOINED[kind, base] = type(f"{kind.__name__.removesuffix('Attention')}{base.__name__}", (kind, base), {})
-    return _JOINED[kind, base]
 
 
 def head_dimension(module: nn.Module) -> int:

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
+from vitshrink.structures.joined import Joined, join
 from vitshrink.structures.registry import read_entry, structure
 
 SCORERS = ("blur", "features")
 """What makes a patch worth splitting: the pixels, or the embedding, that the larger patch does not show."""
 
 
-class MixedEmbeddings(nn.Module):
+class MixedEmbeddings(Joined):
     """Embeddings of the leaves of a quadtree over the image (mixed-resolution tokenisation, arXiv 2304.00287).
 
     The larger patches are embedded by the checkpoint's own projection after the image has been averaged to their
@@ -138,9 +139,6 @@ def _gather(values: Tensor, indices: Tensor) -> Tensor:
     return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
 
 
-_MIXED: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 @structure("mixed-tokens")
 @dataclass(frozen=True)
 class MixedTokens:
@@ -202,10 +200,7 @@ class MixedTokens:
             self.check((size[0] // projection.kernel_size[0], size[1] // projection.kernel_size[1]))
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        base = type(module)
-        if base not in _MIXED:
-            _MIXED[base] = type(f"Mixed{base.__name__}", (MixedEmbeddings, base), {})
-        module.__class__ = _MIXED[base]
+        join(module, MixedEmbeddings)
         module.spec = self  # type: ignore[assignment]
         positions = module.position_embeddings
         assert isinstance(positions, nn.Parameter)
