@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import vitshrink.cli.compress as command
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig, parse_option, parse_quantity, read_recipe
+from vitshrink.config import CompressConfig, FinetuneConfig, parse_option, parse_quantity, read_recipe, share_of
 from vitshrink.errors import UsageError
 
 
@@ -34,16 +34,23 @@ def config(**entries: Any) -> CompressConfig:
         ("64KiB", 65_536),
         ("123456", 123_456),
         (" 0.5m ", 500_000),
+        ("1.005k", 1005),
+        ("8.2MB", 8_200_000),
+        ("0.29 G", 290_000_000),
     ],
 )
 def test_quantities_are_read_with_their_unit(text: str, expected: int) -> None:
     assert parse_quantity(text, "--target-size") == expected
 
 
-@pytest.mark.parametrize("text", ["", "22X", "M", "-5M", "0", "0MB", "1e6", "12 12", "nan", "inf"])
+@pytest.mark.parametrize("text", ["", "22X", "M", "-5M", "0", "0MB", "0.0001k", "1e6", "12 12", "nan", "inf"])
 def test_a_quantity_that_cannot_be_read_names_the_flag(text: str) -> None:
     with pytest.raises(UsageError, match="--target-params"):
         parse_quantity(text, "--target-params")
+
+
+def test_a_share_is_taken_as_it_is_written() -> None:
+    assert [share_of(share, 100) for share in (0.29, 0.57, 0.58, 0.999)] == [29, 57, 58, 99]
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0, -0.5, 1.5, float("nan"), float("inf")])
@@ -91,6 +98,11 @@ def test_a_number_out_of_range_names_its_flag(name: str, value: int) -> None:
         ({"layers": "atention"}, "--layers atention.*Did you mean 'attention'"),
         ({"keep": (0.5, 0.6, 0.5)}, "twice"),
         ({"target_size": "9 bananas"}, "--target-size.*9 bananas"),
+        (
+            {"keep": (), "rank": 3, "rank_multiple": 8},
+            "--rank 3 is no multiple of --rank-multiple 8: give --rank 8",
+        ),
+        ({"keep": (), "rank": 20, "rank_multiple": 8}, "--rank 20 is no multiple .*: give --rank 16 or --rank 24, or"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_told_from_those_that_do(entries: dict[str, Any], said: str) -> None:
@@ -101,11 +113,12 @@ def test_a_choice_that_does_not_exist_is_told_from_those_that_do(entries: dict[s
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
+        ({"keep": 10**400}, "keep: 1000.* does not fit; expected a number"),
         ({"kep": 0.5}, "unknown entry 'kep'. Did you mean 'keep'"),
         ({"keep": "half"}, "keep: 'half' does not fit; expected a number"),
         ({"keep": 0.5, "samples": 1.5}, "samples: 1.5 does not fit; expected a whole number"),
         ({"keep": 0.5, "samples": True}, "samples: True does not fit"),
-        ({"keep": 0.5, "offline": "yes"}, "offline: 'yes' does not fit; expected true or false"),
+        ({"keep": 0.5, "offline": "maybe"}, "offline: 'maybe' does not fit; expected true or false"),
         ({"keep": 0.5, "calibration": ["a"]}, "calibration: .* expected text"),
         ({"keep": 0.5, "options": "alpha"}, "options: 'alpha' does not fit"),
         ({"keep": 0.5, "method": None}, "method: None does not fit"),
@@ -131,9 +144,56 @@ def test_a_recipe_may_be_written_as_people_write_yaml() -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("precision: no", "precision", "no"),
+        ("finetune: {precision: no, epochs: 1e1}", "finetune", FinetuneConfig(precision="no", epochs=10.0)),
+        ("calibration_split: on", "calibration_split", "on"),
+        ("label_column: y", "label_column", "y"),
+        ("text_column: 12:30", "text_column", "12:30"),
+        ("calibration: 2024-01-02", "calibration", "2024-01-02"),
+        ("calibration: 007", "calibration", "007"),
+        ("calibration: 0x10", "calibration", "0x10"),
+        ("calibration: 1_000", "calibration", "1_000"),
+        ("calibration: 1.10", "calibration", "1.10"),
+        ("calibration: 1e5", "calibration", "1e5"),
+        ("calibration: 'null'", "calibration", "null"),
+        ("calibration: null", "calibration", None),
+        ("seed: 0x10", "seed", 16),
+        ("samples: 1e2", "samples", 100),
+        ("save_every: 1e2", "save_every", 100.0),
+        ("offline: yes", "offline", True),
+        ("thumbnails: off", "thumbnails", False),
+        ("options: {alpha: 1e-1, name: no}", "options", {"alpha": 0.1, "name": "no"}),
+    ],
+)
+def test_a_recipe_says_what_is_written_there(line: str, name: str, value: Any, tmp_path: Path) -> None:
+    """Not what an old version of YAML makes of it."""
+    file = tmp_path / "job.yaml"
+    file.write_text(f"model: m\noutput: o\nkeep: 0.5\n{line}\n")
+    found = CompressConfig.from_mapping(read_recipe(file))
+    assert getattr(found, name) == value
+    assert type(getattr(found, name)) is type(value)
+    file.write_text(found.to_yaml())
+    assert CompressConfig.from_mapping(read_recipe(file)) == found
+    assert CompressConfig.from_mapping(yaml.safe_load(found.to_yaml())) == found, "an older version reads the same"
+
+
+def test_an_option_of_training_is_text_where_text_is_wanted() -> None:
+    words = ["compress", "m", "o", "--keep", "0.5", "--finetune", "distill"]
+    for option in ("data=1.10", "split=1e5", "precision=no", "augment=off", "epochs=1e1"):
+        words += ["--finetune-option", option]
+    (found,), _ = job_of(words)
+    assert found.finetune == FinetuneConfig(data="1.10", split="1e5", precision="no", augment=False, epochs=10.0)
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         ("- a\n- b", "must hold entries"),
+        ("keep: 0.5\nkeep: 0.7", "'keep' is given twice"),
+        ("keep: !!timestamp 2024-13-45", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
         ("", "must hold entries"),
         ("a: [", "not valid YAML"),
         (b"\xff\xfe\x00", "cannot"),

@@ -73,3 +73,10 @@ def test_yaml_tags_build_no_objects(tmp_path: Path) -> None:
 def test_an_unknown_name_brings_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"Did you mean 'imagenet-1k'.*sst2"):
         load_recipe("imagenet1k")
+
+
+def test_words_and_numbers_are_what_is_written_there(tmp_path: Path) -> None:
+    text = "kind: text\npath: x.tsv\nheader: no\ncolumns: [on, no, 1.10]\ntext_column: on\nlabel_column: no\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert (recipe.header, recipe.columns) == (False, ("on", "no", "1.10"))
+    assert (recipe.text_column, recipe.label_column) == ("on", "no")

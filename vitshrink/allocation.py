@@ -222,7 +222,7 @@ def uniform_rank(curves: Sequence[Offer], budget: int) -> Plan:
 
 
 def fixed_rank(curves: Sequence[Offer], rank: int) -> Plan:
-    """``rank`` everywhere, rounded down to the multiple; layers it does not shrink stay dense."""
+    """``rank`` everywhere, or the nearest below that is on offer; layers it does not shrink stay dense."""
     return {curve.name: curve.nearest(rank) for curve in curves}
 
 

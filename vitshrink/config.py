@@ -6,18 +6,19 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, get_args, get_origin
 
-import yaml
-
 from vitshrink.errors import UsageError
 from vitshrink.names import is_portable, quoted, unportable
+from vitshrink.written import Written, plain, read_yaml, truth, write_yaml
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -51,9 +52,15 @@ def flag_of(name: str) -> str:
 def parse_quantity(text: str, flag: str) -> int:
     """``22M`` parameters or ``90MB`` bytes as a whole number. Raises UsageError."""
     match = _SIZE.fullmatch(str(text))
-    if not match or float(match[1]) == 0:
+    number = int(Fraction(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
+    if not number:
         raise UsageError(f"{flag}: cannot read {text!r}; write a number with k, M or G, such as 22M or 90MB.")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match[2] else int(float(match[1]))
+    return number
+
+
+def share_of(share: float, total: int) -> int:
+    """A part of ``total``, rounded down, with the share taken as it is written: 0.29 of 100 is 29."""
+    return int(Fraction(str(share)) * total)
 
 
 def quantized_bits(weights: str, activations: str | None) -> tuple[int, Literal["none", "dynamic"]]:
@@ -328,6 +335,13 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{flag_of(name)} {value}: must be at least 1.")
+        if self.rank is not None and self.rank % self.rank_multiple:
+            above = self.rank + -self.rank % self.rank_multiple
+            below = f"--rank {above - self.rank_multiple} or " if above > self.rank_multiple else ""
+            raise UsageError(
+                f"--rank {self.rank} is no multiple of --rank-multiple {self.rank_multiple}: "
+                f"give {below}--rank {above}, or leave --rank-multiple out."
+            )
         if not self.latency or min(self.latency) < 1:
             raise UsageError(f"--latency {min(self.latency, default='')}: give batch sizes, which are at least 1.")
         for name in ("refine", "holdout", "max_bad_samples", "workers"):
@@ -422,7 +436,7 @@ class CompressConfig:
 
     def to_yaml(self) -> str:
         """The recipe: what ``--config`` reads."""
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        return write_yaml(self.to_dict())
 
     def command(self) -> str:
         """The command line that does the same: what differs from the defaults, as flags."""
@@ -563,7 +577,7 @@ class FinetuneJob:
 
     def to_yaml(self) -> str:
         """The recipe: what ``--config`` reads."""
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        return write_yaml(self.to_dict())
 
     def command(self) -> str:
         """The command line that does the same: what differs from the defaults, as flags."""
@@ -596,7 +610,7 @@ def _option(value: Any) -> str:
 def parse_option(text: str) -> Any:
     """The value in ``--option name=value``: JSON where it is, otherwise the string."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=Written)
     except json.JSONDecodeError:
         return text
 
@@ -604,10 +618,12 @@ def parse_option(text: str) -> Any:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The entries of a YAML recipe. Raises UsageError when it is missing or not a mapping."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}.") from error
-    except yaml.YAMLError as error:
+    try:
+        entries = read_yaml(text)
+    except ValueError as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(entries, dict):
         raise UsageError(f"{path} must hold entries such as 'method: whitened', one a line.")
@@ -669,17 +685,21 @@ def _fitting(value: Any, kind: Any, where: str) -> Any:
         return tuple(_fitting(item, get_args(kind)[0], where) for item in items)
     if get_origin(kind) is Mapping:
         if isinstance(value, Mapping):
-            return {str(key): entry for key, entry in value.items()}
+            return {str(key): plain(entry) for key, entry in value.items()}
         raise UsageError(f"{where}: {value!r} does not fit; expected entries of name and value.")
     if bool in allowed or isinstance(value, bool):
-        if isinstance(value, bool) and bool in allowed:
-            return value
+        if isinstance(truth(value), bool) and bool in allowed:
+            return truth(value)
     elif int in allowed:
-        if isinstance(value, int):
-            return value
+        with suppress(ValueError):
+            if isinstance(value, str):
+                return int(value, 0)  # 0x10 and 1_000, which YAML may hold
+            if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+                return int(value)
     elif float in allowed:
-        if isinstance(value, int | float):
-            return float(value)
+        with suppress(OverflowError):
+            if isinstance(value, int | float):
+                return float(value)
     elif isinstance(value, str | int | float):
         return str(value)
     expected = " or ".join(_KINDS.get(entry, str(entry)) for entry in allowed if entry is not NoneType)

@@ -15,7 +15,7 @@ from vitshrink.attentions import AttentionCompression
 from vitshrink.checkpoint import HEADER_BYTES
 from vitshrink.compensation import COMPENSATIONS
 from vitshrink.compression import Compression, Compressor, Factors, choose_ranks
-from vitshrink.config import CompressConfig, parse_quantity
+from vitshrink.config import CompressConfig, parse_quantity, share_of
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.description import Description
 from vitshrink.errors import TargetError, UsageError
@@ -268,7 +268,7 @@ def requested_sizes(compression: Compressor, dtype: torch.dtype) -> list[Size]:
     tensors = len(compression.dense.state_dict()) + 2 * len(compression.units())
     header = HEADER_BYTES * tensors
     if config.keep:
-        sizes = [Size(f"keep-{keep}", int(keep * total)) for keep in config.keep]
+        sizes = [Size(f"keep-{keep}", share_of(keep, total)) for keep in config.keep]
     elif config.target_params:
         sizes = [Size("", parse_quantity(config.target_params, "--target-params"))]
     elif config.target_size:

@@ -9,10 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from vitshrink.data.tables import DELIMITERS, Quoting
 from vitshrink.errors import DataError, UsageError
+from vitshrink.written import read_yaml, truth
 
 Kind = Literal["image", "text"]
 
@@ -77,8 +76,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             raise UsageError(f"no recipe is called {name_or_path!r}.{suggestion(str(name_or_path), names)}")
         file = recipe_folder() / f"{name_or_path}.yaml"
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        entries = read_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read the recipe {file}: {error}") from error
     if not isinstance(entries, dict):
         raise UsageError(f"{file}: a recipe is a list of `key: value` lines, this is {type(entries).__name__}.")
@@ -112,6 +111,7 @@ _NAMED_DELIMITERS = {name: delimiter for delimiter, name in DELIMITERS.items()}
 
 
 def _checked(file: Path, entries: dict[Any, Any]) -> Recipe:
+    entries = {key: truth(value) if _TYPES.get(key) == (bool,) else value for key, value in entries.items()}
     known = [field.name for field in fields(Recipe) if field.name not in ("name", "folder")]
     for key, value in entries.items():
         if key not in known:

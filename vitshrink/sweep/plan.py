@@ -16,6 +16,7 @@ from vitshrink.data import recipe_defaults
 from vitshrink.errors import DataError, UsageError
 from vitshrink.gates import Gates
 from vitshrink.shrinking import Choices
+from vitshrink.written import plain
 
 MOST_JOBS = 1000
 
@@ -159,6 +160,7 @@ def _label(key: str, value: Any) -> str:
         return "-".join([key, *map(str, value)])
     if isinstance(value, Mapping):
         return "-".join([key, *(f"{name}-{entry}" for name, entry in value.items())])
+    value = plain(value)
     text = str(value).rstrip("/").rpartition("/")[2] if isinstance(value, str) else f"{value}"
     return text if isinstance(value, str) else f"{key}-{text}"
 
