@@ -1,6 +1,8 @@
 """``vitshrink.compress`` on models in memory: what it takes, what it gives back, what it leaves alone."""
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import tiny
 import torch
 import transformers
 from PIL import Image
+from test_architecture import FILES, OWN
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 import vitshrink
 from vitshrink import cost
+from vitshrink.api import FILES_ONLY
 from vitshrink.config import CompressConfig
 from vitshrink.data.memory import ReadyBatches
 from vitshrink.errors import CheckpointError, DataError, OutputError, TargetError, UsageError
@@ -209,6 +213,7 @@ def test_a_masked_lm_is_measured_where_the_tokenizer_is_known(masked_lm_director
         ([torch.zeros(4, 3, 32, 32)], {"keep": [0.5, 0.6]}, UsageError, "give one fraction"),
         ([torch.zeros(4, 3, 32, 32)], {"sample": 3}, UsageError, "Did you mean 'samples'"),
         ([torch.zeros(4, 3, 32, 32)], {"output": "there"}, UsageError, "has no 'output'"),
+        ([torch.zeros(4, 3, 32, 32)], {"save_every": 5}, UsageError, "has no 'save_every'"),
     ],
 )
 def test_what_makes_no_sense_is_explained(
@@ -236,8 +241,14 @@ def test_masks_are_asked_for() -> None:
 
 
 def test_every_flag_has_a_place() -> None:
-    """An entry that a job in memory ignores in silence would be a trap."""
-    from vitshrink.api import FILES_ONLY
-
-    known = CompressConfig.__dataclass_fields__.keys()
-    assert set(FILES_ONLY) <= known
+    """An entry that a job in memory ignores in silence would be a trap: each is refused, or read by what it runs."""
+    entries = set(CompressConfig.__dataclass_fields__)
+    assert set(FILES_ONLY) <= entries
+    reached, ahead = set[str](), {"vitshrink.api"}
+    while ahead:
+        reached |= ahead
+        ahead = {each.module for module, each in OWN if module in ahead and each.module in FILES} - reached
+    sources = [FILES[module].read_text(encoding="utf-8") for module in reached - {"vitshrink.config"}]
+    sources.append(inspect.getsource(CompressConfig.calibration_data.fget).replace("self.", "config."))  # type: ignore[attr-defined]
+    read = set(re.findall(r"\bconfig\.(\w+)", "\n".join(sources)))
+    assert entries - set(FILES_ONLY) - read == set()

@@ -55,8 +55,9 @@ FILES_ONLY = (
     "resolution",
     "finetune",
     "attention",
+    "save_every",
 )
-"""Entries of a config that say what is read, written and trained, where compress is given and returns objects."""
+"""Entries of a config that say what is read, written, kept and trained, where compress takes and gives objects."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +155,7 @@ def compress(
             embedding=MEAN if origin is None else embedding_of(origin, dense),
             labelled=False,
             max_bad_samples=config.max_bad_samples,
+            workers=config.workers,
         )
     description = shrinking.description(data, preprocessor)
     report = description.written(
@@ -226,6 +228,7 @@ def _data(
             seed=config.seed,
             batch_size=config.batch_size,
             max_bad_samples=config.max_bad_samples,
+            workers=config.workers,
         )
     needed = Bound.of(config) is not None
     if not needed and task_of(model) == "masked-lm" and preprocessor.processor is None:
