@@ -155,6 +155,9 @@ def inputs(tmp_path: Path) -> Path:
     tiny.write_images(root / "data" / "val" / "cat", 3, seed=1)
     tiny.write_images(root / "flat", 3, seed=2)
     tiny.write_images(root / "elsewhere", 2, seed=3)
+    (root / "data" / "train" / "dog").symlink_to(root / "elsewhere")
+    tiny.write_images(root / "described" / "train", 2, seed=4)
+    (root / "described" / "metadata.csv").write_text("file_name,label\ntrain/000.png,cat\ntrain/001.png,dog\n")
     (root / "linked").symlink_to(root / "elsewhere" / "000.png")
     names = sorted(path.name for path in (root / "flat").iterdir())
     (root / "truth.txt").write_text("".join(f"{name} cat\n" for name in names))
@@ -187,6 +190,8 @@ def fingerprint_of(tmp_path: Path, **entries: Any) -> str:
         ({}, "model/1_Pooling/config.json"),
         ({"calibration": "data:train"}, "data/train/cat/*.png"),
         ({"calibration": "data", "calibration_split": "train"}, "data/train/cat/*.png"),
+        ({"calibration": "data:train"}, "elsewhere/001.png"),
+        ({"eval": "described:train"}, "described/metadata.csv"),
         ({"calibration": "table.csv"}, "table.csv"),
         ({"calibration": "table.csv"}, "flat/000.png"),
         ({"calibration": "table.csv"}, "elsewhere/000.png"),
@@ -351,3 +356,11 @@ def test_what_is_left_out_is_a_value_too(tmp_path: Path) -> None:
 def test_a_data_recipe_that_cannot_be_read_is_a_matter_of_its_job(tmp_path: Path) -> None:
     found = plan(tmp_path, matrix={"model": ["m"], "keep": [0.5], "calibration": ["images", "no/such.yaml"]})
     assert [job.config.calibration for job in found.jobs] == ["images", "no/such.yaml"]
+
+
+@pytest.mark.parametrize("model", ["m" * 5000, "nul\0byte", "~nobody/model"])
+def test_a_job_that_cannot_be_looked_at_has_a_fingerprint_of_its_own(model: str, tmp_path: Path) -> None:
+    job = plan(tmp_path, include=[{"name": "job", "model": "m", "keep": 0.5, "calibration": str(tmp_path)}]).jobs[0]
+    strange = replace(job.config, model=model)
+    first, second = fingerprints([job.config, strange]), fingerprints([job.config, strange])
+    assert not set(first) & set(second), "nor has one whose data are not there"

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, get_args
 from vitshrink import __version__
 from vitshrink.checksums import digest
 from vitshrink.config import CompressConfig, DataConfig
-from vitshrink.data import Kind, Recipe, hub_source, open_samples
+from vitshrink.data import Kind, hub_source, open_samples
 from vitshrink.errors import VitshrinkError
 from vitshrink.hub import revision
 
@@ -28,10 +28,16 @@ def fingerprints(configs: Sequence[CompressConfig]) -> list[str]:
     """For each config the SHA-256 of all that its result depends on, as far as it is known without running the job.
 
     Local models and class maps count with the contents of their files, samples and their labels as the job itself will
-    read them. What lies on the Hub counts with its commit, after an ``APART``, where that can be found out.
+    read them. What lies on the Hub counts with its commit, after an ``APART``, where that can be found out. A job whose
+    data cannot be read now is like no other: it will say itself what is wrong.
     """
-    known = _Known()
-    return [_fingerprint(config, known) for config in configs]
+    known, found = _Known(), []
+    for config in configs:
+        try:
+            found.append(_fingerprint(config, known))
+        except Exception:
+            found.append(secrets.token_hex(32))
+    return found
 
 
 def is_same(earlier: str, now: str) -> bool:
@@ -61,7 +67,7 @@ def _fingerprint(config: CompressConfig, known: _Known) -> str:
                 commits[entry.name] = known.revision(name, "model", offline=config.offline)
     for part, data in data_of(config).items():
         most = {"calibration_data": config.samples + config.holdout, "eval_data": config.eval_limit}.get(part)
-        if (there := _on_hub(data)) is not None:
+        if (there := hub_source(data.source)) is not None:
             read[part] = None if there[1] is None else asdict(replace(there[1], folder=Path()))
             commits[part] = known.revision(there[0], "dataset", offline=config.offline)
         else:
@@ -77,34 +83,32 @@ def data_of(config: CompressConfig) -> dict[str, DataConfig]:
     return {name: value for name, value in found.items() if isinstance(value, DataConfig)}
 
 
-def _on_hub(data: DataConfig) -> tuple[str, Recipe | None] | None:
-    with suppress(VitshrinkError):  # the job itself will fail, and say why
-        return hub_source(data.source)
-    return None
-
-
 def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) -> Mapping[str, str]:
-    """What the samples are that a job may choose, opened as it opens them.
+    """What the samples are that a job may choose, opened as it opens them, as images or texts or both.
 
-    Which kind the model reads need not be known: what cannot be read as the other kind says why, which does not change.
+    Which kind the model reads need not be known. Raises what stands against the last kind where none can be opened.
     """
     options = {entry.name: getattr(data, entry.name) for entry in fields(data) if entry.name != "source"}
     found: dict[str, str] = {}
+    problem: VitshrinkError | None = None
     for kind in get_args(Kind):
         try:
             samples = open_samples(data.source, kind, offline=offline, **options)
+        except VitshrinkError as error:
+            problem = error
+        else:
             found[kind] = samples.at_most(most, seed).identity()
-        except Exception as error:  # the job itself will fail, and say why
-            found[kind] = f"{type(error).__name__}: {error}"
+    if problem is not None and not found:
+        raise problem
     return found
 
 
 def _contents(name: str) -> str | None:
     """Digest of the contents of what lies at or below a path; None where there is nothing of that name."""
     path = Path(name).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # which takes a name that can be none, where Path.exists() does not
         return None
-    return _sha256({name: _digest(file) for name, file in sorted(_walk(path))})
+    return _sha256({name: digest(file) for name, file in sorted(_walk(path))})
 
 
 def _walk(path: Path) -> Iterator[tuple[str, Path]]:
@@ -118,13 +122,6 @@ def _walk(path: Path) -> Iterator[tuple[str, Path]]:
         if real not in entered:
             entered.add(real)
             yield from ((os.path.relpath(Path(directory, n), path), Path(directory, n)) for n in names if n[0] != ".")
-
-
-def _digest(file: Path) -> str:
-    try:
-        return digest(file)
-    except OSError as error:
-        return str(error)
 
 
 def _without(entries: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
