@@ -173,7 +173,8 @@ def _become(line: list[str], place: Place, streams: _Streams) -> None:
         tempfile.tempdir = None  # it is looked for once in a process
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as the interpreter has them
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
         status = _main(line)
     finally:
         os._exit(status)
