@@ -232,6 +232,17 @@ def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["qk-joint", "vo-joint", "heads-joint"])
+def test_heads_of_one_dimension_cannot_get_smaller(method: str, flat_images: Path, tmp_path: Path) -> None:
+    tiny.build("ViTForImageClassification", num_attention_heads=32).save_pretrained(tmp_path / "model")
+    tiny.write_processor(tmp_path / "model")
+    job = CompressConfig(
+        str(tmp_path / "model"), str(tmp_path / "out"), method=method, keep=(0.9,), calibration=str(flat_images)
+    )
+    with pytest.raises(UsageError, match=f"--method {method} has no rank for heads of 1 dimensions of 32"):
+        compress(job)
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -77,7 +77,13 @@ class AttentionCompression:
 
     def __post_init__(self) -> None:
         attentions = self._attentions()
-        most = max((max(self._ranks(attention)) for attention in attentions), default=0)  # refuses options, too
+        most = max((rank for attention in attentions for rank in self._ranks(attention)), default=0)
+        if attentions and not most:
+            sizes = attentions[0].dimensions
+            raise UsageError(
+                f"--method {self.method.name} has no rank for heads of {sizes.head} dimensions of {sizes.width}, as "
+                "those of this model are: choose another method."
+            )
         if not self.units():
             parts = " or ".join(", ".join(roles) for roles in self.method.parts.values())
             raise UsageError(

@@ -12,9 +12,14 @@ def _all_named(place: Place, name: bytes) -> None:
     place.model, place.data, place.output = b"m" + name, b"d" + name, b"o" + name
 
 
-@oddity(Place, slot="names", outcome="works")
+@oddity(Place, slot="names")
 def paths_not_in_utf8(place: Place) -> None:
     _all_named(place, b"caf\xe9")
+
+
+@oddity(Place, slot="names", outcome="works")
+def data_not_in_utf8(place: Place) -> None:
+    place.data = b"caf\xe9"
 
 
 @oddity(Place, slot="names", outcome="works")

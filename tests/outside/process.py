@@ -27,7 +27,7 @@ from typing import Any
 
 from .place import Place, Stream
 
-TIME_LIMIT = 120.0
+TIME_LIMIT = 600.0
 INTERNAL = 250
 """Status of a process that failed in this file."""
 
