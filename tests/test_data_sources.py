@@ -18,7 +18,7 @@ from datasets.utils import disable_progress_bars
 
 from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.config import CompressConfig, DataConfig
-from vitshrink.data import Kind, SampleSet, decode_image, open_samples
+from vitshrink.data import BadSamples, Kind, Preprocessor, SampleSet, decode_image, open_samples
 from vitshrink.errors import DataError, UsageError
 from vitshrink.pipeline import compress
 
@@ -399,6 +399,24 @@ def test_a_table_of_image_paths(tmp_path: Path) -> None:
     assert samples.samples[0].image is not None
     assert decode_image(samples.samples[0].image).mode == "RGB"
     assert labels(samples) == ["cat", "cat"]
+
+
+def test_rows_without_an_image_are_bad_samples_that_say_where_it_was_looked_for(
+    tmp_path: Path, vit_directory: Path
+) -> None:
+    tiny.write_images(tmp_path / "images", 1)
+    (tmp_path / "x.csv").write_text("image,label\nimages/000.png,cat\n ,cat\n000.png,cat\n")
+    preprocessor = Preprocessor.from_checkpoint(vit_directory, "image", offline=True)
+    bad = BadSamples(limit=2)
+    samples = open_samples(tmp_path / "x.csv", "image")
+    assert sum(len(batch.keys) for batch in preprocessor.batches(samples, 4, bad=bad)) == 1
+    assert bad.reasons == {
+        "row 2": "has no image",
+        "row 3": f"cannot be read (there is no file {tmp_path / '000.png'})",
+    }
+    (tmp_path / "x.json").write_text('[{"image": {"bytes": "", "path": "000.png"}}]')
+    with pytest.raises(DataError, match="row 1: column 'image' holds a dict, not text"):
+        open_samples(tmp_path / "x.json", "image")
 
 
 def test_a_table_without_header_by_a_recipe(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 
 from vitshrink import load
 from vitshrink.config import CompressConfig, read_recipe
+from vitshrink.data import Kind, open_samples
+from vitshrink.data.ground_truth import read_ground_truth
+from vitshrink.data.labels import read_class_map
 from vitshrink.data.recipes import load_recipe
 from vitshrink.errors import VitshrinkError
 from vitshrink.pipeline import CompressionResult
@@ -262,6 +265,31 @@ def test_a_data_recipe(data: st.DataObject, folder: Path) -> None:
     read_yaml(folder / "data.yaml", document, load_recipe)
     changed = data.draw(mutated(document))
     survives(lambda: read_yaml(folder / "data.yaml", changed, load_recipe))
+
+
+TABLE_PARTS = (
+    *("text", "label", "image", "file_name", "a", "1", "0", "1.5", "nan", "-1", "1e999", "null", "true", "é"),
+    *(",", "\t", ";", "|", '"', "\n", "\r\n", " ", "{", "}", "[", "]", ":", "\ufeff", "\\u0000", "\\ud83d", "\x00"),
+)
+
+
+@settings(fuzz, max_examples=100)
+@given(
+    content=st.lists(st.sampled_from(TABLE_PARTS), max_size=25).map("".join),
+    encoding=st.sampled_from(["utf-8", "utf-16", "latin-1"]),
+    suffix=st.sampled_from([".csv", ".tsv", ".txt", ".json", ".jsonl", ".csv.gz"]),
+    kind=st.sampled_from(["text", "image"]),
+    keys=st.sampled_from(
+        ["", "header: false", "header: true", "quoting: none", "header: false\ncolumns: [text, label]"]
+    ),
+)
+def test_a_table(content: str, encoding: str, suffix: str, kind: Kind, keys: str, folder: Path) -> None:
+    file = folder / f"table{suffix}"
+    file.write_bytes(content.encode(encoding, errors="replace"))
+    (folder / "table.yaml").write_text(f"kind: {kind}\npath: {file.name}\n{keys}\n")
+    survives(lambda: open_samples(folder / "table.yaml" if keys else file, kind))
+    survives(lambda: read_ground_truth(file, ["a.png", "b.png"]))
+    survives(lambda: read_class_map(file))
 
 
 @fuzz

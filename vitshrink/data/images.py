@@ -55,6 +55,8 @@ def decode_image(source: ImageSource, mode: str = "RGB") -> Image.Image:
         return _upright(source, mode)
     try:
         content = read_image_bytes(source)
+    except FileNotFoundError as error:  # of a table, whose row says nothing of where that is looked for
+        raise ImageError(f"cannot be read (there is no file {error.filename or error})") from error
     except OSError as error:
         raise ImageError(f"cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # a name that no file can have, in a table

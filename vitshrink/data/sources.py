@@ -220,7 +220,7 @@ def _table_samples(table: Table, path: Path, kind: Kind, wanted: Columns) -> Sam
     """Rows of a table; images are named by paths, which start at the table's folder."""
     columns = find_columns(str(path), kind, table.columns, wanted)
     labels, labels_are = typed_labels(f"{path}: column {columns.label!r}", table.column(columns.label))
-    images = [None if value is None else path.parent / str(value) for value in table.column(columns.image)]
+    images = [path.parent / name if name and name.strip() else None for name in _texts(table, path, columns.image)]
     rows = zip(images, _texts(table, path, columns.text), _texts(table, path, columns.text_pair), labels, strict=True)
     samples = [
         Sample(f"row {number}", image, text, pair, label)
