@@ -150,7 +150,7 @@ def test_a_missed_gate_exits_with_3_after_the_figures(small: Path, vit_directory
     assert json.loads(stdout)["evaluation"]["samples"] == 40
     assert stderr.startswith("error: --min-accuracy 100 is missed by ")
     assert "--max-kl 1e-06 is missed by " in stderr
-    code, _, stderr = run(*flags, "--max-kl", "100", "--max-drop", "100", "--min-accuracy", "0")
+    code, _, stderr = run(*flags, "--max-kl", "100", "--max-drop", "100", "--max-changed", "100", "--min-accuracy", "0")
     assert (code, stderr) == (0, "")
 
 

@@ -1,9 +1,11 @@
 """Bounds on a compressed model: what keeps them, by how much they are missed, and what they cannot be held against."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
+from vitshrink.config import BOUNDS
 from vitshrink.errors import GateError, UsageError
 from vitshrink.gates import Gates
 
@@ -12,7 +14,12 @@ def evaluation(**entries: Any) -> dict[str, Any]:
     return {"metric": "top1", "dense": None, "compressed": None, "fidelity": None, "difference": None} | entries
 
 
-FULL = evaluation(dense={"top1": 0.8}, compressed={"top1": 0.75}, fidelity={"kl": 0.3}, difference={"drop": 0.05})
+FULL = evaluation(
+    dense={"top1": 0.8},
+    compressed={"top1": 0.75},
+    fidelity={"kl": 0.3, "agreement": 49 / 50},
+    difference={"drop": 0.8 - 0.75},
+)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +27,8 @@ FULL = evaluation(dense={"top1": 0.8}, compressed={"top1": 0.75}, fidelity={"kl"
     [
         Gates(),
         Gates(min_accuracy=75),
-        Gates(max_drop=5.1),
+        Gates(max_drop=5),
+        Gates(max_changed=2),
         Gates(max_kl=0.3),
         Gates(min_accuracy=0, max_drop=100, max_kl=10),
     ],
@@ -34,6 +42,7 @@ def test_a_bound_that_is_met_passes(gates: Gates) -> None:
     [
         (Gates(min_accuracy=76), r"--min-accuracy 76 is missed by 1 \(75\)"),
         (Gates(max_drop=4), r"--max-drop 4 is missed by 1 \(5\)"),
+        (Gates(max_changed=1), r"--max-changed 1 is missed by 1 \(2\)"),
         (Gates(max_kl=0.25), r"--max-kl 0.25 is missed by 0.05 \(0.3\)"),
         (Gates(min_accuracy=90, max_kl=0.1), r"--min-accuracy 90 .*; --max-kl 0.1 "),
     ],
@@ -56,6 +65,7 @@ def test_a_gain_passes_and_a_dense_model_can_be_gated() -> None:
         (Gates(min_accuracy=1), "--min-accuracy cannot be judged: the data have no labels"),
         (Gates(max_drop=1), "--max-drop cannot be judged: the data have no labels"),
         (Gates(max_kl=1), "--max-kl cannot be judged"),
+        (Gates(max_changed=1), "--max-changed cannot be judged: the models predict no classes"),
     ],
 )
 def test_a_bound_that_cannot_be_judged_is_no_pass(gates: Gates, said: str) -> None:
@@ -102,3 +112,7 @@ def test_gates_are_read_from_entries() -> None:
 def test_gates_that_make_no_sense_are_named(entries: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Gates.from_mapping(entries, "sweep.yaml: gates")
+
+
+def test_every_bound_that_chooses_a_size_is_a_gate_of_the_same_name() -> None:
+    assert set(BOUNDS) <= {entry.name for entry in fields(Gates)}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from vitshrink.config import flag_of, parse_quantity
+from vitshrink.config import BOUNDS, flag_of, parse_quantity
 from vitshrink.errors import GateError, UsageError
 
 
@@ -45,6 +45,8 @@ class Gates:
     """Percent (hundredths of a correlation)."""
     max_drop: float | None = None
     """Percentage points below the baseline (hundredths of a correlation)."""
+    max_changed: float | None = None
+    """Percent of the predictions, which differ from the baseline's; no labels are needed."""
     max_kl: float | None = None
     """Nats from the baseline."""
     max_error: float | None = None
@@ -88,7 +90,7 @@ class Gates:
 
     def require(self, *, baseline: str | None) -> None:
         """Raises UsageError for a bound that needs a baseline, where there is none; before any work."""
-        for name in ("max_drop", "max_kl", "max_error", "max_latency_ratio"):
+        for name in ("max_drop", *BOUNDS, "max_latency_ratio"):
             if getattr(self, name) is not None and baseline is None:
                 raise UsageError(f"{flag_of(name)} compares with the dense model: pass it as --baseline.")
 
@@ -108,12 +110,14 @@ class Gates:
         drop = (evaluation.get("difference") or {}).get("drop")
         fidelity = evaluation.get("fidelity") or {}
         other = {
+            "max_changed": "the models predict no classes; use --max-error",
             "max_kl": "the models give no probabilities; use --max-error",
             "max_error": "the models give probabilities, or no two scores that differ; use --max-kl",
         }
         figures = (
             ("min_accuracy", _percent(scores.get(evaluation.get("metric"))), unlabelled),
             ("max_drop", _percent(drop), unlabelled),
+            ("max_changed", percent_changed(fidelity), other["max_changed"] if evaluation else unlabelled),
             ("max_kl", fidelity.get("kl"), other["max_kl"] if evaluation else unlabelled),
             ("max_error", fidelity.get("relative_error"), other["max_error"] if evaluation else unlabelled),
             ("max_size", nbytes, "the weight files were not measured"),
@@ -138,5 +142,12 @@ class Gates:
             raise GateError("; ".join(map(str, missed)) + ".")
 
 
+def percent_changed(fidelity: Mapping[str, Any]) -> float | None:
+    """Of the predictions, those that differ from the dense model's; None where there are none."""
+    agreement = fidelity.get("agreement")
+    return None if agreement is None else _percent(1 - float(agreement))
+
+
 def _percent(fraction: float | None) -> float | None:
-    return None if fraction is None else 100 * fraction
+    """Without what floating point adds: 0.8 less 0.75 is 5 percent, and keeps a bound of 5."""
+    return None if fraction is None else round(100 * fraction, 9)

@@ -17,6 +17,7 @@ from vitshrink.config import CompressConfig
 from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
 from vitshrink.errors import DataError, GateError, UsageError
 from vitshrink.evaluation import Masking, evaluate
+from vitshrink.gates import percent_changed
 from vitshrink.measurement import warn_of_bad
 from vitshrink.models import head_of, task_of
 from vitshrink.observer import Job, Silent
@@ -247,8 +248,11 @@ class Search:
         task = task_of(self.compression.dense)
         evaluation = evaluate(model, self.batches, task=task, baseline=self.baseline, masking=self.masking)
         assert evaluation.fidelity is not None
-        figure = float(evaluation.fidelity[self.bound.figure])
-        return 100 * (1 - figure) if self.bound.figure == "agreement" else figure
+        if self.bound.figure != "agreement":
+            return float(evaluation.fidelity[self.bound.figure])
+        changed = percent_changed(evaluation.fidelity)
+        assert changed is not None
+        return changed
 
     def _asked(self, candidate: Candidate) -> str:
         """The size that would have to be asked for."""

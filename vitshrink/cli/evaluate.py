@@ -47,6 +47,9 @@ def evaluate_command(
     max_bad_samples: Annotated[int | None, typer.Option(min=0, help="Unreadable samples to put up with.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy, in percent.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Exit with 3 when more points of accuracy are lost.")] = None,
+    max_changed: Annotated[
+        float | None, typer.Option(help="Exit with 3 when more percent of the predictions differ from the baseline's.")
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Exit with 3 when the divergence is larger.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Exit with 3 when the relative error of scores or features is larger.")
@@ -80,7 +83,7 @@ def evaluate_command(
     Example: vitshrink eval ./my-vit-small --baseline ./my-vit --data ./val
     """
     largest = None if max_size is None else parse_quantity(max_size, "--max-size")
-    gates = Gates(min_accuracy, max_drop, max_kl, max_error, largest, max_latency_ratio)
+    gates = Gates(min_accuracy, max_drop, max_changed, max_kl, max_error, largest, max_latency_ratio)
     gates.require(baseline=baseline)
     check_approximations(
         {

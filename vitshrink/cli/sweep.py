@@ -49,6 +49,9 @@ def sweep_command(
     time_limit: Annotated[str | None, typer.Option(help="Of every job, e.g. 90s, 30m, 1.5h.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Bound on every result, in percent.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Points of accuracy below the dense model.")] = None,
+    max_changed: Annotated[
+        float | None, typer.Option(help="Percent of the predictions that differ from the dense model's.")
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Nats from the dense model.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Squared error of scores or features, as a share of their spread.")
@@ -68,6 +71,7 @@ def sweep_command(
     bounds: dict[str, Any] = {
         "min_accuracy": min_accuracy,
         "max_drop": max_drop,
+        "max_changed": max_changed,
         "max_kl": max_kl,
         "max_error": max_error,
         "max_size": max_size,

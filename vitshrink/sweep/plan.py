@@ -11,7 +11,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from vitshrink.config import CompressConfig, flag_of, holds, parse_duration, read_recipe, renamed, warn_of_old_name
+from vitshrink.config import (
+    BOUNDS,
+    CompressConfig,
+    flag_of,
+    holds,
+    parse_duration,
+    read_recipe,
+    renamed,
+    warn_of_old_name,
+)
 from vitshrink.data import recipe_defaults
 from vitshrink.errors import DataError, UsageError
 from vitshrink.gates import Gates
@@ -262,7 +271,7 @@ def _require_figures(gates: Gates, config: CompressConfig, where: str) -> None:
     for name in ("min_accuracy", "max_drop"):
         if getattr(gates, name) is not None and config.eval is None:
             raise UsageError(f"{where}: {flag_of(name)} needs labelled samples: set 'eval'.")
-    for name in ("max_kl", "max_error"):
+    for name in BOUNDS:
         unmeasured = config.eval is None and (config.calibration is None or config.holdout == 0)
         if getattr(gates, name) is not None and unmeasured:
             raise UsageError(f"{where}: {flag_of(name)} needs samples: set 'eval', or 'calibration' with a 'holdout'.")
