@@ -1,8 +1,12 @@
 """Fixtures shared by all tests: tiny checkpoints, images and text on disk, and the real material."""
 
 import os
+import shutil
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach the network
+# read when huggingface_hub and datasets are imported: no test may reach the network, or leave files in the user's cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="vitshrink-tests-")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,10 @@ import transformers
 from vitshrink.config import CompressConfig
 from vitshrink.pipeline import CompressionResult, compress
 from vitshrink.report import figures
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(autouse=True, scope="session")

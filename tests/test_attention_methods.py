@@ -351,7 +351,10 @@ def test_a_tensor_of_few_dimensions_is_kept(form: str, blocks: int) -> None:
     assert len(factors.layers) == 2 + 2 // blocks
     if form == "tucker":
         torch.testing.assert_close(outputs(smaller, name), outputs(model, name), rtol=1e-3, atol=1e-3)
-    assert torch.isfinite(outputs(smaller, name)).all()
+    for unit in found.units():  # a train between the heads is too narrow for three projections that share nothing
+        if form == "tucker" or unit.name.endswith(":o"):
+            loss = factors.layers[unit.name].loss
+            assert abs(loss[12]) < 1e-9 * loss[0]
 
 
 @pytest.mark.parametrize("form", ["tucker", "cp", "tt"])
