@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -167,3 +168,57 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(place: Path, monkeypatc
     assert "bug" not in said
     assert "error: cannot write" in said
     assert not list(place.glob("*out*"))
+
+
+@pytest.mark.parametrize("odd", ["file", "null"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(
+    place: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    (place / "file").write_text("")
+    (place / "null").symlink_to("/dev/null")
+    folder = place / odd / "below"
+    calibration = ("--calibration", place / "photos")
+    commands: dict[str, tuple[str | Path, ...]] = {
+        "--cache": ("compress", place / "model", place / "out", "--keep", "0.8", *calibration),
+        "--checkpoints": (*COMMANDS["finetune"](place),),
+        "--csv": (*COMMANDS["eval"](place),),
+        "--figures": ("inspect", place / "model", *calibration),
+        "--output": ("sweep", place / "sweep.yaml"),
+    }
+    for flag, command in commands.items():
+        with (place / "stderr").open("w") as errors:
+            assert run(monkeypatch, *command, flag, folder, stderr=errors) == 1
+        said = (place / "stderr").read_text()
+        assert re.search("^error: .*below", said, re.MULTILINE)
+        assert not re.search("bug|Reading|Evaluating|Calibrating", said)
+    assert not (place / "out").exists()
+
+
+def test_a_home_in_which_no_data_can_be_kept_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes only small files."""
+    import datasets
+
+    (place / "home").mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "home")
+    images = [{"bytes": file.read_bytes(), "path": None} for file in sorted((place / "photos").iterdir())[:3]]
+    datasets.Dataset.from_dict({"image": images}).to_parquet(place / "photos.parquet")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (place / "stderr").open("w") as errors:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+        try:
+            data = ("--data", place / "photos.parquet", "--baseline", place / "model")
+            code = run(monkeypatch, "eval", place / "small", *data, stderr=errors)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert "set HF_HOME" in (place / "stderr").read_text()
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "-5", "many", "99999"])
+def test_an_odd_terminal_is_no_reason_to_fail(place: Path, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    for command in ("help", "methods", "inspect", "compress --dry-run", "verify", "sweep"):
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setenv("TERM", "dumb")
+        with (place / "stdout").open("w") as output, (place / "stderr").open("w") as errors:
+            assert run(monkeypatch, *COMMANDS[command](place), stdout=output, stderr=errors) == 0
+        assert (place / "stdout").read_text()

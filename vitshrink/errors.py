@@ -20,6 +20,12 @@ class VitshrinkError(Exception):
     exit_code = 1
 
 
+def explanation(error: OSError) -> str:
+    """What the operating system says, and of which file, if it does."""
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{reason} ({error.filename})"
+
+
 class CheckpointError(VitshrinkError):
     """A checkpoint is missing, damaged, unsafe or of an unsupported kind."""
 

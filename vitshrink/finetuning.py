@@ -20,7 +20,7 @@ from vitshrink.measurement import Measurement, labels_of, measure, open_data, re
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.pipeline import CompressionResult, find_device
-from vitshrink.publication import publish_by_main
+from vitshrink.publication import check_writable, publish_by_main
 from vitshrink.recovery import Recovery, check, clear_state, open_material, recover
 from vitshrink.report import Report, before_after, write
 from vitshrink.resolution import set_resolution
@@ -36,6 +36,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
         UsageError: before any work where that can be known.
         CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
     """
+    check_writable(config.finetune.checkpoints, "--checkpoints")
     job = Job(observer or Silent())
     device = find_device(config.device)
     require_attention(config.attention, device)

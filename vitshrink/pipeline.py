@@ -31,7 +31,7 @@ from vitshrink.measurement import (
 from vitshrink.models import LoadedModel, load_dense, require_attention, task_of
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.progress import FINETUNE, Progress, state_directory
-from vitshrink.publication import publish_by_main
+from vitshrink.publication import check_writable, publish_by_main
 from vitshrink.quantization import Quantization
 from vitshrink.recovery import Material, Recovery, clear_state, held_out_count, open_material, recover
 from vitshrink.recovery import check as check_recovery
@@ -79,6 +79,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     """
     job = Job(observer or Silent())
     choices = Choices.of(config)
+    check_writable(config.cache, "--cache")
+    check_writable(config.finetune.checkpoints if config.finetune else None, "--checkpoints")
     trains = config.finetune is not None and config.finetune.data is None
     if trains and config.calibration is None:
         raise UsageError("--finetune needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")

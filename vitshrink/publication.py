@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vitshrink import checksums, processes
-from vitshrink.errors import CheckpointError, OutputError
+from vitshrink.errors import CheckpointError, OutputError, explanation
 from vitshrink.hf_quantizer import QUANT_METHOD
 from vitshrink.names import is_portable, unportable
 from vitshrink.source import CONFIG, read_json
@@ -106,13 +106,23 @@ def check_space(directory: Path, bytes_needed: int) -> None:
         )
 
 
+def check_writable(directory: str | Path | None, flag: str) -> None:
+    """Raises OutputError, before any work, for a folder that cannot be made or written to; None is no folder."""
+    if directory is None:
+        return
+    path = Path(directory).expanduser().absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{flag} {directory}: {existing} is not a folder that can be written to; choose another.")
+
+
 @contextmanager
 def _explaining(target: Path) -> Iterator[None]:
     """Turn what the operating system refuses into an OutputError."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error} ({error.filename}).") from error
+        raise OutputError(f"cannot write {target}: {explanation(error)}.") from error
 
 
 def _absolute(target: Path) -> Path:

@@ -20,7 +20,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from vitshrink.cli.tables import Table
-from vitshrink.errors import VitshrinkError
+from vitshrink.errors import VitshrinkError, explanation
 from vitshrink.names import shown, shown_data, shown_text
 from vitshrink.processes import OtherProcessError
 
@@ -131,8 +131,7 @@ def reported(command: Command) -> Command:
         except typer.Exit:
             raise
         except OSError as error:  # where no module knows more to say of it
-            what = f"{error.strerror} ({error.filename})" if error.filename else str(error)
-            fail(f"the operating system refuses: {what}. `vitshrink --debug …` shows in which step.", 1)
+            fail(f"the operating system refuses: {explanation(error)}. `vitshrink --debug …` shows in which step.", 1)
         except Exception as error:
             fail(
                 f"unexpected {type(error).__name__}: {error}. This is a bug: run `vitshrink --debug …` for the place, "

@@ -27,6 +27,7 @@ from vitshrink.methods import Needs
 from vitshrink.models import find_targets, load_dense
 from vitshrink.observer import Job
 from vitshrink.pipeline import find_device
+from vitshrink.publication import check_writable
 from vitshrink.report.summary import base_name
 from vitshrink.stats import LinearStats
 
@@ -61,6 +62,7 @@ def inspect_command(
     """
     if figures is not None:
         check_available()
+        check_writable(figures, "--figures")
         if calibration is None:
             raise UsageError("--figures shows what goes through the layers: pass --calibration.")
     defaults = recipe_defaults(calibration)

@@ -4,6 +4,7 @@ Images stay encoded (``decode=False``), so that one broken image can be counted 
 The library is imported where it is used: it takes a second that a folder of images need not pay.
 """
 
+import errno
 import hashlib
 import re
 import sys
@@ -22,7 +23,7 @@ from vitshrink.data.columns import Columns, class_names, find_columns, typed_lab
 from vitshrink.data.images import ImageSource, read_image_bytes
 from vitshrink.data.recipes import Kind, recipe_names, suggestion
 from vitshrink.data.samples import LabelsAre, Sample, SampleSet
-from vitshrink.errors import DataError
+from vitshrink.errors import DataError, explanation
 
 SHUFFLE_BUFFER = 1000
 """Streamed rows from which the next is drawn, besides a shuffled order of the shards: about 110 MB of ImageNet."""
@@ -31,6 +32,9 @@ PARALLEL_READS = 16
 """Images of a Hub repository that holds them as single files are fetched so many at a time."""
 
 SHARD_FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
+
+_NO_ROOM = (errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
+"""Never met by those who read."""
 
 _LABEL_TYPES: dict[str, LabelsAre] = {
     "bool": "integers",
@@ -361,10 +365,20 @@ def _explanation(address: Address, error: Exception) -> str:
 
     text = str(error) or type(error).__name__
     page = f"https://huggingface.co/datasets/{address.path}"
-    if isinstance(error, UnicodeEncodeError):
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # what is outermost may say no more than that something went wrong
+        cause = cause.__cause__
+    if isinstance(cause, UnicodeEncodeError):
         return f"{address}: its path, or a name within, is not UTF-8, and `datasets` cannot read that: rename it."
+    if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        from datasets.config import HF_DATASETS_CACHE
+
+        return (
+            f"{address}: {explanation(cause)}. `datasets` keeps a copy of the data in {HF_DATASETS_CACHE}: make room "
+            "there, or set HF_HOME to a folder that can be written to."
+        )
     if Path(address.path).exists():
-        return f"{address}: cannot be read ({text})."
+        return f"{address}: cannot be read ({str(cause) or text})."
     if re.search(r"\bgated\b", text.replace(address.path, "")):
         return (
             f"{address} is gated: accept the terms at {page} and log in with `hf auth login`, "

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from vitshrink.checksums import broken_files
 from vitshrink.config import CompressConfig
-from vitshrink.errors import DataError, GateError, OutputError, UsageError, VitshrinkError
+from vitshrink.errors import DataError, GateError, OutputError, UsageError, VitshrinkError, explanation
 from vitshrink.gates import Gates
 from vitshrink.report import Report
 from vitshrink.shrinking import Choices
@@ -87,7 +87,7 @@ def _locked(output: Path, *, resume: bool) -> Iterator[None]:
             raise OutputError(f"{output} holds no sweep to resume: choose another output.")
         descriptor = os.open(output / f".{LOCK}", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error} ({error.filename}).") from error
+        raise OutputError(f"cannot write {output}: {explanation(error)}.") from error
     try:
         if not _try_lock(descriptor):
             raise OutputError(f"another sweep is writing {output}: wait for it, or choose another output.")
@@ -216,7 +216,7 @@ class _Sweep:
                 )
             os.pwrite(lock, f"{under_way.process.pid}\n".encode(), 0)
         except OSError as error:
-            raise OutputError(f"cannot write {directory}: {error.strerror or error} ({error.filename}).") from error
+            raise OutputError(f"cannot write {directory}: {explanation(error)}.") from error
         if statistics := self.statistics[job.name]:
             self.shared.setdefault(statistics, False)
 
