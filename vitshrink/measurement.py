@@ -18,12 +18,14 @@ from vitshrink.data import (
     Preprocessor,
     Sample,
     SampleSet,
+    align_label_lists,
     align_labels,
     open_samples,
 )
 from vitshrink.data.samples import Drawable
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
+from vitshrink.fidelity import BERNOULLI, REGRESSION, SOFTMAX, classification_head
 from vitshrink.models import LoadedModel, task_of
 from vitshrink.observer import Job
 from vitshrink.sentences import MEAN, Embedding
@@ -67,6 +69,7 @@ def open_data(
         text_column=data.text_column,
         text_pair_column=data.text_pair_column,
         label_column=data.label_column,
+        model_labels=_own_labels(model),
         labels=data.labels,
         flags=data.flags,
         offline=offline,
@@ -347,10 +350,26 @@ def labels_of(
     """
     if samples.labels_are is None or task in ("masked-lm", "features"):
         return None, None
-    if _num_labels(model) == 1:
-        return _number, "scores of a regression"
-    mapping, rule = align_labels(samples, model.config.id2label, _num_labels(model), class_map)  # type: ignore[union-attr, arg-type]
+    config: Any = model.config
+    head = classification_head(config.problem_type, config.num_labels)
+    if head is REGRESSION:
+        return (_number if config.num_labels == 1 else _numbers), "scores of a regression"
+    align = align_label_lists if head is BERNOULLI else align_labels
+    mapping, rule = align(samples, config.id2label, config.num_labels, class_map)
     return mapping.__getitem__, rule
+
+
+def _own_labels(model: LoadedModel) -> list[str]:
+    """What columns of labels may be called, where a sample has several of them."""
+    config: Any = model.model.config
+    several = classification_head(config.problem_type, config.num_labels) is not SOFTMAX and config.num_labels > 1
+    return list(config.id2label.values()) if several and task_of(model.model) not in ("masked-lm", "features") else []
+
+
+def _numbers(label: Any) -> tuple[float, ...]:
+    if not isinstance(label, tuple):
+        raise DataError(f"the label {label!r} is no list of scores, and the model gives several: list their columns.")
+    return tuple(map(_number, label))
 
 
 def _number(label: Any) -> float:

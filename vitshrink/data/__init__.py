@@ -3,6 +3,7 @@
 from vitshrink.data.batches import BadSamples, Batch
 from vitshrink.data.image_encoder import ImageEncoder
 from vitshrink.data.images import ImageError, ImageSource, decode_image
+from vitshrink.data.label_lists import align_label_lists
 from vitshrink.data.labels import align_labels
 from vitshrink.data.memory import ReadyBatches, is_items, samples_in_memory
 from vitshrink.data.preprocessing import Preprocessor
@@ -26,6 +27,7 @@ __all__ = [
     "Sample",
     "SampleSet",
     "TextEncoder",
+    "align_label_lists",
     "align_labels",
     "decode_image",
     "hub_source",

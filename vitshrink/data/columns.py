@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,28 @@ class Columns:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    """Several, separated by commas, are a column for each label or score: ``several``."""
     flags: str = "--"
     """How the flags begin that name them, ``--eval-`` for the evaluation data of ``compress``."""
     unlabelled: str | None = None
-    """Why ``label`` is None, and what to do about it; None where it is not."""
+    """Why there is no label, and what to do about it; None where there is one."""
+    model_labels: tuple[str, ...] = ()
+    """Names of a model's labels where several apply to a sample: a table may have a column for each of them."""
+    several: tuple[str, ...] = ()
+    """The columns of labels where each has one of its own; ``label`` is None then."""
+
+    @property
+    def place(self) -> str:
+        """Where the labels stand, for messages."""
+        return f"columns {', '.join(self.several)}" if self.several else f"column {self.label!r}"
+
+    @property
+    def labelled(self) -> bool:
+        return self.label is not None or bool(self.several)
+
+    def labels(self, column: Callable[[str | None], Sequence[Any]]) -> list[Any]:
+        """The labels of all rows, from a function that gives a column; ``typed_labels`` takes them on."""
+        return list(zip(*map(column, self.several), strict=True)) if self.several else list(column(self.label))
 
 
 def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Columns) -> Columns:
@@ -60,7 +78,8 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
     flags = wanted.flags
     listed = [name if len(name) <= 40 else name[:37] + "..." for name in available]
     shown = f"Columns: {', '.join(name or repr(name) for name in listed)}."
-    for column in (wanted.image, wanted.text, wanted.text_pair, wanted.label):
+    several = _several(wanted.label, available)
+    for column in (wanted.image, wanted.text, wanted.text_pair, None if several else wanted.label):
         if column is not None and column not in available:
             raise DataError(f"{source} has no column {column!r}.{suggestion(column, listed)}")
 
@@ -98,15 +117,29 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
 
     remedy = f"Give {flags}label-column."
     sure, likely = map(present, LABEL_COLUMNS)
-    label = wanted.label or (only(sure, "label", remedy)[0] if sure else None)
-    if label is None and len(likely) == 1:
+    label = None if several else wanted.label or (only(sure, "label", remedy)[0] if sure else None)
+    if label is None and not several:
+        several = _each(wanted.model_labels, available)
+    if label is None and not several and len(likely) == 1:
         ((label,),) = likely
-    unlabelled = None if label else f"{_undecided(likely, 'label')} {remedy} {shown}"
+    unlabelled = None if label or several else f"{_undecided(likely, 'label')} {remedy} {shown}"
     image, text, pair = complete()
-    for column in (image, text, pair, label):
+    for column in (image, text, pair, label, *several):
         if column is not None and available.count(column) > 1:
             raise DataError(f"{source} has {available.count(column)} columns called {column!r}: rename all but one.")
-    return Columns(image, text, pair, label, flags, unlabelled)
+    return Columns(image, text, pair, label, flags, unlabelled, several=several)
+
+
+def _several(wanted: str | None, available: Sequence[str]) -> tuple[str, ...]:
+    """The columns in a list with commas; nothing where that is the name of one column, or one is not there."""
+    names = () if wanted is None or wanted in available else tuple(name.strip() for name in wanted.split(","))
+    return names if len(names) > 1 and set(names) <= set(available) else ()
+
+
+def _each(labels: Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
+    """A column for each label, where every one has its own."""
+    found = [_called(re.sub(r"[\s-]+", "_", label.strip()).casefold(), available) for label in labels]
+    return tuple(columns[0] for columns in found) if found and all(len(columns) == 1 for columns in found) else ()
 
 
 def _called(usual: str, available: Sequence[str]) -> list[str]:
@@ -120,19 +153,29 @@ def _undecided(choices: Sequence[tuple[str, ...]], role: str) -> str:
     return f"{found} could each be the {role}." if found else f"no column looks like the {role}."
 
 
-def typed_labels(where: str, values: Sequence[Any]) -> tuple[list[Label], LabelsAre | None]:
+def typed_labels(
+    where: str, values: Sequence[Any], several: Sequence[str] = ()
+) -> tuple[list[Label], LabelsAre | None]:
     """The labels of a column, as one type whatever they were read from: integers, scores, or names.
 
     Numbers are integers where all of them are whole (1.0 is, and so is "1"), and scores where any is not; what is no
     number makes all of them names. Truth values are 0 and 1. Blank values, and NaN among numbers, become None.
-    ``where`` names source and column in errors.
+    Lists stay lists, and the values of ``several`` columns are numbers. ``where`` names source and column in errors.
 
     Raises:
-        DataError: a value that is not one class or score.
+        DataError: a value that is no class or score, nor a list of them.
     """
+    if several:
+        return [
+            _row_of_numbers(f"{where}, row {number}", several, row) for number, row in enumerate(values, 1)
+        ], "columns"
+    lists = [isinstance(value, Sequence) and not isinstance(value, str) for value in values]
     for number, value in enumerate(values, start=1):
-        if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
-            raise DataError(f"{where}, row {number}: {str(value)[:40]} is not one class or score a row.")
+        nested = value if lists[number - 1] else [value]
+        if any(isinstance(each, Mapping | list | tuple) for each in nested):
+            raise DataError(f"{where}, row {number}: {str(value)[:40]} is no class or score, and no list of them.")
+    if any(lists):
+        return _listed(where, values, lists), "lists"
     present = [None if _is_blank(value) else value for value in values]
     numbers = [None if value is None else _number(value) for value in present]
     given = [number for number in numbers if number is not None and not math.isnan(number)]
@@ -144,6 +187,24 @@ def typed_labels(where: str, values: Sequence[Any]) -> tuple[list[Label], Labels
     if all(float(number).is_integer() for number in given):
         return [None if label is None else int(label) for label in labels], "integers"
     return [None if label is None else float(label) for label in labels], "scores"
+
+
+def _listed(where: str, values: Sequence[Any], lists: Sequence[bool]) -> list[Label]:
+    """A tuple a row; blank rows become None. Raises DataError for one class among lists."""
+    for number, (value, listed) in enumerate(zip(values, lists, strict=True), start=1):
+        if not listed and not _is_blank(value):
+            raise DataError(f"{where}, row {number}: {str(value)[:40]} is no list, and other rows hold lists.")
+        if listed and any(_is_blank(each) for each in value):
+            raise DataError(f"{where}, row {number}: {str(value)[:40]} holds a blank.")
+    return [tuple(value) if listed else None for value, listed in zip(values, lists, strict=True)]
+
+
+def _row_of_numbers(where: str, columns: Sequence[str], row: Sequence[Any]) -> tuple[float, ...]:
+    numbers = [None if _is_blank(value) else _number(value) for value in row]
+    for column, value, number in zip(columns, row, numbers, strict=True):
+        if number is None or not math.isfinite(number):
+            raise DataError(f"{where}: column {column!r} holds {str(value)[:40]!r}, which is no number.")
+    return tuple(number for number in numbers if number is not None)
 
 
 def class_names(labels: Sequence[Label], labels_are: LabelsAre | None) -> list[str] | None:

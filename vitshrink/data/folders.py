@@ -113,8 +113,10 @@ def open_image_folder(
     metadata = read_metadata(_metadata_files(root, folder, found), wanted)
     plain.notes += metadata.notes(source, folder, set(files))
     if metadata.labelled and labels is None:
-        values, labels_are = typed_labels(metadata.name, [metadata.labels.get(file) for file in files])
-        return _labelled(plain, values, labels_are, class_names(values, labels_are))
+        blank = (None,) * len(metadata.several) or None
+        labels_of = [metadata.labels.get(file, blank) for file in files]
+        values, labels_are = typed_labels(metadata.name, labels_of, metadata.several)
+        return _labelled(plain, values, labels_are, list(metadata.several) or class_names(values, labels_are))
     for flag, column in (("image-column", wanted.image), ("label-column", wanted.label)):
         if column is not None and not metadata.name:
             raise UsageError(f"{wanted.flags}{flag} {column}: {folder} is a folder of images, without columns.")

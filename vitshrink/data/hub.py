@@ -121,11 +121,11 @@ def open_saved(address: Address, kind: Kind, wanted: Columns) -> SampleSet:
 def _sample_set(address: Address, kind: Kind, wanted: Columns, dataset: Any) -> SampleSet:
     columns, label_names, labels_are = _schema(address, kind, dataset.features, wanted)
     samples = _stored_samples(dataset, columns)
-    if columns.label is not None and label_names is None:  # known by value, as in tables
-        where = f"{address}: column {columns.label!r}"
-        labels, labels_are = typed_labels(where, [sample.label for sample in samples])
+    if columns.labelled and (label_names is None or columns.several):  # known by value, as in tables
+        where = f"{address}: {columns.place}"
+        labels, labels_are = typed_labels(where, [sample.label for sample in samples], columns.several)
         samples = [replace(sample, label=label) for sample, label in zip(samples, labels, strict=True)]
-        label_names = class_names(labels, labels_are)
+        label_names = label_names or class_names(labels, labels_are)
     return SampleSet(str(address), kind, samples, label_names, labels_are, unlabelled=columns.unlabelled)
 
 
@@ -244,7 +244,8 @@ def _stored_samples(dataset: Any, columns: Columns) -> list[Sample]:
     if columns.image is not None:
         encoded = dataset.select_columns([columns.image])
         images = [partial(_fetch, encoded, columns.image, row) for row in range(len(dataset))]
-    rows = zip(images, column(columns.text), column(columns.text_pair), column(columns.label), strict=True)
+    labels = map(_hashable, columns.labels(column))
+    rows = zip(images, column(columns.text), column(columns.text_pair), labels, strict=True)
     samples = (Sample(f"row {number}", *row) for number, row in enumerate(rows, start=1))
     return [sample for sample in samples if not _is_spacing(sample, columns)]
 
@@ -252,12 +253,15 @@ def _stored_samples(dataset: Any, columns: Columns) -> list[Sample]:
 def _streamed_samples(stream: Any, columns: Columns) -> Iterator[Sample]:
     for number, row in enumerate(stream, start=1):
         image = None if columns.image is None else partial(_encoded, row[columns.image])
-        text, pair, label = (
-            None if name is None else row[name] for name in (columns.text, columns.text_pair, columns.label)
-        )
-        sample = Sample(f"streamed row {number}", image, text, pair, label)
+        text, pair = (None if name is None else row[name] for name in (columns.text, columns.text_pair))
+        (label,) = columns.labels(lambda name, row=row: [None if name is None else row[name]])  # type: ignore[misc]
+        sample = Sample(f"streamed row {number}", image, text, pair, _hashable(label))
         if not _is_spacing(sample, columns):
             yield sample
+
+
+def _hashable(label: Any) -> Any:
+    return tuple(label) if isinstance(label, list) else label
 
 
 def _with_bytes(sample: Sample) -> Sample:
@@ -266,7 +270,7 @@ def _with_bytes(sample: Sample) -> Sample:
 
 def _is_spacing(sample: Sample, columns: Columns) -> bool:
     """Blank rows of running text (as in WikiText) separate paragraphs; with labels they would be broken samples."""
-    return columns.text is not None and columns.label is None and not (sample.text or "").strip()
+    return columns.text is not None and not columns.labelled and not (sample.text or "").strip()
 
 
 def _fetch(dataset: Any, column: str, row: int) -> bytes:
@@ -295,7 +299,7 @@ def _schema(
     address: Address, kind: Kind, features: Mapping[str, Any], wanted: Columns
 ) -> tuple[Columns, list[str] | None, LabelsAre | None]:
     """The columns to use, the class names, and what the labels are as far as their type says."""
-    from datasets import ClassLabel, Image, Value
+    from datasets import ClassLabel, Image, LargeList, List, Value
 
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     if kind == "image" and wanted.image is None and len(images) == 1:
@@ -313,11 +317,15 @@ def _schema(
     for text in filter(None, (columns.text, columns.text_pair)):
         if "string" not in dtype(text):
             raise DataError(f"{address}: column {text!r} holds {features[text]}, not text.")
+    if columns.several:
+        return columns, list(columns.several), "columns"
     if columns.label is None:
         return columns, None, None
     label = features[columns.label]
     if isinstance(label, ClassLabel):
         return columns, list(label.names), "names"
+    if isinstance(label, List | LargeList):
+        return columns, list(label.feature.names) if isinstance(label.feature, ClassLabel) else None, "lists"
     for prefix, labels_are in _LABEL_TYPES.items():
         if dtype(columns.label).startswith(prefix):
             return columns, None, labels_are

@@ -20,6 +20,8 @@ class Metadata:
     name: str = ""
     """Of the files, for messages; empty where there is none."""
     labels: dict[Path, Any] = field(default_factory=dict)
+    several: tuple[str, ...] = ()
+    """The columns of labels where each has one of its own."""
     labelled: bool = False
     unlabelled: str | None = None
     ignored: list[str] = field(default_factory=list)
@@ -51,9 +53,12 @@ def read_metadata(files: Sequence[Path], wanted: Columns) -> Metadata:
             continue
         columns = find_columns(str(file), "image", table.columns, replace(wanted, image=image))
         found.name = f"{found.name} and {file}" if found.name else str(file)
-        found.labelled |= columns.label is not None
+        if found.labelled and columns.several != found.several:
+            raise DataError(f"{file} has other columns of labels than {found.name.removesuffix(f' and {file}')}.")
+        found.labelled |= columns.labelled
+        found.several = columns.several
         found.unlabelled = found.unlabelled or (columns.unlabelled and f"{file}: {columns.unlabelled}")
-        names, labels = table.column(columns.image), table.column(columns.label)
+        names, labels = table.column(columns.image), columns.labels(table.column)
         for name, label in zip(names, labels, strict=True):
             if name is not None:
                 found.labels[Path(os.path.normpath(file.parent / str(name)))] = label

@@ -68,11 +68,11 @@ def _by_meaning(
         return _by_wordnet_id(names, model_names, placeholders)
     if all(name.isdecimal() for name in names.values()) and not set(names.values()) <= set(model_names):
         return _by_value(names), "class names that are integers, by value"
-    known = {_normalised(name) for name in model_names}
+    known = {normalized(name) for name in model_names}
     truth = {label: _TRUTH.get(name.casefold()) for label, name in names.items()}
     if None not in truth.values() and known.isdisjoint(_TRUTH):
         return {label: int(bool(value)) for label, value in truth.items()}, "truth values, class 0 being false"
-    if placeholders and known.isdisjoint(map(_normalised, names.values())):
+    if placeholders and known.isdisjoint(map(normalized, names.values())):
         raise _UnassignedError(
             f"the classes are called {_some(names.values())}, but the model only knows {_some(model_names)}: "
             "which is which cannot be told."
@@ -125,12 +125,12 @@ def _by_name(names: Mapping[Label, str], meanings: Mapping[Label, str], model_na
     full: dict[str, set[int]] = {}
     partial: dict[str, set[int]] = {}
     for index, name in enumerate(model_names):
-        full.setdefault(_normalised(name), set()).add(index)
+        full.setdefault(normalized(name), set()).add(index)
         for synonym in _synonyms(name):
             partial.setdefault(synonym, set()).add(index)
     classes: dict[Label, int] = {}
     for label, meaning in meanings.items():
-        found = full.get(_normalised(meaning)) or set().union(*(partial.get(s, set()) for s in _synonyms(meaning)))
+        found = full.get(normalized(meaning)) or set().union(*(partial.get(s, set()) for s in _synonyms(meaning)))
         if len(found) != 1:
             known = f"could be {_some(model_names[i] for i in sorted(found))}" if found else "is none of them"
             raise _UnassignedError(
@@ -149,8 +149,8 @@ def _by_name(names: Mapping[Label, str], meanings: Mapping[Label, str], model_na
 
 def _by_class_map(names: Mapping[Label, str], file: Path) -> dict[Label, int]:
     table = read_class_map(file)
-    by_spelling = {_normalised(name): index for name, index in table.items()}
-    classes = {label: table.get(name, by_spelling.get(_normalised(name))) for label, name in names.items()}
+    by_spelling = {normalized(name): index for name, index in table.items()}
+    classes = {label: table.get(name, by_spelling.get(normalized(name))) for label, name in names.items()}
     missing = [names[label] for label, index in classes.items() if index is None]
     if missing:
         raise _UnassignedError(f"the class map {file} says nothing about {_some(missing)}.")
@@ -243,8 +243,13 @@ def _first_keys(samples: SampleSet) -> dict[Label, str]:
     keys: dict[Label, str] = {}
     for sample in samples.samples:
         keys.setdefault(sample.label, sample.key)
+    if samples.labels_are in ("lists", "columns"):
+        raise DataError(
+            f"{samples.source} has several labels a sample, and this model gives one class. Where it gives several, "
+            'its config.json has to say so: "problem_type": "multi_label_classification".'
+        )
     # A stream of floating-point numbers is only known by value once it is read.
-    if samples.labels_are == "scores" and any(not float(label).is_integer() for label in keys if label is not None):
+    if samples.labels_are == "scores" and any(isinstance(label, float) and not label.is_integer() for label in keys):
         raise DataError(f"{samples.source} has scores, not classes: they are for a regression, or for text similarity.")
     missing = [label for label in (None, -1) if label in keys]
     if missing and len(keys) == len(missing):
@@ -272,10 +277,10 @@ def _agreement(some: Sequence[str], others: Sequence[str]) -> int:
 
 
 def _synonyms(name: str) -> set[str]:
-    return {_normalised(synonym) for synonym in name.split(",")}
+    return {normalized(synonym) for synonym in name.split(",")}
 
 
-def _normalised(name: str) -> str:
+def normalized(name: str) -> str:
     """Lower case, and one blank for any run of other characters; names of punctuation alone stay as they are."""
     return re.sub(r"[\W_]+", " ", name).strip().casefold() or name.strip()
 

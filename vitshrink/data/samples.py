@@ -13,8 +13,8 @@ from vitshrink.data.images import ImageSource, read_image_bytes
 from vitshrink.data.recipes import Kind, Recipe
 from vitshrink.errors import DataError, UsageError
 
-Label = int | str | float | None
-LabelsAre = Literal["names", "integers", "scores"]
+Label = int | str | float | tuple[int | str | float, ...] | None
+LabelsAre = Literal["names", "integers", "scores", "lists", "columns"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Sample:
     """One undecoded sample.
 
     ``key`` names it in messages: the path relative to the source, or ``row 17`` (counted from 1). ``label`` is what
-    the source says: a name, an integer (an index into ``SampleSet.label_names`` where there are such), or a score.
+    the source says: a name, an integer (an index into ``SampleSet.label_names`` where there are such), a score, or
+    several of them.
     """
 
     key: str
@@ -48,8 +49,9 @@ class SampleSet:
     """Samples of one source, in a fixed order.
 
     ``labels_are`` says what ``Sample.label`` holds: ``names`` (strings, or indices into ``label_names``), ``integers``
-    without names, ``scores`` of a regression, or None where the source has no labels; ``unlabelled`` may say why, and
-    what to do about it. ``notes`` are what the user should know of how the source was read.
+    without names, ``scores`` of a regression, ``lists`` of any number of names, integers or scores, ``columns`` with a
+    number for each of ``label_names``, or None where the source has no labels; ``unlabelled`` may say why, and what
+    to do about it. ``notes`` are what the user should know of how the source was read.
     """
 
     source: str

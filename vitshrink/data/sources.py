@@ -1,7 +1,7 @@
 """``open_samples``: from what a user writes on the command line to a set of samples."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ def open_samples(
     text_pair_column: str | None = None,
     label_column: str | None = None,
     labels: str | Path | None = None,
+    model_labels: Sequence[str] = (),
     flags: str = "--",
     offline: bool = False,
 ) -> SampleSet:
@@ -44,15 +45,16 @@ def open_samples(
     * any of these with its split: ``spec:split``.
 
     Columns, split and labels given here go before those of a recipe. Columns that nobody names are guessed from usual
-    names. ``labels`` is a file with the classes of a flat folder of images. ``flags`` is how the flags begin that
-    messages name.
+    names, or are those of the ``model_labels`` of a model that gives several labels a sample. ``label_column`` may list
+    several columns, with commas between them. ``labels`` is a file with the classes of a flat folder of images.
+    ``flags`` is how the flags begin that messages name.
 
     Raises:
         DataError: nothing there, no samples, or a split or column that is missing or cannot be told.
         UsageError: a recipe that makes no sense or is of the other kind; a column or file of labels where there is
             nothing that it could stand for.
     """
-    wanted = Columns(image_column, text_column, text_pair_column, label_column, flags)
+    wanted = Columns(image_column, text_column, text_pair_column, label_column, flags, model_labels=tuple(model_labels))
     for flag, column in _foreign(wanted, kind):
         raise UsageError(f"{flags}{flag} {column}: the model reads {kind} samples, which have no such column.")
     name, split = _divide(str(spec), split)
@@ -117,12 +119,12 @@ def _open_recipe(
     if recipe.kind != kind:
         raise UsageError(f"the recipe {recipe.name} is of the kind {recipe.kind}, but {kind} samples are needed here.")
     split = split or recipe.split
-    wanted = Columns(
-        wanted.image or recipe.image_column,
-        wanted.text or recipe.text_column,
-        wanted.text_pair or recipe.text_pair_column,
-        wanted.label or recipe.label_column,
-        wanted.flags,
+    wanted = replace(
+        wanted,
+        image=wanted.image or recipe.image_column,
+        text=wanted.text or recipe.text_column,
+        text_pair=wanted.text_pair or recipe.text_pair_column,
+        label=wanted.label or recipe.label_column,
     )
     if labels is None and recipe.labels is not None:
         labels = recipe.folder / Path(recipe.labels).expanduser()
@@ -219,7 +221,7 @@ def _read_table(path: Path, recipe: Recipe | None) -> Table:
 def _table_samples(table: Table, path: Path, kind: Kind, wanted: Columns) -> SampleSet:
     """Rows of a table; images are named by paths, which start at the table's folder."""
     columns = find_columns(str(path), kind, table.columns, wanted)
-    labels, labels_are = typed_labels(f"{path}: column {columns.label!r}", table.column(columns.label))
+    labels, labels_are = typed_labels(f"{path}: {columns.place}", columns.labels(table.column), columns.several)
     images = [path.parent / name if name and name.strip() else None for name in _texts(table, path, columns.image)]
     rows = zip(images, _texts(table, path, columns.text), _texts(table, path, columns.text_pair), labels, strict=True)
     samples = [
@@ -232,7 +234,7 @@ def _table_samples(table: Table, path: Path, kind: Kind, wanted: Columns) -> Sam
         unlabelled = f".txt is read as running text, a sample a line. {_RENAME}"
         if len(samples) > 1 and all("\t" in (sample.text or "") for sample in samples):
             notes = (f"{path}: every line holds a tab, but {unlabelled}",)
-    names = class_names(labels, labels_are)
+    names = list(columns.several) or class_names(labels, labels_are)
     return SampleSet(str(path), kind, samples, names, labels_are, unlabelled=unlabelled, notes=notes)
 
 
