@@ -39,7 +39,9 @@ def evaluate_command(
     image_column: Annotated[str | None, typer.Option(help="Column of the images.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="Column of the second texts.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the labels; several with commas, one for each label or score.")
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(help="File with the classes of a flat folder of images: `image class` lines.")
     ] = None,

@@ -50,7 +50,12 @@ def finetune_command(
     text_pair_column: Annotated[
         str | None, typer.Option(help="Column of the second texts.", rich_help_panel=DATA)
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels.", rich_help_panel=DATA)] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the labels; several with commas, one for each label or score.", rich_help_panel=DATA
+        ),
+    ] = None,
     class_map: Annotated[
         str | None, typer.Option(help="File that maps class names to indices.", rich_help_panel=DATA)
     ] = None,

@@ -27,7 +27,9 @@ def quantize_command(
     image_column: Annotated[str | None, typer.Option(help="Column of the images.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="Column of the second texts.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the labels; several with commas, one for each label or score.")
+    ] = None,
     class_map: Annotated[Path | None, typer.Option(help="File that maps class names to indices.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a batch.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the samples and the intervals.")] = 0,
