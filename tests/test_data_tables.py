@@ -278,7 +278,7 @@ def test_every_form_of_json(tmp_path: Path, orient: str) -> None:
         ("[" * 100_000, "not JSON"),
         ('{"text": "a"}\n{"text": }\n', "line 2: not JSON"),
         ('[{"text": ["a"]}]', "row 1: column 'text' holds a list, not text"),
-        ('[{"text": "a", "label": [1, 2]}]', "row 1: .* is not one class or score a row"),
+        ('[{"text": "a", "label": [[1], 2]}]', "row 1: .* is no class or score, and no list of them"),
     ],
 )
 def test_json_that_is_no_table_is_explained(tmp_path: Path, content: str, message: str) -> None:
