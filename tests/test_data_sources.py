@@ -591,10 +591,13 @@ def test_a_picture_beside_shards_is_passed_over(shards: Path) -> None:
     assert len(open_samples(shards, "image", split="train")) == 4
 
 
-def test_lists_of_labels_are_refused(tmp_path: Path) -> None:
-    Dataset.from_dict({"text": ["a"], "labels": [[1, 2]]}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(DataError, match="not one class or score a row"):
-        open_samples(tmp_path / "x.parquet", "text")
+def test_lists_of_labels_are_read_and_lists_of_lists_refused(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a", "b"], "labels": [[1, 2], []]}).to_parquet(tmp_path / "x.parquet")
+    samples = open_samples(tmp_path / "x.parquet", "text")
+    assert (samples.labels_are, labels(samples)) == ("lists", [(1, 2), ()])
+    Dataset.from_dict({"text": ["a"], "labels": [[[1], [2]]]}).to_parquet(tmp_path / "y.parquet")
+    with pytest.raises(DataError, match="no class or score, and no list of them"):
+        open_samples(tmp_path / "y.parquet", "text")
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar"])
