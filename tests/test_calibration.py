@@ -172,6 +172,25 @@ def test_float64_sums_of_many_batches_do_not_drift(vit: PreTrainedModel) -> None
     torch.testing.assert_close(once[name].gram, often[name].gram, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("needs", [Needs.SCALES, Needs.COVARIANCE])
+def test_sums_that_were_put_away_go_on_to_the_same_statistics(bert: PreTrainedModel, needs: Needs) -> None:
+    targets = find_targets(bert)
+    batches = [batch_of(tiny.inputs("BertModel", seed=seed)) for seed in range(3)]
+    saved: dict[str, Tensor] = {}
+
+    def stop(collector: StatisticsCollector, given: Sequence[Batch], _on_batch: object) -> None:
+        for number, batch in enumerate(given[:2]):
+            collector.run(number, batch)
+        saved.update({name: value.clone() for name, value in collector.state().items()})
+
+    def go_on(collector: StatisticsCollector, given: Sequence[Batch], _on_batch: object) -> None:
+        collector.restore(saved)
+        collector.run(2, given[2])
+
+    collect(bert, targets, batches, needs, course=stop)
+    assert_same(collect(bert, targets, batches, needs, course=go_on), collect(bert, targets, batches, needs), 0)
+
+
 def test_fewer_tokens_than_channels_is_no_error(bert: PreTrainedModel) -> None:
     inputs = {name: value[:1, :3] for name, value in tiny.inputs("BertModel").items()}
     found = collect(bert, find_targets(bert), [batch_of(inputs)], Needs.COVARIANCE)
