@@ -7,6 +7,8 @@ import lzma
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict
@@ -366,6 +368,21 @@ def test_folders_of_save_to_disk(tmp_path: Path, split: str | None) -> None:
     if split:
         with pytest.raises(DataError, match="has the splits train, test: choose one"):
             open_samples(tmp_path / "saved", "text")
+
+
+def test_folders_of_several_save_to_disk_are_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        Dataset.from_dict({"text": [split]}).save_to_disk(tmp_path / split)
+    with pytest.raises(DataError, match="has the splits train, test: choose one"):
+        open_samples(tmp_path, "text")
+    assert contents(open_samples(f"{tmp_path}:test", "text")) == [("test", None)]
+
+
+def test_a_parquet_file_with_a_column_twice_is_explained(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array([1]), pa.array([0])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "label", "label"]), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: cannot be read .*label"):
+        open_samples(tmp_path / "x.parquet", "text")
 
 
 def test_a_damaged_folder_of_save_to_disk_is_named(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class _Split:
     """One split, found but not read yet."""
 
     def __init__(self, address: Address) -> None:
-        self.address = _with_split(address, list(_builder(address).config.data_files))
+        self.address = _with_split(address, list(map(str, _builder(address).config.data_files)))
 
     @cached_property
     def stream(self) -> Any:
@@ -369,8 +369,10 @@ def _explained(address: Address) -> Iterator[None]:
 
 
 def _explanation(address: Address, error: Exception) -> str:
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    if isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the library's own words are that an error occurred
     text = str(error) or type(error).__name__
     page = f"https://huggingface.co/datasets/{address.path}"
     cause: BaseException = error
