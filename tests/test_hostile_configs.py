@@ -89,6 +89,56 @@ def test_models_that_give_their_outputs_otherwise_are_compressed_alike(
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_texts_are_no_longer_cut_into_chunks(
+    size: int, changed: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitshrink.report.figures.available", lambda: False)
+    directory = changed("BertForSequenceClassification", chunk_size_feed_forward=size)
+    flags: dict[str, Any] = {"keep": (0.8,), "samples": 16, "holdout": 8, "refine": 0}
+    (result,) = compress(CompressConfig(str(directory), str(tmp_path / "out"), calibration=str(text_file), **flags))
+    assert any(f"chunk_size_feed_forward {size} was switched off" in note for note in result.report.warnings)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).get("chunk_size_feed_forward", 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"is_decoder": True}, r"config\.json has is_decoder.*encoders"),
+        ({"add_cross_attention": True}, "has add_cross_attention"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'.*'absolute'"),
+        ({"hidden_act": "nope"}, "hidden_act 'nope', which is none of gelu"),
+        ({"problem_type": "nope"}, "problem_type 'nope', which is none of regression, "),
+        ({"layer_norm_eps": "1e-6"}, "'layer_norm_eps' expected float, got str"),
+        ({"type_vocab_size": 0}, "token_type_embeddings.weight .*holds nothing"),
+        ({"tie_word_embeddings": False}, "no weights for cls.*tie_word_embeddings false"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_computed_as_it_was_trained_is_refused(
+    entries: dict[str, Any], message: str, changed: Callable[..., Path]
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_dense(changed("BertForMaskedLM", **entries))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_has_two_sides(changed: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"image_size \[32, 32, 3\]: give the height and the width"):
+        load_dense(changed(image_size=[32, 32, 3]))
+
+
+def test_a_saved_attention_implementation_does_not_stand_in_the_way_of_the_tokenizer(
+    changed: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitshrink.report.figures.available", lambda: False)
+    directory = changed("BertForSequenceClassification", output_attentions=True, _attn_implementation="sdpa")
+    config = CompressConfig(
+        str(directory), str(tmp_path / "out"), keep=(0.8,), calibration=str(text_file), method="svd", holdout=8
+    )
+    assert compress(config)[0].report.evaluation is not None
+
+
 @pytest.mark.parametrize("samples", ["one", "the same again and again"])
 def test_one_sample_is_enough_and_so_are_copies_of_it(
     samples: str, vit_directory: Path, flat_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -220,6 +220,66 @@ def test_the_oldest_names_of_bert_are_understood(copied: Callable[[str], Path]) 
     assert torch.equal(logits(model, "BertForMaskedLM"), logits(tiny.build("BertForMaskedLM"), "BertForMaskedLM"))
 
 
+@pytest.mark.parametrize(
+    ("before", "removed"),
+    [
+        ("module.{}", "'module.'"),
+        ("_orig_mod.{}", "'_orig_mod.'"),
+        ("model.{}", "'model.'"),
+        ("base_model.model.{}", "'base_model.model.'"),
+        ("module._orig_mod.model.{}", "'module.', '_orig_mod.', 'model.'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForMaskedLM", "BertModel"])
+def test_the_names_of_wrappers_are_taken_off(
+    name: str, before: str, removed: str, copied: Callable[[str], Path]
+) -> None:
+    directory = copied(name)
+    edit_weights(directory, lambda weights: {before.format(key): value for key, value in weights.items()})
+    notes: list[str] = []
+    loaded = models.load_dense(directory, warn=notes.append)
+    assert torch.equal(logits(loaded.model, name), logits(tiny.build(name), name))
+    assert loaded.model.config.name_or_path == str(directory)
+    assert removed in notes[0]
+    assert len(notes) == 1
+
+
+def test_a_part_that_was_compiled_alone_is_no_other_model(copied: Callable[[str], Path]) -> None:
+    directory, name = copied("BertModel"), "BertModel"
+    edit_weights(directory, lambda weights: {key.replace("er.0.", "er.0._orig_mod."): weights[key] for key in weights})
+    assert torch.equal(logits(models.load_dense(directory).model, name), logits(tiny.build(name), name))
+
+
+@pytest.mark.parametrize("change", ["doubled", "missing", "around all"])
+def test_the_base_models_own_prefix_may_be_there_or_not(change: str, copied: Callable[[str], Path]) -> None:
+    """transformers sees to it: this is a promise of the documentation, held here."""
+    name, directory = "BertForSequenceClassification", copied("BertForSequenceClassification")
+    names = {
+        "doubled": lambda key: f"bert.{key}" if key.startswith("bert.") else key,
+        "missing": lambda key: key.removeprefix("bert."),
+        "around all": lambda key: f"bert.{key}",
+    }
+    edit_weights(directory, lambda weights: {names[change](key): value for key, value in weights.items()})
+    assert torch.equal(logits(models.load_dense(directory).model, name), logits(tiny.build(name), name))
+
+
+def test_a_prefix_that_some_tensors_lack_is_left_and_named(copied: Callable[[str], Path]) -> None:
+    directory = copied("BertModel")
+    edit_weights(
+        directory,
+        lambda weights: {(f"module.{key}" if ".0." in key else key): value for key, value in weights.items()},
+    )
+    with pytest.raises(CheckpointError, match=r"only some .* prefix of a wrapper \(module\.encoder\.layer\.0"):
+        models.load_dense(directory)
+
+
+def test_tensors_with_and_without_a_prefix_are_two_models(copied: Callable[[str], Path]) -> None:
+    directory = copied("BertModel")
+    edit_weights(directory, lambda weights: weights | {f"_orig_mod.{key}": weights[key].clone() for key in weights})
+    with pytest.raises(CheckpointError, match=r"some tensors twice, with and without _orig_mod\."):
+        models.load_dense(directory)
+
+
 def test_tied_weights_stay_tied(checkpoint: Callable[[str], Path]) -> None:
     model = models.load_dense(checkpoint("BertForMaskedLM")).model
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight

@@ -324,6 +324,18 @@ def test_pickled_shards_load(directory: Path) -> None:
     models.load_dense(directory)
 
 
+@pytest.mark.parametrize("entry", ["state_dict", "model_state_dict", "model"])
+def test_the_state_dict_of_a_training_checkpoint_is_read(entry: str, directory: Path) -> None:
+    state = {f"module.{name}": tensor for name, tensor in load_file(directory / WEIGHTS).items()}
+    path = to_bin(directory, {entry: state, "epoch": 3, "optimizer": {"state": {0: torch.ones(3)}}})
+    notes: list[str] = []
+    model = models.load_dense(directory, warn=notes.append).model
+    inputs = tiny.inputs("ViTForImageClassification")
+    assert torch.equal(model(**inputs)[0], tiny.build("ViTForImageClassification")(**inputs)[0])
+    assert any("'module.'" in note for note in notes)
+    assert any(f"{path} is a training checkpoint" in note for note in notes)
+
+
 class Malicious:
     def __init__(self, command: str) -> None:
         self.command = command
@@ -351,7 +363,14 @@ def test_a_whole_pickled_module_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [[1, 2], {"model": {"classifier.bias": torch.ones(4)}}, {"epoch": 3}], ids=["list", "nested", "number"]
+    "content",
+    [
+        [1, 2],
+        {"epoch": 3},
+        {"net": {"classifier.bias": torch.ones(4)}},
+        {entry: {"classifier.bias": torch.ones(4)} for entry in ("model", "state_dict")},
+    ],
+    ids=["list", "number", "unknown", "two"],
 )
 def test_a_training_checkpoint_is_not_a_state_dict(content: Any, directory: Path) -> None:
     refused(directory, str(to_bin(directory, content)), "not a state dict")

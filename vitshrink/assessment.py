@@ -1,6 +1,6 @@
 """``evaluate_checkpoint``: one model, dense or compressed, measured on a data set, alone or beside its baseline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -168,8 +168,8 @@ def evaluate_checkpoint(
             raise UsageError(f"{flag}: {model} is as it was exported. Ask for it in compress, and export that.")
     job = Job(observer or Silent())
     with job.stage("load", "Loading"):
-        loaded = open_model(model, device, offline=offline)
-        reference = open_model(baseline, device, offline=offline) if baseline else None
+        loaded = open_model(model, device, offline=offline, warn=job.warn)
+        reference = open_model(baseline, device, offline=offline, warn=job.warn) if baseline else None
         for each in (loaded, reference):
             if each is not None and resolution is not None:
                 set_resolution(each.model, resolution)
@@ -231,10 +231,10 @@ def evaluate_checkpoint(
     )
 
 
-def open_model(path_or_id: str, device: str, *, offline: bool) -> LoadedModel:
+def open_model(path_or_id: str, device: str, *, offline: bool, warn: Callable[[str], object]) -> LoadedModel:
     """A checkpoint, or the ONNX file of one. Raises CheckpointError, DependencyError and UsageError."""
     if not path_or_id.endswith(SUFFIX):
-        return load_dense(path_or_id, offline=offline, allow_compressed=True)
+        return load_dense(path_or_id, offline=offline, allow_compressed=True, warn=warn)
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}: an ONNX file is run on the CPU here.")
     return load_onnx(Path(path_or_id))

@@ -100,7 +100,7 @@ def export(
         raise UsageError(f"{output}: give a directory; the configuration and processor files go beside the weights.")
     job = Job(observer or Silent())
     with job.stage("load", "Loading the model"):
-        source = load_dense(model, offline=offline, allow_compressed=True)
+        source = load_dense(model, offline=offline, allow_compressed=True, warn=job.warn)
     source.companions.tell(job)
     if form == "dense" and not compressed_layers(source.model):
         raise UsageError(f"{model} has no compressed layer: it is the dense checkpoint already.")

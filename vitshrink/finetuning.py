@@ -42,6 +42,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     require_attention(config.attention, device)
     with job.stage("load", "Loading the models"):
         options: dict[str, Any] = {"offline": config.offline, "attention": config.attention, "allow_compressed": True}
+        options["warn"] = job.warn
         source = load_dense(config.model, **options)
         teacher = load_dense(config.teacher, **options) if config.teacher else None
     if not compressed_layers(source.model):

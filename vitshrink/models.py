@@ -1,7 +1,7 @@
 """The model families that vitshrink knows, their linear layers that may be factorised, and loading them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +20,7 @@ from vitshrink.errors import CheckpointError, DependencyError, UsageError, Vitsh
 from vitshrink.fidelity import Head, head_for
 from vitshrink.hf_quantizer import QUANT_METHOD, base_prefix
 from vitshrink.sentences import MEAN, Embedding
-from vitshrink.source import Source, examine, resolve
+from vitshrink.source import WRAPPERS, Source, examine, resolve
 from vitshrink.structures import structure_of
 
 Role = Literal["query", "key", "value", "output", "fc1", "fc2"]
@@ -28,6 +29,8 @@ Layers = Literal["attention", "mlp", "all"]
 
 FLASH = "flash_attention_2"
 """The attention that computes in half precision only, so that it serves training with mixed precision."""
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 HARMLESS = 2**24
 """Numbers that a parameter may have whatever is stored; a shape that does not fit is then named with both its sides."""
@@ -137,6 +140,8 @@ class LoadedModel:
     """How the checkpoint makes one vector of a sentence, where it has no head."""
     ignored: tuple[str, ...] = ()
     """Tensors of the checkpoint, outside the blocks, that the architecture does not use (a pooler, say)."""
+    notes: tuple[str, ...] = ()
+    """What was done to load it that a user should know of."""
 
 
 def architecture_of(model: nn.Module) -> str:
@@ -247,8 +252,11 @@ def load_dense(
     revision: str | None = None,
     allow_compressed: bool = False,
     attention: str = "sdpa",
+    warn: Callable[[str], object] = lambda _note: None,
 ) -> LoadedModel:
     """Load a checkpoint in float32 on the CPU, in evaluation mode, with the class that its config names.
+
+    ``warn`` is told what was done that a user should know of: names of tensors that were changed, say.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, unsafe, unsupported, incomplete or compressed.
@@ -257,7 +265,10 @@ def load_dense(
     source = examine(resolve(path_or_id, offline=offline, revision=revision))
     if is_compressed(source) and not allow_compressed:
         raise CheckpointError(f"{source.directory} is already compressed by vitshrink: start from the original model.")
-    return load_source(source, dtype=torch.float32, attention=attention)
+    loaded = load_source(source, dtype=torch.float32, attention=attention)
+    for note in loaded.notes:
+        warn(note)
+    return loaded
 
 
 def is_compressed(source: Source) -> bool:
@@ -290,6 +301,7 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     depth = source.config.get("num_hidden_layers")
     if isinstance(depth, int) and depth > len(source.tensors):  # would be built before anything is compared
         raise CheckpointError(f"{where} promises {depth} blocks, more than the checkpoint has tensors: it is damaged.")
+    check_config(source.config, where)
     companions = companions_of(source.directory, source.weights)
     options: dict[str, Any] = {}
     if family.tasks[architectures[0]] == "features" and not any("pooler." in name for name in source.tensors):
@@ -300,7 +312,7 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     try:
         with quiet_transformers():
             model, info = getattr(transformers, architectures[0]).from_pretrained(
-                source.directory,
+                **_readable(source, getattr(transformers, architectures[0])),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -316,9 +328,10 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     except (VitshrinkError, MemoryError):
         raise
     except Exception as error:  # from_pretrained raises whatever a contradictory config leads to
-        raise CheckpointError(f"transformers cannot load {source.directory}: {error}") from error
+        raise CheckpointError(f"transformers cannot load {source.directory}: {_one_line(error)}") from error
     _check_complete(source, info, strict=is_compressed(source))
-    model.config.return_dict = True  # outputs are read by name; what asks for them by place gets the same
+    model.config.name_or_path = str(source.directory)
+    notes = (*source.notes, *usual_outputs(model))
     for parameter in model.parameters():
         # Out of the mapped file, which may be replaced while the model lives, and into aligned memory, on which
         # the order of summation may depend.
@@ -332,7 +345,54 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
         companions=companions,
         embedding=embedding_of(source.directory, model),
         ignored=tuple(sorted(info["unexpected_keys"])),
+        notes=notes,
     )
+
+
+def _readable(source: Source, architecture: type[PreTrainedModel]) -> dict[str, Any]:
+    """Where transformers finds the weights: in the files, or in memory where their names had to be changed."""
+    if not source.wrappers and not source.nested:
+        return {"pretrained_model_name_or_path": source.directory}
+    config = architecture.config_class.from_dict(source.config | {"output_attentions": False})
+    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": source.read_tensors()}
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError for entries that transformers takes, and that make a model which cannot be computed with,
+    or computed with as it was trained."""
+    for entry in ("is_decoder", "add_cross_attention"):
+        if config.get(entry):
+            raise CheckpointError(
+                f"{where} has {entry}: vitshrink compresses encoders, whose tokens see each other. If the model was "
+                "trained as one, remove the entry in a copy."
+            )
+    if (positions := config.get("position_embedding_type") or "absolute") != "absolute":
+        raise CheckpointError(
+            f"{where} has position_embedding_type {positions!r}, for which transformers {transformers.__version__} "
+            "computes 'absolute': the outputs would not be those that the model was trained for."
+        )
+    for entry, known in (("hidden_act", ACT2FN), ("problem_type", PROBLEM_TYPES)):
+        if (value := config.get(entry)) is not None and value not in known:
+            raise CheckpointError(f"{where} has {entry} {value!r}, which is none of {', '.join(known)}.")
+    for entry in ("image_size", "patch_size"):
+        if isinstance(value := config.get(entry), list | tuple) and len(value) != 2:
+            raise CheckpointError(f"{where} has {entry} {list(value)}: give the height and the width.")
+
+
+def usual_outputs(model: PreTrainedModel) -> list[str]:
+    """Make a model give its outputs by name and in one piece, in place. Returns what a user should know of it."""
+    model.config.return_dict = True  # what asks for them by place gets the same
+    notes = []
+    chunked = [module for module in model.modules() if getattr(module, "chunk_size_feed_forward", 0)]
+    for module in chunked:
+        module.chunk_size_feed_forward = 0
+    if chunked:
+        notes.append(
+            f"chunk_size_feed_forward {model.config.chunk_size_feed_forward} was switched off: it only saves memory, "
+            "and fails with texts of other lengths than its multiples."
+        )
+        model.config.chunk_size_feed_forward = 0
+    return notes
 
 
 def _check_size(source: Source, architecture: type[PreTrainedModel], options: Mapping[str, Any], where: str) -> None:
@@ -355,8 +415,10 @@ def _check_size(source: Source, architecture: type[PreTrainedModel], options: Ma
     except MemoryError:
         raise
     except Exception as error:  # a constructor raises whatever a contradictory config leads to
-        raise CheckpointError(f"transformers cannot load what {where} describes: {error}") from error
+        raise CheckpointError(f"transformers cannot load what {where} describes: {_one_line(error)}") from error
     for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise CheckpointError(f"{where} makes {name} {list(parameter.shape)}, which holds nothing.")
         if parameter.numel() > most:
             raise CheckpointError(
                 f"{where} makes {name} {list(parameter.shape)}, far larger than anything in the weight files: "
@@ -415,10 +477,21 @@ def quiet_transformers() -> Iterator[None]:
 def _check_complete(source: Source, info: Mapping[str, Any], *, strict: bool) -> None:
     problems = []
     if info["missing_keys"]:
+        untied = source.config.get("tie_word_embeddings") is False and any("decoder" in n for n in info["missing_keys"])
         problems.append(
-            f"it has no weights for {_listing(info['missing_keys'])}: it was saved from another kind of "
-            f"model than {source.config['architectures'][0]}, or its head was never trained"
+            f"it has no weights for {_listing(info['missing_keys'])}: "
+            + (
+                "its config has tie_word_embeddings false, with which they are weights of their own"
+                if untied
+                else f"it was saved from another kind of model than {source.config['architectures'][0]}, or its head "
+                "was never trained"
+            )
         )
+        if wrapped := [name for name in info["unexpected_keys"] if name.startswith(WRAPPERS)]:
+            problems.append(
+                f"only some of its tensors have the prefix of a wrapper ({_listing(wrapped)}): save the state dict of "
+                "the model inside it"
+            )
     if info["mismatched_keys"]:
         shapes = (f"{name} ({list(there)} instead of {list(here)})" for name, there, here in info["mismatched_keys"])
         problems.append(f"shapes do not fit its config: {_listing(shapes)}")
@@ -445,6 +518,10 @@ def family_named(model_type: str, architecture: str, where: str) -> Family:
 
 def _supported() -> str:
     return ", ".join(architecture for family in FAMILIES for architecture in family.tasks)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _listing(names: Any, most: int = 6) -> str:

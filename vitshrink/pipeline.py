@@ -87,7 +87,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     with job.stage("load", "Loading the model"):
         device = find_device(config.device)
         require_attention(config.attention, device)
-        source = load_dense(config.model, offline=config.offline, attention=config.attention)
+        source = load_dense(config.model, offline=config.offline, attention=config.attention, warn=job.warn)
         dense = source.model.to(device)
         if config.resolution is not None:
             set_resolution(dense, config.resolution)

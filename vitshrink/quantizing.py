@@ -47,8 +47,8 @@ def quantize_checkpoint(
     bits, treated = quantized_bits(weights, activations)
     job = Job(observer or Silent())
     with job.stage("load", "Loading the model"):
-        source = load_dense(model, offline=offline, allow_compressed=True)
-        dense = load_dense(baseline, offline=offline, allow_compressed=True) if baseline else source
+        source = load_dense(model, offline=offline, allow_compressed=True, warn=job.warn)
+        dense = load_dense(baseline, offline=offline, allow_compressed=True, warn=job.warn) if baseline else source
         check_comparable(source, dense)
     source.companions.tell(job)
     samples = None

@@ -8,7 +8,7 @@ first: it must lie in the directory, hold what its name says, and bring no code.
 import json
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -63,6 +63,15 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+WITHIN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile and FSDP put into names, before parts of the model as well; no model has a part of this name."""
+
+WRAPPERS = ("module.", "base_model.model.", "model.", *WITHIN)
+"""What the wrappers of a model put before the names of all its tensors: data parallelism, PEFT, training loops."""
+
+NESTED = ("state_dict", "model_state_dict", "model")
+"""Entries of a training checkpoint under which the state dict lies."""
+
 _CODE_KEYS = ("auto_map", "custom_pipelines", "transformers_weights", "fusion_config", "kernel_config")
 _MAX_JSON_BYTES = 64 * 2**20
 _DTYPES = {
@@ -103,7 +112,33 @@ class Source:
     config: dict[str, Any]
     weights: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
-    """Tensors of the weight files, by their names on disk."""
+    """Tensors of the weight files, by the names that the model gives them."""
+    wrappers: tuple[str, ...] = ()
+    """What the names on disk have before those of the model: ``module.``, say. Some of ``WRAPPERS``."""
+    nested: bool = False
+    """Whether the tensors lie under an entry of a training checkpoint, beside what else that holds."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the files were read."""
+        removed = ", ".join(repr(wrapper) for wrapper in self.wrappers)
+        notes = (
+            [f"the names of the tensors of {self.directory} were read without {removed}, which a wrapper put there."]
+            if self.wrappers
+            else []
+        )
+        if self.nested:
+            notes.append(
+                f"{self.weights[0]} is a training checkpoint: its state dict was read, and nothing else of it."
+            )
+        return tuple(notes)
+
+    def read_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights, for a checkpoint that transformers cannot read itself: one with ``wrappers``, or ``nested``."""
+        found: dict[str, torch.Tensor] = {}
+        for path in self.weights:
+            found |= read_tensors(path)
+        return {_unwrapped(name, self.wrappers): tensor for name, tensor in found.items()}
 
     @property
     def safetensors(self) -> bool:
@@ -227,10 +262,37 @@ def examine(directory: Path) -> Source:
 
 def _examine(directory: Path) -> Source:
     config = read_config(directory)
-    weights, tensors = _read_weights(directory)
+    weights, tensors, nested = _read_weights(directory)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
         raise CheckpointError(f"{weights[0]} holds no floating-point tensor: it is no checkpoint of a model.")
-    return Source(directory, config, weights, tensors)
+    wrappers = _wrappers_of(tensors)
+    named = {_unwrapped(name, wrappers): tensor for name, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        raise CheckpointError(
+            f"{weights[0]} holds some tensors twice, with and without {' or '.join(wrappers)} in their names: save the "
+            "state dict of one model."
+        )
+    return Source(directory, config, weights, named, wrappers, nested)
+
+
+def _wrappers_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The wrappers whose names stand before those of the model, from the outermost on.
+
+    Only those that all tensors have are taken off: where some lack one it may be part of the model.
+    """
+    found: list[str] = []
+    left = set(names)
+    while wrapper := next((each for each in WRAPPERS if left and all(name.startswith(each) for name in left)), None):
+        found.append(wrapper)
+        left = {name.removeprefix(wrapper) for name in left}
+    within = (each for each in WITHIN if any(f".{each}" in f".{name}" for name in left))
+    return tuple(dict.fromkeys((*found, *within)))
+
+
+def _unwrapped(name: str, wrappers: Sequence[str]) -> str:
+    for wrapper in wrappers:
+        name = name.replace(wrapper, "") if wrapper in WITHIN else name.removeprefix(wrapper)
+    return name
 
 
 class Module(NamedTuple):
@@ -323,7 +385,8 @@ def refuse_code(config: Any, path: Path) -> None:
                 )
 
 
-def _read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTensor]]:
+def _read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTensor], bool]:
+    """The weight files, their tensors, and whether these are nested in a training checkpoint."""
     entry = next((directory / name for name in _WEIGHTS if (directory / name).exists()), None)
     if entry is None:
         raise CheckpointError(
@@ -332,16 +395,19 @@ def _read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTe
         )
     check_regular(entry, directory)
     if entry.suffix != ".json":
-        return (entry,), _stored_tensors(entry)
+        return (entry,), *_stored_tensors(entry)
     weight_map = _read_index(entry)
     shards = tuple(directory / name for name in sorted(set(weight_map.values())))
     tensors: dict[str, StoredTensor] = {}
     holder: dict[str, Path] = {}
+    nested = False
     for shard in shards:
         if not shard.exists():
             raise CheckpointError(f"{shard} is missing, but {entry.name} lists it: download or copy it as well.")
         check_regular(shard, directory)
-        for name, tensor in _stored_tensors(shard).items():
+        stored, part_of_more = _stored_tensors(shard)
+        nested |= part_of_more
+        for name, tensor in stored.items():
             if name in tensors:
                 raise CheckpointError(
                     f"{directory}: the tensor {name!r} is in two shards, {holder[name].name} and {shard.name}. {_AGAIN}"
@@ -350,7 +416,7 @@ def _read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTe
     for name, shard_name in weight_map.items():
         if name not in tensors or holder[name].name != shard_name:
             raise CheckpointError(f"{entry} says that {name!r} is in {shard_name}, but it is not. {_AGAIN}")
-    return shards, tensors
+    return shards, tensors, nested
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -395,7 +461,7 @@ def check_inside(path: Path, directory: Path) -> Path:
     return target
 
 
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+def _stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], bool]:
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -404,13 +470,16 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its repository.")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page, not weights: the download was answered by a login or error page.")
-    return _safetensors_header(path) if path.suffix == ".safetensors" else _pickled_header(path)
+    if path.suffix == ".safetensors":
+        return _safetensors_header(path), False
+    state, nested = _state_of(_unpickled(path, "meta"), path)
+    return {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}, nested
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or a plain state dict. Raises CheckpointError; runs no code of the file."""
+    """The tensors of a safetensors file or of the state dict in a pickled one. Raises CheckpointError; runs no code."""
     _stored_tensors(path)
-    return load_file(path) if path.suffix == ".safetensors" else _state_dict(path, "cpu")
+    return load_file(path) if path.suffix == ".safetensors" else _state_of(_unpickled(path, "cpu"), path)[0]
 
 
 def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
@@ -431,13 +500,9 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _pickled_header(path: Path) -> dict[str, StoredTensor]:
-    return {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in _state_dict(path, "meta").items()}
-
-
-def _state_dict(path: Path, device: str) -> dict[str, Tensor]:
+def _unpickled(path: Path, device: str) -> Any:
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         # The message of torch is left out: it advises to switch the protection off.
         raise CheckpointError(
@@ -446,9 +511,27 @@ def _state_dict(path: Path, device: str) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged archive fails in many ways, depending on where
         raise CheckpointError(f"{path} is not a readable PyTorch file ({_first_line(error)}). {_AGAIN}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} is not a state dict (tensors by name): save model.state_dict() alone.")
-    return state
+
+
+def _state_of(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """The state dict that a file holds, and whether it is an entry of something larger."""
+    if _is_state(content):
+        return content, False
+    found = [content[name] for name in NESTED if name in content] if isinstance(content, dict) else []
+    if len(found) != 1 or not _is_state(found[0]):
+        raise CheckpointError(
+            f"{path} is not a state dict (tensors by name), and has none as its only entry of "
+            f"{', '.join(NESTED)}: save model.state_dict() alone."
+        )
+    return found[0], True
+
+
+def _is_state(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items())
+    )
 
 
 def _listing(directory: Path, most: int = 8) -> str:

@@ -70,7 +70,7 @@ def inspect_command(
     seed = defaults.get("seed", 0) if seed is None else seed
     job = Job(console.TerminalObserver(quiet=as_json))
     with job.stage("load", "Loading the model"):
-        source = load_dense(model, offline=offline)
+        source = load_dense(model, offline=offline, warn=job.warn)
         dense = source.model.to(find_device(device))
     targets = find_targets(dense, layers=layers, include=include or (), exclude=exclude or ())
     stats: dict[str, LinearStats] = {}
