@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -206,7 +209,14 @@ def test_a_masked_lm_is_measured_where_the_tokenizer_is_known(masked_lm_director
         (7, {}, DataError, "a int holds no samples"),
         (["a text"], {}, DataError, "needs a PIL image"),
         ([torch.zeros(3, 32, 32)], {}, DataError, "do not fit together"),
-        ([{"image": 1}], {}, DataError, "no tensor 'pixel_values'"),
+        ([{"image": 1}], {}, DataError, "column 'image' holds .*, not images"),
+        ([{"label": torch.zeros(4)}], {}, DataError, "no tensor 'pixel_values'"),
+        (torch.zeros(4, 1, 32, 32), {}, DataError, "batch 0 .* images of 1 × 32 × 32 .* takes 3 × 32 × 32"),
+        (torch.zeros(4, 3, 48, 48), {}, DataError, "batch 0 .* images of 3 × 48 × 48 .* own image processor"),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), {}, DataError, "torch.uint8.* normalized"),
+        (torch.zeros(4, 3, 32, 32) / 0, {}, DataError, "batch 0, row 0 .* NaN"),
+        (np.zeros((4, 32, 32, 3)), {}, DataError, "array of float64.* give images as uint8"),
+        ([np.zeros((3, 32, 32), np.uint8)], {}, DataError, "item 0 .* no image .* give uint8"),
         ("no-such-folder/", {}, DataError, "no-such-folder"),
         ([torch.zeros(4, 3, 32, 32)], {"keep": 0.001}, TargetError, "cannot reach"),
         ([torch.zeros(4, 3, 32, 32)], {"keep": None}, UsageError, "say how small"),
@@ -221,6 +231,102 @@ def test_what_makes_no_sense_is_explained(
 ) -> None:
     with pytest.raises(error, match=message):
         vitshrink.compress(vit, calibration, **{**FEW, **choices})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": [[2, 6, 500, 3]]}, "batch 1, row 0 .* input_ids that are not below .* own tokenizer"),
+        ({"input_ids": [[2, 6, -1, 3]]}, "batch 1, row 0 .* input_ids"),
+        ({"input_ids": [[2.0, 6.0, 7.0, 3.0]]}, "batch 1 .* as torch.float32.* whole numbers"),
+        ({"token_type_ids": [[0, 2, 0, 0]]}, "batch 1, row 0 .* token_type_ids that are not below 2"),
+        ({"attention_mask": [[0, 0, 0, 0]]}, "batch 1, row 0 .* no token that its attention_mask leaves"),
+        ({"input_ids": [[5] * 65], "attention_mask": [[1] * 65]}, "batch 1 .* 65 tokens .* takes 64 whole numbers"),
+    ],
+    ids=["beyond", "negative", "float", "types", "masked", "long"],
+)
+def test_tokens_that_the_model_cannot_take_are_named(
+    bert: PreTrainedModel, changes: dict[str, Any], message: str
+) -> None:
+    good = {"input_ids": torch.tensor([[2, 6, 7, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    bad = good | {name: torch.tensor(rows) for name, rows in changes.items()}
+    with pytest.raises(DataError, match=message):
+        vitshrink.compress(bert, [good, bad], **FEW)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("data set", "rows", "frame", "generator", "labelled", "arrays", "array", "paths"),
+        *("inference tensor", "inference mode", "inference model", "return_dict"),
+    ],
+)
+def test_images_in_any_usual_form_do(
+    vit: PreTrainedModel, images: list[Image.Image], vit_directory: Path, flat_images: Path, form: str
+) -> None:
+    images = [image.convert("RGB").resize((32, 32)) for image in images]
+    pixels = AutoImageProcessor.from_pretrained(vit_directory)(images, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        tensor, copied = pixels.clone(), copy.deepcopy(vit)
+    forms: dict[str, Callable[[], Any]] = {
+        "data set": lambda: datasets.Dataset.from_dict({"image": images, "label": [0] * len(images)}),
+        "rows": lambda: [{"image": image} for image in images],
+        "frame": lambda: pd.Series(images),
+        "generator": lambda: (image for image in images),
+        "labelled": lambda: [(image, 3) for image in images],
+        "arrays": lambda: [np.asarray(image) for image in images],
+        "array": lambda: np.stack([np.asarray(image) for image in images]),
+        "paths": lambda: sorted(map(str, flat_images.iterdir())),
+        "inference tensor": lambda: (tensor[start : start + 6] for start in range(0, 24, 6)),
+        "inference mode": lambda: pixels,
+        "inference model": lambda: pixels,
+        "return_dict": lambda: pixels,
+    }
+    vit.config.return_dict = form != "return_dict"
+    with torch.inference_mode(form == "inference mode"):
+        small = vitshrink.compress(copied if form == "inference model" else vit, forms[form](), **FEW)
+    assert small.report.evaluation is not None
+    assert small.report.evaluation["samples"] == 4
+    assert small.model(pixels[:2]).logits.shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "form", ["data set", "pairs", "tokenized", "frame", "series", "array", "objects", "set", "generator", "rows"]
+)
+def test_texts_in_any_usual_form_do(bert: PreTrainedModel, bert_directory: Path, texts: list[str], form: str) -> None:
+    encoded = dict(AutoTokenizer.from_pretrained(bert_directory)(texts, padding=True))
+    forms: dict[str, Callable[[], Any]] = {
+        "data set": lambda: datasets.Dataset.from_dict({"text": texts, "label": [0] * len(texts)}),
+        "pairs": lambda: datasets.Dataset.from_dict({"sentence1": texts, "sentence2": texts}),
+        "tokenized": lambda: datasets.Dataset.from_dict(encoded),
+        "frame": lambda: pd.DataFrame({"text": texts, "target": 1}, index=range(5, 5 + len(texts))),
+        "series": lambda: pd.Series(texts),
+        "array": lambda: np.array(texts),
+        "objects": lambda: np.array(texts, dtype=object),
+        "set": lambda: set(texts),
+        "generator": lambda: (text for text in texts),
+        "rows": lambda: [{"text": text} for text in texts],
+    }
+    small = vitshrink.compress(bert, forms[form](), **FEW, refine=0)
+    assert small.report.evaluation is not None
+    assert small.report.evaluation["samples"] == 4
+
+
+def test_data_sets_that_do_not_say_what_to_read_are_refused(bert: PreTrainedModel, texts: list[str]) -> None:
+    data = datasets.Dataset.from_dict({"foo": texts, "bar": texts})
+    with pytest.raises(DataError, match=r"no column looks like the text\. Give text-column"):
+        vitshrink.compress(bert, data, **FEW)
+    assert vitshrink.compress(bert, data, text_column="foo", refine=0, **FEW).report.evaluation is not None
+    with pytest.raises(DataError, match="has the splits train, test: give one"):
+        vitshrink.compress(bert, datasets.DatasetDict({"train": data, "test": data}), **FEW)
+    with pytest.raises(DataError, match="is a stream: give rows of it"):
+        vitshrink.compress(bert, data.to_iterable_dataset(), **FEW)
+
+
+def test_a_decoder_in_memory_is_refused(bert: PreTrainedModel, texts: list[str]) -> None:
+    bert.config.is_decoder = True
+    with pytest.raises(CheckpointError, match="the model's config has is_decoder"):
+        vitshrink.compress(bert, texts, **FEW)
 
 
 def test_models_that_cannot_be_compressed_are_refused(vit: PreTrainedModel, images: list[Image.Image]) -> None:

@@ -17,15 +17,16 @@ from vitshrink.data import (
     Preprocessor,
     ReadyBatches,
     SampleSet,
-    is_items,
+    listed,
     open_samples,
     recipe_defaults,
     samples_in_memory,
 )
+from vitshrink.data.columns import Columns
 from vitshrink.description import example_inputs
 from vitshrink.errors import CheckpointError, DataError, UsageError
 from vitshrink.measurement import CalibrationData, hold_out, measure, read_calibration
-from vitshrink.models import check_finite, embedding_of, family_of, task_of
+from vitshrink.models import check_config, check_finite, embedding_of, family_of, task_of, usual_outputs
 from vitshrink.observer import Job, Observer, Silent
 from vitshrink.publication import publish
 from vitshrink.quantization import Quantization
@@ -92,6 +93,7 @@ class Compressed:
         return Path(directory)
 
 
+@torch.inference_mode(False)  # gradients are taken, wherever this is called from
 def compress(
     model: PreTrainedModel,
     calibration: Any = None,
@@ -105,9 +107,10 @@ def compress(
 
     Args:
         model: a ViT, DeiT or BERT of transformers, on any device and of any floating-point type.
-        calibration: unlabelled samples. A list of PIL images, or of texts or pairs of them; a ``DataLoader`` or any
-            iterable of batches with the model's inputs; or what ``--calibration`` takes: a folder, a file, a recipe,
-            a Hub data set.
+        calibration: unlabelled samples. A list, series or array of PIL images, of arrays of bytes or of texts or pairs
+            of them; a ``datasets.Dataset`` or data frame with a column of them; a ``DataLoader`` or any iterable of
+            batches with the model's inputs; or what ``--calibration`` takes: a folder, a file, a recipe, a Hub data
+            set.
         keep: the fraction of the model's parameters to keep. One of ``target_params``, ``target_size``, ``rank``,
             ``max_changed`` or ``max_kl`` may take its place.
         processor: the image processor or tokenizer of the model; looked for where the model came from if not given,
@@ -127,8 +130,11 @@ def compress(
     config = _config(model, calibration, {"keep": keep} | choices)
     chosen, job = Choices.of(config), Job(observer or Silent())
     family_of(model)
-    check_finite(model, "the model")
+    check_config(model.config.to_dict(), "the model's config")
     dense = copy.deepcopy(model).float().eval()
+    check_finite(dense, "the model")
+    for note in usual_outputs(dense):
+        job.warn(note)
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
     shrinking = Shrinking.of(chosen, dense, dtype)
     origin = _origin(dense, config, job)
@@ -260,17 +266,21 @@ def _samples(
         for note in samples.notes:
             job.warn(note)
         return _preprocessor(model, origin, processor, config), samples
-    if isinstance(calibration, list | tuple) and is_items(calibration):
-        samples = samples_in_memory(calibration, kind)
-        return _preprocessor(model, origin, processor, config), samples
+    most = config.samples + config.holdout
+    columns = Columns(config.image_column, config.text_column, config.text_pair_column, flags="")
+    calibration = listed(calibration, kind, most)
+    if (found := samples_in_memory(calibration, kind, most, columns)) is not None:
+        return _preprocessor(model, origin, processor, config), found
     if isinstance(calibration, Mapping | torch.Tensor):
         calibration = [calibration]  # one batch
+    elif hasattr(calibration, "column_names"):  # a data set of rows that were prepared
+        calibration = calibration.with_format("torch").iter(config.batch_size)
     if not isinstance(calibration, Iterable):
         raise DataError(
             f"calibration: a {type(calibration).__name__} holds no samples: give a list of "
             f"{'PIL images' if kind == 'image' else 'texts'}, batches, or the path of a folder."
         )
-    batches = ReadyBatches(calibration, kind, config.samples + config.holdout, processor)
+    batches = ReadyBatches(calibration, kind, most, processor, model.config)
     return Preprocessor(batches), batches.samples()
 
 

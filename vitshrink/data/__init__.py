@@ -5,7 +5,7 @@ from vitshrink.data.image_encoder import ImageEncoder
 from vitshrink.data.images import ImageError, ImageSource, decode_image
 from vitshrink.data.label_lists import align_label_lists
 from vitshrink.data.labels import align_labels
-from vitshrink.data.memory import ReadyBatches, is_items, samples_in_memory
+from vitshrink.data.memory import ReadyBatches, listed, samples_in_memory
 from vitshrink.data.preprocessing import Preprocessor
 from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_defaults, recipe_names
 from vitshrink.data.samples import Label, NothingLeftError, Sample, SampleSet, overlap
@@ -31,7 +31,7 @@ __all__ = [
     "align_labels",
     "decode_image",
     "hub_source",
-    "is_items",
+    "listed",
     "load_recipe",
     "open_samples",
     "overlap",

@@ -19,7 +19,7 @@ from typing import Any, overload
 
 import fsspec  # type: ignore[import-untyped]
 
-from vitshrink.data.columns import Columns, class_names, find_columns, typed_labels
+from vitshrink.data.columns import LABEL_COLUMNS, Columns, class_names, find_columns, typed_labels
 from vitshrink.data.images import ImageSource, read_image_bytes
 from vitshrink.data.recipes import Kind, recipe_names, suggestion
 from vitshrink.data.samples import LabelsAre, Sample, SampleSet
@@ -116,6 +116,13 @@ def open_saved(address: Address, kind: Kind, wanted: Columns) -> SampleSet:
         elif address.split is not None:
             raise DataError(f"{address.path} is one data set without splits: leave the split {address.split!r} out.")
     return _sample_set(address, kind, wanted, _undecoded(found))
+
+
+def open_dataset(dataset: Any, kind: Kind, wanted: Columns) -> SampleSet:
+    """Samples of a ``datasets.Dataset`` in memory, without labels. Raises DataError for columns that cannot be told."""
+    labels = {name for names in LABEL_COLUMNS for name in names} - {wanted.image, wanted.text, wanted.text_pair}
+    dataset = dataset.with_format(None).remove_columns([name for name in dataset.column_names if name in labels])
+    return _sample_set(Address("the data set in memory"), kind, wanted, _undecoded(dataset))
 
 
 def _sample_set(address: Address, kind: Kind, wanted: Columns, dataset: Any) -> SampleSet:

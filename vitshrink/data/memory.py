@@ -1,17 +1,24 @@
 """Samples that are in memory already: images, texts, or batches that the caller preprocessed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from vitshrink.data.batches import BadSamples, Batch
+from vitshrink.data.columns import Columns
+from vitshrink.data.hub import open_dataset
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.errors import DataError
+from vitshrink.geometry import image_shape
 
 INPUTS: Mapping[Kind, tuple[str, ...]] = {
     "image": ("pixel_values",),
@@ -20,28 +27,126 @@ INPUTS: Mapping[Kind, tuple[str, ...]] = {
 """The inputs of a model by its kind, the one it cannot do without first."""
 
 
-def samples_in_memory(items: Sequence[Any], kind: Kind) -> SampleSet:
-    """Images (``PIL.Image``), or texts, or pairs of texts.
+def samples_in_memory(calibration: Any, kind: Kind, most: int, wanted: Columns) -> SampleSet | None:
+    """The samples of a collection of images or texts, in any of the forms that Python has for one; None for batches.
+
+    ``most`` are read of what can only be gone through. ``wanted`` names the columns of a data set or table.
 
     Raises:
-        DataError: no item, or one that is of another kind, by its place in the list.
+        DataError: no item, or one that is of another kind, by its place.
     """
+    if (table := _table(calibration, kind)) is not None:
+        return open_dataset(table, kind, wanted)
+    items = _items(calibration, most)
+    if items is None or (items and not _is_item(items[0], kind)):
+        return None
     source = f"the {kind}s in memory"
-    if not len(items):
+    if not items:
         raise DataError(f"{source}: there are none.")
     return SampleSet(source, kind, [_sample(index, item, kind) for index, item in enumerate(items)])
 
 
+def _table(calibration: Any, kind: Kind) -> Any:
+    """A ``datasets.Dataset`` of samples, or one made of a table; None for anything else."""
+    columns = getattr(calibration, "column_names", None) or list(_columns(calibration))
+    if _is_a(calibration, "datasets", "DatasetDict"):
+        raise DataError(f"calibration has the splits {', '.join(calibration)}: give one of them.")
+    if _is_a(calibration, "datasets", "IterableDataset"):
+        raise DataError(
+            "calibration is a stream: give rows of it, as in datasets.Dataset.from_list(list(rows.take(600)))."
+        )
+    if not columns or INPUTS[kind][0] in columns:
+        return None
+    from datasets import Dataset
+
+    try:
+        if _is_a(calibration, "datasets", "Dataset"):
+            return calibration
+        if _is_a(calibration, "pandas", "DataFrame"):
+            return Dataset.from_pandas(calibration, preserve_index=False)
+        return Dataset.from_list(list(calibration))
+    except Exception as error:  # of any class, from the libraries below
+        raise DataError(f"calibration: its columns cannot be read ({str(error).splitlines()[0]}).") from error
+
+
+def _columns(calibration: Any) -> Iterable[str]:
+    """The columns of a table of pandas, or of a list of rows by name."""
+    if _is_a(calibration, "pandas", "DataFrame"):
+        return map(str, calibration.columns)
+    first = calibration[0] if isinstance(calibration, list | tuple) and calibration else None
+    rows = isinstance(first, dict) and not any(isinstance(value, Tensor) for value in first.values())
+    return map(str, first) if rows and first is not None else ()
+
+
+def _items(calibration: Any, most: int) -> list[Any] | None:
+    """The members of a collection, as far as they are needed; None where they are rows of tensors."""
+    if isinstance(calibration, np.ndarray) and (calibration.dtype.kind not in "OUSu" or not calibration.ndim):
+        raise DataError(
+            f"calibration is an array of {calibration.dtype}, shape {calibration.shape}: give images as uint8 (number, "
+            'height, width, channels), texts, or what the processor returns with return_tensors="pt".'
+        )
+    if isinstance(calibration, list | tuple | np.ndarray) or _is_a(calibration, "pandas", "Series"):
+        return list(calibration)
+    if isinstance(calibration, set | frozenset):
+        return sorted(calibration, key=str)  # its own order differs from run to run
+    if isinstance(calibration, Mapping | Tensor) or not all(
+        hasattr(calibration, n) for n in ("__getitem__", "__len__")
+    ):
+        return None
+    return [calibration[index] for index in range(min(most, len(calibration)))]  # as the data sets of torchvision are
+
+
+def listed(calibration: Any, kind: Kind, most: int) -> Any:
+    """The first ``most`` samples that a generator yields; one of batches, and anything else, stays what it is."""
+    if not isinstance(calibration, Iterator):
+        return calibration
+    first = list(islice(calibration, 1))
+    if first and _is_item(first[0], kind):
+        return [*first, *islice(calibration, most - 1)]
+    return chain(first, calibration)
+
+
+def _is_a(value: Any, module: str, name: str) -> bool:
+    """Whether ``value`` is of this class, without importing where it would come from."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls is not None and isinstance(value, cls)
+
+
+def _is_item(item: Any, kind: Kind) -> bool:
+    """Whether a member of a collection is a sample of some kind, rather than a batch."""
+    if isinstance(item, tuple | list):
+        return bool(item) and (isinstance(item[0], str) or (kind == "image" and _is_item(item[0], kind)))
+    return not isinstance(item, Tensor | Mapping) and not hasattr(item, "keys")
+
+
 def _sample(index: int, item: Any, kind: Kind) -> Sample:
     key = f"item {index}"
-    if kind == "image" and isinstance(item, Image.Image):
-        return Sample(key, image=item)
+    if kind == "image":
+        image = item[0] if isinstance(item, tuple) and item else item  # (image, label), as data sets have it
+        if isinstance(image, np.ndarray):
+            image = _picture(image, key)
+        if isinstance(image, str | Path) and Path(image).is_file():
+            return Sample(str(image), image=Path(image))
+        if isinstance(image, Image.Image):
+            return Sample(key, image=image)
     if kind == "text" and isinstance(item, str):
-        return Sample(key, text=item)
+        return Sample(key, text=str(item))
     if kind == "text" and isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(t, str) for t in item):
         return Sample(key, text=item[0], text_pair=item[1])
-    wanted = "a PIL image" if kind == "image" else "a text or a pair of texts"
+    wanted = "a PIL image, an array of bytes or a path" if kind == "image" else "a text or a pair of texts"
     raise DataError(f"{key} of the samples is a {type(item).__name__}; the model needs {wanted}.")
+
+
+def _picture(array: NDArray[Any], key: str) -> Image.Image:
+    try:
+        if array.dtype != np.uint8:
+            raise TypeError(f"it holds {array.dtype}")
+        return Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{key} of the samples is an array of shape {array.shape} that is no image ({error}): give uint8 (height, "
+            "width) or (height, width, channels)."
+        ) from error
 
 
 class ReadyBatches:
@@ -52,12 +157,16 @@ class ReadyBatches:
             tensor of the model's first input, or a tuple that starts with one of these.
         most: samples that are read; a ``DataLoader`` may hold far more than calibration needs.
         processor: the tokenizer, which masked-token figures need.
+        config: that of the model; without it the values are not looked at.
 
     Raises:
-        DataError: no batch, or one without the model's inputs, or with different numbers of samples, by its number.
+        DataError: no batch, or one without the model's inputs, with inputs that the model cannot take, or with
+            different numbers of samples, by its number and row.
     """
 
-    def __init__(self, batches: Iterable[Any], kind: Kind, most: int, processor: Any = None) -> None:
+    def __init__(
+        self, batches: Iterable[Any], kind: Kind, most: int, processor: Any = None, config: Any = None
+    ) -> None:
         self.kind: Kind = kind
         self.processor = processor
         self.description: dict[str, Any] = {"kind": kind, "processor": "none: batches were given"}
@@ -65,6 +174,8 @@ class ReadyBatches:
         self._batches: list[dict[str, Tensor]] = []
         for number, batch in enumerate(batches):
             inputs = _inputs(batch, kind, f"batch {number}")
+            if config is not None:
+                _check_values(inputs, config, f"batch {number}")
             size = min(len(inputs[INPUTS[kind][0]]), most - len(self._rows))
             self._rows |= {f"batch {number}, row {row}": (number, row) for row in range(size)}
             self._batches.append({name: _plain(tensor) for name, tensor in inputs.items()})
@@ -127,13 +238,39 @@ def _inputs(batch: Any, kind: Kind, where: str) -> dict[str, Tensor]:
     return inputs
 
 
-def is_items(calibration: Sequence[Any]) -> bool:
-    """Whether a list holds images or texts, rather than batches."""
-    first = calibration[0] if len(calibration) else None
-    pair = isinstance(first, tuple | list) and len(first) == 2 and all(isinstance(text, str) for text in first)
-    return first is None or pair or isinstance(first, str | Image.Image)
+def _check_values(inputs: Mapping[str, Tensor], config: Any, where: str) -> None:
+    """Raises DataError for what the model cannot take, which torch would meet without knowing whose it is."""
+    if "pixel_values" in inputs:
+        pixels, shape = inputs["pixel_values"], image_shape(config)
+        if tuple(pixels.shape[1:]) != shape or not pixels.is_floating_point():
+            raise DataError(
+                f"{where} of the calibration holds images of {' × '.join(map(str, pixels.shape[1:]))} as "
+                f"{pixels.dtype}, and the model takes {' × '.join(map(str, shape))} (channels × height × width), "
+                "normalized: prepare them with its own image processor."
+            )
+        _check_rows(where, pixels.isfinite().flatten(1).all(1), "holds NaN or infinite pixels")
+        return
+    tokens = inputs["input_ids"]
+    if tokens.is_floating_point() or tokens.shape[1] > config.max_position_embeddings:
+        raise DataError(
+            f"{where} of the calibration holds {tokens.shape[1]} tokens a text, as {tokens.dtype}, and the model takes "
+            f"{config.max_position_embeddings} whole numbers at most: tokenize with truncation=True."
+        )
+    for name, size in (("input_ids", config.vocab_size), ("token_type_ids", config.type_vocab_size)):
+        if name in inputs:
+            known = (inputs[name] >= 0) & (inputs[name] < size)
+            problem = f"has {name} that are not below {size}: tokenize with the model's own tokenizer"
+            _check_rows(where, known.all(1), problem)
+    _check_rows(where, inputs["attention_mask"].bool().any(1), "has no token that its attention_mask leaves")
+
+
+def _check_rows(where: str, good: Tensor, problem: str) -> None:
+    """Raises DataError for the first row that is not ``good``."""
+    if not good.all():
+        raise DataError(f"{where}, row {int(good.int().argmin())} of the calibration {problem}.")
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, and what is not a token in float32, in which the model computes."""
-    return tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()
+    """On the CPU, and what is not a token in float32, in which the model computes; made of nothing but itself."""
+    own = tensor.clone() if tensor.is_inference() else tensor.detach()
+    return own.cpu().float() if own.is_floating_point() else own.cpu()
