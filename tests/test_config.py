@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
+import click.testing
 import pytest
 import typer
 import yaml
@@ -241,6 +242,9 @@ def test_a_recipe_written_and_read_is_the_same_job(job: CompressConfig) -> None:
     assert CompressConfig.from_mapping(yaml.safe_load(job.to_yaml())) == job
 
 
+PROGRAM = typer.main.get_command(app)  # made once, and not for every job
+
+
 @settings(deadline=None)
 @given(jobs)
 def test_the_command_line_of_a_job_asks_for_the_same_job(job: CompressConfig) -> None:
@@ -252,7 +256,7 @@ def test_the_command_line_of_a_job_asks_for_the_same_job(job: CompressConfig) ->
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "compress", take)
-        result = CliRunner().invoke(app, [*shlex.split(job.command())[1:], "--quiet"])
+        result = click.testing.CliRunner().invoke(PROGRAM, [*shlex.split(job.command())[1:], "--quiet"])
     assert result.exit_code == 0, result.stderr
     assert seen == [job]
 

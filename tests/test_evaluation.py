@@ -9,6 +9,7 @@ import tiny
 import torch
 import torch.distributed
 import torch.multiprocessing
+from killing import CONTEXT
 from torch import Tensor, nn
 
 from vitshrink import load, metrics
@@ -475,7 +476,9 @@ def two_models(data: list[EncodedBatch]) -> dict[str, Any]:
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(share, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+        share, args=(str(tmp_path),), nprocs=2, start_method=CONTEXT.get_start_method()
+    )
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second == two_models(batches("BertForMaskedLM", 10, 2))
 
