@@ -1,8 +1,11 @@
 """The wheel and the source distribution hold everything that the package reads at run time."""
 
+import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -105,3 +108,55 @@ def test_the_oldest_torch_does_that_is_declared(
     )
     assert result.report.recovery is not None
     assert result.report.recovery["settings"]["precision"] == "no"
+
+
+def test_where_there_are_no_file_locks_models_load_and_what_writes_says_so(
+    vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    """Windows has neither ``fcntl`` nor ``resource``."""
+    program = """
+import sys, accelerate, datasets, torch, transformers, transformers.modeling_utils
+sys.modules["fcntl"] = sys.modules["resource"] = None  # from here on: others ask for them where they know Linux
+import vitshrink
+from vitshrink.cli.app import app
+from vitshrink.errors import OutputError
+torch.set_num_threads(1)
+small = vitshrink.compress(vitshrink.load(sys.argv[1]), keep=0.8, method="svd", compensation="none")
+assert small.report.environment["peak_memory"] > 10**7
+try:
+    small.save(sys.argv[2])
+except OutputError as error:
+    print(error)
+write = ["compress", *sys.argv[1:3], "--keep", "0.8", "--method", "svd"]
+for command in (write, ["eval", sys.argv[1], "--data", sys.argv[3], "--csv", "a.csv"], ["methods"]):
+    try:
+        app(command)
+    except SystemExit as exit:
+        print(exit.code, file=sys.stderr)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program, vit_directory, tmp_path / "out", flat_images],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stdout.startswith("vitshrink writes models and tables on Linux and macOS only"), process.stderr
+    assert process.stderr.count("error: vitshrink writes models and tables on Linux and macOS only") == 2
+    assert [line for line in process.stderr.splitlines() if line.isdigit()] == ["1", "1", "0"]
+    assert "bug" not in process.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_oldest_versions_are_the_declared_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [each for name, each in project["optional-dependencies"].items() if name != "dev"]
+    declared = {
+        re.fullmatch(r"([\w.-]+)>=([\d.]+)(,<\d+)?", each).groups()[:2]  # type: ignore[union-attr]
+        for each in (*project["dependencies"], *(each for extra in extras for each in extra))
+    }
+    lines = [line for line in (ROOT / "constraints-min.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = dict(line.split("==") for line in lines)
+    for name, oldest in declared:
+        assert pinned[name] == oldest or pinned[name].startswith(f"{oldest}."), name

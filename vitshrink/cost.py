@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -125,11 +126,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Largest memory so far: allocated on a GPU, or else resident in this process (Linux and macOS)."""
+    """Largest memory so far: allocated on a GPU, or else resident in this process."""
     if device is not None and device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    import resource  # does not exist elsewhere, where everything but this must work
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kibibytes
 

@@ -5,8 +5,6 @@ directory is locked while its process lives: a second run for the same target me
 directory without a lock is what a killed run left and is removed. No result depends on the locks.
 """
 
-import errno
-import fcntl
 import os
 import re
 import secrets
@@ -21,6 +19,7 @@ from typing import Any
 from vitshrink import checksums, processes
 from vitshrink.errors import CheckpointError, OutputError, explanation
 from vitshrink.hf_quantizer import QUANT_METHOD
+from vitshrink.locks import require_locks, try_lock
 from vitshrink.names import is_portable, unportable
 from vitshrink.source import CONFIG, read_json
 
@@ -44,8 +43,9 @@ def publish(
     the target is as it was.
 
     Raises:
-        OutputError: the target may not or cannot be written, or another process is writing it.
+        OutputError: the target may not or cannot be written, another process is writing it, or the system is Windows.
     """
+    require_locks()
     target = _absolute(target)
     if not is_portable(target):
         raise OutputError(unportable(target))
@@ -183,7 +183,7 @@ def _staging(target: Path) -> Iterator[Path]:
         lock = os.open(newborn, os.O_RDONLY)
     try:
         with _explaining(target):
-            _try_lock(lock)
+            try_lock(lock)
             newborn.rename(staging)  # it gets the name by which others find it only now that it is locked
             _clear_leftovers(target, staging)
         yield staging
@@ -191,15 +191,6 @@ def _staging(target: Path) -> Iterator[Path]:
         for directory in (newborn, staging):
             shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
-
-
-def _try_lock(descriptor: int) -> bool | None:
-    """Whether the lock was free and is now ours; None where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno == errno.EWOULDBLOCK else None
-    return True
 
 
 def _clear_leftovers(target: Path, own: Path) -> None:
@@ -216,7 +207,7 @@ def _clear_leftovers(target: Path, own: Path) -> None:
         except FileNotFoundError:
             continue  # its run ended just now
         try:
-            free = _try_lock(lock)
+            free = try_lock(lock)
             if free is False and _older(other, own):
                 raise OutputError(
                     f"another vitshrink run is writing {target} (in {other.name}): wait for it, or choose "

@@ -1,7 +1,6 @@
 """One row an evaluation, appended to a CSV file that any number of processes may write to."""
 
 import csv
-import fcntl
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitshrink.errors import OutputError
+from vitshrink.locks import require_locks, wait_for_lock
 from vitshrink.names import shown_data
 from vitshrink.report.record import Report
 from vitshrink.report.summary import prepared
@@ -136,7 +136,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     try:
         with path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            wait_for_lock(file.fileno())
             start = _line_start(path, file.fileno())
             text = io.StringIO()
             writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -153,6 +153,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def check_appendable(path: Path) -> None:
     """Raises OutputError, before any work, where ``append_rows`` would."""
+    require_locks()
     try:
         if path.is_dir():
             raise OutputError(f"cannot append to {path}: it is a folder.")

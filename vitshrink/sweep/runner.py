@@ -4,7 +4,6 @@ A job has a directory: ``recipe.yaml``, ``log.txt``, ``job.json`` (what became o
 process lives, whatever became of the sweep that started it) and ``model``, which appears whole or not at all.
 """
 
-import fcntl
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from vitshrink.checksums import broken_files
 from vitshrink.config import CompressConfig
 from vitshrink.errors import DataError, GateError, OutputError, UsageError, VitshrinkError, explanation
 from vitshrink.gates import Gates
+from vitshrink.locks import require_locks, try_lock
 from vitshrink.report import Report
 from vitshrink.shrinking import Choices
 from vitshrink.sweep.fingerprint import fingerprints, is_same
@@ -78,6 +78,7 @@ def run_sweep(
 @contextmanager
 def _locked(output: Path, *, resume: bool) -> Iterator[None]:
     """The output for this sweep alone, as long as it lives."""
+    require_locks()
     try:
         output.mkdir(parents=True, exist_ok=True)
         there = [path.name for path in output.iterdir() if path.name not in (f".{LOCK}", CACHE)]
@@ -89,19 +90,11 @@ def _locked(output: Path, *, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"cannot write {output}: {explanation(error)}.") from error
     try:
-        if not _try_lock(descriptor):
+        if try_lock(descriptor) is False:
             raise OutputError(f"another sweep is writing {output}: wait for it, or choose another output.")
         yield
     finally:
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @dataclass
@@ -197,7 +190,7 @@ class _Sweep:
             lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             under_way = _Running(job, time.monotonic(), lock=lock)
             self.running.append(under_way)
-            if not _try_lock(lock):
+            if try_lock(lock) is False:
                 self._became(job, Status.RUNNING, message="waits for the process of an earlier sweep")
                 return
             shutil.rmtree(directory / MODEL, ignore_errors=True)  # or it might be taken for the new one
@@ -251,7 +244,7 @@ class _Sweep:
         """Wait for a process that an earlier sweep has started; its result counts if it is what is wanted now."""
         job = under_way.job
         assert under_way.lock is not None
-        if _try_lock(under_way.lock):
+        if try_lock(under_way.lock) is not False:
             self._ended(under_way)
             return None if self._finished(job) else job
         if late:
@@ -335,7 +328,7 @@ def _is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return not _try_lock(descriptor)
+        return try_lock(descriptor) is False
     finally:
         os.close(descriptor)
 
