@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.calibration import StatisticsCollector, collect
+from vitshrink.curvature import CurvatureCollector
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.methods import Needs
 from vitshrink.models import Target, find_targets
@@ -264,3 +265,37 @@ def test_targets_of_one_block_can_be_observed_alone(vit: PreTrainedModel) -> Non
     targets: list[Target] = find_targets(vit, include=[r"layers\.1\.mlp"])
     found = collect(vit, targets, [batch_of(tiny.inputs("ViTModel"))], Needs.COVARIANCE)
     assert list(found) == ["vit.layers.1.mlp.fc1", "vit.layers.1.mlp.fc2"]
+
+
+@pytest.mark.parametrize("role", ["query", "fc2"])
+@pytest.mark.parametrize("curved", [False, True], ids=["covariance", "curvature"])
+def test_the_spread_of_inputs_far_from_zero_is_not_lost(curved: bool, role: str) -> None:
+    """Of what a norm, or a hidden layer, hands on, some channels are thousands of times as large as they vary."""
+    model = tiny.build("BertForSequenceClassification")
+    with torch.no_grad():
+        before = model.bert.embeddings.LayerNorm if role == "query" else model.bert.encoder.layer[0].intermediate.dense
+        before.bias[:3] += 10_000
+    targets = [target for target in find_targets(model) if target.block == 0 and target.role == role]
+    batches = [batch_of(tiny.inputs("BertForSequenceClassification", 8, seed)) for seed in range(3)]
+    with inputs_of(model, [target.name for target in targets]) as seen, torch.no_grad():
+        for batch in batches:
+            model(**batch.inputs)
+    if curved:
+        collector = CurvatureCollector(model, targets, token_weight=0)  # which are all alike then
+        for number, batch in enumerate(batches):
+            collector.run(number, batch)
+        found = collector.statistics()
+    else:
+        found = collect(model, targets, batches, Needs.COVARIANCE)
+    for target in targets:
+        layer = model.get_submodule(target.name)
+        weight = layer.weight.detach().double()  # type: ignore[union-attr, operator]
+        x = torch.cat([each[batch.mask].double() for each, batch in zip(seen[target.name], batches, strict=True)])
+        torch.testing.assert_close(found[target.name].mean, x.mean(0), rtol=1e-7, atol=1e-5)
+        wanted = weight @ (x - x.mean(0)).T @ (x - x.mean(0)) @ weight.T / len(x)
+        covariance = found[target.name].output_covariance(weight, centred=True)
+        assert (covariance - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        plain = weight @ x.T @ x @ weight.T / len(x)
+        torch.testing.assert_close(
+            found[target.name].output_covariance(weight, centred=False), plain, rtol=1e-6, atol=0
+        )

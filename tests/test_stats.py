@@ -14,7 +14,7 @@ import torch
 
 import vitshrink
 from vitshrink import stats
-from vitshrink.stats import LinearStats, gram_of, roots, square_roots
+from vitshrink.stats import LinearStats, Moments, gram_of, roots, square_roots
 
 
 @pytest.mark.parametrize("columns", [1, 127, 128, 300])
@@ -89,3 +89,13 @@ def _holds_tensors(kind: Any) -> bool:
         hints = typing.get_type_hints(kind)
         return any(_holds_tensors(hints[each.name]) for each in fields(kind) if each.compare)
     return issubclass(kind, torch.Tensor | torch.nn.Module | np.ndarray)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_inputs_that_vary_about_as_much_as_they_are_large_have_plain_sums(weighted: bool) -> None:
+    """To the bit: what is compressed today is what was before means were taken out."""
+    x, weights = torch.randn(50, 9) + torch.linspace(-9, 9, 9), torch.rand(50) if weighted else None
+    moments = Moments(x, weights)
+    w = torch.ones(50) if weights is None else weights
+    assert torch.equal(moments.total(), (x * w[:, None]).sum(0).double())
+    assert torch.equal(moments.gram(), gram_of(x * w.sqrt()[:, None]).double())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.methods import Needs
 from vitshrink.modes import evaluating
-from vitshrink.stats import LinearStats, gram_of
+from vitshrink.stats import LinearStats, Moments
 
 
 class CalibrationTarget(Protocol):
@@ -98,14 +98,14 @@ class InputSums:
     gram: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        magnitude = x.abs()
+        magnitude, moments = x.abs(), Moments(x)
         self.tokens += x.shape[0]
-        self.total = accumulate(self.total, x.sum(0))
+        self.total = accumulate(self.total, moments.total())
         self.absolute = accumulate(self.absolute, magnitude.sum(0))
         peak = magnitude.amax(0).double()
         self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)
         if self.with_gram:
-            self.gram = accumulate(self.gram, gram_of(x))
+            self.gram = accumulate(self.gram, moments.gram())
 
     def stats(self, output_gram: Tensor | None) -> LinearStats:
         assert self.total is not None
@@ -223,12 +223,15 @@ class StatisticsCollector:
         return hook
 
     def _output_hook(self, target: CalibrationTarget) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            y = self._tokens(output)
-            if isinstance(module.bias, Tensor):
-                y = y - module.bias
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            moments = Moments(self._tokens(inputs[0]))
+            if moments.shift is not None and isinstance(module, nn.Linear):
+                moments = moments.through(module.weight.float())
+            else:
+                y = self._tokens(output)
+                moments = Moments(y - module.bias if isinstance(module.bias, Tensor) else y)
             sums = self._outputs.setdefault(target.name, OutputSums())
-            sums.gram = accumulate(sums.gram, gram_of(y))
+            sums.gram = accumulate(sums.gram, moments.gram())
             self._check(target.name, sums.gram, "output")
 
         return hook

@@ -24,7 +24,7 @@ from vitshrink.fidelity import FEATURES, feature_rows
 from vitshrink.models import Target, blocks_of, head_of, task_of
 from vitshrink.modes import frozen
 from vitshrink.precision import Passes
-from vitshrink.stats import LinearStats, gram_of
+from vitshrink.stats import LinearStats, Moments, gram_of
 
 TOKEN_WEIGHT = 0.7
 """Share of the gradient-weighted tokens in C; the rest counts all tokens alike, for tokens that no gradient met."""
@@ -85,13 +85,12 @@ class GroupSums:
     total: Tensor | None = None
     gram: Tensor | None = None
 
-    def add(self, x: Tensor, weights: Tensor, *, with_gram: bool) -> None:
-        weighted = x * weights[:, None]
-        self.tokens += x.shape[0]
+    def add(self, moments: Moments, weights: Tensor, *, with_gram: bool) -> None:
+        self.tokens += len(weights)
         self.weight += float(weights.double().sum())
-        self.total = accumulate(self.total, weighted.sum(0))
+        self.total = accumulate(self.total, moments.total())
         if with_gram:
-            self.gram = accumulate(self.gram, gram_of(x * weights.sqrt()[:, None]))
+            self.gram = accumulate(self.gram, moments.gram())
 
 
 @dataclass(eq=False)
@@ -179,6 +178,14 @@ class CurvatureCollector:
             )
         return found
 
+    def _weight(self, target: Target) -> Tensor:
+        """The dense one, (m, n)."""
+        weight = self.weights.get(target.name)
+        if weight is None:
+            weight = self.model.get_submodule(target.name).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().float()
+
     def _real(self, activation: Tensor) -> Tensor:
         """(batch, tokens, k) without the padding, as (tokens, k) float32."""
         activation = activation.detach()
@@ -238,17 +245,21 @@ class CurvatureCollector:
             group: self.token_weight * torch.stack(each).mean(0) + (1 - self.token_weight)
             for group, each in weights.items()
         }
-        done: set[str] = set()
+        found: dict[str, Moments] = {}
         for target in self.targets:
             group = target.input_group
             narrow = target.shape[0] < target.shape[1]
-            if group not in done:
-                self._groups.setdefault(group, GroupSums()).add(self._x[group], mixed[group], with_gram=not narrow)
-                done.add(group)
+            if group not in found:
+                found[group] = Moments(self._x[group], mixed[group])
+                sums = self._groups.setdefault(group, GroupSums())
+                sums.add(found[group], mixed[group], with_gram=not narrow)
             if narrow:
-                z = self._z[target.name]
+                if found[group].shift is None:
+                    outputs = Moments(self._z[target.name], mixed[group])
+                else:
+                    outputs = found[group].through(self._weight(target))
                 layer = self._layers[target.name]
-                layer.output_gram = accumulate(layer.output_gram, gram_of(z * mixed[group].sqrt()[:, None]))
+                layer.output_gram = accumulate(layer.output_gram, outputs.gram())
         self._x.clear()
         self._z.clear()
         self._importance.clear()

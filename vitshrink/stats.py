@@ -4,6 +4,7 @@ All tensors are float64. ``n`` is the number of inputs, ``m`` the number of outp
 unmasked calibration tokens.
 """
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,9 @@ from vitshrink.errors import NumericsError
 RELATIVE_CUTOFF = 1e-12
 """Eigenvalues below this fraction of the largest are treated as zero when a square root is inverted."""
 
+
+FAR = 16.0
+"""A mean above so many standard deviations of its channel is far: squared, it takes 8 of the 24 bits of float32."""
 
 GRAM_BLOCK = 128
 """Columns that are multiplied at once: narrow enough to leave out half of a wide Gram, and wide enough to be fast."""
@@ -92,6 +96,50 @@ def gram_of(x: Tensor) -> Tensor:
         product[start:stop, start:] = rows
         product[start:, start:stop] = rows.T
     return product
+
+
+class Moments:
+    """Sums over tokens x (tokens, n), float32, each with its weight (tokens,) if any is given; float64.
+
+    Float32 has no digits left for the spread of a channel whose mean is far above it, once that is squared. Such a mean
+    is taken out before, and put back in float64; where there is none, the sums are those of the plain tokens.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor | None = None) -> None:
+        self.rest = x
+        self.weights = weights
+        self.shift: Tensor | None = None
+        """(n,), float64, to be added to ``rest``; None where no mean is far."""
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        far = mean.square() > FAR**2 * variance
+        if far.any():
+            mean = mean.where(far, 0)
+            self.rest, self.shift = x - mean, mean.double()
+        self.rest_total = (self.rest if weights is None else self.rest * weights[:, None]).sum(0).double()
+
+    def through(self, weight: Tensor) -> "Moments":
+        """Those of Wx, with the matrix W (m, n), where a mean of x is far."""
+        assert self.shift is not None
+        found = copy.copy(self)
+        found.rest = self.rest @ weight.T
+        # not summed anew: what is centred later has to cancel to the last digit
+        found.shift, found.rest_total = weight.double() @ self.shift, weight.double() @ self.rest_total
+        return found
+
+    def total(self) -> Tensor:
+        """Σ x, (n,)."""
+        return self.rest_total.clone() if self.shift is None else self.rest_total + self._weight() * self.shift
+
+    def gram(self) -> Tensor:
+        """Σ x xᵀ, (n, n)."""
+        gram = gram_of(self.rest if self.weights is None else self.rest * self.weights.sqrt()[:, None]).double()
+        if self.shift is None:
+            return gram
+        cross = torch.outer(self.rest_total, self.shift)
+        return gram + cross + cross.T + self._weight() * torch.outer(self.shift, self.shift)
+
+    def _weight(self) -> float:
+        return float(len(self.rest) if self.weights is None else self.weights.double().sum())
 
 
 def _mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:
