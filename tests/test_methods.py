@@ -197,11 +197,11 @@ def test_whitened_has_the_least_output_error_on_its_calibration_set(shape: tuple
         assert output_error(weight, changed, rank, x) >= errors["whitened"] * (1 - 1e-9)
 
 
-@every_shape
+@pytest.mark.parametrize(
+    "shape", [(m, n) for m, n in SHAPES if m <= n], ids=str
+)  # tall ones are observed at their input
 def test_the_output_gram_gives_the_same_factors_as_the_input_gram(shape: tuple[int, int]) -> None:
     weight, x = layer(shape)
-    if shape[0] > shape[1]:
-        pytest.skip("tall layers are observed at their input")
     stats = LinearStats.from_inputs(x)
     z = x @ weight.T
     observed = LinearStats(stats.tokens, stats.mean, output_gram=z.T @ z / len(x))

@@ -63,6 +63,10 @@ def test_integers_times_scales_are_close_to_the_matrix(bits: int, bound: float, 
     again = dequantize(integers, scales, bits, columns)
     assert torch.equal(again[3], matrix[3])
     assert (again - matrix).norm() <= bound * matrix.norm()
+    layer = nn.Linear(columns, 20, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(matrix)
+    assert torch.equal(QuantizedLinear.from_layer(layer, bits, "none").dense_weight(), again)
 
 
 def test_four_bits_clip_where_it_pays() -> None:
