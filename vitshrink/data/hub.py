@@ -376,10 +376,8 @@ def _explained(address: Address) -> Iterator[None]:
 
 
 def _explanation(address: Address, error: Exception) -> str:
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError
 
-    if isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the library's own words are that an error occurred
     text = str(error) or type(error).__name__
     page = f"https://huggingface.co/datasets/{address.path}"
     cause: BaseException = error
