@@ -21,6 +21,17 @@ def directory(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("name", ["new\nline", "back\\slash\\n", "a\rb", "u\u2028v\x85w\x0b", "caf\udce9", " ", "\\"])
+def test_a_file_of_any_name_is_recorded_as_sha256sum_does(directory: Path, name: str) -> None:
+    (directory / name).write_text("any")
+    checksums.record(directory)
+    assert checksums.broken_files(directory) == {}
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=directory, check=True)
+    (directory / name).unlink()
+    assert checksums.broken_files(directory) == {name: "is missing"}
+
+
 def test_an_untouched_directory_is_whole_and_sha256sum_agrees(directory: Path) -> None:
     assert checksums.broken_files(directory) == {}
     if shutil.which("sha256sum"):

@@ -76,6 +76,7 @@ def test_what_is_no_plain_text_is_shown_escaped(name: str, said: str) -> None:
 
 @pytest.mark.parametrize("name", [LATIN, *HOSTILE, "caf\udcc3\udca9", "o'\udce9\\n"])
 def test_a_command_can_be_copied_into_a_shell(name: str) -> None:
+    assert "compress ./-m ./-o " in CompressConfig("-m", "-o", keep=(0.5,)).command()
     words = CompressConfig("m", "o", keep=(0.5,), calibration=name).command()
     assert shown(words) == words
     printed = subprocess.run(["bash", "-c", f"printf %s {quoted(name)}"], capture_output=True, check=True).stdout

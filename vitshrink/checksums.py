@@ -1,6 +1,7 @@
 """Checksums beside a published model, in the form that ``sha256sum --check`` reads."""
 
 import hashlib
+import os
 import re
 from pathlib import Path, PurePosixPath
 
@@ -11,7 +12,10 @@ FILE_NAME = "SHA256SUMS"
 RENDERED = ("README.md", "report.md", "report.html")
 """Texts that are made from ``report.json`` and may be made again or edited: they have no checksum."""
 
-_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+_LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)", re.DOTALL)
+
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
+"""As ``sha256sum`` writes what would end a line."""
 
 
 def record(directory: Path) -> None:
@@ -46,19 +50,27 @@ def _files(directory: Path) -> list[str]:
 
 def _read(directory: Path) -> dict[str, str]:
     found = {}
-    for line in (directory / FILE_NAME).read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+    for line in os.fsdecode((directory / FILE_NAME).read_bytes()).removesuffix("\n").split("\n"):
         match = _LINE.fullmatch(line)
-        if match is None or PurePosixPath(match[2]).is_absolute() or ".." in PurePosixPath(match[2]).parts:
+        name = "" if match is None else _unescaped(match[3]) if match[1] else match[3]
+        if match is None or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise OutputError(f"the line {line[:100]!r} is no checksum of a file in this directory")
-        found[match[2]] = match[1]
-    if not found:
-        raise OutputError("it is empty")
+        found[name] = match[2]
     return found
 
 
 def _write(directory: Path, digests: dict[str, str]) -> None:
-    lines = (f"{known}  {name}\n" for name, known in sorted(digests.items()))
-    (directory / FILE_NAME).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+    """A line in which a name is escaped begins with a backslash."""
+    lines = []
+    for name, known in sorted(digests.items()):
+        escaped = "".join(_ESCAPES.get(character, character) for character in name)
+        lines.append(f"{'' if escaped == name else chr(92)}{known}  {escaped}\n")
+    (directory / FILE_NAME).write_bytes(os.fsencode("".join(lines)))
+
+
+def _unescaped(name: str) -> str:
+    meant = {escape: character for character, escape in _ESCAPES.items()}
+    return re.sub(r"\\.", lambda match: meant.get(match[0], match[0]), name)
 
 
 def digest(path: Path) -> str:

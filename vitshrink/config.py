@@ -440,7 +440,7 @@ class CompressConfig:
 
     def command(self) -> str:
         """The command line that does the same: what differs from the defaults, as flags."""
-        words = ["vitshrink", "compress", self.model, self.output]
+        words = ["vitshrink", "compress", *map(_positional, (self.model, self.output))]
         # a data recipe has defaults of its own
         said = ("samples", "seed") if re.search(r"\.ya?ml(:|$)", self.calibration or "") else ()
         for f in fields(self):
@@ -581,7 +581,7 @@ class FinetuneJob:
 
     def command(self) -> str:
         """The command line that does the same: what differs from the defaults, as flags."""
-        words = ["vitshrink", "finetune", self.model, self.output]
+        words = ["vitshrink", "finetune", *map(_positional, (self.model, self.output))]
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.name in ("model", "output") or value == entry.default:
@@ -594,6 +594,11 @@ class FinetuneJob:
             else:
                 words += _flag(entry.name, value)
         return " ".join(map(quoted, words))
+
+
+def _positional(path: str) -> str:
+    """A path that is not taken for a flag."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _flag(name: str, value: Any) -> list[str]:
