@@ -371,11 +371,17 @@ QUERY = "layers.0.attention.q_proj"
         (lambda plan: plan["layers"].update({QUERY: {"rank": "4"}}), "cannot read the layer description"),
         (lambda plan: plan["layers"].update({QUERY: {"rank": 4, "new": 1}}), "cannot read the layer description"),
         (
-            lambda plan: plan["layers"].update({"encoder.layer.0.attention.attention.query": {"rank": 4}}),
-            r"'encoder.layer.0.attention.attention.query'; ViTModel has no such module.*transformers 5\.",
+            lambda plan: plan.update(
+                transformers_version="4.40.0",
+                layers=plan["layers"] | {"encoder.layer.0.attention.attention.query": {"rank": 4}},
+            ),
+            r"'encoder.layer.0.attention.attention.query'; ViTModel has no such module.*transformers 4\.40.*install",
         ),
         (lambda plan: plan["layers"].update({"layernorm": {"rank": 4}}), "'layernorm'; ViTModel has a LayerNorm there"),
-        (lambda plan: plan["layers"].update({"layers.9.mlp.fc1": {"rank": 4}}), "no such module"),
+        (
+            lambda plan: plan["layers"].update({"layers.9.mlp.fc1": {"rank": 4}}),
+            "no such module.*has 2 blocks, and this is in block 9, counted from 0. If blocks were removed",
+        ),
         (lambda plan: plan["layers"].update({QUERY: {"rank": 5}}), r"shapes do not fit.*q_proj\.down"),
         (lambda plan: plan["layers"].pop(QUERY), r"shapes do not fit.*q_proj\.weight.*no place: .*q_proj\.down"),
         (
@@ -490,3 +496,30 @@ def test_real_checkpoints_survive_the_round_trip(name: str, real_folder: Path, t
     text = {"input_ids": torch.randint(1000, 2000, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
     checkpoints.verify(tmp_path, loaded.model, image if loaded.family.modality == "image" else text)
     assert checkpoints.file_bytes(tmp_path) < checkpoints.file_bytes(loaded.directory)
+
+
+def removed(model: Any, kept: list[int]) -> Any:
+    """Only the blocks of these numbers, as one does it by hand."""
+    base = model.base_model
+    holder = base.encoder if hasattr(base, "encoder") else base
+    name = "layer" if hasattr(holder, "layer") else "layers"
+    setattr(holder, name, torch.nn.ModuleList([getattr(holder, name)[number] for number in kept]))
+    model.config.num_hidden_layers = len(kept)
+    return model
+
+
+@pytest.mark.parametrize("kept", [[0], [1]])
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+@pytest.mark.parametrize("opened", ["by transformers", "in memory"])
+def test_blocks_may_be_removed_after_compression(
+    opened: str, kept: list[int], name: str, written: Callable[..., tuple[LoadedModel, Path]], tmp_path: Path
+) -> None:
+    loaded, directory = written(name)
+    auto = getattr(transformers, AUTO_CLASSES[name])
+    model = removed(auto.from_pretrained(directory) if opened == "by transformers" else loaded.model, kept).eval()
+    if kept == [1] and name.startswith("ViT"):
+        model.base_model.layers[0].mlp.fc1 = torch.nn.Linear(32, 64)  # a layer may be dense again as well
+    model.save_pretrained(tmp_path / "again")
+    for again in (auto.from_pretrained(tmp_path / "again"), checkpoints.load(tmp_path / "again")):
+        assert len(again.config.quantization_config.layers) == len(checkpoints.compressed_layers(model))
+        assert torch.equal(logits(again, name), logits(model, name))

@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from vitshrink import cost
 from vitshrink.errors import CheckpointError, NumericsError, OutputError
-from vitshrink.hf_quantizer import VitshrinkConfig, base_prefix
-from vitshrink.lowrank import LowRankLinear
+from vitshrink.hf_quantizer import list_structures
 from vitshrink.models import LoadedModel, load_source, quiet_transformers
 from vitshrink.source import examine, resolve
-from vitshrink.structures import connect, describe, structure_of
+from vitshrink.structures import connect, structure_of
 
 HEADER_BYTES = 200
 """Room for the entry of one tensor in the header of a safetensors file; real ones take about 130 bytes."""
@@ -33,7 +32,7 @@ def replace_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> N
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(model.get_submodule(name).training), strict=True)
     connect(model.base_model)
-    _describe(model)
+    list_structures(model)
 
 
 def save(
@@ -58,7 +57,7 @@ def save(
     """
     dtype = dtype or (source.source_dtype if source is not None else model.dtype)
     saved = cast(model, dtype)
-    _describe(saved, metadata)
+    list_structures(saved, metadata)
     try:
         with quiet_transformers():
             saved.save_pretrained(directory)
@@ -149,24 +148,3 @@ def verify(directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, 
 def file_bytes(directory: Path) -> int:
     """Bytes of the weight files that a checkpoint directory is loaded from."""
     return sum(file.stat().st_size for file in examine(directory).weights)
-
-
-def _describe(model: PreTrainedModel, metadata: Mapping[str, Any] | None = None) -> None:
-    """Make the model's config list its structures, so that whatever saves the model saves it whole."""
-    prefix = base_prefix(model)
-    layers: dict[str, dict[str, Any]] = {}
-    for name, layer in compressed_layers(model).items():
-        if not name.startswith(prefix):
-            raise CheckpointError(f"{name} is outside the base model ({prefix}): it cannot be stored as low-rank.")
-        if isinstance(layer, LowRankLinear) and layer.weight.shape == (layer.out_features, layer.in_features):
-            # It is the wrong shape of this tensor that stops transformers without vitshrink from loading it.
-            raise CheckpointError(f"{name} has rank {layer.rank}, its full rank: leave it dense.")
-        found = structure_of(layer)
-        assert found is not None
-        layers[name.removeprefix(prefix)] = describe(found)
-    if layers:
-        if metadata is None:
-            metadata = getattr(getattr(model.config, "quantization_config", None), "metadata", {})
-        model.config.quantization_config = VitshrinkConfig(layers, metadata=dict(metadata))
-    elif hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config

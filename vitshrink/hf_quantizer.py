@@ -7,6 +7,7 @@ Modules are listed by their module names relative to the base model (``layers.0.
 classifier's checkpoint also opens without its head.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -22,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vitshrink import __version__
 from vitshrink.errors import CheckpointError
-from vitshrink.structures.registry import connect, kind_of, read
+from vitshrink.lowrank import LowRankLinear
+from vitshrink.structures.registry import Connected, connect, describe, kind_of, read, structure_of
 
 QUANT_METHOD = "vitshrink"
 FORMAT_VERSION = 1
@@ -98,13 +100,66 @@ class VitshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
                 found = "no such module" if module is None else f"a {type(module).__name__} there"
                 raise CheckpointError(
                     f"the checkpoint lists a {kind_of(entry)} module {name!r}; {type(model).__name__} has {found}. "
-                    f"It was written with transformers {self.quantization_config.transformers_version}, and "
-                    f"this is {transformers.__version__}, whose modules may have other names: install that "
-                    "version, or open the checkpoint with the architecture it was made from."
+                    + self._why_missing(name, model)
                 )
             model.set_submodule(prefix + name, structure.build(module))
         connect(model.base_model)
 
+    def _why_missing(self, name: str, model: PreTrainedModel) -> str:
+        blocks = getattr(model.config, "num_hidden_layers", None)
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        if isinstance(blocks, int) and numbers and numbers[0] >= blocks:
+            return (
+                f"Its config has {blocks} blocks, and this is in block {numbers[0]}, counted from 0. If blocks were "
+                "removed from the model after it was compressed, save it again from memory with this version, which "
+                "lists what is there, or take the missing ones out of quantization_config in config.json."
+            )
+        written = self.quantization_config.transformers_version
+        if written != transformers.__version__:
+            return (
+                f"It was written with transformers {written}, and this is {transformers.__version__}, whose modules "
+                "may have other names: install that version, or open the checkpoint with the architecture it was made "
+                "from."
+            )
+        return "Open the checkpoint with the architecture it was made from; otherwise its config.json is damaged."
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called by ``save_pretrained`` before it writes the config: blocks may have been removed or replaced."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is saved
+            list_structures(model)
+        return None, {}
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model.is_quantized = False  # the layers are plain floating point: .half(), .float() and training all work
         return model
+
+
+def list_structures(model: PreTrainedModel, metadata: Mapping[str, Any] | None = None) -> None:
+    """Make the model's config list its structures, so that whatever saves the model saves it whole.
+
+    Raises CheckpointError where it would not load again.
+    """
+    prefix = base_prefix(model)
+    layers: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules():
+        found = structure_of(layer)
+        if found is None:
+            continue
+        if not name.startswith(prefix):
+            raise CheckpointError(f"{name} is outside the base model ({prefix}): it cannot be stored as low-rank.")
+        if isinstance(layer, LowRankLinear) and layer.weight.shape == (layer.out_features, layer.in_features):
+            # It is the wrong shape of this tensor that stops transformers without vitshrink from loading it.
+            raise CheckpointError(f"{name} has rank {layer.rank}, its full rank: leave it dense.")
+        if isinstance(found, Connected) and not found.finds_its_source(layer, model.base_model):
+            raise CheckpointError(
+                f"{name} reads another module, {found.source}, which was removed or has moved: it would not load "
+                "again. Keep the blocks up to the last one that shares a tensor."
+            )
+        layers[name.removeprefix(prefix)] = describe(found)
+    if layers:
+        if metadata is None:
+            metadata = getattr(getattr(model.config, "quantization_config", None), "metadata", {})
+        model.config.quantization_config = VitshrinkConfig(layers, metadata=dict(metadata))
+        model.hf_quantizer = VitshrinkQuantizer(model.config.quantization_config)  # asked when the model is saved
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -56,6 +56,9 @@ class Following:
             delattr(built, name)
         return built
 
+    def finds_its_source(self, module: nn.Module, base: nn.Module) -> bool:
+        return dict(base.named_modules()).get(self.source) is getattr(module, "source", None)
+
     def connect(self, module: nn.Module, base: nn.Module) -> None:
         """Raises CheckpointError where the source has no such block."""
         source = dict(base.named_modules()).get(self.source)

@@ -41,7 +41,13 @@ class Structure(Protocol):
 
 @runtime_checkable
 class Connected(Structure, Protocol):
-    """A structure that reads something of another module."""
+    """A structure that reads something of another module, by its name relative to the base model."""
+
+    @property
+    def source(self) -> str: ...
+
+    def finds_its_source(self, module: nn.Module, base: nn.Module) -> bool:
+        """Whether what ``module`` reads is still the module of that name."""
 
     def connect(self, module: nn.Module, base: nn.Module) -> None:
         """Let ``module``, which has this structure, find the other one in the base model. Raises CheckpointError."""
