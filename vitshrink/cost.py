@@ -14,21 +14,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitshrink.errors import VitshrinkError
 from vitshrink.modes import evaluating
+from vitshrink.structures.quantized import QuantizedLinear
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters; tied ones count once, and a byte of two 4-bit integers is two."""
-    return sum(parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1) for parameter in model.parameters())
+    """Number of parameters; tied ones count once, a byte of two 4-bit integers is two, and padding is none."""
+    return sum(map(_numbers, model.parameters())) - _padding(model)
+
+
+def _numbers(parameter: Tensor) -> int:
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
+def _padding(model: nn.Module) -> int:
+    return sum(module.padding for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 def layers_parameters(model: nn.Module, names: Iterable[str]) -> int:
     """Number of parameters of the named layers, biases left out: what a low-rank method can change."""
+    layers = [model.get_submodule(name) for name in names]
     return sum(
-        parameter.numel()
-        for name in names
-        for kind, parameter in model.get_submodule(name).named_parameters()
+        _numbers(parameter)
+        for layer in layers
+        for kind, parameter in layer.named_parameters()
         if kind.rpartition(".")[2] != "bias"
-    )
+    ) - sum(map(_padding, layers))
 
 
 def memory_bytes(model: nn.Module) -> int:

@@ -98,7 +98,11 @@ class QuantizedLinear(nn.Module):
         if spec.rank is not None:
             stored = in_features if spec.pivot is None else in_features - spec.rank
             matrices = {"weight": (out_features, spec.rank), "down": (spec.rank, stored)}
+        self.padding = 0
+        """Integers that fill up the groups of 4 bits: they take room, and stand for no weight."""
         for name, shape in matrices.items():
+            groups, width = groups_of(shape[1], spec.bits)
+            self.padding += shape[0] * (groups * width - shape[1])
             integers, scales = empty(*shape, spec.bits, device, dtype)
             self.register_parameter(name, nn.Parameter(integers, requires_grad=False))
             self.register_buffer(f"{name}_scale", scales)
