@@ -76,7 +76,10 @@ def test_maps_are_kept_where_the_patches_of_a_window_are_alike(name: str, form: 
 
 def test_the_pseudo_inverse_is_one() -> None:
     maps = (5 * torch.eye(9) + 0.3 * torch.randn(2, 2, 9, 9, generator=torch.Generator().manual_seed(0))).softmax(-1)
-    torch.testing.assert_close(pseudo_inverse(maps), torch.linalg.pinv(maps), rtol=0.05, atol=0.05)
+    one_wanted_by_all = 0.4 * torch.eye(9)
+    one_wanted_by_all[:, 0] += 0.6
+    for each in (maps, one_wanted_by_all):
+        torch.testing.assert_close(pseudo_inverse(each), torch.linalg.pinv(each), rtol=0.05, atol=0.05)
 
 
 @each_model
