@@ -119,6 +119,8 @@ def process_problems(step: Ended, place: Place) -> Iterator[str]:
     text = step.stdout + step.stderr
     if step.status is None:
         yield "hangs: it was stopped after a long time"
+    elif place.ended is not None and step.status in (-place.ended[0], 128 + place.ended[0]):
+        return  # it could not even start, or it says that it was ended
     elif step.status < 0:
         yield f"killed: by signal {-step.status}"
     elif step.status not in DOCUMENTED:
@@ -176,7 +178,7 @@ def _leftovers(job: Job, command: Command, before: dict[str, str], works: bool) 
     expected = [job.beside("small"), job.beside("sweep.yaml")]
     if works or command.may_leave or place.stdout in ("closed", "full", "gone"):  # what is done stays done
         expected += [job.output, job.output.with_name(job.output.name + ".html")]
-    if place.scarce:  # what was computed is kept for the time when there is room
+    if place.scarce or place.ended is not None:  # what was computed is kept for the next time
         expected.append(job.output.with_name(f".{job.output.name}.vitshrink-state"))
     roots = [os.path.relpath(path, place.work) for path in expected]
 
@@ -252,7 +254,7 @@ def _loaded(job: Job) -> str:
 
 def _of_repetition(command: Command, job: Job) -> Iterator[str]:
     """Whether the same command writes the same weights again."""
-    if command.writes != "compressed" or job.place.scarce:
+    if command.writes != "compressed" or job.place.scarce or job.place.ended is not None:
         return
     again = Job(job.checkpoint, job.place, job.data, number=job.number + 1)
     last = _run(command, again)[-1]

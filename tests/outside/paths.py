@@ -72,6 +72,11 @@ def output_with_a_slash(place: Place) -> None:
     place.output = b"new/folders/out"
 
 
+@oddity(Place, slot="output")
+def long_way_to_the_output(place: Place) -> None:
+    place.written = "/".join(["d" * 200] * 12)
+
+
 @oddity(Place, slot="form", outcome="works")
 def absolute_paths(place: Place) -> None:
     place.relative = False

@@ -38,6 +38,8 @@ class Place:
     """Whether matplotlib is installed: pictures take most of the time of a tiny job."""
     unprivileged: bool = False
     """Whether the command is run by somebody who may not write everywhere."""
+    ended: tuple[int, float] | None = None
+    """A signal that the process gets, and after how many seconds."""
     before: list[Callable[["Place"], None]] = field(default_factory=list)
     """What is done when model and data are there, before the command."""
     after: list[Callable[["Place"], None]] = field(default_factory=list)

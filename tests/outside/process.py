@@ -50,7 +50,7 @@ def run(line: list[str], place: Place) -> Ended:
         process = os.fork()
         if process == 0:
             _become(line, place, streams)
-        status = streams.wait(process, began + TIME_LIMIT)
+        status = streams.wait(process, began + TIME_LIMIT, place.ended)
         return Ended(line, status, streams.said(1), streams.said(2), time.monotonic() - began)
 
 
@@ -119,7 +119,9 @@ class _Streams:
                 os.close(number)
         os.closerange(3, 4096)
 
-    def wait(self, process: int, deadline: float) -> int | None:
+    def wait(self, process: int, deadline: float, ended_by: tuple[int, float] | None) -> int | None:
+        number, after = ended_by or (0, TIME_LIMIT)
+        moment = time.monotonic() + after
         if self.terminal is not None:
             os.close(self.terminal[1])
         pause = 0.002
@@ -128,6 +130,9 @@ class _Streams:
             self._read_terminal()
             if ended:
                 return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > moment:
+                os.kill(process, number)
+                moment = deadline
             if time.monotonic() > deadline:
                 os.killpg(process, signal.SIGKILL)
                 os.waitpid(process, 0)
@@ -241,16 +246,17 @@ def new_directory(parent: Path | None = None) -> Iterator[Path]:
 
 
 def preload() -> Any:
-    """Import what takes long, before any case is forked off."""
+    """Import what takes long, before any case is forked off; and load a model, since that builds tables for all."""
+    import tiny
     import torch
 
     torch.set_num_threads(1)
     import accelerate
     import datasets
     import jinja2
-    import transformers.models.bert.modeling_bert
-    import transformers.models.deit.modeling_deit
-    import transformers.models.vit.modeling_vit
+    import PIL.Image
+    import pydantic.type_adapter
+    import transformers
     import typer.rich_utils
 
     import vitshrink.assessment
@@ -261,4 +267,8 @@ def preload() -> Any:
     import vitshrink.sweep
     import vitshrink.verification
 
-    return accelerate, datasets, jinja2, transformers, typer, vitshrink
+    PIL.Image.init()
+    with new_directory() as root:
+        for name in tiny.ARCHITECTURES:
+            getattr(transformers, name).from_pretrained(tiny.write(name, root / name))
+    return accelerate, datasets, jinja2, pydantic, typer, vitshrink

@@ -1,6 +1,7 @@
 """Environments, streams and limits of a process that are unusual."""
 
 import resource
+import signal
 
 from .oddity import oddity
 from .place import Place
@@ -147,3 +148,18 @@ def open_mask(place: Place) -> None:
 @oddity(Place, outcome="works")
 def figures_are_drawn(place: Place) -> None:
     place.drawing = True
+
+
+@oddity(Place, slot="signal")
+def interrupted_at_once(place: Place) -> None:
+    place.ended = (signal.SIGINT, 0.3)
+
+
+@oddity(Place, slot="signal")
+def terminated_at_once(place: Place) -> None:
+    place.ended = (signal.SIGTERM, 0.3)
+
+
+@oddity(Place, slot="signal")
+def terminated_soon(place: Place) -> None:
+    place.ended = (signal.SIGTERM, 0.7)
