@@ -69,10 +69,12 @@ class Zygotes:
             "MKL_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", f"{__package__}.zygote", address]
-        process = subprocess.Popen(command, env=environment | dict(startup))
+        said = Path(f"{address}.log")
+        with said.open("wb") as log:
+            process = subprocess.Popen(command, env=environment | dict(startup), stdout=log, stderr=log)
         while not Path(address).exists():
             if process.poll() is not None:
-                raise RuntimeError(f"{command} ended with {process.returncode}")
+                raise RuntimeError(f"{command} ended with {process.returncode}: {said.read_text()}")
             time.sleep(0.05)
         return process, address
 
