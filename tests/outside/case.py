@@ -1,5 +1,6 @@
 """A case: a model, a command and some oddities; drawn by a number, or read from its text."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -84,20 +85,23 @@ def fits(oddity: Oddity, architecture: str, command: str) -> bool:
 
 
 def draw(number: int) -> Case:
-    """The case of a number: one to four oddities at random."""
-    chance = Random(number)
-    architecture = chance.choice(tiny.ARCHITECTURES)
-    command = chance.choice([name for name, command in COMMANDS.items() if command.suits(architecture)])
-    return Case(architecture, command, _some(architecture, command, chance.choice((1, 2, 2, 2, 3, 4)), chance))
+    """The case of a number: one to four oddities at random.
+
+    A new command or oddity changes the cases that it comes into, and no others.
+    """
+    architecture = _shuffled(tiny.ARCHITECTURES, number)[0]
+    command = _shuffled([name for name, each in COMMANDS.items() if each.suits(architecture)], number)[0]
+    count = Random(number).choice((1, 2, 2, 2, 3, 4))
+    chosen: dict[str, str] = {}
+    for name in _shuffled([name for name, each in ODDITIES.items() if fits(each, architecture, command)], number):
+        if len(chosen) < count:
+            chosen.setdefault(ODDITIES[name].slot, name)
+    return Case(architecture, command, tuple(chosen.values()))
 
 
-def _some(architecture: str, command: str, count: int, chance: Random) -> tuple[str, ...]:
-    suitable = [oddity for oddity in ODDITIES.values() if fits(oddity, architecture, command)]
-    chosen: list[Oddity] = []
-    for each in chance.sample(suitable, len(suitable)):
-        if len(chosen) < count and each.slot not in {other.slot for other in chosen}:
-            chosen.append(each)
-    return tuple(each.name for each in chosen)
+def _shuffled(names: Iterable[str], number: int) -> list[str]:
+    """In an order by chance, in which the places of two do not depend on the others."""
+    return sorted(names, key=lambda name: Random(f"{number} {name}").random())
 
 
 def plain() -> list[Case]:
