@@ -136,7 +136,7 @@ def name_with_a_line_break(images: Images) -> None:
 
 @oddity(Images, slot="name", outcome="works")
 def name_with_markup(images: Images) -> None:
-    _named(images, b"[bold red]<b>x&[/nope].png")
+    _named(images, b"[bold red]<b>x&[red].png")
 
 
 @oddity(Images, slot="name", outcome="works")

@@ -21,7 +21,9 @@ from .table import Table
 
 DOCUMENTED = (0, 1, 2, 3)
 """Exit codes of docs/exit-codes.md, but those of a process that somebody ended."""
-_NAMED = re.compile(r"--[a-z]|[/\\]|\.\w{2,12}\b|\b(row|line|sample|layer|tensor|column)s? |'[^']+'|\d")
+_NAMED = re.compile(
+    r"--[a-z]|[/\\]|\.\w{2,12}\b|\b(row|line|sample|layer|tensor|column)s? |'[^']+'|standard (output|error)|\d"
+)
 _EXCUSES = re.compile(r"cannot reach|could not be reached")
 """Reasons for which a job that should work may be refused: the sizes of the commands do not fit every model."""
 _LEFT_BY_OTHERS = {".ses"}
@@ -131,7 +133,7 @@ def process_problems(step: Ended, place: Place) -> Iterator[str]:
         yield f"called a bug: {_message(step)}"
     if noise := _NOISE.search(step.stderr):
         yield f"noise: {next(line for line in step.stderr.splitlines() if noise[0] in line)}"
-    if step.status and place.stderr in ("file", "terminal"):
+    if step.status and place.complained:
         if "error" not in step.stderr.lower() and place.stdout != "gone":  # then nobody is left to tell
             yield f"silent: it ended with {step.status} and said nothing of it"
         elif place.columns >= 80 and not _NAMED.search(_message(step)):
@@ -176,7 +178,7 @@ def _leftovers(job: Job, command: Command, before: dict[str, str], works: bool) 
     place = job.place
     after = dict(_tree(place.work))
     expected = [job.beside("small"), job.beside("sweep.yaml")]
-    if works or command.may_leave or place.stdout in ("closed", "full", "gone"):  # what is done stays done
+    if works or command.may_leave or not place.printed:  # what is done stays done
         expected += [job.output, job.output.with_name(job.output.name + ".html")]
     if place.scarce or place.ended is not None:  # what was computed is kept for the next time
         expected.append(job.output.with_name(f".{job.output.name}.vitshrink-state"))
@@ -200,7 +202,7 @@ def _written(job: Job) -> bool:
 
 
 def _of_figures(command: Command, job: Job, last: Ended) -> Iterator[str]:
-    if not (command.evaluates and job.data.counted) or (command.writes == "nothing" and job.place.stdout != "file"):
+    if not (command.evaluates and job.data.counted) or (command.writes == "nothing" and job.place.stdout == "terminal"):
         return
     try:
         report = json.loads(last.stdout if command.writes == "nothing" else (job.output / "report.json").read_bytes())

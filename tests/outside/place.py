@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Stream = Literal["file", "closed", "full", "gone", "terminal"]
-"""What stdout or stderr is: a file, nothing at all, a full disk, a pipe whose reader has gone, or a terminal."""
+Stream = Literal["file", "pipe", "terminal", "closed", "full", "gone"]
+"""What stdout or stderr is; closed is nothing at all, full a disk, and gone a pipe without a reader."""
 
 
 @dataclass
@@ -44,6 +44,16 @@ class Place:
     """What is done when model and data are there, before the command."""
     after: list[Callable[["Place"], None]] = field(default_factory=list)
     """Likewise when all is over, to take it back."""
+
+    @property
+    def printed(self) -> bool:
+        """Whether somebody reads what is written to stdout."""
+        return self.stdout in ("file", "pipe", "terminal")
+
+    @property
+    def complained(self) -> bool:
+        """Likewise of stderr."""
+        return self.stderr in ("file", "pipe", "terminal")
 
     @property
     def scarce(self) -> bool:

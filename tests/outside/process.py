@@ -75,26 +75,37 @@ def alone(work: Callable[[], str]) -> str:
 
 
 class _Streams:
-    """What the three descriptors of a process are, and what was written to them."""
+    """What the descriptors of a process are, and what was written to them."""
 
     def __init__(self, place: Place) -> None:
         self.kinds: dict[int, Stream] = {1: place.stdout, 2: place.stderr}
-        self.files = {number: tempfile.TemporaryFile() for number in (1, 2)}  # noqa: SIM115
+        self.readers: dict[int, int] = {}
+        self.writers: dict[int, int] = {}
         self.seen = {1: b"", 2: b""}
-        self.terminal: tuple[int, int] | None = None
-        if "terminal" in self.kinds.values():
-            self.terminal = pty.openpty()
-            fcntl.ioctl(self.terminal[1], termios.TIOCSWINSZ, struct.pack("HHHH", 24, place.columns, 0, 0))
+        for number, kind in self.kinds.items():
+            if kind == "file":
+                self.writers[number], name = tempfile.mkstemp(prefix="outside-stream-")
+                self.readers[number] = os.open(name, os.O_RDONLY)
+                os.unlink(name)  # noqa: PTH108 - it lives as long as it is open
+            elif kind == "full":
+                self.writers[number] = os.open("/dev/full", os.O_WRONLY)
+            elif kind == "terminal" and 1 in self.readers and self.kinds[1] == "terminal":
+                self.writers[number] = os.dup(self.writers[1])
+            elif kind == "terminal":
+                self.readers[number], self.writers[number] = pty.openpty()
+                size = struct.pack("HHHH", 24, place.columns, 0, 0)
+                fcntl.ioctl(self.writers[number], termios.TIOCSWINSZ, size)
+            elif kind in ("pipe", "gone"):
+                self.readers[number], self.writers[number] = os.pipe()
+                if kind == "gone":
+                    os.close(self.readers.pop(number))
 
     def __enter__(self) -> "_Streams":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self.files.values():
-            file.close()
-        for descriptor in self.terminal or ():
-            with suppress(OSError):
-                os.close(descriptor)
+        for descriptor in (*self.readers.values(), *self.writers.values()):
+            os.close(descriptor)
 
     def install(self, place: Place) -> None:
         """In the new process."""
@@ -102,32 +113,22 @@ class _Streams:
             os.close(0)
         else:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, kind in self.kinds.items():
-            if kind == "file":
-                os.dup2(self.files[number].fileno(), number)
-            elif kind == "full":
-                os.dup2(os.open("/dev/full", os.O_WRONLY), number)
-            elif kind == "gone":
-                reader, writer = os.pipe()
-                os.dup2(writer, number)
-                os.close(reader)
-                os.close(writer)
-            elif kind == "terminal" and self.terminal is not None:
-                os.dup2(self.terminal[1], number)
-        for number, kind in self.kinds.items():
-            if kind == "closed":
+        for number in self.kinds:
+            if number in self.writers:
+                os.dup2(self.writers[number], number)
+            else:
                 os.close(number)
         os.closerange(3, 4096)
 
     def wait(self, process: int, deadline: float, ended_by: tuple[int, float] | None) -> int | None:
         number, after = ended_by or (0, TIME_LIMIT)
-        moment = time.monotonic() + after
-        if self.terminal is not None:
-            os.close(self.terminal[1])
-        pause = 0.002
+        moment, pause = time.monotonic() + after, 0.002
+        for descriptor in self.writers.values():
+            os.close(descriptor)
+        self.writers.clear()
         while True:
             ended, status = os.waitpid(process, os.WNOHANG)
-            self._read_terminal()
+            self._read()
             if ended:
                 return os.waitstatus_to_exitcode(status)
             if time.monotonic() > moment:
@@ -140,20 +141,15 @@ class _Streams:
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
 
-    def _read_terminal(self) -> None:
-        """What is there by now; it is shown as stderr."""
-        while self.terminal is not None and select.select([self.terminal[0]], [], [], 0)[0]:
-            try:
-                content = os.read(self.terminal[0], 65536)
-            except OSError:  # the other side is closed
-                return
-            if not content:
-                return
-            self.seen[2] += content
+    def _read(self) -> None:
+        """All that is there by now."""
+        for number, reader in self.readers.items():
+            with suppress(OSError):  # the other side of a terminal is closed
+                while select.select([reader], [], [], 0)[0] and (content := os.read(reader, 65536)):
+                    self.seen[number] += content
 
     def said(self, number: int) -> str:
-        self.files[number].seek(0)
-        return (self.seen[number] + self.files[number].read()).decode("utf-8", "backslashreplace")
+        return self.seen[number].decode("utf-8", "backslashreplace")
 
 
 def _become(line: list[str], place: Place, streams: _Streams) -> None:

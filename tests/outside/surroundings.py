@@ -109,19 +109,25 @@ def stderr_gone(place: Place) -> None:
     place.stderr = "gone"
 
 
+def _small_files(place: Place, size: int) -> None:
+    place.limits[resource.RLIMIT_FSIZE] = size
+    place.stdout = "pipe" if place.stdout == "file" else place.stdout
+    place.stderr = "pipe" if place.stderr == "file" else place.stderr
+
+
 @oddity(Place, slot="limits")
 def files_of_no_size(place: Place) -> None:
-    place.limits[resource.RLIMIT_FSIZE] = 0
+    _small_files(place, 0)
 
 
 @oddity(Place, slot="limits")
 def files_of_4_kilobytes(place: Place) -> None:
-    place.limits[resource.RLIMIT_FSIZE] = 4096
+    _small_files(place, 4096)
 
 
 @oddity(Place, slot="limits")
 def files_of_60_kilobytes(place: Place) -> None:
-    place.limits[resource.RLIMIT_FSIZE] = 60_000
+    _small_files(place, 60_000)
 
 
 @oddity(Place, slot="limits")

@@ -41,8 +41,7 @@ def empty_rows(table: Table) -> None:
 @oddity(Table)
 def blank_text(table: Table) -> None:
     table.rows[4].text, table.rows[4].good = "   ", False
-    if table.form == "txt":
-        table.sure = False
+    table.sure = table.sure and table.labels is not None  # a blank line is no row where there is one column
 
 
 @oddity(Table)
