@@ -202,7 +202,7 @@ def _written(job: Job) -> bool:
 
 
 def _of_figures(command: Command, job: Job, last: Ended) -> Iterator[str]:
-    if not (command.evaluates and job.data.counted) or (command.writes == "nothing" and job.place.stdout == "terminal"):
+    if not (command.evaluates and job.data.counted) or (command.writes == "nothing" and job.place.stdout != "file"):
         return
     try:
         report = json.loads(last.stdout if command.writes == "nothing" else (job.output / "report.json").read_bytes())

@@ -78,7 +78,7 @@ class _Streams:
     """What the descriptors of a process are, and what was written to them."""
 
     def __init__(self, place: Place) -> None:
-        self.kinds: dict[int, Stream] = {1: place.stdout, 2: place.stderr}
+        self.kinds: dict[int, Stream] = {2: place.stderr, 1: place.stdout}
         self.readers: dict[int, int] = {}
         self.writers: dict[int, int] = {}
         self.seen = {1: b"", 2: b""}
@@ -86,11 +86,11 @@ class _Streams:
             if kind == "file":
                 self.writers[number], name = tempfile.mkstemp(prefix="outside-stream-")
                 self.readers[number] = os.open(name, os.O_RDONLY)
-                os.unlink(name)  # noqa: PTH108 - it lives as long as it is open
+                os.unlink(name)  # it lives as long as it is open
             elif kind == "full":
                 self.writers[number] = os.open("/dev/full", os.O_WRONLY)
-            elif kind == "terminal" and 1 in self.readers and self.kinds[1] == "terminal":
-                self.writers[number] = os.dup(self.writers[1])
+            elif kind == "terminal" and number == 1 and self.kinds[2] == "terminal":
+                self.writers[number] = os.dup(self.writers[2])
             elif kind == "terminal":
                 self.readers[number], self.writers[number] = pty.openpty()
                 size = struct.pack("HHHH", 24, place.columns, 0, 0)
