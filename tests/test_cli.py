@@ -564,6 +564,24 @@ def test_an_interrupted_or_terminated_run_leaves_nothing(vit_directory: Path, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_work_leaves_no_traceback(number: signal.Signals) -> None:
+    """When the interpreter ends it calls much that knows of no signal."""
+    script = f"""
+import atexit, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), {int(number)})
+from vitshrink.cli import main
+main()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.run(
+        [sys.executable, "-c", script, "methods"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (process.returncode, process.stderr) == (-number, "")
+    assert "curvature" in process.stdout
+
+
 def test_a_real_process_keeps_json_pure_where_colour_is_forced(vit_directory: Path, tmp_path: Path) -> None:
     process = subprocess.run(
         [

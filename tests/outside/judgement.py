@@ -24,7 +24,7 @@ DOCUMENTED = (0, 1, 2, 3)
 _NAMED = re.compile(
     r"--[a-z]|[/\\]|\.\w{2,12}\b|\b(row|line|sample|layer|tensor|column)s? |'[^']+'|standard (output|error)|\d"
 )
-_EXCUSES = re.compile(r"cannot reach|could not be reached")
+_EXCUSES = re.compile(r"cannot reach|could not be reached|has no rank for heads")
 """Reasons for which a job that should work may be refused: the sizes of the commands do not fit every model."""
 _LEFT_BY_OTHERS = {".ses"}
 """What onnxruntime leaves in the temporary directory."""
@@ -74,7 +74,8 @@ def _prepare(case: Case, place: Place) -> Job:
     samples = (Table if checkpoint.reads == "text" else Images)(checkpoint)
     for each in case.changes(type(samples)):
         each.change(samples)
-    reference = checkpoint.write(place.inside(place.model))
+    reference = checkpoint.write(place.inside(b"written"))  # not every library writes under every name
+    place.inside(b"written").rename(place.inside(place.model))
     place.inside(place.data).mkdir()
     data = samples.write(place.inside(place.data), reference)
     for prepare in place.before:

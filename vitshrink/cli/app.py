@@ -1,5 +1,6 @@
 """The ``vitshrink`` command and its options for all commands."""
 
+import signal
 import sys
 from typing import Annotated
 
@@ -63,6 +64,10 @@ def main() -> None:
         app()
     except SystemExit as end:
         code = end.code
+    except console.Terminated:  # while it said how it ended
+        code = console.TERMINATED
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to clean up, and nobody left to catch
+        signal.signal(number, signal.SIG_DFL)
     if (problem := streams.lost(output)) is not None:
         console.complain(problem)
         code = code or 1
