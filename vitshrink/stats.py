@@ -111,7 +111,8 @@ class Moments:
         self.shift: Tensor | None = None
         """(n,), float64, to be added to ``rest``; None where no mean is far."""
         variance, mean = torch.var_mean(x, 0, correction=0)
-        far = mean.square() > FAR**2 * variance
+        # among others that vary more, the rounding of a channel that hardly varies is of no consequence
+        far = mean.square() > FAR**2 * torch.maximum(variance, variance.mean())
         if far.any():
             mean = mean.where(far, 0)
             self.rest, self.shift = x - mean, mean.double()
