@@ -294,7 +294,7 @@ def test_of_two_runs_at_once_one_goes_on(tmp_path: Path) -> None:
         second = tmp_path / f".out.vitshrink-{os.getpid()}-{'f' * 20}"
         second.mkdir()
         lock = os.open(second, os.O_RDONLY)
-        assert publication._try_lock(lock)
+        assert publication.try_lock(lock)
         publication._clear_leftovers(tmp_path / "out", first)
         with pytest.raises(OutputError, match="another vitshrink run"):
             publication._clear_leftovers(tmp_path / "out", second)
