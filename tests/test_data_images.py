@@ -108,3 +108,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.png", tmp_path / "link.png", tmp_path):
         with pytest.raises(ImageError, match="cannot be read"):
             decode_image(path)
+
+
+def test_a_pipe_among_images_is_a_bad_sample_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="is a pipe or a device"):
+        decode_image(tmp_path / "pipe.png")

@@ -30,6 +30,8 @@ class ImageError(DataError):
 def read_image_bytes(source: ImageSource) -> bytes:
     """The encoded bytes, or for an open image its mode, size and pixels. Raises OSError, ValueError."""
     if isinstance(source, Path):
+        if source.is_fifo() or source.is_char_device():  # reading would wait for ever
+            raise OSError("is a pipe or a device, not a file")
         return source.read_bytes()
     if isinstance(source, bytes):
         return source
