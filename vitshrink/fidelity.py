@@ -115,11 +115,12 @@ class Features(Regression):
 
 SOFTMAX, BERNOULLI, REGRESSION, FEATURES = Softmax(), Bernoulli(), Regression(), Features()
 
-_PROBLEMS: Mapping[str, Head] = {
+PROBLEM_TYPES: Mapping[str, Head] = {
+    "regression": REGRESSION,
     "single_label_classification": SOFTMAX,
     "multi_label_classification": BERNOULLI,
-    "regression": REGRESSION,
 }
+"""The head by ``problem_type`` of a config."""
 
 
 def classification_head(problem_type: str | None, outputs: int) -> Head:
@@ -130,7 +131,7 @@ def classification_head(problem_type: str | None, outputs: int) -> Head:
     """
     if outputs == 1 and problem_type != "multi_label_classification":
         return REGRESSION
-    return _PROBLEMS[problem_type or "single_label_classification"]
+    return PROBLEM_TYPES[problem_type or "single_label_classification"]
 
 
 def head_for(task: str, config: Any, outputs: int) -> Head:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from vitshrink.companions import Companions, companions_of
 from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
-from vitshrink.fidelity import Head, head_for
+from vitshrink.fidelity import PROBLEM_TYPES, Head, head_for
 from vitshrink.hf_quantizer import QUANT_METHOD, base_prefix
 from vitshrink.sentences import MEAN, Embedding
 from vitshrink.source import WRAPPERS, Source, examine, resolve
@@ -29,8 +29,6 @@ Layers = Literal["attention", "mlp", "all"]
 
 FLASH = "flash_attention_2"
 """The attention that computes in half precision only, so that it serves training with mixed precision."""
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 HARMLESS = 2**24
 """Numbers that a parameter may have whatever is stored; a shape that does not fit is then named with both its sides."""
