@@ -129,7 +129,7 @@ def buffers_of_old(checkpoint: Checkpoint) -> None:
         prefix = f"{body}." if any(name.startswith(f"{body}.") for name in tensors) else ""
         return tensors | {f"{prefix}embeddings.position_ids": torch.arange(64)[None]}
 
-    checkpoint.stored.append(change)
+    checkpoint.stored.insert(0, change)  # before names get a prefix
 
 
 @oddity(Checkpoint, slot="more")
