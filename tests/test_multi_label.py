@@ -261,3 +261,35 @@ def test_several_numbers_are_a_regression(tmp_path: Path) -> None:
     assert fidelity["relative_error"] <= 0.05
     message = run("compress", model, tmp_path / "no", *options, "--max-kl", 0.05, code=2)
     assert "--max-error" in message
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "said"),
+    [
+        (["high", "low"], 1, "names as labels, and the model gives scores"),
+        ([[0.5, 1.0], [0.1, 2.0]], 1, "several scores a sample, and the model gives one"),
+        ([0.5, 0.25], 2, "one score a sample, and the model gives 2"),
+    ],
+)
+def test_labels_that_are_no_scores_are_refused_before_the_work(
+    labels: list[Any], scores: int, said: str, tmp_path: Path
+) -> None:
+    model = write_head(tmp_path / "model", "BertForSequenceClassification", "regression", LABELS[:scores])
+    data = tmp_path / "a.jsonl"
+    lines = (json.dumps({"text": f"so good {number}", "label": labels[number % 2]}) for number in range(24))
+    data.write_text("\n".join(lines))
+    job = ("compress", model, tmp_path / "out", "--method", "svd", "--keep", 0.8, "--calibration", data)
+    message = run(*job, "--finetune", "supervised", code=1)
+    assert said in message
+    assert "Factorising" not in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "model"]
+
+
+def test_training_that_fails_leaves_nothing_behind(vit_directory: Path, tmp_path: Path) -> None:
+    folder = tiny.write_images(tmp_path / "images", 24)
+    for file in sorted(folder.iterdir())[:8]:
+        file.write_bytes(b"no image")
+    training = ("--finetune", "distill", "--finetune-option", f"data={folder}")
+    message = run("compress", vit_directory, tmp_path / "out", "--method", "svd", "--keep", 0.8, *training, code=1)
+    assert "cannot be used" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]

@@ -353,7 +353,7 @@ def labels_of(
     config: Any = model.config
     head = classification_head(config.problem_type, config.num_labels)
     if head is REGRESSION:
-        return (_number if config.num_labels == 1 else _numbers), "scores of a regression"
+        return _score_of(samples, config.num_labels), "scores of a regression"
     align = align_label_lists if head is BERNOULLI else align_labels
     mapping, rule = align(samples, config.id2label, config.num_labels, class_map)
     return mapping.__getitem__, rule
@@ -366,10 +366,15 @@ def _own_labels(model: LoadedModel) -> list[str]:
     return list(config.id2label.values()) if several and task_of(model.model) not in ("masked-lm", "features") else []
 
 
-def _numbers(label: Any) -> tuple[float, ...]:
-    if not isinstance(label, tuple):
-        raise DataError(f"the label {label!r} is no list of scores, and the model gives several: list their columns.")
-    return tuple(map(_number, label))
+def _score_of(samples: SampleSet, scores: int) -> Callable[[Any], Any]:
+    """From a label to a number, or to as many as the model gives. Raises DataError for labels that are neither."""
+    if samples.labels_are == "names":
+        raise DataError(f"{samples.source} has names as labels, and the model gives scores: name the column of scores.")
+    if scores == 1 and samples.labels_are in ("lists", "columns"):
+        raise DataError(f"{samples.source} has several scores a sample, and the model gives one: name its column.")
+    if scores > 1 and samples.labels_are in ("integers", "scores"):
+        raise DataError(f"{samples.source} has one score a sample, and the model gives {scores}: list their columns.")
+    return _number if scores == 1 else lambda label: tuple(map(_number, label))
 
 
 def _number(label: Any) -> float:

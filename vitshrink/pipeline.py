@@ -1,7 +1,7 @@
 """The algorithm, told once from top to bottom: ``compress`` and ``evaluate_checkpoint``."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from vitshrink.report import Report, write, write_comparison
 from vitshrink.resolution import set_resolution
 from vitshrink.search import Bound
 from vitshrink.sharing import copy_from_main
-from vitshrink.shrinking import Choices, Shrinking, Shrunk
+from vitshrink.shrinking import Choices, Shrinking
 
 
 @dataclass(frozen=True)
@@ -119,21 +119,22 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         description = shrinking.description(calibration, preprocessor)
         results = []
         saved: list[_Saved] = []
-        shrunken = shrinking.run(calibration, held_out, preprocessor, job, progress)
-        for part, shrunk in zip(parts or [""], _unless_in_vain(shrunken, progress), strict=True):
-            own = shrunk.job
-            if staging is None or shrunk.model is None:
-                results.append(CompressionResult(None, description.planned(shrunk.factors, shrunk.plan, own)))
-                continue
-            recovery = _recover(config, shrunk.model, dense, material, preprocessor, part, progress, own)
-            with own.stage("save", "Saving and verifying"):
-                with processes.together():
-                    if processes.is_main():
-                        _store(config, shrunk.model, source, preprocessor, dtype, staging / part)
-                copy_from_main(staging / part)
-                again = load(staging / part, dtype=torch.float32, device=device, attention=config.attention)
-            layers = description.layers(shrunk.factors, shrunk.plan)
-            saved.append(_Saved(again, shrunk.plan, layers, own, part, recovery))
+        with _unless_in_vain(progress):
+            shrunken = shrinking.run(calibration, held_out, preprocessor, job, progress)
+            for part, shrunk in zip(parts or [""], shrunken, strict=True):
+                own = shrunk.job
+                if staging is None or shrunk.model is None:
+                    results.append(CompressionResult(None, description.planned(shrunk.factors, shrunk.plan, own)))
+                    continue
+                recovery = _recover(config, shrunk.model, dense, material, preprocessor, part, progress, own)
+                with own.stage("save", "Saving and verifying"):
+                    with processes.together():
+                        if processes.is_main():
+                            _store(config, shrunk.model, source, preprocessor, dtype, staging / part)
+                    copy_from_main(staging / part)
+                    again = load(staging / part, dtype=torch.float32, device=device, attention=config.attention)
+                layers = description.layers(shrunk.factors, shrunk.plan)
+                saved.append(_Saved(again, shrunk.plan, layers, own, part, recovery))
         measuring = Job(job.observer)
         reloaded = [each.model for each in saved]
         measurements = _measure(config, reloaded, source, evaluation_samples, preprocessor, measuring)
@@ -207,10 +208,11 @@ def _identity(
     }
 
 
-def _unless_in_vain(shrunken: Iterator[Shrunk], progress: Progress) -> Iterator[Shrunk]:
+@contextmanager
+def _unless_in_vain(progress: Progress) -> Iterator[None]:
     """Keep no state of a job that would fail in the same way again."""
     try:
-        yield from shrunken
+        yield
     except (UsageError, DataError, NumericsError, GateError):
         progress.discard()
         raise
