@@ -205,7 +205,7 @@ def test_only_whole_files_appear(job: Job, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_directory_that_cannot_be_made_is_named(job: Job, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"--cache .*file/cache cannot be used"):
+    with pytest.raises(OutputError, match=r"--cache .*file/cache: .*file is not a folder that can be written to"):
         job(cache=str(tmp_path / "file" / "cache"))
 
 

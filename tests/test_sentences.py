@@ -17,6 +17,7 @@ from vitshrink.assessment import Assessment, evaluate_checkpoint
 from vitshrink.cli.app import app
 from vitshrink.config import DataConfig
 from vitshrink.data import Preprocessor, samples_in_memory
+from vitshrink.data.columns import Columns
 from vitshrink.errors import CheckpointError
 from vitshrink.models import load_dense
 from vitshrink.report import Report
@@ -47,7 +48,7 @@ def tokens_of(directory: Path, texts: list[str] = TEXTS) -> tuple[Tensor, Tensor
     """Last hidden states and mask of texts, padded on the right."""
     loaded = load_dense(directory)
     preprocessor = Preprocessor.from_checkpoint(directory, "text")
-    (batch,) = preprocessor.batches(samples_in_memory(texts, "text"), len(texts), in_order=True)
+    (batch,) = preprocessor.batches(samples_in_memory(texts, "text", len(texts), Columns()), len(texts), in_order=True)
     assert batch.mask is not None
     with torch.no_grad():
         return loaded.model(**batch.inputs).last_hidden_state, batch.mask
@@ -303,7 +304,7 @@ def test_texts_become_tokens_as_the_encoder_does_it(tmp_path: Path) -> None:
     own = Preprocessor.from_checkpoint(directory, "text")
 
     def tokens(preprocessor: Preprocessor, text: str) -> list[int]:
-        (batch,) = preprocessor.batches(samples_in_memory([text], "text"), 1)
+        (batch,) = preprocessor.batches(samples_in_memory([text], "text", 1, Columns()), 1)
         return list(batch.inputs["input_ids"][0].tolist())
 
     assert tokens(own, "THE Good") == tokens(plain, "that is the good")

@@ -56,8 +56,9 @@ def fit_residual(weight: Tensor, up: Tensor, down: Tensor, covariance: Tensor) -
         inner = B_weighted @ B.T
         outer = A.T @ A
         error = float(scale - 2 * (weighted_target @ B.T * A).sum() + (outer * inner).sum())
-        if not error < best[0]:
-            break  # converged to rounding, or diverging: keep the best
+        if not 0 <= error < best[0]:
+            # converged to rounding, or diverging, as down a direction along which rounding has left less than nothing
+            break
         best = (error, A, B)
         gradient_A = weighted_target @ B.T - A @ inner
         gradient_B = A.T @ target - outer @ B  # already divided by C on its right
