@@ -5,8 +5,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from random import Random
 
@@ -40,15 +40,19 @@ def shrink(verdict: Verdict, zygotes: Zygotes) -> Verdict:
     return verdict
 
 
-def run(cases: Iterable[Case], zygotes: Zygotes, jobs: int) -> Iterator[Verdict | Failure]:
-    """What came of each, in their order."""
+def run(cases: Iterable[Case], zygotes: Zygotes, jobs: int) -> Generator[Verdict | Failure, None, None]:
+    """What came of each, as they end; where the caller stops, no other case begins."""
 
     def one(case: Case) -> Verdict | Failure:
         verdict = zygotes.judge(case)
         return Failure(verdict, shrink(verdict, zygotes)) if verdict.problems else verdict
 
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(one, cases)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for future in as_completed([pool.submit(one, case) for case in cases]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def chosen(arguments: argparse.Namespace) -> list[Case]:
@@ -67,6 +71,7 @@ def main() -> int:
     parser.add_argument("--singles", action="store_true", help="every command alone and every oddity alone as well")
     parser.add_argument("--only", default="", help="cases whose text holds this")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="cases at once")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this time")
     parser.add_argument("--list", action="store_true", help="show the cases, run none")
     arguments = parser.parse_args()
     cases = chosen(arguments)
@@ -78,7 +83,8 @@ def main() -> int:
     outcomes: Counter[str] = Counter()
     failures: dict[tuple[str, ...], list[Failure]] = {}
     with Zygotes() as zygotes:
-        for number, result in enumerate(run(cases, zygotes, arguments.jobs), start=1):
+        results = run(cases, zygotes, arguments.jobs)
+        for number, result in enumerate(results, start=1):
             if isinstance(result, Failure):
                 outcomes["failed"] += 1
                 alike = failures.setdefault((*sorted(result.smallest.kinds), *_oddities(result)), [])
@@ -89,7 +95,11 @@ def main() -> int:
                 outcomes[result.outcome] += 1
                 if arguments.case or result.outcome == "unbuilt":
                     print(f"{result.outcome}: {result.case} ({result.said})", flush=True)
-    print(f"\n{len(cases)} combinations of {len(ODDITIES)} oddities in {time.monotonic() - began:.0f} s")
+            if time.monotonic() - began > 60 * arguments.minutes:
+                break
+        results.close()
+    seconds = f"{time.monotonic() - began:.0f} s"
+    print(f"\n{outcomes.total()} of {len(cases)} combinations of {len(ODDITIES)} oddities in {seconds}")
     for outcome in ("works", "refused", "unbuilt", "failed"):
         print(f"{outcome:>8}  {outcomes[outcome]}")
     for key, alike in sorted(failures.items()):
