@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitshrink.checksums import broken_files
+
 from .case import Case
 from .checkpoint import Checkpoint
 from .commands import COMMANDS, Command, Job
@@ -179,7 +181,8 @@ def _leftovers(job: Job, command: Command, before: dict[str, str], works: bool) 
     place = job.place
     after = dict(_tree(place.work))
     expected = [job.beside("small"), job.beside("sweep.yaml")]
-    if works or command.may_leave or not place.printed:  # what is done stays done
+    in_time = place.ended is not None and not broken_files(job.output)  # published before the signal came
+    if works or in_time or command.may_leave or not place.printed:  # what is done stays done
         expected += [job.output, job.output.with_name(job.output.name + ".html")]
     if place.scarce or place.ended is not None:  # what was computed is kept for the next time
         expected.append(job.output.with_name(f".{job.output.name}.vitshrink-state"))
