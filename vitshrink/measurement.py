@@ -369,7 +369,9 @@ def _own_labels(model: LoadedModel) -> list[str]:
 def _score_of(samples: SampleSet, scores: int) -> Callable[[Any], Any]:
     """From a label to a number, or to as many as the model gives. Raises DataError for labels that are neither."""
     if samples.labels_are == "names":
-        raise DataError(f"{samples.source} has names as labels, and the model gives scores: name the column of scores.")
+        raise DataError(
+            f"{samples.source} has names as labels, and the model gives scores: name the column of the scores."
+        )
     if scores == 1 and samples.labels_are in ("lists", "columns"):
         raise DataError(f"{samples.source} has several scores a sample, and the model gives one: name its column.")
     if scores > 1 and samples.labels_are in ("integers", "scores"):

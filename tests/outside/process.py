@@ -242,16 +242,17 @@ def new_directory(parent: Path | None = None) -> Iterator[Path]:
 
 
 def preload() -> Any:
-    """Import what takes long, before any case is forked off; and load a model, since that builds tables for all."""
-    import tiny
-    import torch
+    """Import what takes long, before any case is forked off; and load a model, since that builds tables for all.
 
-    torch.set_num_threads(1)
+    The number of threads is that of the environment: ``torch.set_num_threads`` would make a pool, which threads of a
+    forked process then make anew without waiting for each other.
+    """
     import accelerate
     import datasets
     import jinja2
     import PIL.Image
     import pydantic.type_adapter
+    import tiny
     import transformers
     import typer.rich_utils
 
