@@ -25,8 +25,8 @@ from vitshrink.data import (
 from vitshrink.data.samples import Drawable
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
-from vitshrink.fidelity import BERNOULLI, REGRESSION, SOFTMAX, classification_head
-from vitshrink.models import LoadedModel, task_of
+from vitshrink.fidelity import BERNOULLI, REGRESSION, classification_head
+from vitshrink.models import LoadedModel, head_of, task_of
 from vitshrink.observer import Job
 from vitshrink.sentences import MEAN, Embedding
 
@@ -362,8 +362,8 @@ def labels_of(
 def _own_labels(model: LoadedModel) -> list[str]:
     """What columns of labels may be called, where a sample has several of them."""
     config: Any = model.model.config
-    several = classification_head(config.problem_type, config.num_labels) is not SOFTMAX and config.num_labels > 1
-    return list(config.id2label.values()) if several and task_of(model.model) not in ("masked-lm", "features") else []
+    several = head_of(model.model) in (BERNOULLI, REGRESSION) and config.num_labels > 1
+    return list(config.id2label.values()) if several else []
 
 
 def _score_of(samples: SampleSet, scores: int) -> Callable[[Any], Any]:

@@ -138,14 +138,18 @@ def _several(wanted: str | None, available: Sequence[str]) -> tuple[str, ...]:
 
 def _each(labels: Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
     """A column for each label, where every one has its own."""
-    found = [_called(re.sub(r"[\s-]+", "_", label.strip()).casefold(), available) for label in labels]
+    found = [_called(_plain(label), available) for label in labels]
     return tuple(columns[0] for columns in found) if found and all(len(columns) == 1 for columns in found) else ()
 
 
 def _called(usual: str, available: Sequence[str]) -> list[str]:
     """The column of exactly this name, or else those whose names differ in case, blanks and hyphens alone."""
-    alike = [name for name in dict.fromkeys(available) if re.sub(r"[\s-]+", "_", name.strip()).casefold() == usual]
+    alike = [name for name in dict.fromkeys(available) if _plain(name) == usual]
     return [usual] if usual in alike else alike
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip()).casefold()
 
 
 def _undecided(choices: Sequence[tuple[str, ...]], role: str) -> str:

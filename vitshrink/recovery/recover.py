@@ -152,8 +152,10 @@ def recover(
             training_mode=lambda: train_mode(model, dropout=config.objective == "supervised"),
         )
         steps = steps_an_epoch(len(loader), config.accumulation)
-        spread = criterion.spread() if criterion.teacher is not None else 0.0
-        if criterion.objective.head.measure == "relative_error" and spread:
+        relative = criterion.objective.head.measure == "relative_error" and criterion.teacher is not None
+        weighed = criterion.features > 0 and config.features is None and config.objective == "distill"
+        spread = criterion.spread() if relative or weighed else 0.0  # a pass of the dense model
+        if relative and spread:
             criterion.objective, spread = replace(criterion.objective, scale=spread), 1.0
         loop = Loop(
             accelerator,
@@ -184,7 +186,7 @@ def recover(
                 "the answers of the compressed model to the held-out samples are not finite: it cannot be trained. "
                 "Compress it again, less strongly."
             )
-        if criterion.features and config.features is None and config.objective == "distill":
+        if weighed:
             criterion.features = _features_from(loop.progress.start, spread)
         blocks: list[dict[str, float]] = []
         if config.blockwise and dense is not None and not resumed:
