@@ -1,6 +1,7 @@
 """The benchmarks print their tables; figures are for those who run them."""
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -284,3 +285,46 @@ def test_the_picture_shows_every_method_of_a_table(benchmark: Benchmark, tmp_pat
     table.write_text("nothing\n")
     with pytest.raises(SystemExit, match=r"table\.md: no row"):
         picture.main([str(table), "--output", str(tmp_path / "none.svg")])
+
+
+def test_the_structure_of_a_tree_is_read_from_its_source(benchmark: Benchmark, tmp_path: Path) -> None:
+    sources = {
+        "__init__.py": "__version__ = '1'\n",
+        "cli/__init__.py": "import vitshrink.jobs.compress\nfrom vitshrink import __version__, jobs\n",
+        "jobs/__init__.py": "",
+        "jobs/compress.py": "import os\n\nfrom vitshrink.errors import A\nfrom ..models import plan\nfrom . import b\n",
+        "jobs/b.py": "found = {}.get('a') or {}\nfound.get(found)\n",
+        "models/plan.py": "def size(self, a, *b, c, **d):\n  def inner():\n    from vitshrink.jobs import compress\n",
+        "errors.py": "class A: ...\nclass B: ...\n",
+        "report/plan.py": "",
+    }
+    for name, source in sources.items():
+        (tmp_path / "vitshrink" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "vitshrink" / name).write_text(source)
+    facts = benchmark("house.structure").facts_of(tmp_path)
+    assert facts["rooms"]["jobs"] == {"modules": 3, "lines": 7}
+    assert facts["imports"] == {
+        "cli": {"__init__": 1, "jobs": 2},
+        "jobs": {"errors": 1, "models": 1},
+        "models": {"jobs": 1},
+    }
+    assert (facts["mutual"], facts["of the package itself"]) == (1, 1)
+    assert facts["climbs"] == ["models.plan → jobs.compress"]
+    assert facts["names in several rooms"] == {"plan.py": ["models", "report"]}
+    assert facts["longest modules"][0] == ("jobs/compress.py", 5)
+    assert facts["longest functions"] == [("models/plan.py:1 size", 3), ("models/plan.py:2 inner", 2)]
+    assert facts["most arguments"][0] == ("models/plan.py:1 size", 4)
+    assert (facts[".get(“…”"], facts["or {}"]) == (1, 1)
+
+
+def test_the_structure_of_this_tree_is_printed_and_kept(
+    benchmark: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "facts.json"
+    benchmark("house.__main__").main(["--only", "structure", "--json", str(kept)])
+    printed = dict(rows(capsys.readouterr().out))
+    facts = json.loads(kept.read_text())["this tree"]["structure"]
+    modules = len(list((FOLDER.parent / "vitshrink").rglob("*.py")))
+    assert printed["modules"] == str(modules)
+    assert printed["rooms"] == str(len(facts["rooms"]))
+    assert sum(room["modules"] for room in facts["rooms"].values()) == modules
