@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +39,8 @@ def rows(output: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "script", ["evaluation", "fidelity", "speed", "quantisation", "export", "techniques", "recovery", "quadtree"]
+    "script",
+    ["evaluation", "fidelity", "speed", "quantisation", "export", "techniques", "recovery", "quadtree", "same_bytes"],
 )
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -328,3 +331,19 @@ def test_the_structure_of_this_tree_is_printed_and_kept(
     assert printed["modules"] == str(modules)
     assert printed["rooms"] == str(len(facts["rooms"]))
     assert sum(room["modules"] for room in facts["rooms"].values()) == modules
+
+
+def test_only_jobs_whose_weights_a_change_touches_are_different(
+    benchmark: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(FOLDER.parent / "vitshrink", tmp_path / "vitshrink")
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b -c commit.gpgsign=false commit -qm old"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    entry = tmp_path / "vitshrink" / "__main__.py"
+    smaller = 'import sys\nsys.argv = ["0.7" if word == "0.8" else word for word in sys.argv]\n'
+    entry.write_text(smaller + entry.read_text().partition("\n")[2])
+    script = benchmark("same_bytes")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="1 of 2 jobs differ: vit svd"):
+        script.main(["--against", "HEAD", "--jobs", "vit svd", "vit quantize int8"])
+    assert [row[-1] for row in rows(capsys.readouterr().out)[1:]] == ["DIFFERENT", "same"]
