@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.allocation import Plan
-from vitshrink.calibration import to_device
-from vitshrink.compression import Compression, Factors
-from vitshrink.curvature import random_functional
+from vitshrink.compression.allocation import Plan
+from vitshrink.compression.layers import Compression, Factors
 from vitshrink.data import Batch
 from vitshrink.errors import TargetError
-from vitshrink.lowrank import LowRankLinear
 from vitshrink.methods import Factorisation
-from vitshrink.methods.registry import full_svd
-from vitshrink.models import Target, blocks_of, task_of
-from vitshrink.observer import Job
-from vitshrink.ranks import break_even_rank, dense_cost, rank_cost
-from vitshrink.sequential import HiddenBatch, hidden_batches
+from vitshrink.methods.ranks import break_even_rank, dense_cost, rank_cost
+from vitshrink.models.families import task_of
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.targets import Target, blocks_of
+from vitshrink.runtime.observer import Job
+from vitshrink.statistics.algebra import full_svd
+from vitshrink.statistics.calibration import to_device
+from vitshrink.statistics.curvature import random_functional
+from vitshrink.statistics.walk import HiddenBatch, hidden_batches
 
 SEARCH_SAMPLES = 64
 RANK_GRID = 16

@@ -17,13 +17,15 @@ from statistics import median
 import torch
 from tables import print_circumstances, print_head, print_row
 
-from vitshrink.config import DataConfig
+from vitshrink.config.options import DataConfig
 from vitshrink.data import Batch, Preprocessor
+from vitshrink.data.opening import open_data
 from vitshrink.errors import VitshrinkError
-from vitshrink.measurement import measure, open_data
-from vitshrink.models import LoadedModel, load_dense, task_of
-from vitshrink.observer import Job, Silent
-from vitshrink.pipeline import find_device
+from vitshrink.evaluation.measurement import measure
+from vitshrink.models.families import task_of
+from vitshrink.models.loading import LoadedModel, load_dense
+from vitshrink.runtime.device import find_device
+from vitshrink.runtime.observer import Job, Silent
 
 
 @torch.inference_mode()

@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 
 from tables import print_circumstances, print_head, print_row
 
-from vitshrink import cost
-from vitshrink.description import example_inputs
-from vitshrink.exporting import export
-from vitshrink.models import load_dense
-from vitshrink.onnx_model import load_onnx
+from vitshrink.jobs.export import export
+from vitshrink.models import cost
+from vitshrink.models.example import example_inputs
+from vitshrink.models.loading import load_dense
+from vitshrink.models.onnx_model import load_onnx
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,20 +24,25 @@ from tables import mean_and_deviation, print_circumstances, print_head, print_ro
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink import cost, curvature
-from vitshrink.allocation import ALLOCATIONS, Plan
-from vitshrink.compression import Compression, Factors
-from vitshrink.config import CompressConfig, DataConfig, Precision
+from vitshrink.compression.allocation import ALLOCATIONS, Plan
+from vitshrink.compression.layers import Compression, Factors
+from vitshrink.config.options import CompressConfig, DataConfig, Precision
 from vitshrink.data import Batch, Preprocessor, SampleSet, overlap
+from vitshrink.data.opening import CalibrationData, open_data, read_calibration
 from vitshrink.errors import TargetError, VitshrinkError
 from vitshrink.evaluation import Evaluation
-from vitshrink.fidelity import Head
-from vitshrink.measurement import CalibrationData, measure, open_data, read_calibration
-from vitshrink.methods import Needs, get_method
-from vitshrink.models import LoadedModel, Target, find_targets, load_dense, task_of
-from vitshrink.observer import Job, Silent
-from vitshrink.pipeline import find_device
-from vitshrink.ranks import Storage
+from vitshrink.evaluation.measurement import measure
+from vitshrink.methods import get_method
+from vitshrink.methods.ranks import Storage
+from vitshrink.models import cost
+from vitshrink.models.families import task_of
+from vitshrink.models.fidelity import Head
+from vitshrink.models.loading import LoadedModel, load_dense
+from vitshrink.models.targets import Target, find_targets
+from vitshrink.runtime.device import find_device
+from vitshrink.runtime.observer import Job, Silent
+from vitshrink.statistics import curvature
+from vitshrink.statistics.needs import Needs
 
 
 def sampled_label(_head: Head, logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,7 +69,7 @@ class Entry:
     precision: Precision = CompressConfig.precision
     options: Mapping[str, Any] = field(default_factory=dict)
     replaced: Mapping[str, Any] = field(default_factory=dict)
-    """Parts of ``vitshrink.curvature`` that an ablation takes out."""
+    """Parts of ``vitshrink.statistics.curvature`` that an ablation takes out."""
     dtype: torch.dtype = torch.float32
     """What the weights are rounded to in the file."""
     factorise: Callable[[Compression, Job], Factors] = Compression.factorise_dense
@@ -72,7 +77,7 @@ class Entry:
 
 
 WITHOUT_TOKEN_WEIGHT = {
-    "vitshrink.curvature.CurvatureCollector": partial(curvature.CurvatureCollector, token_weight=0.0)
+    "vitshrink.statistics.curvature.CurvatureCollector": partial(curvature.CurvatureCollector, token_weight=0.0)
 }
 
 ENTRIES: dict[str, Entry] = {
@@ -101,7 +106,7 @@ ENTRIES: dict[str, Entry] = {
     "curvature-no-bias": Entry("curvature", compensation="none"),
     "curvature-no-shrinkage": Entry("curvature", options={"shrinkage": 0.0}),
     "curvature-no-token-weight": Entry("curvature", replaced=WITHOUT_TOKEN_WEIGHT),
-    "curvature-sampled-label": Entry("curvature", replaced={"vitshrink.fidelity.Softmax.probe": sampled_label}),
+    "curvature-sampled-label": Entry("curvature", replaced={"vitshrink.models.fidelity.Softmax.probe": sampled_label}),
     "curvature-probes-2": Entry("curvature", probes=2),
     "curvature-float32-passes": Entry("curvature", precision="no"),
 }

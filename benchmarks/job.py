@@ -12,16 +12,18 @@ from tables import print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vitshrink import cost
-from vitshrink.calibration import to_device
-from vitshrink.config import CompressConfig
-from vitshrink.curvature import random_functional
+from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch, Preprocessor
-from vitshrink.measurement import open_data, read_calibration
-from vitshrink.models import blocks_of, load_dense, quiet_transformers
-from vitshrink.observer import Job, Silent
-from vitshrink.pipeline import compress, find_device
-from vitshrink.precision import Passes, passes_in
+from vitshrink.data.opening import open_data, read_calibration
+from vitshrink.jobs.compress import compress
+from vitshrink.models import cost
+from vitshrink.models.loading import load_dense, quiet_transformers
+from vitshrink.models.targets import blocks_of
+from vitshrink.runtime.device import find_device
+from vitshrink.runtime.observer import Job, Silent
+from vitshrink.runtime.precision import Passes, passes_in
+from vitshrink.statistics.calibration import to_device
+from vitshrink.statistics.curvature import random_functional
 
 AROUND = ("Loading the model", "Reading calibration data", "Saving and verifying", "Evaluating", "Measuring cost")
 """Stages that read, write or measure; all others compress."""

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
-from vitshrink.resolution import mix_tokens
-from vitshrink.structures.tokens import MixedTokens
+from vitshrink.models.resolution import mix_tokens
+from vitshrink.models.structures.tokens import MixedTokens
 
 SIZE, PATCH, GAP = 224, 16, 8
 LINE = (255, 255, 255)

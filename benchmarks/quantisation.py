@@ -14,14 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import vitshrink
-from vitshrink import cost
-from vitshrink.config import DataConfig
+from vitshrink.compression.quantization import quantized
+from vitshrink.config.options import DataConfig
 from vitshrink.data import Preprocessor
-from vitshrink.description import example_inputs
-from vitshrink.measurement import measure_each, open_data
-from vitshrink.models import load_dense, task_of
-from vitshrink.observer import Job, Silent
-from vitshrink.quantization import quantized
+from vitshrink.data.opening import open_data
+from vitshrink.evaluation.measurement import measure_each
+from vitshrink.models import cost
+from vitshrink.models.example import example_inputs
+from vitshrink.models.families import task_of
+from vitshrink.models.loading import load_dense
+from vitshrink.runtime.observer import Job, Silent
 
 
 def torchao_peer(model: PreTrainedModel) -> PreTrainedModel | None:

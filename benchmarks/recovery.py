@@ -21,9 +21,9 @@ from tables import print_circumstances, print_head, print_row
 from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from vitshrink.assessment import evaluate_checkpoint
-from vitshrink.config import DataConfig, FinetuneJob
-from vitshrink.finetuning import finetune_checkpoint
+from vitshrink.config.options import DataConfig, FinetuneJob
+from vitshrink.jobs.evaluate import evaluate_checkpoint
+from vitshrink.jobs.finetune import finetune_checkpoint
 from vitshrink.recovery.decatt import observed_heads
 from vitshrink.recovery.recover import recompute, train_mode
 from vitshrink.recovery.reversible import bidirectional

@@ -29,17 +29,18 @@ from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink import cost
-from vitshrink.allocation import Curve, Plan, uniform_ratio
-from vitshrink.checkpoint import replace_layers
-from vitshrink.config import CompressConfig
-from vitshrink.cost import Latency
-from vitshrink.description import example_inputs
+from vitshrink.compression.allocation import Curve, Plan, uniform_ratio
+from vitshrink.config.options import CompressConfig
 from vitshrink.errors import VitshrinkError
-from vitshrink.lowrank import LayerSpec, LowRankLinear
-from vitshrink.models import find_targets, load_dense
-from vitshrink.pipeline import find_device
-from vitshrink.ranks import Storage, largest_rank
+from vitshrink.methods.ranks import Storage, largest_rank
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.cost import Latency
+from vitshrink.models.example import example_inputs
+from vitshrink.models.loading import load_dense
+from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
+from vitshrink.models.targets import find_targets
+from vitshrink.runtime.device import find_device
 
 STORAGES: tuple[Storage, ...] = ("gauge", "factors")
 FORMS: dict[str, Storage] = {"factors": "factors", "gauge": "gauge", "gauge, pivots in the middle": "gauge"}

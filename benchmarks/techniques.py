@@ -25,15 +25,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from vitshrink.checkpoint import load
-from vitshrink.config import CompressConfig, DataConfig, FinetuneConfig
+from vitshrink.config.options import CompressConfig, DataConfig, FinetuneConfig
 from vitshrink.data import Preprocessor, SampleSet
+from vitshrink.data.opening import open_data
 from vitshrink.errors import VitshrinkError
-from vitshrink.measurement import measure_each, open_data
-from vitshrink.models import load_dense, task_of
-from vitshrink.observer import Job, Silent
-from vitshrink.pipeline import compress
-from vitshrink.resolution import set_resolution
+from vitshrink.evaluation.measurement import measure_each
+from vitshrink.jobs.compress import compress
+from vitshrink.models.checkpoint import load
+from vitshrink.models.families import task_of
+from vitshrink.models.loading import load_dense
+from vitshrink.models.resolution import set_resolution
+from vitshrink.runtime.observer import Job, Silent
 
 LAYERS = ("svd", "asvd", "pca", "whitened", "mixed-rank", "curvature")
 ATTENTIONS = ("qk-joint", "vo-joint", "heads-joint", "cholesky")

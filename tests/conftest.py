@@ -17,8 +17,8 @@ import tiny
 import torch
 import transformers
 
-from vitshrink.config import CompressConfig
-from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.config.options import CompressConfig
+from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.report import figures
 
 

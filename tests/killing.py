@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from vitshrink.config import CompressConfig
+from vitshrink.config.options import CompressConfig
 from vitshrink.errors import VitshrinkError
-from vitshrink.observer import Silent
-from vitshrink.pipeline import compress
+from vitshrink.jobs.compress import compress
 from vitshrink.report import figures
+from vitshrink.runtime.observer import Silent
 
 # a server that has imported everything forks one process after the other
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitshrink.allocation import (
+from vitshrink.compression.allocation import (
     ALLOCATIONS,
     Curve,
     Menu,

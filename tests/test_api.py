@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 import vitshrink
-from vitshrink import cost
-from vitshrink.api import FILES_ONLY
-from vitshrink.config import CompressConfig
+from vitshrink.config.options import CompressConfig
 from vitshrink.data.memory import ReadyBatches
 from vitshrink.errors import CheckpointError, DataError, OutputError, TargetError, UsageError
-from vitshrink.pipeline import CompressionResult
+from vitshrink.jobs.compress import CompressionResult
+from vitshrink.jobs.in_memory import FILES_ONLY
+from vitshrink.models import cost
 from vitshrink.report import figures
 
 FEW: dict[str, Any] = {"keep": 0.8, "samples": 12, "holdout": 4, "batch_size": 5}
@@ -350,11 +350,11 @@ def test_every_flag_has_a_place() -> None:
     """An entry that a job in memory ignores in silence would be a trap: each is refused, or read by what it runs."""
     entries = set(CompressConfig.__dataclass_fields__)
     assert set(FILES_ONLY) <= entries
-    reached, ahead = set[str](), {"vitshrink.api"}
+    reached, ahead = set[str](), {"vitshrink.jobs.in_memory"}
     while ahead:
         reached |= ahead
         ahead = {each.module for module, each in OWN if module in ahead and each.module in FILES} - reached
-    sources = [FILES[module].read_text(encoding="utf-8") for module in reached - {"vitshrink.config"}]
+    sources = [FILES[module].read_text(encoding="utf-8") for module in reached - {"vitshrink.config.options"}]
     sources.append(inspect.getsource(CompressConfig.calibration_data.fget).replace("self.", "config."))  # type: ignore[attr-defined]
     read = set(re.findall(r"\bconfig\.(\w+)", "\n".join(sources)))
     assert entries - set(FILES_ONLY) - read == set()

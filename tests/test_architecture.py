@@ -11,22 +11,22 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "vitshrink"
 
-# Four layers. The third, what jobs are made of, is all that the sets of the others do not name.
-COMMANDS = {"__main__", "cli"}
-JOBS = {"api", "assessment", "demo", "exporting", "finetuning", "pipeline", "quantizing", "sweep", "verification"}
-MATHEMATICS = {
-    "allocation",
-    "compensation",
-    "errors",
-    "gauge",
-    "geometry",
-    "lowrank",
-    "methods",
-    "metrics",
-    "ranks",
-    "stats",
-}
-GROUND = MATHEMATICS | {"structures"}  # what methods give, of transformers' own modules where they must
+FLOORS = (
+    {"__main__", "pipeline", "assessment"},  # the last two are old places, which warn
+    {"cli"},
+    {"jobs"},
+    {"report", "recovery", "compression"},
+    {"methods", "evaluation"},
+    {"statistics"},
+    {"data"},
+    {"models"},
+    {"runtime"},
+    {"config"},
+    {"errors", "_version"},
+)
+"""From the top: a room imports from those below it, and from none beside it."""
+
+MOST_ROOMS = 12
 
 SPEECH = {"print", "input", "exit", "quit", "breakpoint", "sys.exit", "os._exit", "sys.stdout.write"}
 FOR_THE_TERMINAL = {"typer", "click", "rich"}
@@ -62,6 +62,9 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+FLOOR = {each: number for number, floor in enumerate(FLOORS) for each in floor}
+
+
 def imports(file: Path) -> Iterator[Import]:
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Import):
@@ -84,27 +87,36 @@ for _module, _file in FILES.items():
             OWN.append((_module, _import))
 
 
-def layer(module: str) -> int:
-    for depth, rooms in enumerate((COMMANDS, JOBS)):
-        if room(module) in rooms:
-            return depth
-    return 3 if room(module) in GROUND else 2
+def reached_from(*starts: str) -> set[str]:
+    """The modules that these import, directly or not, themselves included."""
+    reached, ahead = set[str](), set(starts)
+    while ahead:
+        reached |= ahead
+        ahead = {each.module for module, each in OWN if module in ahead} - reached
+    return reached
 
 
-def test_no_import_points_up() -> None:
-    gone = (COMMANDS | JOBS | GROUND) - {room(module) for module in FILES}
-    assert not gone, f"take what is no more out of this file: {gone}"
-    up = [each for module, each in OWN if each.module != "vitshrink" and layer(each.module) < layer(module)]
-    assert not up, "imports point from commands to jobs, to what they are made of, to the mathematics:\n" + "\n".join(
-        map(str, up)
-    )
+def test_every_room_has_its_floor() -> None:
+    rooms = {room(module) for module in FILES} - {""}
+    assert rooms == set(FLOOR)
+    folders = {each.name for each in PACKAGE.iterdir() if (each / "__init__.py").exists()}
+    assert len(folders) <= MOST_ROOMS
+
+
+def test_no_import_points_up_or_aside() -> None:
+    climbs = [
+        str(each)
+        for module, each in OWN
+        if room(each.module) != room(module) and FLOOR[room(each.module)] <= FLOOR[room(module)]
+    ]
+    assert not climbs, "imports point down the floors, and not to a room beside:\n" + "\n".join(climbs)
 
 
 @pytest.mark.parametrize("unit", [str, room], ids=["modules", "rooms"])
 def test_nothing_is_imported_in_a_circle(unit: Callable[[str], str]) -> None:
     graph: dict[str, set[str]] = {}
     for module, each in OWN:
-        if each.module != "vitshrink" and unit(module) != unit(each.module):
+        if unit(module) != unit(each.module):
             graph.setdefault(unit(module), set()).add(unit(each.module))
     try:
         TopologicalSorter(graph).prepare()
@@ -112,47 +124,49 @@ def test_nothing_is_imported_in_a_circle(unit: Callable[[str], str]) -> None:
         pytest.fail(" is imported by ".join(error.args[1]))
 
 
-def test_only_the_version_is_taken_from_the_package_itself() -> None:
-    """Its other names are for users: what stands behind them is imported from where it lies."""
-    taken = [each for _, each in OWN if each.module == "vitshrink" and each.name != "__version__"]
-    assert not taken, "\n".join(map(str, taken))
+def test_nothing_is_taken_from_the_package_itself() -> None:
+    """Its names are for users: what stands behind them is imported from where it lies."""
+    taken = [str(each) for _, each in OWN if each.module == "vitshrink"]
+    assert not taken, "\n".join(taken)
 
 
-def test_the_mathematics_knows_tensors_only() -> None:
+def test_methods_know_tensors_only() -> None:
+    """Of models they know the structures that take a module's place, which build on transformers' own modules."""
     allowed = sys.stdlib_module_names | {"torch"}
-    foreign = [
-        each for module, each in FOREIGN if room(module) in MATHEMATICS and each.module.split(".")[0] not in allowed
+    reached = reached_from(*(module for module in FILES if room(module) in ("methods", "statistics")))
+    mathematics = {m for m in reached_from(*(m for m in FILES if room(m) == "methods")) if room(m) != "models"}
+    assert mathematics <= reached
+    foreign = [str(each) for module, each in FOREIGN if module in mathematics and _top(each) not in allowed]
+    models = [
+        str(each)
+        for module, each in OWN
+        if room(module) == "methods"
+        and room(each.module) == "models"
+        and not each.module.startswith("vitshrink.models.structures")
     ]
-    assert not foreign, "\n".join(map(str, foreign))
+    assert not foreign + models, "\n".join(foreign + models)
 
 
 def test_loading_a_checkpoint_does_not_wait_for_what_makes_one() -> None:
-    graph: dict[str, set[str]] = {}
-    for module, each in OWN:
-        graph.setdefault(room(module), set()).add(room(each.module))
-    reached, ahead = set[str](), {"checkpoint", "hf_quantizer"}
-    while ahead:
-        reached |= ahead
-        ahead = set().union(*(graph.get(each, set()) for each in ahead)) - reached
-    assert {"models", "structures"} <= reached
-    assert not reached & ({"calibration", "compression", "data", "evaluation", "recovery", "report"} | JOBS | COMMANDS)
+    reached = {room(module) for module in reached_from("vitshrink.models.checkpoint", "vitshrink.models.hf_quantizer")}
+    assert reached == {"models", "runtime", "config", "errors", "_version"}
 
 
 def test_no_module_imports_torchvision() -> None:
-    found = [each for _, each in FOREIGN if each.module.split(".")[0] == "torchvision"]
-    assert not found, "images are decoded by Pillow alone:\n" + "\n".join(map(str, found))
+    found = [str(each) for _, each in FOREIGN if _top(each) == "torchvision"]
+    assert not found, "images are decoded by Pillow alone:\n" + "\n".join(found)
 
 
 def test_only_the_command_line_prints_prompts_or_exits() -> None:
-    spoken = [
-        str(each)
-        for module, each in FOREIGN
-        if room(module) not in COMMANDS and each.module.split(".")[0] in FOR_THE_TERMINAL
-    ]
-    for module, file in FILES.items():
-        if room(module) not in COMMANDS:
-            spoken += [f"{file.relative_to(PACKAGE.parent)}:{line} uses {what}" for line, what in _speech(TREES[file])]
+    quiet = {module: file for module, file in FILES.items() if room(module) not in ("cli", "__main__")}
+    spoken = [str(each) for module, each in FOREIGN if module in quiet and _top(each) in FOR_THE_TERMINAL]
+    for file in quiet.values():
+        spoken += [f"{file.relative_to(PACKAGE.parent)}:{line} uses {what}" for line, what in _speech(TREES[file])]
     assert not spoken, "the library is silent, an observer is told:\n" + "\n".join(spoken)
+
+
+def _top(each: Import) -> str:
+    return each.module.split(".")[0]
 
 
 def _speech(tree: ast.Module) -> Iterator[tuple[int, str]]:

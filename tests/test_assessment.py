@@ -13,13 +13,13 @@ import torch
 from test_processes import run_together
 from typer.testing import CliRunner
 
-from vitshrink import cost
-from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli.app import app
-from vitshrink.config import DataConfig
+from vitshrink.config.options import DataConfig
 from vitshrink.errors import CheckpointError, DataError, UsageError
-from vitshrink.gates import Gates
-from vitshrink.pipeline import CompressionResult
+from vitshrink.evaluation.gates import Gates
+from vitshrink.jobs.compress import CompressionResult
+from vitshrink.jobs.evaluate import evaluate_checkpoint
+from vitshrink.models import cost
 
 Compressed = Callable[..., CompressionResult]
 CLASSIFIER = "ViTForImageClassification"

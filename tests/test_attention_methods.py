@@ -15,24 +15,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import vitshrink
-from vitshrink import cost
-from vitshrink.allocation import ALLOCATIONS
-from vitshrink.attentions import AttentionCompression, attentions_of
-from vitshrink.checkpoint import compressed_layers
-from vitshrink.config import CompressConfig
+from vitshrink.compression.allocation import ALLOCATIONS
+from vitshrink.compression.attentions import AttentionCompression, attentions_of
+from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch
+from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import CheckpointError, DependencyError, UsageError
-from vitshrink.exporting import export
-from vitshrink.measurement import CalibrationData
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.jobs.export import export
 from vitshrink.methods import attention_methods, find_method
 from vitshrink.methods.attention import AttentionMethod
 from vitshrink.methods.tensor import nearest_kronecker
-from vitshrink.models import find_targets
-from vitshrink.observer import Job, Silent
-from vitshrink.pipeline import CompressionResult, compress
-from vitshrink.structures import describe, read, structure_of
-from vitshrink.structures.tensor import TensorProjection
-from vitshrink.structures.tensor_output import TensorOutput
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.structures import describe, read, structure_of
+from vitshrink.models.structures.tensor import TensorProjection
+from vitshrink.models.structures.tensor_output import TensorOutput
+from vitshrink.models.targets import find_targets
+from vitshrink.runtime.observer import Job, Silent
 
 Compressed = Callable[..., CompressionResult]
 

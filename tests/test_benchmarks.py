@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitshrink.structures.tokens import MixedTokens
+from vitshrink.models.structures.tokens import MixedTokens
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -15,16 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitshrink import compression
-from vitshrink.cache import Cache, data_digest, model_digest
-from vitshrink.compression import Compression
-from vitshrink.config import CompressConfig
+from vitshrink.compression import layers as compression
+from vitshrink.compression.layers import Compression
+from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch
 from vitshrink.errors import NumericsError, OutputError
+from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.methods import Factorisation, available_methods
-from vitshrink.pipeline import CompressionResult, compress
 from vitshrink.report import figures
-from vitshrink.stats import LinearStats
+from vitshrink.runtime.cache import Cache
+from vitshrink.statistics.digests import data_digest, model_digest
+from vitshrink.statistics.stats import LinearStats
 
 CLASSIFIER = "ViTForImageClassification"
 
@@ -197,7 +198,7 @@ def test_only_whole_files_appear(job: Job, tmp_path: Path, monkeypatch: pytest.M
         Path(path).write_bytes(b"half of a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("vitshrink.entries.save_file", full)
+    monkeypatch.setattr("vitshrink.runtime.entries.save_file", full)
     result = job()
     assert files(tmp_path) == []
     assert any("could not be written" in w and "No space left" in w for w in result.report.warnings)
@@ -241,7 +242,7 @@ def test_a_file_from_before_a_field_was_added_is_not_read(
 ) -> None:
     job()
     work.clear()
-    monkeypatch.setattr("vitshrink.cache.fields", lambda kind: [f for f in fields(kind) if f.name != "abs_max"])
+    monkeypatch.setattr("vitshrink.runtime.cache.fields", lambda kind: [f for f in fields(kind) if f.name != "abs_max"])
     result = job()
     assert work == ["statistics"]  # the factors have no such field
     assert result.report.warnings == []

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.calibration import StatisticsCollector, collect
-from vitshrink.curvature import CurvatureCollector
 from vitshrink.errors import DataError, NumericsError
-from vitshrink.methods import Needs
-from vitshrink.models import Target, find_targets
-from vitshrink.stats import LinearStats
+from vitshrink.models.targets import Target, find_targets
+from vitshrink.statistics.calibration import StatisticsCollector, collect
+from vitshrink.statistics.curvature import CurvatureCollector
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 
 @dataclass

@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitshrink
-from vitshrink import checkpoint as checkpoints
-from vitshrink import hf_quantizer, models
 from vitshrink.errors import CheckpointError, NumericsError, OutputError
-from vitshrink.models import LoadedModel
+from vitshrink.models import checkpoint as checkpoints
+from vitshrink.models import hf_quantizer
+from vitshrink.models import loading as models
+from vitshrink.models.loading import LoadedModel
+from vitshrink.models.targets import find_targets
 
 each_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 each_type = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -41,7 +43,7 @@ AUTO_CLASSES = {
 def compress(directory: Path, rank: int = 6) -> LoadedModel:
     """The tiny checkpoint with every second block layer at a rank of its own."""
     loaded = models.load_dense(directory)
-    targets = models.find_targets(loaded.model)[::2]
+    targets = find_targets(loaded.model)[::2]
     layers = {
         target.name: tiny.low_rank(loaded.model.get_submodule(target.name), rank + index)
         for index, target in enumerate(targets)
@@ -73,7 +75,7 @@ def written(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
 @each_architecture
 def test_the_replaced_layers_are_the_models_layers(name: str) -> None:
     model = tiny.build(name)
-    target = models.find_targets(model)[3]
+    target = find_targets(model)[3]
     layer = tiny.low_rank(model.get_submodule(target.name), 5)
     checkpoints.replace_layers(model, {target.name: layer})
     assert checkpoints.compressed_layers(model) == {target.name: layer}
@@ -488,7 +490,7 @@ def test_file_bytes_are_those_of_the_weights(written: Callable[..., tuple[Loaded
 @pytest.mark.parametrize("name", ["deit-tiny-imagenette", "minilm-sst2"])
 def test_real_checkpoints_survive_the_round_trip(name: str, real_folder: Path, tmp_path: Path) -> None:
     loaded = models.load_dense(real_folder / name)
-    targets = models.find_targets(loaded.model, include=[r"\.0\.attention"])
+    targets = find_targets(loaded.model, include=[r"\.0\.attention"])
     layers = {target.name: tiny.low_rank(loaded.model.get_submodule(target.name), 64) for target in targets}
     checkpoints.replace_layers(loaded.model, layers)
     checkpoints.save(loaded.model, tmp_path, source=loaded)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitshrink import checksums
+from vitshrink.runtime import checksums
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ from vitshrink import __version__
 from vitshrink.cli import compress as compress_module
 from vitshrink.cli import console
 from vitshrink.cli.app import app
-from vitshrink.config import RENAMED, CompressConfig
+from vitshrink.config.options import RENAMED, CompressConfig
+from vitshrink.jobs.compress import CompressionResult
 from vitshrink.methods import available_methods
-from vitshrink.pipeline import CompressionResult
 from vitshrink.report import figures
 
 Compressed = Callable[..., CompressionResult]
@@ -526,7 +526,7 @@ def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
 def start(tmp_path: Path, stop_at: str, *arguments: str | Path) -> "subprocess.Popen[str]":
     """The command in a process of its own that says "here" and waits at a step of the job."""
     script = f"""
-import signal, sys, time, vitshrink.pipeline as pipeline
+import signal, sys, time, vitshrink.jobs.compress as pipeline
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 def wait(*_, **__):
     print("here", flush=True)

@@ -14,10 +14,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import vitshrink
-from vitshrink import models
 from vitshrink.cli.app import app
-from vitshrink.companions import companions_of
 from vitshrink.errors import CheckpointError
+from vitshrink.models import loading as models
+from vitshrink.models.companions import companions_of
 from vitshrink.report import Report
 
 QUIET = ("--offline", "--device", "cpu")
@@ -212,8 +212,8 @@ def test_a_model_in_memory_is_saved_with_the_modules_of_its_directory(encoder: P
 PROGRAM = """
 import sys
 from pathlib import Path
-from vitshrink import processes
-from vitshrink.sharing import copy_from_main
+from vitshrink.runtime import processes
+from vitshrink.runtime.processes import copy_from_main
 processes.join("cpu")
 copy_from_main(Path(sys.argv[1]) / str(processes.rank()))
 processes.leave()

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitshrink.compensation import fit_residual, shifted_bias, split_rank
+from vitshrink.compression.compensation import fit_residual, shifted_bias, split_rank
 from vitshrink.errors import NumericsError
 from vitshrink.methods.svd import svd
 from vitshrink.methods.whitened import whitened
-from vitshrink.stats import LinearStats
+from vitshrink.statistics.stats import LinearStats
 
 
 def generator(seed: int) -> torch.Generator:

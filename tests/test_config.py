@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import vitshrink.cli.compress as command
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig, FinetuneConfig, parse_option, parse_quantity, read_recipe, share_of
+from vitshrink.config.options import CompressConfig, FinetuneConfig, parse_option, parse_quantity, read_recipe, share_of
 from vitshrink.errors import UsageError
 
 

@@ -3,9 +3,9 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from vitshrink import cost
-from vitshrink.lowrank import LayerSpec, LowRankLinear
-from vitshrink.ranks import rank_cost
+from vitshrink.methods.ranks import rank_cost
+from vitshrink.models import cost
+from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
 
 HIDDEN, MLP, BLOCKS = 32, 64, 2
 

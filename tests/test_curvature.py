@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from vitshrink import fidelity
-from vitshrink.checkpoint import replace_layers
-from vitshrink.curvature import TOKEN_WEIGHT, CurvatureCollector, collect_curvature, random_functional
 from vitshrink.errors import DataError, NumericsError
-from vitshrink.fidelity import SOFTMAX
 from vitshrink.methods import get_method
-from vitshrink.models import Target, find_targets
-from vitshrink.precision import passes_in
-from vitshrink.stats import LinearStats
+from vitshrink.models import fidelity
+from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.fidelity import SOFTMAX
+from vitshrink.models.targets import Target, find_targets
+from vitshrink.runtime.precision import passes_in
+from vitshrink.statistics.curvature import TOKEN_WEIGHT, CurvatureCollector, collect_curvature, random_functional
+from vitshrink.statistics.stats import LinearStats
 
 CLASSIFIER = "ViTForImageClassification"
 CLASSES = len(tiny.IMAGE_CLASSES)

@@ -215,8 +215,8 @@ results["all"] = contents(samples)
 
 def test_samples_are_held_out_of_a_stream_without_downloading_it(ask: Answers) -> None:
     results = ask("""
-from vitshrink.measurement import hold_out
-from vitshrink.observer import Job, Silent
+from vitshrink.data.opening import hold_out
+from vitshrink.runtime.observer import Job, Silent
 def held_out(spec, kind, samples, calibrated):
     job = Job(Silent())
     found = hold_out(open_samples(spec, kind), job, samples=samples, calibrated=calibrated, holdout=2, seed=0)

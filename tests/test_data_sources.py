@@ -16,11 +16,11 @@ import tiny
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.utils import disable_progress_bars
 
-from vitshrink.assessment import evaluate_checkpoint
-from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import BadSamples, Kind, Preprocessor, SampleSet, decode_image, open_samples
 from vitshrink.errors import DataError, UsageError
-from vitshrink.pipeline import compress
+from vitshrink.jobs.compress import compress
+from vitshrink.jobs.evaluate import evaluate_checkpoint
 
 disable_progress_bars()
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vitshrink import demo
-from vitshrink.digits import train_digits_model, write_digits
 from vitshrink.errors import OutputError
+from vitshrink.jobs import demo
+from vitshrink.jobs.digits import train_digits_model, write_digits
 
 pytest.importorskip("sklearn")
 

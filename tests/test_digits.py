@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitshrink import digits
 from vitshrink.errors import DependencyError
+from vitshrink.jobs import digits
 
 pytest.importorskip("sklearn")
 

@@ -8,13 +8,13 @@ from test_curvature import CLASSIFIER, Batch, batch_of, generator, weights_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.curvature import batch_generator, collect_curvature, random_functional
-from vitshrink.effects import Components, Effects, component_effects, measured_loss, shortfall
+from vitshrink.compression.rescaling import best_repair
 from vitshrink.errors import NumericsError
 from vitshrink.methods import get_method
-from vitshrink.models import find_targets
-from vitshrink.reference import DenseOutputs
-from vitshrink.rescaling import best_repair
+from vitshrink.models.targets import find_targets
+from vitshrink.statistics.curvature import batch_generator, collect_curvature, random_functional
+from vitshrink.statistics.effects import Components, Effects, component_effects, measured_loss, shortfall
+from vitshrink.statistics.reference import DenseOutputs
 
 
 def parts_of(model: PreTrainedModel, batches: list[Batch], method: str = "svd") -> dict[str, Components]:
@@ -52,7 +52,7 @@ def test_an_effect_is_the_derivative_by_the_gain_of_a_component(name: str) -> No
 
 @pytest.mark.parametrize("name", tiny.TEXT_MODELS)
 def test_padding_has_no_effect(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitshrink.fidelity.signs", lambda like, _generator: torch.ones_like(like))
+    monkeypatch.setattr("vitshrink.models.fidelity.signs", lambda like, _generator: torch.ones_like(like))
     model = tiny.build(name)
     components = parts_of(model, [batch_of(name)])
     short = component_effects(model, components, [batch_of(name)]).layers

@@ -12,11 +12,12 @@ import torch.multiprocessing
 from killing import CONTEXT
 from torch import Tensor, nn
 
-from vitshrink import load, metrics
+from vitshrink import load
 from vitshrink.data import Preprocessor, align_labels, open_samples
 from vitshrink.errors import DataError, NumericsError, UsageError, VitshrinkError
-from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate, evaluate_pairs
-from vitshrink.lowrank import LowRankLinear
+from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate, evaluate_pairs, metrics
+from vitshrink.models.sentences import masked_mean
+from vitshrink.models.structures.low_rank import LowRankLinear
 
 MASK, SPECIAL = tiny.VOCABULARY.index("[MASK]"), frozenset(range(len(tiny.SPECIAL_TOKENS)))
 
@@ -306,9 +307,7 @@ def test_pair_similarity_is_the_cosine_of_the_two_sentences() -> None:
     first, second = batches("BertModel", 8, 8, list(range(8))), batches("BertModel", 8, 8)
     second[0].inputs["input_ids"] = second[0].inputs["input_ids"].flip(0)
     with torch.no_grad():
-        one, other = (
-            metrics.masked_mean(model(**side[0].inputs).last_hidden_state, side[0].mask) for side in (first, second)
-        )
+        one, other = (masked_mean(model(**side[0].inputs).last_hidden_state, side[0].mask) for side in (first, second))
     expected = metrics.spearman(torch.cosine_similarity(one, other), torch.arange(8))
     found = evaluate_pairs([model], first, second)[0].compressed
     assert found is not None

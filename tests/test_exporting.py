@@ -13,14 +13,14 @@ import transformers
 from typer.testing import CliRunner
 
 import vitshrink
-from vitshrink import exporting
-from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli.app import app
-from vitshrink.config import DataConfig
+from vitshrink.config.options import DataConfig
 from vitshrink.errors import CheckpointError, DependencyError, OutputError, UsageError
-from vitshrink.exporting import Export, export
-from vitshrink.onnx_model import load_onnx
-from vitshrink.pipeline import CompressionResult
+from vitshrink.jobs import export as exporting
+from vitshrink.jobs.compress import CompressionResult
+from vitshrink.jobs.evaluate import evaluate_checkpoint
+from vitshrink.jobs.export import Export, export
+from vitshrink.models.onnx_model import load_onnx
 
 Compressed = Callable[..., CompressionResult]
 MODELS = (

@@ -5,10 +5,10 @@ import tiny
 import torch
 from torch import Tensor
 
-from vitshrink.curvature import random_functional
 from vitshrink.data.batches import Batch
 from vitshrink.evaluation import evaluate
-from vitshrink.fidelity import (
+from vitshrink.models.families import head_of
+from vitshrink.models.fidelity import (
     BERNOULLI,
     FEATURES,
     REGRESSION,
@@ -18,10 +18,10 @@ from vitshrink.fidelity import (
     feature_rows,
     measured,
 )
-from vitshrink.models import head_of
 from vitshrink.recovery.answers import Reader
 from vitshrink.recovery.objectives import Distillation, Supervision
 from vitshrink.recovery.samples import TrainingBatch
+from vitshrink.statistics.curvature import random_functional
 
 HEADS = {"softmax": SOFTMAX, "bernoulli": BERNOULLI, "regression": REGRESSION, "features": FEATURES}
 PROBLEMS = {

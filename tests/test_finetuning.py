@@ -12,12 +12,12 @@ import yaml
 from typer.testing import CliRunner
 
 import vitshrink
-from vitshrink import cost
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig, FinetuneConfig, FinetuneJob
+from vitshrink.config.options import CompressConfig, FinetuneConfig, FinetuneJob
 from vitshrink.data import open_samples
 from vitshrink.errors import UsageError
-from vitshrink.pipeline import CompressionResult
+from vitshrink.jobs.compress import CompressionResult
+from vitshrink.models import cost
 from vitshrink.report import Report
 
 QUICK = {"epochs": 1.0, "batch_size": 8, "learning_rate": 1e-3}

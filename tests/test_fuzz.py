@@ -15,17 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitshrink import load
-from vitshrink.config import CompressConfig, read_recipe
+from vitshrink.config.options import CompressConfig, read_recipe
 from vitshrink.data import Kind, open_samples
 from vitshrink.data.ground_truth import read_ground_truth
 from vitshrink.data.labels import read_class_map
 from vitshrink.data.recipes import load_recipe
 from vitshrink.errors import VitshrinkError
-from vitshrink.pipeline import CompressionResult
+from vitshrink.jobs.compress import CompressionResult
+from vitshrink.jobs.sweep import read_sweep
+from vitshrink.models.source import examine
+from vitshrink.models.structures.registry import describe, read
 from vitshrink.report import Report
-from vitshrink.source import examine
-from vitshrink.structures.registry import describe, read
-from vitshrink.sweep import read_sweep
 
 settings.register_profile(
     "fuzz",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from vitshrink.config import BOUNDS
+from vitshrink.config.options import BOUNDS
 from vitshrink.errors import GateError, UsageError
-from vitshrink.gates import Gates
+from vitshrink.evaluation.gates import Gates
 
 
 def evaluation(**entries: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitshrink.errors import CheckpointError, NumericsError
-from vitshrink.gauge import best_window, pivots_first
-from vitshrink.lowrank import LayerSpec, LowRankLinear
-from vitshrink.ranks import rank_cost
+from vitshrink.methods.ranks import rank_cost
+from vitshrink.models.gauge import best_window, pivots_first
+from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
 
 
 def factors(m: int, n: int, rank: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vitshrink
-from vitshrink.assessment import evaluate_checkpoint
-from vitshrink.config import CompressConfig, DataConfig, FinetuneConfig
+from vitshrink.config.options import CompressConfig, DataConfig, FinetuneConfig
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.errors import CheckpointError, UsageError
-from vitshrink.models import load_dense
-from vitshrink.pipeline import compress
+from vitshrink.jobs.compress import compress
+from vitshrink.jobs.evaluate import evaluate_checkpoint
+from vitshrink.models.loading import load_dense
 
 
 def change_json(file: Path, **entries: Any) -> None:

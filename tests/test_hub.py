@@ -171,7 +171,7 @@ def test_what_cannot_be_pushed_stops_before_the_work(
     message: str,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    monkeypatch.setattr("vitshrink.hub.get_token", lambda: token or None)
+    monkeypatch.setattr("vitshrink.models.hub.get_token", lambda: token or None)
     result = shrink(vit_directory, tmp_path / "out", "--push-to-hub", *flags)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())

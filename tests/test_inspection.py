@@ -11,15 +11,16 @@ import torch
 from test_calibration import batch_of
 from torch import Tensor, nn
 
-from vitshrink.calibration import collect
-from vitshrink.curvature import collect_curvature
 from vitshrink.errors import DataError
-from vitshrink.inspection import inspect_layers, layer_spectra, rank_at, sample_activations, write_figures
-from vitshrink.inspection.spectra import output_loss
-from vitshrink.methods import Needs, get_method
-from vitshrink.models import Target, find_targets
-from vitshrink.ranks import break_even_rank
-from vitshrink.stats import LinearStats
+from vitshrink.jobs.inspection import inspect_layers, layer_spectra, rank_at, sample_activations, write_figures
+from vitshrink.jobs.inspection.spectra import output_loss
+from vitshrink.methods import get_method
+from vitshrink.methods.ranks import break_even_rank
+from vitshrink.models.targets import Target, find_targets
+from vitshrink.statistics.calibration import collect
+from vitshrink.statistics.curvature import collect_curvature
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 FRACTIONS = (0.25, 0.5, 1.0)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vitshrink.checksums import broken_files
 from vitshrink.cli.app import app
+from vitshrink.runtime.checksums import broken_files
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGING = ".out.vitshrink-*"

@@ -15,18 +15,18 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import vitshrink
-from vitshrink import cost
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig
+from vitshrink.compression.quantization import quantized
+from vitshrink.config.options import CompressConfig
 from vitshrink.errors import CheckpointError, UsageError
-from vitshrink.exporting import export
-from vitshrink.maps import approximate_maps, landmarks_of
-from vitshrink.models import load_dense
-from vitshrink.pipeline import CompressionResult, compress
-from vitshrink.quantization import quantized
-from vitshrink.resolution import set_resolution
-from vitshrink.structures import describe, read
-from vitshrink.structures.landmarks import Landmarks, pseudo_inverse
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.jobs.export import export
+from vitshrink.models import cost
+from vitshrink.models.loading import load_dense
+from vitshrink.models.maps import approximate_maps, landmarks_of
+from vitshrink.models.resolution import set_resolution
+from vitshrink.models.structures import describe, read
+from vitshrink.models.structures.landmarks import Landmarks, pseudo_inverse
 
 Compressed = Callable[..., CompressionResult]
 each_model = pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassificationWithTeacher"])

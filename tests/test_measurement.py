@@ -14,12 +14,14 @@ from test_processes import run_together
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from vitshrink.config import DataConfig
+from vitshrink.config.options import DataConfig
 from vitshrink.data import Preprocessor, SampleSet
+from vitshrink.data.opening import hold_out, open_data, read_calibration
 from vitshrink.errors import DataError, UsageError
-from vitshrink.measurement import Measurement, hold_out, measure, measure_each, open_data, read_calibration
-from vitshrink.models import LoadedModel, load_dense, task_of
-from vitshrink.observer import Job, Silent
+from vitshrink.evaluation.measurement import Measurement, measure, measure_each
+from vitshrink.models.families import task_of
+from vitshrink.models.loading import LoadedModel, load_dense
+from vitshrink.runtime.observer import Job, Silent
 
 Checkpoint = Callable[[str], Path]
 
@@ -314,12 +316,14 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
-from vitshrink import processes
-from vitshrink.config import DataConfig
+from vitshrink.runtime import processes
+from vitshrink.config.options import DataConfig
 from vitshrink.data import Preprocessor
-from vitshrink.measurement import measure, open_data
-from vitshrink.models import load_dense, task_of
-from vitshrink.observer import Job, Silent
+from vitshrink.evaluation.measurement import measure
+from vitshrink.data.opening import open_data
+from vitshrink.models.loading import load_dense
+from vitshrink.models.families import task_of
+from vitshrink.runtime.observer import Job, Silent
 processes.join("cpu")
 loaded, own = load_dense(Path(sys.argv[1])), Job(Silent())
 found = measure(

@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError, UsageError
-from vitshrink.methods import (
-    Factorisation,
-    Needs,
-    attention_methods,
-    available_methods,
-    find_method,
-    get_method,
-)
-from vitshrink.stats import LinearStats
+from vitshrink.methods import Factorisation, attention_methods, available_methods, find_method, get_method
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 SHAPES = [(12, 12), (8, 20), (20, 8)]
 every_method = pytest.mark.parametrize("name", available_methods())

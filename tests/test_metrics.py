@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitshrink import fidelity, metrics
-from vitshrink.fidelity import SOFTMAX, measured
+from vitshrink.evaluation import metrics
+from vitshrink.models import fidelity
+from vitshrink.models.fidelity import SOFTMAX, measured
+from vitshrink.models.sentences import masked_mean
 
 scipy_stats = pytest.importorskip("scipy.stats")
 
@@ -45,8 +47,8 @@ def test_kl_in_pieces_is_the_kl_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_masked_mean_sees_real_tokens_only() -> None:
     features = torch.tensor([[[1.0], [3.0], [99.0]]])
-    assert metrics.masked_mean(features, torch.tensor([[True, True, False]])).item() == 2
-    assert metrics.masked_mean(features[:, :2], None).item() == 2
+    assert masked_mean(features, torch.tensor([[True, True, False]])).item() == 2
+    assert masked_mean(features[:, :2], None).item() == 2
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=30))

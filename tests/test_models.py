@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitshrink import checkpoint as checkpoints
-from vitshrink import models
 from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.models import checkpoint as checkpoints
+from vitshrink.models import loading as models
+from vitshrink.models.families import family_of, task_of
+from vitshrink.models.targets import blocks_of, find_targets
 
 each_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 TASKS = {
@@ -51,8 +53,8 @@ def logits(model: nn.Module, name: str) -> torch.Tensor:
 @each_architecture
 def test_targets_are_the_linear_layers_of_the_blocks(name: str) -> None:
     model = tiny.build(name)
-    targets = models.find_targets(model)
-    blocks = models.blocks_of(model)
+    targets = find_targets(model)
+    blocks = blocks_of(model)
     linear = {id(module) for module in blocks.modules() if isinstance(module, nn.Linear)}
     assert {id(model.get_submodule(target.name)) for target in targets} == linear
     for target in targets:
@@ -61,15 +63,15 @@ def test_targets_are_the_linear_layers_of_the_blocks(name: str) -> None:
         assert id(module) in {id(inner) for inner in blocks[target.block].modules()}
     assert [target.role for target in targets[:6]] == ["query", "key", "value", "output", "fc1", "fc2"]
     assert [target.block for target in targets] == [0] * 6 + [1] * 6
-    assert models.task_of(model) == TASKS.get(name, "features")
-    assert models.family_of(model).modality == ("text" if name in tiny.TEXT_MODELS else "image")
+    assert task_of(model) == TASKS.get(name, "features")
+    assert family_of(model).modality == ("text" if name in tiny.TEXT_MODELS else "image")
 
 
 @each_architecture
 def test_layers_of_one_input_group_read_the_same_tensor(name: str) -> None:
     model = tiny.build(name)
     read: dict[str, list[torch.Tensor]] = {}
-    for target in models.find_targets(model):
+    for target in find_targets(model):
         model.get_submodule(target.name).register_forward_pre_hook(
             lambda _, inputs, group=target.input_group: read.setdefault(group, []).append(inputs[0].clone())
         )
@@ -87,7 +89,7 @@ def test_layers_and_expressions_select_targets() -> None:
     model = tiny.build("ViTForImageClassification")
 
     def names(**options: Any) -> set[str]:
-        return {target.name for target in models.find_targets(model, **options)}
+        return {target.name for target in find_targets(model, **options)}
 
     assert names(layers="attention") | names(layers="mlp") == names()
     assert names(layers="mlp") == {f"vit.layers.{block}.mlp.{fc}" for block in (0, 1) for fc in ("fc1", "fc2")}
@@ -110,17 +112,17 @@ def test_layers_and_expressions_select_targets() -> None:
 )
 def test_expressions_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        models.find_targets(tiny.build("ViTModel"), **options)
+        find_targets(tiny.build("ViTModel"), **options)
 
 
 def test_compressed_layers_are_no_targets() -> None:
     model = tiny.build("BertModel")
-    targets = models.find_targets(model)
+    targets = find_targets(model)
     checkpoints.replace_layers(model, {targets[0].name: tiny.low_rank(model.get_submodule(targets[0].name), 4)})
-    assert models.find_targets(model) == targets[1:]
+    assert find_targets(model) == targets[1:]
     checkpoints.replace_layers(model, {t.name: tiny.low_rank(model.get_submodule(t.name), 4) for t in targets[1:]})
     with pytest.raises(UsageError, match="already compressed"):
-        models.find_targets(model)
+        find_targets(model)
 
 
 @each_architecture
@@ -373,4 +375,4 @@ def test_real_checkpoints_load(name: str, dtype: torch.dtype, count: int, real_f
     loaded = models.load_dense(real_folder / name)
     assert loaded.source_dtype == dtype
     assert loaded.ignored == ()
-    assert len(models.find_targets(loaded.model)) == count
+    assert len(find_targets(loaded.model)) == count

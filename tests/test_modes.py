@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import vitshrink
-from vitshrink import cost
-from vitshrink.calibration import collect
-from vitshrink.config import CompressConfig, FinetuneConfig
-from vitshrink.curvature import collect_curvature
+from vitshrink.compression.sequential import compensate_residuals
+from vitshrink.config.options import CompressConfig, FinetuneConfig
 from vitshrink.data import Preprocessor, open_samples
-from vitshrink.effects import Components, component_effects, shortfall
 from vitshrink.evaluation import evaluate
-from vitshrink.inspection.activations import sample_activations
-from vitshrink.methods import Needs
-from vitshrink.models import blocks_of, find_targets
-from vitshrink.observer import Job, Silent
-from vitshrink.pipeline import compress
+from vitshrink.jobs.compress import compress
+from vitshrink.jobs.inspection.activations import sample_activations
+from vitshrink.models import checkpoint, cost
+from vitshrink.models.targets import blocks_of, find_targets
 from vitshrink.recovery import Material, recover
 from vitshrink.recovery.augmentation import Augmentation
 from vitshrink.recovery.samples import TrainingBatch
-from vitshrink.reference import DenseOutputs
 from vitshrink.report import figures
-from vitshrink.seeds import generator_of
-from vitshrink.sequential import compensate_residuals
+from vitshrink.runtime.observer import Job, Silent
+from vitshrink.runtime.seeds import generator_of
+from vitshrink.statistics.calibration import collect
+from vitshrink.statistics.curvature import collect_curvature
+from vitshrink.statistics.effects import Components, component_effects, shortfall
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.reference import DenseOutputs
 
 CLASSIFIER = "BertForSequenceClassification"
 """Its dropout is 10 %, as usual for BERT."""
@@ -77,7 +77,7 @@ def state(model: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
 def truncated(dense: PreTrainedModel, rank: int = 8) -> PreTrainedModel:
     model = copy.deepcopy(dense)
     layers = {target.name: tiny.low_rank(model.get_submodule(target.name), rank) for target in find_targets(model)}
-    vitshrink.checkpoint.replace_layers(model, layers)
+    checkpoint.replace_layers(model, layers)
     return model
 
 

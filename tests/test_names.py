@@ -17,11 +17,11 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig
-from vitshrink.names import quoted, shown, shown_text
+from vitshrink.config.names import quoted, shown, shown_text
+from vitshrink.config.options import CompressConfig
+from vitshrink.jobs.sweep.junit import junit_xml
+from vitshrink.jobs.sweep.outcome import Status
 from vitshrink.report import figures
-from vitshrink.sweep.junit import junit_xml
-from vitshrink.sweep.outcome import Status
 
 LATIN = "caf\udce9"
 """``caf\\xe9`` in Latin-1, as Python reads it from a disk."""

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import vitshrink
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig
-from vitshrink.structures import registry
+from vitshrink.config.options import CompressConfig
+from vitshrink.models.structures import registry
 
 FOLDER = Path(__file__).parent / "fixtures" / "compressed"
 DIRECTORIES = sorted(path.parent for path in FOLDER.glob("*/checkpoint"))

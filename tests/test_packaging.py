@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from vitshrink.config import CompressConfig, FinetuneConfig
-from vitshrink.pipeline import compress
+from vitshrink.config.options import CompressConfig, FinetuneConfig
+from vitshrink.jobs.compress import compress
 
 ROOT = Path(__file__).resolve().parents[1]
 

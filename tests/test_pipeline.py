@@ -23,16 +23,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import vitshrink
-from vitshrink import cost, pipeline
-from vitshrink.allocation import ALLOCATIONS
-from vitshrink.assessment import evaluate_checkpoint
-from vitshrink.checkpoint import compressed_layers, file_bytes
-from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.compression.allocation import ALLOCATIONS
+from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import open_samples
 from vitshrink.errors import CheckpointError, DataError, NumericsError, OutputError, TargetError, UsageError
+from vitshrink.jobs import compress as pipeline
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.methods import Factorisation, available_methods, get_method, registry
-from vitshrink.models import find_targets
-from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import compressed_layers, file_bytes
+from vitshrink.models.targets import find_targets
 from vitshrink.report import figures
 
 Compressed = Callable[..., CompressionResult]
@@ -127,7 +128,7 @@ def test_a_compressed_model_is_what_its_report_says(
 
 
 def _example(name: str) -> dict[str, Tensor]:
-    from vitshrink.description import example_inputs
+    from vitshrink.models.example import example_inputs
 
     return example_inputs(tiny.build(name))
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from vitshrink import processes
 from vitshrink.errors import VitshrinkError
+from vitshrink.runtime import processes
 
 PROGRAM = """
 import json, sys, torch
-from vitshrink import processes
+from vitshrink.runtime import processes
 processes.join("cpu")
 processes.wait()
 found = {

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import vitshrink
-from vitshrink import publication
 from vitshrink.errors import OutputError
-from vitshrink.publication import check_space, publish
+from vitshrink.models import publication
+from vitshrink.models.publication import check_space, publish
 
 OURS = '{"quantization_config": {"quant_method": "vitshrink"}}'
 
@@ -210,7 +210,7 @@ def python(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def start(program: str, target: Path, **options: object) -> subprocess.Popen[str]:
         prelude = (
             "import os, resource, sys, time\nfrom pathlib import Path\n"
-            "from vitshrink.publication import publish\nfrom vitshrink.errors import OutputError\n"
+            "from vitshrink.models.publication import publish\nfrom vitshrink.errors import OutputError\n"
         )
         process: subprocess.Popen[str] = subprocess.Popen(
             [sys.executable, "-c", prelude + textwrap.dedent(program), str(target)],
@@ -358,7 +358,7 @@ def test_a_full_disk_leaves_nothing(
     python: Callable[..., subprocess.Popen[str]], vit_directory: Path, old: Path
 ) -> None:
     program = f"""
-        from vitshrink import checkpoint, models
+        from vitshrink.models import checkpoint, loading as models
         loaded = models.load_dense({str(vit_directory)!r})
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         for overwrite, target in ((True, Path(sys.argv[1])), (False, Path(sys.argv[1] + "-2"))):

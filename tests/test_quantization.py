@@ -19,22 +19,21 @@ from torch import nn
 from typer.testing import CliRunner
 
 import vitshrink
-from vitshrink import cost
-from vitshrink.allocation import Curve
-from vitshrink.checkpoint import replace_layers
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig, DataConfig, parse_quantity, quantized_bits
+from vitshrink.compression.allocation import Curve
+from vitshrink.compression.quantization import Quantization, quantized
+from vitshrink.config.options import CompressConfig, DataConfig, parse_quantity, quantized_bits
 from vitshrink.errors import CheckpointError, DataError, GateError, OutputError, TargetError, UsageError
-from vitshrink.exporting import export
-from vitshrink.lowrank import LowRankLinear
-from vitshrink.models import find_targets, load_dense
-from vitshrink.pipeline import CompressionResult, compress
-from vitshrink.quantization import Quantization, quantized
-from vitshrink.quantizing import quantize_checkpoint
-from vitshrink.ranks import Storage
-from vitshrink.report import figures
-from vitshrink.structures import quantized as quantized_module
-from vitshrink.structures.quantized import (
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.jobs.export import export
+from vitshrink.jobs.quantize import quantize_checkpoint
+from vitshrink.methods.ranks import Storage
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.loading import load_dense
+from vitshrink.models.structures import quantized as quantized_module
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.structures.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedSpec,
@@ -43,6 +42,8 @@ from vitshrink.structures.quantized import (
     quantize,
     refitted,
 )
+from vitshrink.models.targets import find_targets
+from vitshrink.report import figures
 
 Compressed = Callable[..., CompressionResult]
 

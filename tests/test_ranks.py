@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitshrink.ranks import break_even_rank, dense_cost, largest_rank, rank_cost
+from vitshrink.methods.ranks import break_even_rank, dense_cost, largest_rank, rank_cost
 
 sizes = st.integers(1, 300)
 storages = st.sampled_from(["factors", "gauge"])

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 import vitshrink
-from vitshrink import cost
-from vitshrink.config import CompressConfig
-from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.config.options import CompressConfig
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.models import cost
 
 pytestmark = pytest.mark.real
 

@@ -11,19 +11,19 @@ import tiny
 import torch
 from transformers import PreTrainedModel
 
-from vitshrink.checkpoint import compressed_layers, replace_layers
-from vitshrink.config import FinetuneConfig
+from vitshrink.config.options import FinetuneConfig
 from vitshrink.data import Preprocessor, SampleSet, open_samples
 from vitshrink.errors import DataError, NumericsError, UsageError
-from vitshrink.models import blocks_of, find_targets
-from vitshrink.observer import Job, Observer, Silent
+from vitshrink.models.checkpoint import compressed_layers, replace_layers
+from vitshrink.models.pivoting import fix_gauge
+from vitshrink.models.targets import blocks_of, find_targets
 from vitshrink.recovery import Material, Recovery, recover
 from vitshrink.recovery.factors import pack, unpack
 from vitshrink.recovery.optimizer import optimizer_of
 from vitshrink.recovery.progress import MOST_RETREATS, Progress
 from vitshrink.recovery.recover import FEATURES, MOST_FEATURES, _features_from
 from vitshrink.recovery.training import Loop
-from vitshrink.storage import fix_gauge
+from vitshrink.runtime.observer import Job, Observer, Silent
 
 
 class Listening(Silent):

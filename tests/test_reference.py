@@ -8,7 +8,7 @@ import tiny
 import torch
 from test_curvature import batch_of
 
-from vitshrink.reference import DenseOutputs
+from vitshrink.statistics.reference import DenseOutputs
 
 NAME = "ViTForImageClassification"
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from vitshrink import compression as module
-from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.compression import layers as module
+from vitshrink.compression.shrinking import Choices, Shrinking
+from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import Preprocessor
-from vitshrink.effects import shortfall
-from vitshrink.measurement import open_data, read_calibration
-from vitshrink.models import load_dense
-from vitshrink.observer import Job, Silent
-from vitshrink.reference import DenseOutputs
-from vitshrink.shrinking import Choices, Shrinking
+from vitshrink.data.opening import open_data, read_calibration
+from vitshrink.models.loading import load_dense
+from vitshrink.runtime.observer import Job, Silent
+from vitshrink.statistics.effects import shortfall
+from vitshrink.statistics.reference import DenseOutputs
 
 
 @pytest.mark.parametrize("keep", [0.6, 0.9])

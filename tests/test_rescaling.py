@@ -11,14 +11,14 @@ from test_curvature import CLASSIFIER, Batch, batch_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink import rescaling
-from vitshrink.calibration import collect
-from vitshrink.checkpoint import replace_layers
-from vitshrink.effects import Effects
-from vitshrink.methods import Needs
-from vitshrink.models import find_targets
-from vitshrink.reference import DenseOutputs
-from vitshrink.rescaling import Repair, rescale_components
+from vitshrink.compression import rescaling
+from vitshrink.compression.rescaling import Repair, rescale_components
+from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.targets import find_targets
+from vitshrink.statistics.calibration import collect
+from vitshrink.statistics.effects import Effects
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.reference import DenseOutputs
 
 
 @pytest.mark.parametrize("name", [CLASSIFIER, "BertForSequenceClassification", "BertForMaskedLM", "BertModel"])

@@ -11,12 +11,12 @@ import tiny
 import torch
 from killing import attribute, compress_until, compress_with_little_room
 
-from vitshrink import checksums
-from vitshrink.config import CompressConfig
+from vitshrink.config.options import CompressConfig
 from vitshrink.errors import GateError
-from vitshrink.observer import Observer, Silent
-from vitshrink.pipeline import CompressionResult, compress
-from vitshrink.progress import Progress, state_directory
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.runtime import checksums
+from vitshrink.runtime.observer import Observer, Silent
+from vitshrink.runtime.state import Progress, state_directory
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def weights(directory: Path) -> dict[str, bytes]:
 
 Counted = dict[str, int]
 
-BATCH = ("vitshrink.curvature", "CurvatureCollector.run")
+BATCH = ("vitshrink.statistics.curvature", "CurvatureCollector.run")
 LAYER = ("vitshrink.methods", "Factorisation.check_finite")
 
 
@@ -92,13 +92,13 @@ ALL = {"batches": 4 * 5, "layers": 12 * 5}  # of the dense model, and in two rou
 MOMENTS = {
     "while calibrating": (*BATCH, 3, {"batches": ALL["batches"] - 3}),
     "while factorising": (*LAYER, 7, {"batches": ALL["batches"] - 4, "layers": ALL["layers"] - 7}),
-    "while measuring": ("vitshrink.compression", "shared_effects", 0, {"batches": 16, "layers": 48}),
+    "while measuring": ("vitshrink.compression.layers", "shared_effects", 0, {"batches": 16, "layers": 48}),
     "in the first round": (*BATCH, 4 + 2, {"batches": 20 - 6, "layers": 48}),
     "in the second round": (*LAYER, 12 + 12 + 5, {"batches": 8, "layers": 60 - 29}),
-    "while repairing": ("vitshrink.compression", "rescale_components", 0, {"batches": 8, "layers": 24}),
+    "while repairing": ("vitshrink.compression.layers", "rescale_components", 0, {"batches": 8, "layers": 24}),
     "in the second size": (*LAYER, 12 + 24 + 12 + 1, {"batches": 0, "layers": 11}),
-    "while evaluating": ("vitshrink.pipeline", "measure_each", 0, {"batches": 0, "layers": 0}),
-    "while writing the report": ("vitshrink.pipeline", "write", 1, {"batches": 0, "layers": 0}),
+    "while evaluating": ("vitshrink.jobs.compress", "measure_each", 0, {"batches": 0, "layers": 0}),
+    "while writing the report": ("vitshrink.jobs.compress", "write", 1, {"batches": 0, "layers": 0}),
 }
 
 
@@ -152,7 +152,7 @@ def test_training_goes_on_after_a_kill_and_is_not_lost_with_one_in_the_evaluatio
         return original(self, *arguments, **keywords)
 
     compress_until(entries, "vitshrink.recovery.training", "Loop._step", 5)  # two steps an epoch
-    compress_until(entries, "vitshrink.pipeline", "save", 0)
+    compress_until(entries, "vitshrink.jobs.compress", "save", 0)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     compress(CompressConfig.from_mapping(entries))
     assert weights(tmp_path / "out") == wanted
@@ -311,7 +311,7 @@ def test_training_keeps_its_state_where_it_is_told_to(entries: dict[str, Any], t
     """With ``checkpoints`` of one's own, which are cleared once the model is there."""
     entries |= {"keep": [0.6], "samples": 24, "holdout": 0, "refine": 0}
     entries["finetune"] = {"epochs": 2, "batch_size": 8, "checkpoints": str(tmp_path / "mine")}
-    compress_until(entries, "vitshrink.pipeline", "save", 0)
+    compress_until(entries, "vitshrink.jobs.compress", "save", 0)
     assert (tmp_path / "mine" / "state" / "job.json").exists()
     results: list[CompressionResult] = compress(CompressConfig.from_mapping(entries))
     assert any("training goes on" in warning for warning in results[0].report.warnings)

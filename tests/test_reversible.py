@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from vitshrink.models import blocks_of
+from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.reversible import Plan, _packed, _Reversible, _unpacked, bidirectional, integrate
 
 DEPTH = 12

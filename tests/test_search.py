@@ -10,13 +10,13 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from vitshrink import search
-from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli.app import app
-from vitshrink.compression import Compression
-from vitshrink.config import CompressConfig, DataConfig, read_recipe
+from vitshrink.compression import search
+from vitshrink.compression.layers import Compression
+from vitshrink.config.options import CompressConfig, DataConfig, read_recipe
 from vitshrink.errors import DataError, GateError, UsageError
-from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.report import figures
 
 CLASSIFIER = "ViTForImageClassification"

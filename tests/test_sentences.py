@@ -13,13 +13,13 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from vitshrink.assessment import Assessment, evaluate_checkpoint
 from vitshrink.cli.app import app
-from vitshrink.config import DataConfig
+from vitshrink.config.options import DataConfig
 from vitshrink.data import Preprocessor, samples_in_memory
 from vitshrink.data.columns import Columns
 from vitshrink.errors import CheckpointError
-from vitshrink.models import load_dense
+from vitshrink.jobs.evaluate import Assessment, evaluate_checkpoint
+from vitshrink.models.loading import load_dense
 from vitshrink.report import Report
 
 TEXTS = ["This film is good", "not so good and that is that", "bad", "a good film it was, and the good of it is so so"]

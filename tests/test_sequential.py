@@ -10,14 +10,15 @@ from test_calibration import Batch, batch_of, hooks, padded, rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.calibration import collect
-from vitshrink.checkpoint import replace_layers
+from vitshrink.compression.sequential import compensate_residuals, refit, stages
 from vitshrink.errors import NumericsError
-from vitshrink.lowrank import LowRankLinear
-from vitshrink.methods import Needs
-from vitshrink.models import Target, blocks_of, find_targets
-from vitshrink.sequential import compensate_residuals, hidden_batches, refit, stages
-from vitshrink.stats import LinearStats
+from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.targets import Target, blocks_of, find_targets
+from vitshrink.statistics.calibration import collect
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
+from vitshrink.statistics.walk import hidden_batches
 
 ENCODERS = ("ViTModel", "DeiTModel", "BertModel")
 

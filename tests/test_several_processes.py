@@ -16,20 +16,20 @@ import torch
 from safetensors.torch import load_file
 from test_processes import run_together, start_together
 
-from vitshrink import checksums
-from vitshrink.checkpoint import load, save
-from vitshrink.compression import Compression, Factors
-from vitshrink.config import CompressConfig
-from vitshrink.observer import Job
-from vitshrink.pipeline import compress
+from vitshrink.compression.layers import Compression, Factors
+from vitshrink.config.options import CompressConfig
+from vitshrink.jobs.compress import compress
+from vitshrink.models.checkpoint import load, save
+from vitshrink.runtime import checksums
+from vitshrink.runtime.observer import Job
 
 PROGRAM = """
 import json, sys, torch
-from vitshrink import processes
-from vitshrink.compression import Compression
-from vitshrink.config import CompressConfig
+from vitshrink.runtime import processes
+from vitshrink.compression.layers import Compression
+from vitshrink.config.options import CompressConfig
 from vitshrink.errors import VitshrinkError
-from vitshrink.pipeline import compress
+from vitshrink.jobs.compress import compress
 from vitshrink.report import figures
 figures.available = lambda: False
 torch.set_num_threads(1)
@@ -133,11 +133,11 @@ def test_the_result_is_that_of_one_process(
 
 TRAINING = """
 import json, os, sys, torch
-from vitshrink import processes
-from vitshrink.config import CompressConfig, FinetuneJob
+from vitshrink.runtime import processes
+from vitshrink.config.options import CompressConfig, FinetuneJob
 from vitshrink.errors import VitshrinkError
-from vitshrink.finetuning import finetune_checkpoint
-from vitshrink.pipeline import compress
+from vitshrink.jobs.finetune import finetune_checkpoint
+from vitshrink.jobs.compress import compress
 from vitshrink.report import figures
 figures.available = lambda: False
 torch.set_num_threads(1)

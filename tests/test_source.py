@@ -17,8 +17,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitshrink import models, source
 from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.models import loading as models
+from vitshrink.models import source
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -468,7 +469,7 @@ def test_the_hub_answers(directory: Path, tmp_path: Path) -> None:
         os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-        from vitshrink import models, source
+        from vitshrink.models import loading as models, source
         from vitshrink.errors import CheckpointError
 
         def attempt(name, **options):

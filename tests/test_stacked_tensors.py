@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import vitshrink
-from vitshrink import cost
-from vitshrink.attentions import attentions_of
-from vitshrink.config import FinetuneConfig
+from vitshrink.compression.attentions import attentions_of
+from vitshrink.config.options import FinetuneConfig
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.errors import CheckpointError, OutputError
-from vitshrink.exporting import export
-from vitshrink.models import blocks_of, find_targets
-from vitshrink.observer import Job, Silent
-from vitshrink.pipeline import CompressionResult
+from vitshrink.jobs.compress import CompressionResult
+from vitshrink.jobs.export import export
+from vitshrink.models import cost
+from vitshrink.models.structures import describe, read
+from vitshrink.models.structures.following import Following, FollowingAttention, borrowed_parameters
+from vitshrink.models.structures.tensor import TensorAttention, TensorProjection
+from vitshrink.models.targets import blocks_of, find_targets
 from vitshrink.recovery import Material, recover
 from vitshrink.recovery.reversible import bidirectional
-from vitshrink.structures import describe, read
-from vitshrink.structures.following import Following, FollowingAttention, borrowed_parameters
-from vitshrink.structures.tensor import TensorAttention, TensorProjection
+from vitshrink.runtime.observer import Job, Silent
 
 Compressed = Callable[..., CompressionResult]
 CLASSIFIER = "ViTForImageClassification"

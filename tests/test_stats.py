@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import vitshrink
-from vitshrink import stats
-from vitshrink.stats import LinearStats, Moments, gram_of, roots, square_roots
+from vitshrink.statistics import stats
+from vitshrink.statistics.algebra import roots, square_roots
+from vitshrink.statistics.stats import LinearStats, Moments, gram_of
 
 
 @pytest.mark.parametrize("columns", [1, 127, 128, 300])

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from vitshrink.checkpoint import compressed_layers
-from vitshrink.lowrank import LowRankLinear
-from vitshrink.models import find_targets
-from vitshrink.ranks import rank_cost
-from vitshrink.storage import fix_gauge
+from vitshrink.methods.ranks import rank_cost
+from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.pivoting import fix_gauge
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.targets import find_targets
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -13,18 +13,18 @@ from test_attention_methods import at_rank
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.checkpoint import replace_layers
+from vitshrink.compression.quantization import quantized
 from vitshrink.errors import CheckpointError
-from vitshrink.lowrank import LayerSpec
-from vitshrink.maps import approximate_maps, landmarks_of
 from vitshrink.methods import attention_methods, find_method
-from vitshrink.models import find_targets
-from vitshrink.quantization import quantized
-from vitshrink.resolution import mix_tokens
-from vitshrink.storage import fix_gauge
-from vitshrink.structures import describe, read, structure, structure_of
-from vitshrink.structures.landmarks import FORMS
-from vitshrink.structures.tokens import MixedTokens
+from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.maps import approximate_maps, landmarks_of
+from vitshrink.models.pivoting import fix_gauge
+from vitshrink.models.resolution import mix_tokens
+from vitshrink.models.structures import describe, read, structure, structure_of
+from vitshrink.models.structures.landmarks import FORMS
+from vitshrink.models.structures.low_rank import LayerSpec
+from vitshrink.models.structures.tokens import MixedTokens
+from vitshrink.models.targets import find_targets
 
 
 def test_an_entry_without_a_structure_is_a_low_rank_layer() -> None:

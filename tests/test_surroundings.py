@@ -14,10 +14,10 @@ from typing import Any, TextIO
 
 import pytest
 
-from vitshrink.checksums import broken_files
 from vitshrink.cli import main
-from vitshrink.pipeline import CompressionResult
+from vitshrink.jobs.compress import CompressionResult
 from vitshrink.report import figures
+from vitshrink.runtime.checksums import broken_files
 
 Compressed = Callable[..., CompressionResult]
 Command = Callable[[Path], tuple[str | Path, ...]]

@@ -19,12 +19,12 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from vitshrink.checksums import broken_files
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig
-from vitshrink.pipeline import compress
-from vitshrink.sweep import fingerprints
-from vitshrink.sweep.results import FILES
+from vitshrink.config.options import CompressConfig
+from vitshrink.jobs.compress import compress
+from vitshrink.jobs.sweep import fingerprints
+from vitshrink.jobs.sweep.results import FILES
+from vitshrink.runtime.checksums import broken_files
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vitshrink.config import SIZES, CompressConfig
+from vitshrink.config.options import SIZES, CompressConfig
 from vitshrink.errors import UsageError
+from vitshrink.jobs.sweep import SweepPlan, fingerprints, read_sweep
+from vitshrink.jobs.sweep.fingerprint import is_same
+from vitshrink.jobs.sweep.plan import OWN
 from vitshrink.methods import attention_methods, available_methods
-from vitshrink.sweep import SweepPlan, fingerprints, read_sweep
-from vitshrink.sweep.fingerprint import is_same
-from vitshrink.sweep.plan import OWN
 
 DATA = {"calibration": "images"}
 
@@ -244,7 +244,7 @@ def test_what_lies_on_the_hub_counts_with_its_commit_where_that_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commits: dict[str, str | None] = {"some/vit": "1a2b", "some/images": None}
-    monkeypatch.setattr("vitshrink.sweep.fingerprint.revision", lambda name, _kind, **_options: commits[name])
+    monkeypatch.setattr("vitshrink.jobs.sweep.fingerprint.revision", lambda name, _kind, **_options: commits[name])
     job = {"model": "some/vit", "keep": 0.5, "calibration": "some/images:train"}
     unknown = fingerprint_of(tmp_path, **job)
     commits["some/images"] = "3c4d"

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from vitshrink import checksums
 from vitshrink.errors import OutputError
-from vitshrink.sweep import JobPlan, Outcome, Status, exit_code, read_sweep, run_sweep, runner, write_results
+from vitshrink.jobs.sweep import JobPlan, Outcome, Status, exit_code, read_sweep, run_sweep, runner, write_results
+from vitshrink.runtime import checksums
 
 SCRIPT = """
 job=$1; ready=$2; directory=$(dirname "$job"); name=$(basename "$directory")
@@ -252,7 +252,7 @@ def killed_sweep(tmp_path: Path, script: Path, ready: Path) -> Callable[[str], N
         program = f"""
 import sys, yaml
 from pathlib import Path
-from vitshrink.sweep import read_sweep, run_sweep, runner
+from vitshrink.jobs.sweep import read_sweep, run_sweep, runner
 runner.command = lambda recipe: ["sh", {str(script)!r}, str(recipe), {str(ready)!r}]
 class Quiet:
     def changed(self, *_): pass

@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import vitshrink
-from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli.app import app
-from vitshrink.config import CompressConfig, DataConfig
+from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import Preprocessor
 from vitshrink.errors import CheckpointError, UsageError
-from vitshrink.pipeline import CompressionResult, compress
-from vitshrink.resolution import mix_tokens, set_resolution
-from vitshrink.structures import describe, read
-from vitshrink.structures.tokens import MixedTokens, choose_leaves
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.jobs.evaluate import evaluate_checkpoint
+from vitshrink.models.resolution import mix_tokens, set_resolution
+from vitshrink.models.structures import describe, read
+from vitshrink.models.structures.tokens import MixedTokens, choose_leaves
 
 Compressed = Callable[..., CompressionResult]
 each_model = pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassificationWithTeacher"])

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vitshrink import checksums
 from vitshrink.cli.app import app
-from vitshrink.pipeline import CompressionResult
+from vitshrink.jobs.compress import CompressionResult
+from vitshrink.runtime import checksums
 
 Tensors = dict[str, torch.Tensor]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from vitshrink.lowrank import LowRankLinear
+from vitshrink.models.structures.low_rank import LowRankLinear
 
 IMAGE_SIZE = 32
 IMAGE_CLASSES = ("bird", "cat", "dog", "fish")

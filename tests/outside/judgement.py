@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitshrink.checksums import broken_files
+from vitshrink.runtime.checksums import broken_files
 
 from .case import Case
 from .checkpoint import Checkpoint

@@ -256,13 +256,13 @@ def preload() -> Any:
     import transformers
     import typer.rich_utils
 
-    import vitshrink.assessment
-    import vitshrink.exporting
-    import vitshrink.finetuning
-    import vitshrink.inspection
-    import vitshrink.quantizing
-    import vitshrink.sweep
-    import vitshrink.verification
+    import vitshrink.jobs.evaluate
+    import vitshrink.jobs.export
+    import vitshrink.jobs.finetune
+    import vitshrink.jobs.inspection
+    import vitshrink.jobs.quantize
+    import vitshrink.jobs.sweep
+    import vitshrink.jobs.verify
 
     PIL.Image.init()
     with new_directory() as root:

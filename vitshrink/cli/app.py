@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vitshrink import __version__
+from vitshrink._version import __version__
 from vitshrink.cli import console, streams
 from vitshrink.cli.compress import compress_command
 from vitshrink.cli.demo import demo_command

@@ -6,15 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vitshrink import processes
 from vitshrink.cli import console
 from vitshrink.cli.tables import plan_table, results_table
-from vitshrink.config import SIZES, CompressConfig, parse_option, read_recipe, renamed
+from vitshrink.config.options import SIZES, CompressConfig, parse_option, read_recipe, renamed
 from vitshrink.data import recipe_defaults
 from vitshrink.errors import UsageError
-from vitshrink.hub import push, require_hub
-from vitshrink.pipeline import CompressionResult, compress
+from vitshrink.jobs.compress import CompressionResult, compress
+from vitshrink.models.hub import push, require_hub
 from vitshrink.report import append_rows, check_appendable, report_row
+from vitshrink.runtime import processes
 
 SIZE, DATA, LAYERS, TOKENS = "Size", "Data", "Layers and method", "Images and tokens"
 RECOVERY, RUN = "Recovery", "Run"

@@ -20,9 +20,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from vitshrink.cli.tables import Table
+from vitshrink.config.names import shown, shown_data, shown_text
 from vitshrink.errors import VitshrinkError, explanation
-from vitshrink.names import shown, shown_data, shown_text
-from vitshrink.processes import OtherProcessError
+from vitshrink.runtime.processes import OtherProcessError
 
 INTERRUPTED = 130
 TERMINATED = 143

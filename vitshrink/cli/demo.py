@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vitshrink.cli import console
-from vitshrink.demo import run_demo
+from vitshrink.jobs.demo import run_demo
 
 
 @console.reported

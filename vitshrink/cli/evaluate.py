@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from vitshrink import processes
-from vitshrink.assessment import evaluate_checkpoint
 from vitshrink.cli import console
 from vitshrink.cli.tables import evaluation_table
-from vitshrink.config import DataConfig, Preprocessing, check_approximations, parse_quantity
-from vitshrink.gates import Gates
+from vitshrink.config.options import DataConfig, Preprocessing, check_approximations, parse_quantity
+from vitshrink.evaluation.gates import Gates
+from vitshrink.jobs.evaluate import evaluate_checkpoint
+from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.report import append_rows, check_appendable
-from vitshrink.structures.tokens import MixedTokens
+from vitshrink.runtime import processes
 
 
 @console.reported

@@ -6,7 +6,7 @@ import typer
 
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
-from vitshrink.exporting import TOLERANCE, export
+from vitshrink.jobs.export import TOLERANCE, export
 from vitshrink.report import size
 
 

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from vitshrink import processes
 from vitshrink.cli import console
 from vitshrink.cli.tables import results_table
-from vitshrink.config import FinetuneConfig, FinetuneJob, read_recipe
-from vitshrink.finetuning import finetune_checkpoint
+from vitshrink.config.options import FinetuneConfig, FinetuneJob, read_recipe
+from vitshrink.jobs.finetune import finetune_checkpoint
+from vitshrink.runtime import processes
 
 DATA, TRAINING, TECHNIQUES, RUN = "Data", "Training", "Techniques", "Run"
 DEFAULT = FinetuneConfig()

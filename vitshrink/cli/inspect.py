@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from vitshrink.calibration import collect
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
-from vitshrink.config import DataConfig, Layers
-from vitshrink.curvature import collect_curvature
+from vitshrink.config.options import DataConfig, Layers
 from vitshrink.data import Batch, Preprocessor, recipe_defaults
+from vitshrink.data.opening import open_data, read_calibration
 from vitshrink.errors import UsageError
-from vitshrink.inspection import (
+from vitshrink.jobs.inspection import (
     LayerInspection,
     check_available,
     inspect_layers,
@@ -22,14 +21,16 @@ from vitshrink.inspection import (
     sample_activations,
     write_figures,
 )
-from vitshrink.measurement import open_data, read_calibration
-from vitshrink.methods import Needs
-from vitshrink.models import find_targets, load_dense
-from vitshrink.observer import Job
-from vitshrink.pipeline import find_device
-from vitshrink.publication import check_writable
+from vitshrink.models.loading import load_dense
+from vitshrink.models.publication import check_writable
+from vitshrink.models.targets import find_targets
 from vitshrink.report.summary import base_name
-from vitshrink.stats import LinearStats
+from vitshrink.runtime.device import find_device
+from vitshrink.runtime.observer import Job
+from vitshrink.statistics.calibration import collect
+from vitshrink.statistics.curvature import collect_curvature
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)
 

@@ -1,8 +1,8 @@
 """``vitshrink methods``: what there is to choose from."""
 
-from vitshrink.allocation import ALLOCATIONS
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
+from vitshrink.compression.allocation import ALLOCATIONS
 from vitshrink.methods import attention_methods, available_methods, find_method, options_of
 
 

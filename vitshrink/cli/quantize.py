@@ -7,8 +7,8 @@ import typer
 
 from vitshrink.cli import console
 from vitshrink.cli.tables import results_table
-from vitshrink.config import DataConfig
-from vitshrink.quantizing import quantize_checkpoint
+from vitshrink.config.options import DataConfig
+from vitshrink.jobs.quantize import quantize_checkpoint
 
 
 @console.reported

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
-from vitshrink.names import shown, shown_text
-from vitshrink.sweep import (
+from vitshrink.config.names import shown, shown_text
+from vitshrink.jobs.sweep import (
     JobPlan,
     Outcome,
     Status,

@@ -9,7 +9,7 @@ import typer
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
 from vitshrink.errors import OutputError
-from vitshrink.verification import verify_directory
+from vitshrink.jobs.verify import verify_directory
 
 
 @console.reported

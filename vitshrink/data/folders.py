@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vitshrink.config.names import shown
 from vitshrink.data.columns import Columns, class_names, typed_labels
 from vitshrink.data.ground_truth import read_ground_truth
 from vitshrink.data.image_metadata import METADATA_NAMES, read_metadata
@@ -15,7 +16,6 @@ from vitshrink.data.recipes import suggestion
 from vitshrink.data.samples import Label, LabelsAre, Sample, SampleSet
 from vitshrink.data.tables import is_table
 from vitshrink.errors import DataError, UsageError
-from vitshrink.names import shown
 
 _SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "dev"), ("test", "testing"))
 _PLAIN_NAMES = frozenset(("image", "images", "img", "imgs", "jpegimages", "photos", "pictures"))

@@ -5,12 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from vitshrink.config.names import shown
 from vitshrink.data.columns import Columns, find_columns
 from vitshrink.data.labels import WORDNET_ID
 from vitshrink.data.tables import Table, is_table, read_table
 from vitshrink.data.text_files import read_text, text_suffix
 from vitshrink.errors import DataError
-from vitshrink.names import shown
 
 _NUMBERED = re.compile(r"_(\d{8})\.\w+")
 """``ILSVRC2012_val_00000017.JPEG`` is line 17 of a list of labels, also where only some of the images are there."""

@@ -18,7 +18,7 @@ from vitshrink.data.hub import open_dataset
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.errors import DataError
-from vitshrink.geometry import image_shape
+from vitshrink.models.geometry import image_shape
 
 INPUTS: Mapping[Kind, tuple[str, ...]] = {
     "image": ("pixel_values",),

@@ -16,8 +16,8 @@ from vitshrink.data.samples import SampleSet
 from vitshrink.data.text_encoder import TextEncoder
 from vitshrink.data.timm_transform import TimmTransform
 from vitshrink.errors import CheckpointError, DataError, UsageError
-from vitshrink.geometry import image_shape
-from vitshrink.sentences import NO_SETTINGS, TextSettings
+from vitshrink.models.geometry import image_shape
+from vitshrink.models.sentences import NO_SETTINGS, TextSettings
 
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")

@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from vitshrink.config.written import read_yaml, truth
 from vitshrink.data.tables import DELIMITERS, Quoting
 from vitshrink.errors import DataError, UsageError
-from vitshrink.written import read_yaml, truth
 
 Kind = Literal["image", "text"]
 

@@ -7,11 +7,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vitshrink import metrics
 from vitshrink.errors import DataError, NumericsError
+from vitshrink.evaluation import metrics
 from vitshrink.evaluation.masking import Masking
-from vitshrink.fidelity import BERNOULLI, FEATURES, REGRESSION, SOFTMAX, classification_head, feature_rows, measured
-from vitshrink.sentences import Embedding
+from vitshrink.models.fidelity import (
+    BERNOULLI,
+    FEATURES,
+    REGRESSION,
+    SOFTMAX,
+    classification_head,
+    feature_rows,
+    measured,
+)
+from vitshrink.models.sentences import Embedding, masked_mean
 
 
 class Batch(Protocol):
@@ -254,7 +262,7 @@ def _cosines(features: Mapping[str, Tensor], pooled: Mapping[str, Tensor], mask:
         dense, compressed = dense[:, :1], compressed[:, :1]
     tokens = torch.cosine_similarity(dense, compressed, dim=-1)
     columns = {
-        "feature_cosine": metrics.masked_mean(tokens.unsqueeze(-1), mask).squeeze(-1),
+        "feature_cosine": masked_mean(tokens.unsqueeze(-1), mask).squeeze(-1),
         "divergence": FEATURES.divergence(rows, other_rows),
         "spread": FEATURES.spread(rows),
     }

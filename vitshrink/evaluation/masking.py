@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import UsageError
-from vitshrink.seeds import generator_of
+from vitshrink.runtime.seeds import generator_of
 
 
 class MaskingTokenizer(Protocol):

@@ -13,7 +13,6 @@ from typing import Any, Required, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from vitshrink import cost, processes
 from vitshrink.errors import DataError, UsageError, VitshrinkError
 from vitshrink.evaluation.columns import (
     Batch,
@@ -29,9 +28,11 @@ from vitshrink.evaluation.columns import (
 )
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.scores import Evaluation, summarise
-from vitshrink.modes import evaluating
-from vitshrink.sentences import MEAN, Embedding
-from vitshrink.structures import structure_of
+from vitshrink.models import cost
+from vitshrink.models.sentences import MEAN, Embedding
+from vitshrink.models.structures import structure_of
+from vitshrink.runtime import processes
+from vitshrink.runtime.modes import evaluating
 
 OnBatch = Callable[[int], None]
 """Told how many samples were done since its last call."""
@@ -72,7 +73,7 @@ def evaluate_each(
 ) -> list[Evaluation]:
     """Measure models, and their differences from the dense ``baseline``, which runs once for all of them.
 
-    ``task`` is one that ``vitshrink.models`` gives a model. ``label_of`` turns the label of a sample into a class
+    ``task`` is one that ``task_of`` gives a model. ``label_of`` turns the label of a sample into a class
     index, into 0 and 1 for each label of a multi-label head (a tuple), or into a number (a tuple where there are
     several outputs) for a regression; without it only the fidelity to the baseline is measured. The task
     ``masked-lm`` needs ``masking`` and no labels. ``embedding`` is how headless models make one vector of a sample, and

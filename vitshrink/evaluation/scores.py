@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vitshrink import metrics
 from vitshrink.errors import DataError
+from vitshrink.evaluation import metrics
 from vitshrink.evaluation.columns import Columns
-from vitshrink.fidelity import REGRESSION
+from vitshrink.models.fidelity import REGRESSION
 
 METRICS = ("top1", "f1_micro", "spearman")
 """What models are compared by: of classes, of sets of labels, and of numbers."""

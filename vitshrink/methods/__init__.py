@@ -4,14 +4,7 @@ import importlib
 import pkgutil
 
 from vitshrink.methods.attention import AttentionMethod, attention_methods, find_method, options_of
-from vitshrink.methods.registry import (
-    Factorisation,
-    Method,
-    Needs,
-    available_methods,
-    choose,
-    get_method,
-)
+from vitshrink.methods.registry import Factorisation, Method, available_methods, get_method
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -20,10 +13,8 @@ __all__ = [
     "AttentionMethod",
     "Factorisation",
     "Method",
-    "Needs",
     "attention_methods",
     "available_methods",
-    "choose",
     "find_method",
     "get_method",
     "options_of",

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitshrink.config.choices import choose
 from vitshrink.errors import NumericsError, UsageError
-from vitshrink.methods.registry import Method, Needs, choose, known_methods
-from vitshrink.ranks import Storage
-from vitshrink.stats import LinearStats
-from vitshrink.structures import Structure
+from vitshrink.methods.ranks import Storage
+from vitshrink.methods.registry import Method, known_methods
+from vitshrink.models.structures import Structure
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 ATTENTION = "attention"
 """Where, beside the four roles, a structure may stand: the module that holds the projections."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method
-from vitshrink.stats import eigh, square_roots
-from vitshrink.structures import Structure
-from vitshrink.structures.symmetric import Symmetric
+from vitshrink.models.structures import Structure
+from vitshrink.models.structures.symmetric import Symmetric
+from vitshrink.statistics.algebra import eigh, square_roots
 
 
 def structures(_dimensions: Dimensions, ranks: Mapping[str, int]) -> dict[str, Structure]:

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
-from vitshrink.methods.registry import Factorisation, Needs, method
+from vitshrink.methods.registry import Factorisation, method
 from vitshrink.methods.whitened import whitened
-from vitshrink.stats import LinearStats, eigh, roots
+from vitshrink.statistics.algebra import eigh, roots
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 
 @method("curvature", needs=Needs.CURVATURE, allocation="measured", compensation="rescale", storage="gauge")

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method
 from vitshrink.methods.qk_joint import qk_joint
 from vitshrink.methods.vo_joint import vo_joint
-from vitshrink.structures import Structure
-from vitshrink.structures.headwise import Headwise
-from vitshrink.structures.narrow import Narrow
+from vitshrink.models.structures import Structure
+from vitshrink.models.structures.headwise import Headwise
+from vitshrink.models.structures.narrow import Narrow
 
 
 def structures(dimensions: Dimensions, ranks: Mapping[str, int]) -> dict[str, Structure]:

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from vitshrink.methods.registry import Factorisation, Needs, method
+from vitshrink.methods.registry import Factorisation, method
 from vitshrink.methods.whitened import whitened
-from vitshrink.stats import LinearStats
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 
 @method("mixed-rank", needs=Needs.COVARIANCE, allocation="energy", compensation="residual")

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
-from vitshrink.methods.registry import Factorisation, Needs, full_svd, method
-from vitshrink.stats import RELATIVE_CUTOFF, LinearStats, eigh
+from vitshrink.methods.registry import Factorisation, method
+from vitshrink.statistics.algebra import RELATIVE_CUTOFF, eigh, full_svd
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 
 @method("pca", needs=Needs.COVARIANCE, compensation="bias")

@@ -1,25 +1,15 @@
 """The table of methods. A method is a pure function in a file of its own, entered here by its decorator."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from vitshrink.errors import NumericsError, UsageError
-from vitshrink.ranks import Storage
-
-
-class Needs(Enum):
-    """What a method wants to know of a layer, each including what stands before it."""
-
-    WEIGHTS = "weights"
-    SCALES = "scales"
-    COVARIANCE = "covariance"
-    CURVATURE = "curvature"
+from vitshrink.config.choices import choose
+from vitshrink.errors import NumericsError
+from vitshrink.methods.ranks import Storage
+from vitshrink.statistics.needs import Needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +50,6 @@ class Factorisation:
                 raise NumericsError(f"the factorisation gave NaN or Inf in its {name!r} part.")
         return self
 
-
-Entry = TypeVar("Entry")
 
 Factorise = Callable[..., Factorisation]
 """``f(weight (m, n), stats, *, centred, **options)``: weight and stats in float64, neither changed.
@@ -121,27 +109,3 @@ def available_methods() -> list[str]:
 def get_method(name: str) -> Method:
     """Look a method up. Raises UsageError with the nearest name."""
     return choose(name, _METHODS, "method")
-
-
-def choose(name: str, table: Mapping[str, Entry], kind: str) -> Entry:
-    """An entry of a table of choices. Raises UsageError that names the nearest and all available ones."""
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"unknown {kind} {name!r}.{hint} Available: {', '.join(sorted(table))}.")
-
-
-def full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD, U (m, k), S (k,), Vh (k, n).
-
-    Raises:
-        NumericsError: a non-finite matrix (LAPACK may answer Inf with NaN and no error) or no convergence.
-    """
-    if not torch.isfinite(matrix).all():
-        raise NumericsError("the matrix to decompose holds NaN or Inf.")
-    try:
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except RuntimeError as error:
-        raise NumericsError(f"the singular value decomposition did not converge ({error}).") from error
-    return U, S, Vh

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
-from vitshrink.methods.registry import Factorisation, Needs, full_svd, method
-from vitshrink.stats import LinearStats
+from vitshrink.methods.registry import Factorisation, method
+from vitshrink.statistics.algebra import full_svd
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 
 @method("svd", needs=Needs.WEIGHTS)

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from vitshrink.errors import UsageError
 from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method
-from vitshrink.methods.registry import full_svd
-from vitshrink.stats import square_roots
-from vitshrink.structures import Structure
-from vitshrink.structures.following import Following
-from vitshrink.structures.tensor import CP, PROJECTIONS, Train, Tucker
-from vitshrink.structures.tensor_output import TensorOutputSpec
+from vitshrink.models.structures import Structure
+from vitshrink.models.structures.following import Following
+from vitshrink.models.structures.tensor import CP, PROJECTIONS, Train, Tucker
+from vitshrink.models.structures.tensor_output import TensorOutputSpec
+from vitshrink.statistics.algebra import full_svd, square_roots
 
 FORMS = ("tucker", "cp", "tt")
 STEPS = 8

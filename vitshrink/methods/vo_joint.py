@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from vitshrink.methods.attention import ATTENTION, AttentionWeights, Dimensions, Part, attention_method, tail
-from vitshrink.stats import square_roots
-from vitshrink.structures import Structure
-from vitshrink.structures.headwise import Headwise
-from vitshrink.structures.narrow import Narrow
+from vitshrink.models.structures import Structure
+from vitshrink.models.structures.headwise import Headwise
+from vitshrink.models.structures.narrow import Narrow
+from vitshrink.statistics.algebra import square_roots
 
 
 def structures(dimensions: Dimensions, ranks: Mapping[str, int]) -> dict[str, Structure]:

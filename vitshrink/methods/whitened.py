@@ -3,8 +3,10 @@
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
-from vitshrink.methods.registry import Factorisation, Needs, method
-from vitshrink.stats import LinearStats, eigh, square_roots
+from vitshrink.methods.registry import Factorisation, method
+from vitshrink.statistics.algebra import eigh, square_roots
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 
 @method("whitened", needs=Needs.COVARIANCE, compensation="bias")

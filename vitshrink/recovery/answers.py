@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.fidelity import feature_rows
-from vitshrink.models import Task, task_of
+from vitshrink.models.families import Task, task_of
+from vitshrink.models.fidelity import feature_rows
 from vitshrink.recovery.samples import TrainingBatch
 
 CACHE_BYTES = 2**30

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitshrink.recovery.samples import TrainingBatch
-from vitshrink.seeds import generator_of
+from vitshrink.runtime.seeds import generator_of
 
 TOKENS_HIDDEN = 0.15
 """Part of the tokens that a masked language model has to guess."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.geometry import sides
-from vitshrink.models import blocks_of
+from vitshrink.models.geometry import sides
+from vitshrink.models.structures.following import borrowed_parameters
+from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.hidden import unexplained
 from vitshrink.recovery.samples import TrainingBatch
-from vitshrink.sequential import HiddenBatch, hidden_batches
-from vitshrink.structures.following import borrowed_parameters
+from vitshrink.statistics.walk import HiddenBatch, hidden_batches
 
 MEMORY = 2**31
 """Bytes of hidden states that are kept; samples beyond it are left out."""

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitshrink import processes
 from vitshrink.errors import OutputError, UsageError
 from vitshrink.recovery.progress import Progress
+from vitshrink.runtime import processes
 
 _STATE, _NEW, _OLD = "state", "state.new", "state.old"
 _JOB, _PROGRESS, _BEST = "job.json", "progress.json", "best.safetensors"

@@ -9,14 +9,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from vitshrink.fidelity import REGRESSION
-from vitshrink.modes import evaluating
+from vitshrink.models.fidelity import REGRESSION
 from vitshrink.recovery.answers import Reader, Teacher
 from vitshrink.recovery.augmentation import Augmentation
 from vitshrink.recovery.decatt import HeadOutputs
 from vitshrink.recovery.hidden import BlockOutputs
 from vitshrink.recovery.objectives import Distillation, Supervision
 from vitshrink.recovery.samples import TrainingBatch, TrainingSet
+from vitshrink.runtime.modes import evaluating
 
 HELD_OUT = -1
 """The view of a sample by which a model is judged: as it is, where the model was not fitted to just that."""

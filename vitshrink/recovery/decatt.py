@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.models import blocks_of, family_of
+from vitshrink.models.families import family_of
+from vitshrink.models.targets import blocks_of
 
 
 class HeadOutputs:

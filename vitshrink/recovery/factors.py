@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.checkpoint import compressed_layers, replace_layers
-from vitshrink.hf_quantizer import base_prefix
-from vitshrink.lowrank import LowRankLinear
-from vitshrink.models import Target, blocks_of, family_of
-from vitshrink.storage import fix_gauge
+from vitshrink.models.checkpoint import compressed_layers, replace_layers
+from vitshrink.models.families import family_of
+from vitshrink.models.hf_quantizer import base_prefix
+from vitshrink.models.pivoting import fix_gauge
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.targets import Target, blocks_of
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.models import blocks_of
+from vitshrink.models.targets import blocks_of
 
 
 class BlockOutputs:

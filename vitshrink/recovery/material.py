@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitshrink.config import DataConfig, FinetuneConfig
+from vitshrink.config.options import DataConfig, FinetuneConfig
 from vitshrink.data import Batch, SampleSet
+from vitshrink.data.opening import CalibrationData, open_data
 from vitshrink.errors import UsageError
-from vitshrink.measurement import CalibrationData, labels_of, open_data
-from vitshrink.models import LoadedModel, task_of
-from vitshrink.observer import Job
+from vitshrink.evaluation.measurement import labels_of
+from vitshrink.models.families import task_of
+from vitshrink.models.loading import LoadedModel
+from vitshrink.runtime.observer import Job
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitshrink.fidelity import BERNOULLI, REGRESSION, Head
+from vitshrink.models.fidelity import BERNOULLI, REGRESSION, Head
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """The divergence of the head from the dense model's answers, as ``vitshrink.fidelity`` has it.
+    """The divergence of the head from the dense model's answers, as ``vitshrink.models.fidelity`` has it.
 
     ``scale`` is what a relative error is a share of, the mean spread of the dense model's answers; 1 for nats.
     """

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
-from vitshrink.models import blocks_of
+from vitshrink.models.targets import blocks_of
 
 MATRICES = 6.0
 """The learning rate of matrices, in units of that of everything else."""

@@ -16,18 +16,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
-from vitshrink import __version__
-from vitshrink.cache import model_digest
-from vitshrink.checkpoint import compressed_layers
-from vitshrink.config import FinetuneConfig
+from vitshrink._version import __version__
+from vitshrink.config.options import FinetuneConfig
 from vitshrink.data import Preprocessor
+from vitshrink.data.opening import warn_of_bad
 from vitshrink.errors import DataError, NumericsError, UsageError
-from vitshrink.fidelity import Head
-from vitshrink.measurement import warn_of_bad
-from vitshrink.models import FLASH, blocks_of, flash_attention, head_of, task_of
-from vitshrink.modes import borrowed, evaluating, own_random_numbers
-from vitshrink.observer import Job
-from vitshrink.precision import resolve_precision
+from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.families import head_of, task_of
+from vitshrink.models.fidelity import Head
+from vitshrink.models.loading import FLASH, flash_attention
+from vitshrink.models.structures.tokens import MixedTokens
+from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.answers import Reader, Teacher
 from vitshrink.recovery.augmentation import TOKENS_HIDDEN, Augmentation
 from vitshrink.recovery.blockwise import reconstruct
@@ -43,7 +42,10 @@ from vitshrink.recovery.progress import Progress
 from vitshrink.recovery.reversible import bidirectional
 from vitshrink.recovery.samples import TrainingSet
 from vitshrink.recovery.training import Loop, steps_an_epoch
-from vitshrink.structures.tokens import MixedTokens
+from vitshrink.runtime.modes import borrowed, evaluating, own_random_numbers
+from vitshrink.runtime.observer import Job
+from vitshrink.runtime.precision import resolve_precision
+from vitshrink.statistics.digests import model_digest
 
 RATES = {"distill": 5e-5, "supervised": 1e-4}
 """Peak learning rates."""

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.config import GAMMAS
-from vitshrink.models import blocks_of
-from vitshrink.structures.following import borrowed_parameters
+from vitshrink.config.options import GAMMAS
+from vitshrink.models.structures.following import borrowed_parameters
+from vitshrink.models.targets import blocks_of
 
 FRACTION_BITS = 9
 """l: activations are multiples of 2^−l. A float32 holds them exactly up to ±2^(24−l)."""

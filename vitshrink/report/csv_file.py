@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vitshrink.config.names import shown_data
 from vitshrink.errors import OutputError
-from vitshrink.locks import require_locks, wait_for_lock
-from vitshrink.names import shown_data
 from vitshrink.report.record import Report
 from vitshrink.report.summary import prepared
+from vitshrink.runtime.locks import require_locks, wait_for_lock
 
 COLUMNS = (
     "time",
@@ -89,7 +89,7 @@ def report_row(report: Report, output: str) -> dict[str, Any]:
 
 
 def latency_columns(latency: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians of one batch size, from ``dense`` and ``compressed`` as ``vitshrink.cost.Latency``."""
+    """Medians of one batch size, from ``dense`` and ``compressed`` as ``vitshrink.models.cost.Latency``."""
     dense, compressed = latency.get("dense") or {}, latency.get("compressed") or {}
     return {
         "latency_batch_size": (compressed or dense).get("batch_size"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitshrink.names import shown
+from vitshrink.config.names import shown
 from vitshrink.report.drawing import COLOURS, INK, available, canvas, svg
 from vitshrink.report.layers import Layer, layers
 from vitshrink.report.record import Report

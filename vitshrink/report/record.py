@@ -8,8 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from vitshrink.config.names import shown_text
 from vitshrink.errors import DataError
-from vitshrink.names import shown_text
 
 FILE_NAME = "report.json"
 
@@ -45,7 +45,7 @@ class Report:
     macs: Mapping[str, Any] = field(default_factory=dict)
     """Multiply-accumulate operations of one sample: ``dense``, ``compressed``, ``kept``."""
     latency: Mapping[str, Any] = field(default_factory=dict)
-    """``dense`` and ``compressed``, each as ``vitshrink.cost.Latency``; ``others``: the same for other batch sizes."""
+    """``dense`` and ``compressed``, each as ``models.cost.Latency``; ``others``: the same for other batch sizes."""
     evaluation: Mapping[str, Any] | None = None
     """As ``vitshrink.evaluation.Evaluation``, with ``source``, ``fingerprint``, ``label_rule``, ``preprocessing``,
     ``pooling`` and ``similarity``; a ``thumbnail`` in disagreements where the user asked for them."""

@@ -11,8 +11,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from vitshrink.config.names import shown_text
 from vitshrink.errors import OutputError
-from vitshrink.names import shown_text
 from vitshrink.report import figures, summary
 from vitshrink.report.layers import layers
 from vitshrink.report.record import FILE_NAME, Report

@@ -1,0 +1,1 @@
+"""From statistics to a smaller model: candidates, one allocation, repairs."""

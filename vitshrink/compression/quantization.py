@@ -1,0 +1,93 @@
+"""A model with its matrices rounded to integers, and what it takes in bytes."""
+
+import copy
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from vitshrink.compression.allocation import Curve, Menu
+from vitshrink.config.options import CompressConfig, quantized_bits
+from vitshrink.errors import UsageError
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import HEADER_BYTES, compressed_layers, replace_layers
+from vitshrink.models.structures import structure_of
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.structures.quantized import (
+    Activations,
+    QuantizedEmbedding,
+    QuantizedEmbeddingSpec,
+    QuantizedLinear,
+    matrix_bytes,
+)
+from vitshrink.models.structures.quantized import QuantizedSpec as Spec
+from vitshrink.models.targets import blocks_of
+
+FACTOR_BITS = 8
+"""Bits of low-rank factors: those of a layer with pivots differ too much in size for 4, measured."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of a job are rounded. ``dtype`` is that of scales, and of all that is not rounded."""
+
+    bits: int
+    activations: Activations
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: CompressConfig, dtype: torch.dtype) -> Self | None:
+        """What a job asks for, if it does."""
+        return None if config.quantize is None else cls(*quantized_bits(config.quantize, config.activations), dtype)
+
+    def applied(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of the model with integers, see ``quantized``."""
+        return quantized(model, self.bits, self.activations, dtype=self.dtype)
+
+    def file_bytes(self, model: PreTrainedModel) -> int:
+        """At most so many bytes take the weight files of the model once it is rounded."""
+        rounded = self.applied(model).to(self.dtype)
+        return cost.stored_bytes(rounded) + HEADER_BYTES * len(rounded.state_dict())
+
+    def in_bytes(self, curve: Curve) -> Menu:
+        """What the ranks of a layer cost in bytes of the file, in place of numbers."""
+        m, n = curve.shape
+        costs = {}
+        for rank in curve.ranks:
+            inner = n - rank if curve.storage == "gauge" else n
+            up, down = ((m, rank), (rank, inner))
+            factors = sum(matrix_bytes(*shape, FACTOR_BITS, self.dtype.itemsize) for shape in (up, down))
+            costs[rank] = factors + 2 * HEADER_BYTES  # of the second factor and its scales
+        dense = matrix_bytes(m, n, self.bits, self.dtype.itemsize)
+        return Menu(curve.name, curve.shape, dense, costs, curve.loss, curve.multiple)
+
+
+def quantized(
+    model: PreTrainedModel, bits: int, activations: Activations, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A copy of the model with integers in its blocks: in the linear layers, and in the factors of low-rank ones.
+
+    Factors and word embeddings are rounded to 8 bits even where ``bits`` is 4; embeddings that are tied to the output
+    not at all. Heads, norms, positions and the patch projection stay as they are, and so do output projections that
+    read smaller heads. ``dtype`` is that in which scales
+    will be stored (the model's if not given).
+
+    Raises UsageError where the model is quantised already.
+    """
+    if any(isinstance(layer.spec, Spec | QuantizedEmbeddingSpec) for layer in compressed_layers(model).values()):
+        raise UsageError("the model is quantised already: start from the one in floating point.")
+    rounded = copy.deepcopy(model).to(dtype or model.dtype)
+    names = {module: name for name, module in rounded.named_modules()}
+    layers: dict[str, nn.Module] = {}
+    for module in blocks_of(rounded).modules():
+        # a linear layer that is a structure itself, such as one with fewer inputs, would be rebuilt in its old shape
+        if isinstance(module, LowRankLinear) or (isinstance(module, nn.Linear) and structure_of(module) is None):
+            own = FACTOR_BITS if isinstance(module, LowRankLinear) else bits
+            layers[names[module]] = QuantizedLinear.from_layer(module, own, activations)
+    table, head = rounded.get_input_embeddings(), rounded.get_output_embeddings()
+    if isinstance(table, nn.Embedding) and (head is None or head.weight is not table.weight):
+        layers[names[table]] = QuantizedEmbedding.from_layer(table)
+    replace_layers(rounded, layers)
+    return rounded.to(model.dtype).eval()

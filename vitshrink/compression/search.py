@@ -1,0 +1,275 @@
+"""The smallest model that keeps within a bound on samples that it was not calibrated on."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.compression.allocation import Plan
+from vitshrink.compression.layers import Compressor, Factors
+from vitshrink.compression.quantization import Quantization
+from vitshrink.config.options import CompressConfig
+from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
+from vitshrink.data.opening import warn_of_bad
+from vitshrink.errors import DataError, GateError, UsageError
+from vitshrink.evaluation import Masking, evaluate
+from vitshrink.evaluation.gates import percent_changed
+from vitshrink.models.families import head_of, task_of
+from vitshrink.runtime import processes
+from vitshrink.runtime.observer import Job, Silent
+from vitshrink.statistics.calibration import to_device
+
+RESOLUTION = 0.01
+"""Sizes closer than this fraction of the dense model's are not told apart."""
+
+REPAIRED = 0.95
+"""Where a model as it is stored loses less than this fraction of what its truncation does, smaller ones are tried."""
+
+Make = Callable[[Factors, Plan], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a compressed model may lose, on the held-out samples."""
+
+    flag: str
+    limit: float
+    unit: str
+    figure: str
+    """Entry of the fidelity that is judged: the divergence of the head, or the agreement of predictions."""
+
+    @classmethod
+    def of(cls, config: CompressConfig) -> "Bound | None":
+        """The bound that a job asks for in place of a size, if it does."""
+        if config.max_kl is not None:
+            return cls("--max-kl", config.max_kl, "nats", "kl")
+        if config.max_error is not None:
+            return cls("--max-error", config.max_error, "of the spread", "relative_error")
+        if config.max_changed is not None:
+            return cls("--max-changed", config.max_changed, "percent of the predictions", "agreement")
+        return None
+
+    def require(self, model: PreTrainedModel) -> None:
+        """Raises UsageError for a model whose outputs this bound does not judge; before any work."""
+        measure = head_of(model).measure
+        if self.figure == measure or (self.figure == "agreement" and measure == "kl"):
+            return
+        why, other = _UNFIT[measure]
+        raise UsageError(f"{self.flag} does not judge this model, which gives {why}: pass {other}.")
+
+
+_UNFIT = {
+    "kl": ("probabilities", "--max-kl 0.05 or --max-changed 5"),
+    "relative_error": ("scores or features, and no classes", "--max-error 0.01, or a size, such as --keep 0.7"),
+}
+"""What a model gives that a bound does not judge, and what does, by the measure of its head."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A size that was tried, and what it lost."""
+
+    size: int
+    """Parameters, or bytes of the file: what ``Compressor.size`` gives."""
+    factors: Factors
+    plan: Plan
+    loss: float
+    model: PreTrainedModel | None = None
+
+
+class Remembering(nn.Module):
+    """A classifier that is run once on each batch, however many candidates are compared with it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.known: dict[int, tuple[Tensor, Any]] = {}
+
+    def forward(self, **inputs: Tensor) -> Any:
+        first = next(iter(inputs.values()))
+        if id(first) not in self.known:  # kept with the outputs, so that no other tensor gets its id
+            self.known[id(first)] = (first, self.model(**inputs))
+        return self.known[id(first)][1]
+
+
+@dataclass(eq=False)
+class Search:
+    """Bisection over the size, each step one set of ranks cut from the same factors and run on the held-out samples.
+
+    Raises:
+        DataError: no held-out sample, or more unusable ones than allowed.
+    """
+
+    compression: Compressor
+    bound: Bound
+    batches: Sequence[Batch]
+    masking: Masking | None = None
+    dtype: torch.dtype = torch.float32
+    """Type of the weights in the file; models are judged with weights rounded to it."""
+    quantization: Quantization | None = None
+    """How they are rounded further."""
+    tried: list[Candidate] = field(default_factory=list)
+    baseline: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        dense = self.compression.dense
+        # a masked LM is asked for its logits at a few tokens, by a hook that has to reach the model itself, and hidden
+        # states are too many to keep
+        self.baseline = dense if task_of(dense) in ("masked-lm", "features") else Remembering(dense)
+
+    @classmethod
+    def on(
+        cls,
+        samples: SampleSet | None,
+        preprocessor: Preprocessor | None,
+        compression: Compressor,
+        bound: Bound,
+        dtype: torch.dtype,
+        job: Job,
+        quantization: Quantization | None = None,
+    ) -> "Search":
+        """A search that judges on ``samples``, which the model was not calibrated on."""
+        config = compression.config
+        if samples is None or preprocessor is None:
+            raise DataError(
+                f"{bound.flag} is judged on samples that were not calibrated on, and none is left: "
+                f"pass fewer --samples, or more data to --calibration ({config.calibration})."
+            )
+        if bound.figure == "agreement" and bound.limit < 100 / len(samples):
+            job.warn(
+                f"{bound.flag} {bound.limit:g}: one of the {len(samples)} held-out samples is already "
+                f"{100 / len(samples):.2g} percent. Judge on more of them with --holdout."
+            )
+        if config.eval is None:
+            job.warn(
+                "the size is chosen on the samples that the figures below are from, and they flatter it: "
+                "pass --eval for independent ones."
+            )
+        bad = BadSamples.of(samples, config.max_bad_samples)
+        mine = replace(samples, samples=processes.share(samples.samples))  # what each loses is put together
+        with job.stage("preprocess", "Reading held-out samples"):
+            device = next(compression.dense.parameters()).device
+            batches = [
+                replace(batch, inputs=to_device(batch.inputs, device))
+                for batch in (preprocessor.batches(mine, config.batch_size, bad=bad) if len(mine) else [])
+            ]
+        warn_of_bad(bad, samples.source, job)
+        lm = task_of(compression.dense) == "masked-lm"
+        masking = Masking.from_tokenizer(preprocessor.processor, config.seed) if lm else None
+        return cls(compression, bound, batches, masking, dtype, quantization)
+
+    def smallest(self, factors: Factors, refine: int, job: Job) -> Candidate:
+        """The smallest model within the bound, from ``factors`` or those that ``refine`` re-estimations make of them.
+
+        Raises:
+            GateError: every size loses more; the message says what the best one does.
+        """
+        least = self.compression.least_budget(factors)
+        found = self._bisect(factors, least, self.compression.whole - 1, job)
+        for number in range(refine if found is not None else 0):
+            assert found is not None
+            again = self.compression.refine(found.factors, found.plan, job, f"search-{number + 1}")
+            found = self._bisect(again, least, found.size, job) or found
+        kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.size)
+        missed: list[Candidate] = []
+        for candidate in kept:
+            with self._stage(job):
+                stored = self._judge(candidate.factors, candidate.plan, self._stored)
+                if stored.loss <= self.bound.limit:
+                    return self._smaller(stored, least) if stored.loss < REPAIRED * candidate.loss else stored
+            missed.append(stored)
+            job.warn(f"as it is stored, {self._asked(stored)} loses {stored.loss:.3g}: a larger one is taken.")
+        raise GateError(self._missed(missed))
+
+    def _stage(self, job: Job) -> AbstractContextManager[object]:
+        return job.stage("search", f"Searching the size for {self.bound.flag} {self.bound.limit:g}")
+
+    def _bisect(self, factors: Factors, low: int, high: int, job: Job) -> Candidate | None:
+        """The smallest candidate from ``low`` to ``high`` within the bound; None when the largest is not."""
+        with self._stage(job):
+            best = self._try(factors, high, self._truncated)
+            if best is None:
+                return None
+            if (smallest := self._try(factors, low, self._truncated)) is not None:
+                return smallest
+            while high - low > self._resolution:
+                middle = (low + high) // 2
+                candidate = self._try(factors, middle, self._truncated)
+                if candidate is None:
+                    low = middle
+                else:
+                    best, high = candidate, candidate.size
+            return best
+
+    def _smaller(self, best: Candidate, low: int) -> Candidate:
+        """The smallest of the models below ``best`` that keep the bound as they are stored.
+
+        Repairs that come with storing are not cheap, so the steps down are small first.
+        """
+        step = 2 * self._resolution
+        while best.size - low > self._resolution:
+            budget = max(best.size - step, (low + best.size) // 2)
+            candidate = self._try(best.factors, budget, self._stored)
+            if candidate is None:
+                low = budget
+            else:
+                best = candidate
+            step *= 2
+        return best
+
+    @property
+    def _resolution(self) -> int:
+        return int(RESOLUTION * self.compression.whole)
+
+    def _truncated(self, factors: Factors, plan: Plan) -> PreTrainedModel:
+        return self.compression.truncate(factors, plan, Job(Silent()))
+
+    def _stored(self, factors: Factors, plan: Plan) -> PreTrainedModel:
+        """The final model: repaired, and with pivots."""
+        return self.compression.build(factors, plan, Job(Silent()))
+
+    def _try(self, factors: Factors, budget: int, make: Make) -> Candidate | None:
+        candidate = self._judge(factors, self.compression.plan(factors, budget), make)
+        return candidate if candidate.loss <= self.bound.limit else None
+
+    def _judge(self, factors: Factors, plan: Plan, make: Make) -> Candidate:
+        model = make(factors, plan).to(self.dtype).float()
+        rounded = model if self.quantization is None else self.quantization.applied(model)
+        candidate = Candidate(self.compression.size(factors, plan), factors, plan, self._loss(rounded))
+        self.tried.append(candidate)  # without the model: there may be many
+        return replace(candidate, model=model)
+
+    def _loss(self, model: PreTrainedModel) -> float:
+        """What ``model`` loses on the held-out samples, in the unit of the bound."""
+        task = task_of(self.compression.dense)
+        evaluation = evaluate(model, self.batches, task=task, baseline=self.baseline, masking=self.masking)
+        assert evaluation.fidelity is not None
+        if self.bound.figure != "agreement":
+            return float(evaluation.fidelity[self.bound.figure])
+        changed = percent_changed(evaluation.fidelity)
+        assert changed is not None
+        return changed
+
+    def _asked(self, candidate: Candidate) -> str:
+        """The size that would have to be asked for."""
+        config = self.compression.config
+        if config.counts_bytes:
+            return f"--target-size {candidate.size / 1e6:.2f}MB as {config.quantize}"
+        return f"--keep {candidate.size / self.compression.whole:.3f}"
+
+    def _missed(self, stored: Sequence[Candidate]) -> str:
+        """Of the models that were judged last: as they are stored, where truncation alone kept the bound."""
+        judged = stored or self.tried
+        best = min(judged, key=lambda each: (each.loss, each.size))
+        samples = sum(processes.gather(sum(len(batch.keys) for batch in self.batches)))
+        number = f"{len(judged)} that keep it until they are stored" if stored else f"{len(judged)} that were tried"
+        loss = f"{best.loss:.3g} {self.bound.unit}{' as it is stored' if stored else ''}"
+        return (
+            f"no size keeps within {self.bound.flag} {self.bound.limit:g}: the best of {number}, {self._asked(best)}, "
+            f"loses {loss} on {samples} held-out samples. "
+            "Allow more, calibrate on more --samples, or judge on more with --holdout. Nothing was written."
+        )

@@ -1,0 +1,245 @@
+"""Opening the data of a job, and measuring a model on them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Required, TypedDict, Unpack
+
+import torch
+from torch import nn
+
+from vitshrink.data import (
+    BadSamples,
+    Batch,
+    Preprocessor,
+    SampleSet,
+    align_label_lists,
+    align_labels,
+)
+from vitshrink.data.opening import Cut, warn_of_bad
+from vitshrink.errors import CheckpointError, DataError
+from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
+from vitshrink.models.fidelity import BERNOULLI, REGRESSION, classification_head
+from vitshrink.models.sentences import MEAN, Embedding
+from vitshrink.runtime import processes
+from vitshrink.runtime.observer import Job
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """An evaluation and how its data were read."""
+
+    evaluation: Evaluation
+    samples: SampleSet
+    source: str
+    fingerprint: str
+    label_rule: str | None
+    bad: BadSamples
+    pooling: str | None = None
+    """How one vector was made of a sample's tokens, where the models have no head."""
+    similarity: str | None = None
+    """How two of them were compared, where the samples are pairs."""
+
+    def to_dict(self, preprocessing: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The evaluation, and what its data were, as a report has it."""
+        return self.evaluation.to_dict() | {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "label_rule": self.label_rule,
+            "pooling": self.pooling,
+            "similarity": self.similarity,
+            "bad_samples": dict(self.bad.reasons),
+            "preprocessing": preprocessing,
+        }
+
+
+class Options(TypedDict, total=False):
+    """What ``measure`` and ``measure_each`` want to know besides models and data."""
+
+    task: Required[str]
+    baseline: Required[nn.Module | None]
+    device: Required[torch.device]
+    batch_size: Required[int]
+    embedding: Embedding
+    baseline_embedding: Embedding | None
+    seed: int
+    labelled: bool
+    class_map: Path | None
+    max_bad_samples: int | None
+    workers: int | None
+
+
+def measure(
+    model: nn.Module, samples: SampleSet, preprocessor: Preprocessor, job: Job, **options: Unpack[Options]
+) -> Measurement:
+    """Measure one model: see ``measure_each``."""
+    return measure_each([model], samples, preprocessor, job, **options)[0]
+
+
+def measure_each(
+    models: Sequence[nn.Module],
+    samples: SampleSet,
+    preprocessor: Preprocessor,
+    job: Job,
+    *,
+    task: str,
+    baseline: nn.Module | None,
+    device: torch.device,
+    batch_size: int,
+    embedding: Embedding = MEAN,
+    baseline_embedding: Embedding | None = None,
+    seed: int = 0,
+    labelled: bool = True,
+    class_map: Path | None = None,
+    max_bad_samples: int | None = None,
+    workers: int | None = None,
+) -> list[Measurement]:
+    """Measure models, and their differences from ``baseline``, in one pass; labels are used where there are any.
+
+    Where several processes work on the job each reads its share of the samples, and all of them return the same.
+
+    Raises:
+        UsageError: neither labels nor a baseline.
+        DataError: labels that cannot be aligned, or look permuted; more unusable samples than allowed.
+    """
+    bad, cut = BadSamples.of(samples, max_bad_samples), Cut(samples.source)
+    pairs = task == "features" and has_pairs(samples)
+    if task == "features":
+        require_embedding(embedding, samples)
+        _remark(embedding, baseline_embedding or embedding, job)
+    label_of, rule = labels_of(models[0], samples, task, class_map) if labelled else (None, None)
+    mine = replace(samples, samples=processes.share(samples.samples))
+    total = len(samples) * (2 if pairs else 1)
+
+    def read(part: SampleSet) -> Iterable[Batch]:
+        if not len(part):  # more processes than samples
+            return []
+        return cut.counted(preprocessor.batches(part, batch_size, bad=bad, workers=workers))
+
+    with job.stage("evaluate", "Evaluating", total) as advance:
+        ticks = _scaled(advance, processes.count())
+        if pairs:
+            evaluations = evaluate_pairs(
+                models,
+                *(read(_side(mine, first=first)) for first in (True, False)),
+                score_of=_number if labelled and samples.labels_are is not None else None,
+                baseline=baseline,
+                embedding=embedding,
+                baseline_embedding=baseline_embedding,
+                device=device,
+                seed=seed,
+                on_batch=ticks,
+            )
+        else:
+            evaluations = evaluate_each(
+                models,
+                read(mine),
+                task=task,
+                label_of=label_of,
+                baseline=baseline,
+                embedding=embedding,
+                baseline_embedding=baseline_embedding,
+                masking=Masking.from_tokenizer(preprocessor.processor, seed) if task == "masked-lm" else None,
+                device=device,
+                seed=seed,
+                on_batch=ticks,
+            )
+    if processes.count() > 1:
+        shares = processes.gather((bad.reasons, cut.samples))
+        reasons = {key: why for share in shares for key, why in share[0].items()}
+        bad.reasons = {sample.key: reasons[sample.key] for sample in samples.samples if sample.key in reasons}
+        cut.samples = sum(share[1] for share in shares)
+        bad.check(samples)
+    warn_of_bad(bad, samples.source, job)
+    cut.warn(preprocessor, job)
+    if label_of is not None and _num_labels(models[0]) > 1:
+        check_labels(evaluations[0], _num_labels(models[0]))
+    fingerprint = processes.from_main(samples.fingerprint() if processes.is_main() else None)
+    pooling = embedding.pooling if task == "features" else None
+    similarity = embedding.similarity if pairs else None
+    return [
+        Measurement(evaluation, samples, samples.source, fingerprint, rule, bad, pooling, similarity)
+        for evaluation in evaluations
+    ]
+
+
+def has_pairs(samples: SampleSet) -> bool:
+    """Whether the samples are pairs of texts."""
+    return any(sample.text_pair is not None for sample in samples.samples[:1])
+
+
+def require_embedding(embedding: Embedding, samples: SampleSet) -> None:
+    """Raises CheckpointError, before any work, where sentences are to be compared and cannot be as the model does."""
+    if embedding.problem and has_pairs(samples):
+        raise CheckpointError(
+            f"{embedding.problem}: the similarity of sentences cannot be measured as this model makes it. Measure it "
+            "with sentence-transformers, or give single texts."
+        )
+
+
+def _remark(embedding: Embedding, baseline: Embedding, job: Job) -> None:
+    """Say what a sentence's vectors are not made by."""
+    for problem in {embedding.problem, baseline.problem} - {None}:
+        job.warn(f"{problem}: pooled features were not compared.")
+    for remark in embedding.remarks:
+        job.warn(f"sentence embeddings: {remark}.")
+    if (baseline.pooling, baseline.similarity) != (embedding.pooling, embedding.similarity):
+        job.warn(
+            f"the baseline makes sentence embeddings by other means than the model: {baseline.pooling}; "
+            f"{baseline.similarity}, not {embedding.pooling}; {embedding.similarity}."
+        )
+
+
+def _scaled(advance: Callable[[int], None], factor: int) -> Callable[[int], None]:
+    """Progress of all processes, as far as one of them can tell."""
+    return lambda steps: advance(factor * steps)
+
+
+def _num_labels(model: nn.Module) -> int:
+    return int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+
+
+def labels_of(
+    model: nn.Module, samples: SampleSet, task: str, class_map: Path | None
+) -> tuple[Callable[[Any], Any] | None, str | None]:
+    """From a sample's label to the model's class, or to a score, and the rule by which; None where nothing is labelled.
+
+    Raises DataError for labels that cannot be aligned.
+    """
+    if samples.labels_are is None or task in ("masked-lm", "features"):
+        return None, None
+    config: Any = model.config
+    head = classification_head(config.problem_type, config.num_labels)
+    if head is REGRESSION:
+        return _score_of(samples, config.num_labels), "scores of a regression"
+    align = align_label_lists if head is BERNOULLI else align_labels
+    mapping, rule = align(samples, config.id2label, config.num_labels, class_map)
+    return mapping.__getitem__, rule
+
+
+def _score_of(samples: SampleSet, scores: int) -> Callable[[Any], Any]:
+    """From a label to a number, or to as many as the model gives. Raises DataError for labels that are neither."""
+    if samples.labels_are == "names":
+        raise DataError(
+            f"{samples.source} has names as labels, and the model gives scores: name the column of the scores."
+        )
+    if scores == 1 and samples.labels_are in ("lists", "columns"):
+        raise DataError(f"{samples.source} has several scores a sample, and the model gives one: name its column.")
+    if scores > 1 and samples.labels_are in ("integers", "scores"):
+        raise DataError(f"{samples.source} has one score a sample, and the model gives {scores}: list their columns.")
+    return _number if scores == 1 else lambda label: tuple(map(_number, label))
+
+
+def _number(label: Any) -> float:
+    try:
+        return float(label)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the label {label!r} is not a score: name the column of the scores.") from error
+
+
+def _side(samples: SampleSet, *, first: bool) -> SampleSet:
+    """The first or the second sentences of the pairs."""
+    sentences = [
+        replace(sample, text=sample.text if first else sample.text_pair, text_pair=None) for sample in samples.samples
+    ]
+    return replace(samples, samples=sentences)

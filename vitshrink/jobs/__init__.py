@@ -1,0 +1,1 @@
+"""One file a command: each job from its options to its result."""

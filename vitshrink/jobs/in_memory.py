@@ -1,0 +1,306 @@
+"""``vitshrink.compress``: the job of the command line on a model in memory."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink.compression.quantization import Quantization
+from vitshrink.compression.search import Bound
+from vitshrink.compression.shrinking import Choices, Shrinking
+from vitshrink.config.options import CompressConfig, DataConfig
+from vitshrink.data import (
+    Preprocessor,
+    ReadyBatches,
+    SampleSet,
+    listed,
+    open_samples,
+    recipe_defaults,
+    samples_in_memory,
+)
+from vitshrink.data.columns import Columns
+from vitshrink.data.opening import CalibrationData, hold_out, read_calibration
+from vitshrink.errors import CheckpointError, DataError, UsageError
+from vitshrink.evaluation.measurement import measure
+from vitshrink.jobs.description import Description
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import cast, save, verify
+from vitshrink.models.companions import Companions, companions_of
+from vitshrink.models.example import example_inputs
+from vitshrink.models.families import family_of, task_of
+from vitshrink.models.loading import check_config, check_finite, embedding_of, usual_outputs
+from vitshrink.models.publication import publish
+from vitshrink.models.sentences import MEAN, NO_SETTINGS, TextSettings
+from vitshrink.models.source import resolve
+from vitshrink.report import Report, headline, write
+from vitshrink.runtime.observer import Job, Observer, Silent
+
+FILES_ONLY = (
+    "model",
+    "output",
+    "calibration",
+    "overwrite",
+    "dry_run",
+    "device",
+    "eval",
+    "eval_split",
+    "eval_limit",
+    "eval_image_column",
+    "eval_text_column",
+    "eval_text_pair_column",
+    "eval_label_column",
+    "eval_labels",
+    "label_column",
+    "class_map",
+    "resolution",
+    "finetune",
+    "attention",
+    "save_every",
+)
+"""Entries of a config that say what is read, written, kept and trained, where compress takes and gives objects."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A compressed model and what there is to say of it."""
+
+    model: PreTrainedModel
+    """In evaluation mode, of the type and on the device of the original; ``save_pretrained`` works as usual."""
+    report: Report
+    """Sizes, operations, time, and the fidelity on held-out samples where there were any."""
+    processor: Any = None
+    """The image processor or tokenizer, where one was given or found."""
+    modules: Companions | None = None
+    """Of a sentence encoder: what sentence-transformers needs beside the two, where the original's files were found."""
+
+    def __str__(self) -> str:
+        return headline(self.report)
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write checkpoint, processor, report and model card; verified, and there whole or not at all.
+
+        Raises OutputError.
+        """
+        with publish(Path(directory), overwrite=overwrite) as staging:
+            save(self.model, staging)
+            if self.processor is not None:
+                self.processor.save_pretrained(staging)
+            if self.modules is not None:
+                self.modules.copy_to(staging)
+            verify(staging, self.model, example_inputs(self.model))
+            write(self.report, staging)
+        return Path(directory)
+
+
+@torch.inference_mode(False)  # gradients are taken, wherever this is called from
+def compress(
+    model: PreTrainedModel,
+    calibration: Any = None,
+    *,
+    keep: float | None = None,
+    processor: Any = None,
+    observer: Observer | None = None,
+    **choices: Any,
+) -> Compressed:
+    """A smaller copy of a model; the model itself is not changed.
+
+    Args:
+        model: a ViT, DeiT or BERT of transformers, on any device and of any floating-point type.
+        calibration: unlabelled samples. A list, series or array of PIL images, of arrays of bytes or of texts or pairs
+            of them; a ``datasets.Dataset`` or data frame with a column of them; a ``DataLoader`` or any iterable of
+            batches with the model's inputs; or what ``--calibration`` takes: a folder, a file, a recipe, a Hub data
+            set.
+        keep: the fraction of the model's parameters to keep. One of ``target_params``, ``target_size``, ``rank``,
+            ``max_changed`` or ``max_kl`` may take its place.
+        processor: the image processor or tokenizer of the model; looked for where the model came from if not given,
+            and not needed for batches.
+        choices: the flags of ``vitshrink compress``, such as ``method="whitened"``, ``samples=256`` or ``seed=1``.
+
+    Raises:
+        UsageError, TargetError: choices that make no sense, or a size that cannot be reached.
+        CheckpointError: a model that is not supported, or not finite.
+        DataError: calibration samples that cannot be used.
+        NumericsError, GateError: as the command.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"model: a model of transformers is needed, not a {type(model).__name__}.")
+    if getattr(model, "is_quantized", False):
+        raise UsageError("model: it is quantised already: start from the floating-point one.")
+    config = _config(model, calibration, {"keep": keep} | choices)
+    chosen, job = Choices.of(config), Job(observer or Silent())
+    family_of(model)
+    check_config(model.config.to_dict(), "the model's config")
+    dense = copy.deepcopy(model).float().eval()
+    check_finite(dense, "the model")
+    for note in usual_outputs(dense):
+        job.warn(note)
+    dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
+    shrinking = Shrinking.of(chosen, dense, dtype)
+    origin = _origin(dense, config, job)
+    preprocessor, data, held_out = _data(
+        dense, origin, calibration, processor, config, job, calibrated=chosen.calibrated
+    )
+    (shrunk,) = shrinking.run(data, held_out, preprocessor, job)
+    assert shrunk.model is not None
+    quantization = Quantization.of(config, dtype)
+    final = shrunk.model if quantization is None else quantization.applied(shrunk.model)
+    small = cast(final, dtype).to(model.device).eval()
+    judged = copy.deepcopy(small).float()
+    measurement = None
+    if held_out is not None and preprocessor is not None:
+        measurement = measure(
+            judged,
+            held_out,
+            preprocessor,
+            shrunk.job,
+            task=task_of(dense),
+            baseline=dense,
+            device=model.device,
+            batch_size=config.batch_size,
+            embedding=MEAN if origin is None else embedding_of(origin, dense),
+            labelled=False,
+            max_bad_samples=config.max_bad_samples,
+            workers=config.workers,
+        )
+    description = Description.of(shrinking, data, preprocessor)
+    report = description.written(
+        description.layers(shrunk.factors, shrunk.plan),
+        shrunk.plan,
+        shrunk.job,
+        judged,
+        (cost.memory_bytes(model), cost.memory_bytes(small)),
+        measurement,
+    )
+    return Compressed(
+        small,
+        replace(report, command=None),
+        processor or getattr(preprocessor, "processor", None),
+        None if origin is None else companions_of(origin).of_modules,
+    )
+
+
+def _config(model: PreTrainedModel, calibration: Any, entries: dict[str, Any]) -> CompressConfig:
+    for name in FILES_ONLY:
+        if name in entries:
+            raise UsageError(f"compress() has no {name!r}: it is given a model and returns one.")
+    if isinstance(entries["keep"], Sequence):
+        raise UsageError("keep: give one fraction; call compress() once for each size, with the same cache=DIRECTORY.")
+    entries = {name: value for name, value in entries.items() if value is not None}
+    named = model.config._name_or_path or type(model).__name__
+    source = None if calibration is None else str(calibration) if _is_address(calibration) else "samples in memory"
+    defaults = recipe_defaults(calibration) if _is_address(calibration) else {}
+    return CompressConfig.from_mapping(
+        {"model": named, "output": "memory", "calibration": source, **defaults, **entries}, "compress()"
+    )
+
+
+def _origin(model: PreTrainedModel, config: CompressConfig, job: Job) -> Path | None:
+    """The directory of a sentence encoder, whose files say how it makes its embeddings; None for other models."""
+    if task_of(model) != "features" or family_of(model).modality != "text" or not model.config._name_or_path:
+        return None
+    try:
+        return resolve(model.config._name_or_path, offline=config.offline)
+    except CheckpointError as error:
+        job.warn(f"sentence embeddings are taken to be the mean of the tokens: {error}")
+        return None
+
+
+def _is_address(calibration: Any) -> bool:
+    return isinstance(calibration, str | Path)
+
+
+def _data(
+    model: PreTrainedModel,
+    origin: Path | None,
+    calibration: Any,
+    processor: Any,
+    config: CompressConfig,
+    job: Job,
+    *,
+    calibrated: bool,
+) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None]:
+    """How samples are read, those to calibrate on, and those that are held out of them."""
+    if calibration is None:
+        return None, None, None
+    preprocessor, samples = _samples(model, origin, calibration, processor, config, job)
+    data = None
+    if calibrated:
+        data = read_calibration(
+            samples,
+            preprocessor,
+            job,
+            samples=config.samples,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            max_bad_samples=config.max_bad_samples,
+            workers=config.workers,
+        )
+    needed = Bound.of(config) is not None
+    if not needed and task_of(model) == "masked-lm" and preprocessor.processor is None:
+        job.warn("the fidelity was not measured: pass processor=, the tokenizer, which knows the mask token.")
+        return preprocessor, data, None
+    held_out = hold_out(
+        samples, job, samples=config.samples, calibrated=calibrated, holdout=config.holdout, seed=config.seed
+    )
+    return preprocessor, data, held_out
+
+
+def _samples(
+    model: PreTrainedModel, origin: Path | None, calibration: Any, processor: Any, config: CompressConfig, job: Job
+) -> tuple[Preprocessor, SampleSet]:
+    kind = family_of(model).modality
+    if isinstance(calibration, SampleSet):
+        return _preprocessor(model, origin, processor, config), calibration
+    if _is_address(calibration):
+        data = config.calibration_data or DataConfig(str(calibration))
+        samples = open_samples(
+            calibration,
+            kind,
+            split=data.split,
+            image_column=data.image_column,
+            text_column=data.text_column,
+            text_pair_column=data.text_pair_column,
+            offline=config.offline,
+        )
+        for note in samples.notes:
+            job.warn(note)
+        return _preprocessor(model, origin, processor, config), samples
+    most = config.samples + config.holdout
+    columns = Columns(config.image_column, config.text_column, config.text_pair_column, flags="")
+    calibration = listed(calibration, kind, most)
+    if (found := samples_in_memory(calibration, kind, most, columns)) is not None:
+        return _preprocessor(model, origin, processor, config), found
+    if isinstance(calibration, Mapping | torch.Tensor):
+        calibration = [calibration]  # one batch
+    elif hasattr(calibration, "column_names"):  # a data set of rows that were prepared
+        calibration = calibration.with_format("torch").iter(config.batch_size)
+    if not isinstance(calibration, Iterable):
+        raise DataError(
+            f"calibration: a {type(calibration).__name__} holds no samples: give a list of "
+            f"{'PIL images' if kind == 'image' else 'texts'}, batches, or the path of a folder."
+        )
+    batches = ReadyBatches(calibration, kind, most, processor, model.config)
+    return Preprocessor(batches), batches.samples()
+
+
+def _preprocessor(model: PreTrainedModel, origin: Path | None, processor: Any, config: CompressConfig) -> Preprocessor:
+    kind = family_of(model).modality
+    if processor is not None:
+        settings = NO_SETTINGS if origin is None else TextSettings.read(origin)
+        return Preprocessor.of(processor, kind, model.config, max_length=config.max_length, settings=settings)
+    named = model.config._name_or_path
+    if not named:
+        what = "image processor" if kind == "image" else "tokenizer"
+        raise UsageError(f"processor: the model does not say where it came from: pass its {what} as processor=.")
+    return Preprocessor.from_checkpoint(
+        origin or named,
+        kind,
+        config=model.config,
+        max_length=config.max_length,
+        style=config.preprocess,
+        offline=config.offline,
+    )

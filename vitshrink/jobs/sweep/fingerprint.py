@@ -1,0 +1,136 @@
+"""What a finished job follows from: its recipe, and the contents of all that it reads."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from vitshrink._version import __version__
+from vitshrink.config.options import CompressConfig, DataConfig
+from vitshrink.data import Kind, hub_source, open_samples
+from vitshrink.errors import VitshrinkError
+from vitshrink.models.hub import revision
+from vitshrink.runtime.checksums import digest
+
+ASIDE = ("output", "overwrite", "cache", "dry_run", "offline", "save_every", "checkpoints")
+"""Entries that do not show in the result."""
+
+APART = "@"
+"""Between what is known without the network and the commits of what lies on the Hub."""
+
+
+def fingerprints(configs: Sequence[CompressConfig]) -> list[str]:
+    """For each config the SHA-256 of all that its result depends on, as far as it is known without running the job.
+
+    Local models and class maps count with the contents of their files, samples and their labels as the job itself will
+    read them. What lies on the Hub counts with its commit, after an ``APART``, where that can be found out. A job whose
+    data cannot be read now is like no other: it will say itself what is wrong.
+    """
+    known, found = _Known(), []
+    for config in configs:
+        try:
+            found.append(_fingerprint(config, known))
+        except Exception:
+            found.append(secrets.token_hex(32))
+    return found
+
+
+def is_same(earlier: str, now: str) -> bool:
+    """Whether two fingerprints are of the same job; commits count where both of them are known."""
+    (local, _, commits), (other, _, others) = earlier.partition(APART), now.partition(APART)
+    return local == other and (commits == others or not commits or not others)
+
+
+class _Known:
+    """What was looked at already: the jobs of a sweep mostly read the same."""
+
+    def __init__(self) -> None:
+        self.contents = cache(_contents)
+        self.samples = cache(_samples)
+        self.revision = cache(revision)
+
+
+def _fingerprint(config: CompressConfig, known: _Known) -> str:
+    recipe = _without(asdict(config), ASIDE)
+    read: dict[str, Any] = {}
+    commits: dict[str, str | None] = {}
+    for entry in fields(config):
+        name = getattr(config, entry.name)
+        if entry.metadata.get("read") and name is not None:
+            read[entry.name] = known.contents(name)
+            if read[entry.name] is None:
+                commits[entry.name] = known.revision(name, "model", offline=config.offline)
+    for part, data in data_of(config).items():
+        most = {"calibration_data": config.samples + config.holdout, "eval_data": config.eval_limit}.get(part)
+        if (there := hub_source(data.source)) is not None:
+            read[part] = None if there[1] is None else asdict(replace(there[1], folder=Path()))
+            commits[part] = known.revision(there[0], "dataset", offline=config.offline)
+        else:
+            read[part] = known.samples(data, most, config.seed, offline=config.offline)
+    local = _sha256({"vitshrink": __version__, "recipe": recipe, "read": read})
+    return local + (APART + _sha256(commits)[:16] if commits and None not in commits.values() else "")
+
+
+def data_of(config: CompressConfig) -> dict[str, DataConfig]:
+    """Every set of samples that a config says how to read, by the property that does."""
+    properties = (name for name, entry in vars(type(config)).items() if isinstance(entry, property))
+    found = {name: getattr(config, name) for name in properties}
+    return {name: value for name, value in found.items() if isinstance(value, DataConfig)}
+
+
+def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) -> Mapping[str, str]:
+    """What the samples are that a job may choose, opened as it opens them, as images or texts or both.
+
+    Which kind the model reads need not be known. Raises what stands against the last kind where none can be opened.
+    """
+    options = {entry.name: getattr(data, entry.name) for entry in fields(data) if entry.name != "source"}
+    found: dict[str, str] = {}
+    problem: VitshrinkError | None = None
+    for kind in get_args(Kind):
+        try:
+            samples = open_samples(data.source, kind, offline=offline, **options)
+        except VitshrinkError as error:
+            problem = error
+        else:
+            found[kind] = samples.at_most(most, seed).identity()
+    if problem is not None and not found:
+        raise problem
+    return found
+
+
+def _contents(name: str) -> str | None:
+    """Digest of the contents of what lies at or below a path; None where there is nothing of that name."""
+    path = Path(name).expanduser()
+    if not os.path.exists(path):  # which takes a name that can be none, where Path.exists() does not
+        return None
+    return _sha256({name: digest(file) for name, file in sorted(_walk(path))})
+
+
+def _walk(path: Path) -> Iterator[tuple[str, Path]]:
+    """Files by their names below ``path``, through links, without hidden ones."""
+    if path.is_file():
+        yield "", path
+    entered = set()
+    for directory, below, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(directory)
+        below[:] = () if real in entered else [name for name in below if not name.startswith(".")]
+        if real not in entered:
+            entered.add(real)
+            yield from ((os.path.relpath(Path(directory, n), path), Path(directory, n)) for n in names if n[0] != ".")
+
+
+def _without(entries: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {
+        name: _without(value, names) if isinstance(value, Mapping) else value
+        for name, value in entries.items()
+        if name not in names
+    }
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,84 @@
+"""Whether a published directory still is what it was published as."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink.errors import CheckpointError, DataError, UsageError
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import compressed_layers, file_bytes, load
+from vitshrink.models.example import example_inputs
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.report import Report
+from vitshrink.runtime import checksums
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; ``problem`` is None when it is as it should be."""
+
+    name: str
+    found: str
+    problem: str | None = None
+
+
+def verify_directory(directory: Path) -> list[Check]:
+    """Check a directory that vitshrink published: files, strict load, finite outputs, and the figures of its report.
+
+    Nothing is written, and every check is made, whatever the others find; a model that does not load ends them.
+
+    Raises:
+        UsageError: there is no such directory.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is no directory: name one that vitshrink has written.")
+    broken = checksums.broken_files(directory)
+    problem = "; ".join(f"{name} {what}" for name, what in broken.items()) or None
+    checks = [Check("checksums", f"{len(broken) or 'no'} files differ from {checksums.FILE_NAME}", problem)]
+    try:
+        model = load(directory, dtype=torch.float32)
+    except CheckpointError as error:
+        return [*checks, Check("load", "the model does not load", str(error))]
+    compressed = len(compressed_layers(model))
+    checks.append(Check("load", f"strictly, with {compressed} compressed layers", None))
+    checks.append(_outputs(model))
+    try:
+        report = Report.read(directory)
+    except DataError as error:
+        return [*checks, Check("report", "there is none", str(error))]
+    return [*checks, *_figures(report, model, directory), _layers(report, model)]
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel) -> Check:
+    outputs = model(**example_inputs(model))[0]
+    bad = int((~torch.isfinite(outputs)).sum())
+    return Check("outputs", f"{outputs.numel()} values", f"{bad} of them are NaN or infinite" if bad else None)
+
+
+def _figures(report: Report, model: PreTrainedModel, directory: Path) -> list[Check]:
+    """Parameters, bytes and operations, counted again."""
+    counted = {
+        "parameters": (report.parameters, cost.parameters(model)),
+        "bytes": (report.bytes, file_bytes(directory)),
+        "macs": (report.macs, cost.macs(model, example_inputs(model))),
+    }
+    return [_equal(name, group, found) for name, (group, found) in counted.items()]
+
+
+def _equal(name: str, group: Mapping[str, Any], found: int) -> Check:
+    said = group.get("compressed")
+    return Check(name, f"{found:,}", None if said == found else f"the report says {said}")
+
+
+def _layers(report: Report, model: PreTrainedModel) -> Check:
+    """The ranks of the report against those of the layers."""
+    ranks = {name: layer.rank for name, layer in compressed_layers(model).items() if isinstance(layer, LowRankLinear)}
+    said = {str(layer.get("name")): layer.get("rank") for layer in report.layers if layer.get("rank") is not None}
+    different = sorted(name for name in ranks if ranks[name] != said.get(name))
+    problem = ", ".join(f"{name} (report {said.get(name)}, model {ranks.get(name)})" for name in different[:5])
+    return Check("ranks", f"of {len(ranks)} layers", problem or None)

@@ -1,0 +1,1 @@
+"""Models: found, checked, loaded, changed in place, priced, saved and published."""

@@ -1,0 +1,150 @@
+"""Compressed checkpoints on disk: saved in the source's form, loaded strictly, verified after writing."""
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.errors import CheckpointError, NumericsError, OutputError
+from vitshrink.models import cost
+from vitshrink.models.hf_quantizer import list_structures
+from vitshrink.models.loading import LoadedModel, load_source, quiet_transformers
+from vitshrink.models.source import examine, resolve
+from vitshrink.models.structures import connect, structure_of
+
+HEADER_BYTES = 200
+"""Room for the entry of one tensor in the header of a safetensors file; real ones take about 130 bytes."""
+
+
+def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that are not the dense model's, by name in memory."""
+    return {name: module for name, module in model.named_modules() if structure_of(module) is not None}
+
+
+def replace_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
+    """Put structures in the place of the modules of these names, in their mode, and say so in the model's config."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.train(model.get_submodule(name).training), strict=True)
+    connect(model.base_model)
+    list_structures(model)
+
+
+def save(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    source: LoadedModel | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> None:
+    """Write the model as a checkpoint directory that ``from_pretrained`` loads once vitshrink is imported.
+
+    The weights are cast to ``dtype`` (the source's, or else the model's, if none is given), tensors are named as in
+    the source's files, and its companions are copied: processor, tokenizer, sentence modules, licence. ``metadata``
+    (JSON) goes into the config, ``extra_files`` (by names relative to the directory) beside the weights. The model
+    itself is not changed. Writing is not atomic: give a staging directory, see ``publication.publish``.
+
+    Raises:
+        NumericsError: a value does not fit the type it is saved in.
+        OutputError: the directory cannot be written.
+    """
+    dtype = dtype or (source.source_dtype if source is not None else model.dtype)
+    saved = cast(model, dtype)
+    list_structures(saved, metadata)
+    try:
+        with quiet_transformers():
+            saved.save_pretrained(directory)
+        if source is not None:
+            source.companions.copy_to(directory)
+        for name, content in (extra_files or {}).items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"cannot write the checkpoint to {directory}: {error}. Check free space and permissions."
+        ) from error
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of the model on the CPU, in ``dtype``. Raises NumericsError where a value is not finite."""
+    copied = copy.deepcopy(model).to("cpu", dtype)
+    for name, tensor in copied.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            largest = model.state_dict()[name].abs().max().item()
+            if not math.isfinite(largest):
+                raise NumericsError(f"{name} has values that are NaN or infinite: the model is not saved.")
+            raise NumericsError(
+                f"{name} cannot be saved as {str(dtype).removeprefix('torch.')}: its largest value is "
+                f"{largest:.3g}, the type ends at {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
+            )
+    return copied
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    offline: bool = False,
+    revision: str | None = None,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """Load a compressed (or dense) checkpoint strictly, in evaluation mode.
+
+    Unlike ``from_pretrained``, this raises on any weight that is missing, left over, of another shape or not
+    finite. ``dtype`` is that of the files if none is given.
+
+    Raises CheckpointError.
+    """
+    source = examine(resolve(path_or_id, offline=offline, revision=revision))
+    return load_source(source, dtype=dtype or source.dtype, attention=attention).model.to(device or "cpu")
+
+
+@torch.no_grad()
+def verify(directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, Tensor]) -> None:
+    """Load what was saved, and compare it with the model in memory, cast to the type it was saved in.
+
+    Tensors, their number and bytes, and the outputs for ``sample_inputs`` must agree exactly.
+
+    Raises OutputError naming what differs.
+    """
+    try:
+        source = examine(directory)
+        reloaded = load_source(source, dtype=source.dtype).model
+    except CheckpointError as error:
+        raise OutputError(f"the checkpoint just written does not load: {error}") from error
+    expected = cast(model, source.dtype).eval()
+
+    there, here = expected.state_dict(), reloaded.state_dict()
+    different = sorted(there.keys() ^ here.keys()) or [
+        name for name in there if not torch.equal(there[name], here[name])
+    ]
+    if different:
+        raise OutputError(f"{directory} does not hold the weights in memory: {', '.join(different[:6])} differ.")
+    nbytes = cost.stored_bytes(expected)
+    stored = sum(tensor.nbytes for tensor in source.tensors.values())
+    if nbytes != stored:
+        raise OutputError(f"{directory} holds {stored} bytes of tensors, the model has {nbytes}.")
+
+    inputs = {
+        name: tensor.to("cpu", source.dtype if tensor.is_floating_point() else None)
+        for name, tensor in sample_inputs.items()
+    }
+    before, after = (outputs(**inputs)[0] for outputs in (expected, reloaded))
+    if not torch.isfinite(after).all():
+        raise OutputError(f"{directory}: the outputs of the reloaded model are not finite.")
+    if not torch.equal(before, after):
+        difference = (before - after).abs().max().item()
+        raise OutputError(f"{directory}: the outputs of the reloaded model differ by up to {difference:.3g}.")
+
+
+def file_bytes(directory: Path) -> int:
+    """Bytes of the weight files that a checkpoint directory is loaded from."""
+    return sum(file.stat().st_size for file in examine(directory).weights)

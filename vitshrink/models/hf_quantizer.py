@@ -1,0 +1,165 @@
+"""The hook by which transformers loads compressed checkpoints, through its registry of quantisation methods.
+
+transformers builds the dense model on the meta device, calls the hook, which puts structures (low-rank layers, mostly)
+where the checkpoint's ``quantization_config`` lists them, and then fills the model from the files as it always does.
+
+Modules are listed by their module names relative to the base model (``layers.0.attention.q_proj``), so that a
+classifier's checkpoint also opens without its head.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from vitshrink._version import __version__
+from vitshrink.errors import CheckpointError
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.structures.registry import Connected, connect, describe, kind_of, read, structure_of
+
+QUANT_METHOD = "vitshrink"
+FORMAT_VERSION = 1
+
+# Importing this module again (importlib.reload) must not fail: the new classes take the place of the old.
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+
+
+def base_prefix(model: PreTrainedModel) -> str:
+    """What a model's module names have before those of its base model: ``"vit."``; nothing for the base."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+@register_quantization_config(QUANT_METHOD)
+class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a compressed checkpoint: which modules are replaced, and by what.
+
+    Args:
+        layers: module name relative to the base model -> its structure, see ``structures``.
+        metadata: anything JSON about how the checkpoint came about; not needed to load it.
+
+    Raises CheckpointError for an entry this version cannot read.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        *,
+        metadata: dict[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        format_version: int = FORMAT_VERSION,
+        vitshrink_version: str = __version__,
+        transformers_version: str = transformers.__version__,
+        **unknown: Any,
+    ) -> None:
+        if type(format_version) is not int or format_version > FORMAT_VERSION or unknown:
+            raise CheckpointError(
+                f"the checkpoint was written by vitshrink {vitshrink_version} in format {format_version!r}; "
+                f"this is vitshrink {__version__}, which reads formats up to {FORMAT_VERSION}"
+                f"{f' (unknown entries: {sorted(unknown)})' if unknown else ''}. Upgrade vitshrink."
+            )
+        if not isinstance(layers, dict):
+            raise CheckpointError("the quantization_config of the checkpoint lists no layers: it is damaged.")
+        for entry in layers.values():
+            read(entry)
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.vitshrink_version = vitshrink_version
+        self.transformers_version = transformers_version
+        self.layers = layers
+        self.metadata = metadata or {}
+
+
+@register_quantizer(QUANT_METHOD)
+class VitshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts empty structures where the config lists them, before the weights are read."""
+
+    quantization_config: VitshrinkConfig
+    is_qat_trainable = True
+    is_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        prefix = base_prefix(model)
+        for name, entry in sorted(self.quantization_config.layers.items()):  # a module before what lies in it
+            module = dict(model.named_modules()).get(prefix + name)
+            structure = read(entry)
+            if module is None or not structure.fits(module):
+                found = "no such module" if module is None else f"a {type(module).__name__} there"
+                raise CheckpointError(
+                    f"the checkpoint lists a {kind_of(entry)} module {name!r}; {type(model).__name__} has {found}. "
+                    + self._why_missing(name, model)
+                )
+            model.set_submodule(prefix + name, structure.build(module))
+        connect(model.base_model)
+
+    def _why_missing(self, name: str, model: PreTrainedModel) -> str:
+        blocks = getattr(model.config, "num_hidden_layers", None)
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        if isinstance(blocks, int) and numbers and numbers[0] >= blocks:
+            return (
+                f"Its config has {blocks} blocks, and this is in block {numbers[0]}, counted from 0. If blocks were "
+                "removed from the model after it was compressed, save it again from memory with this version, which "
+                "lists what is there, or take the missing ones out of quantization_config in config.json."
+            )
+        written = self.quantization_config.transformers_version
+        if written != transformers.__version__:
+            return (
+                f"It was written with transformers {written}, and this is {transformers.__version__}, whose modules "
+                "may have other names: install that version, or open the checkpoint with the architecture it was made "
+                "from."
+            )
+        return "Open the checkpoint with the architecture it was made from; otherwise its config.json is damaged."
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called by ``save_pretrained`` before it writes the config: blocks may have been removed or replaced."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is saved
+            list_structures(model)
+        return None, {}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        model.is_quantized = False  # the layers are plain floating point: .half(), .float() and training all work
+        return model
+
+
+def list_structures(model: PreTrainedModel, metadata: Mapping[str, Any] | None = None) -> None:
+    """Make the model's config list its structures, so that whatever saves the model saves it whole.
+
+    Raises CheckpointError where it would not load again.
+    """
+    prefix = base_prefix(model)
+    layers: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules():
+        found = structure_of(layer)
+        if found is None:
+            continue
+        if not name.startswith(prefix):
+            raise CheckpointError(f"{name} is outside the base model ({prefix}): it cannot be stored as low-rank.")
+        if isinstance(layer, LowRankLinear) and layer.weight.shape == (layer.out_features, layer.in_features):
+            # It is the wrong shape of this tensor that stops transformers without vitshrink from loading it.
+            raise CheckpointError(f"{name} has rank {layer.rank}, its full rank: leave it dense.")
+        if isinstance(found, Connected) and not found.finds_its_source(layer, model.base_model):
+            raise CheckpointError(
+                f"{name} reads another module, {found.source}, which was removed or has moved: it would not load "
+                "again. Keep the blocks up to the last one that shares a tensor."
+            )
+        layers[name.removeprefix(prefix)] = describe(found)
+    if layers:
+        if metadata is None:
+            metadata = getattr(getattr(model.config, "quantization_config", None), "metadata", {})
+        model.config.quantization_config = VitshrinkConfig(layers, metadata=dict(metadata))
+        model.hf_quantizer = VitshrinkQuantizer(model.config.quantization_config)  # asked when the model is saved
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

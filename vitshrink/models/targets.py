@@ -1,0 +1,111 @@
+"""The blocks of a model, and its linear layers that may be factorised."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.models.families import Role, family_of
+from vitshrink.models.hf_quantizer import base_prefix
+from vitshrink.models.structures import structure_of
+
+Layers = Literal["attention", "mlp", "all"]
+
+
+_ROLES: dict[str, tuple[Role, ...]] = {
+    "attention": ("query", "key", "value", "output"),
+    "mlp": ("fc1", "fc2"),
+    "all": get_args(Role),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear layer that may be factorised."""
+
+    name: str
+    """Module name in memory, such as ``vit.layers.0.attention.q_proj``."""
+    block: int
+    role: Role
+    shape: tuple[int, int]
+    """(out, in)"""
+    input_group: str
+    """Layers of the same group read the same input tensor: query, key and value of a block."""
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks of a model, in order."""
+    blocks = model.base_model.get_submodule(family_of(model).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def find_targets(
+    model: PreTrainedModel,
+    *,
+    layers: Layers = "all",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[Target]:
+    """The dense linear layers of the blocks that may be factorised, block by block.
+
+    Embeddings, poolers, heads and tied weights are never among them. ``include`` and ``exclude`` are regular
+    expressions searched in the layers' names; with ``include``, only layers that match one of them are kept.
+
+    Raises:
+        UsageError: an expression is invalid or matches nothing, or no layer is left.
+    """
+    targets = [target for target in _block_targets(model) if target.role in _ROLES[layers]]
+    if not targets:
+        raise UsageError("the model has no dense linear layer to factorise: it is already compressed.")
+    names = [target.name for target in targets]
+    included = _matching(names, include, "include") if include else set(names)
+    kept = included - _matching(names, exclude, "exclude")
+    if not kept:
+        raise UsageError("no layer is left to factorise: the exclude expressions match every included layer.")
+    return [target for target in targets if target.name in kept]
+
+
+def _block_targets(model: PreTrainedModel) -> Iterator[Target]:
+    family = family_of(model)
+    path = base_prefix(model) + family.blocks
+    for index, block in enumerate(blocks_of(model)):
+        for role, module_path in family.modules.items():
+            name = f"{path}.{index}.{module_path}"
+            if any(structure_of(part) is not None for part in _along(block, module_path)):
+                continue
+            module = block.get_submodule(module_path)
+            if not isinstance(module, nn.Linear):
+                raise CheckpointError(f"{name} is a {type(module).__name__}, not a linear layer: cannot be factorised.")
+            group = f"{path}.{index}.attention" if role in ("query", "key", "value") else name
+            yield Target(name, index, role, (module.out_features, module.in_features), group)
+
+
+def _along(block: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules on the way to ``path``, itself included; a structure may end the way."""
+    module = block
+    for name in path.split("."):
+        if not hasattr(module, name):
+            return
+        module = module.get_submodule(name)
+        yield module
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str], flag: str) -> set[str]:
+    matching: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise UsageError(f"{flag}: {pattern!r} is not a valid regular expression ({error}).") from error
+        if not found:
+            examples = ", ".join(names[:6])
+            raise UsageError(
+                f"{flag}: {pattern!r} matches none of the {len(names)} layers. They are called {examples} …"
+            )
+        matching |= found
+    return matching

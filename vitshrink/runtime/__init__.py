@@ -1,0 +1,1 @@
+"""What any long job needs: processes, resumable state, caches, locks, and an observer."""

@@ -1,0 +1,80 @@
+"""Statistics and factors kept on disk, so that another size of the same model costs seconds."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from vitshrink.errors import OutputError
+from vitshrink.runtime.entries import Entry, packed, read_metadata, read_tensors, unpacked, write_tensors
+
+Key = Mapping[str, Any]
+"""All that the entries follow from, as JSON; ``layers`` lists their names."""
+
+DAY = 24 * 3600.0
+"""Seconds; no file takes so long to write."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One safetensors file for every key, named by its digest; files of other keys are left alone.
+
+    Files appear whole or not at all, so that any number of processes may share the directory; what a killed one
+    had half written is removed after a day.
+
+    Raises:
+        OutputError: the directory cannot be made.
+    """
+
+    directory: Path
+    device: torch.device
+    warn: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"--cache {self.directory} cannot be used: {error}.") from error
+        for half in self.directory.glob(f".*-{'[0-9a-f]' * 32}-*.tmp"):
+            with suppress(OSError):  # its process ended just now, or another one removes it
+                if time.time() - half.stat().st_mtime > DAY:
+                    half.unlink()
+
+    def read(self, kind: type[Entry], key: Key) -> dict[str, Entry] | None:
+        """The entries of ``key``, or None; warns of a file that is damaged or of another key."""
+        path = self._path(kind, key)
+        if not path.exists():
+            return None
+        try:
+            if json.loads(read_metadata(path)["key"]) != _complete(kind, key):
+                raise ValueError("it belongs to another job")
+            found = unpacked(kind, read_tensors(path, self.device))
+            return {name: found[name] for name in key["layers"]}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            self.warn(f"{path} cannot be used and is written again ({type(error).__name__}: {error}).")
+            return None
+
+    def write(self, key: Key, entries: Mapping[str, Entry]) -> None:
+        """Keep ``entries``, one or more. Warns where that fails."""
+        kind = type(next(iter(entries.values())))
+        path = self._path(kind, key)
+        try:
+            write_tensors(path, packed(entries), {"key": json.dumps(_complete(kind, key))})
+        except (OSError, SafetensorError) as error:
+            self.warn(f"{path} could not be written, and the next job will compute it again: {error}.")
+
+    def _path(self, kind: type[Any], key: Key) -> Path:
+        digest = hashlib.sha256(json.dumps(_complete(kind, key), sort_keys=True).encode()).hexdigest()
+        return self.directory / f"{kind.__name__.lower()}-{digest[:32]}.safetensors"
+
+
+def _complete(kind: type[Any], key: Key) -> dict[str, Any]:
+    """The key with what an entry holds: a file from before a field was added is another one."""
+    return {**key, "fields": [field.name for field in fields(kind)]}

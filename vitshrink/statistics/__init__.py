@@ -1,0 +1,1 @@
+"""What is learned from samples, and the linear algebra on it."""

@@ -1,0 +1,199 @@
+"""What each rank-one component of each layer does to the output of the model, sample by sample."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.errors import NumericsError
+from vitshrink.models.targets import blocks_of
+from vitshrink.runtime.modes import evaluating, frozen
+from vitshrink.runtime.precision import Passes
+from vitshrink.statistics.calibration import CalibrationBatch, to_device
+from vitshrink.statistics.curvature import batch_generator, random_functional, require_gradient
+from vitshrink.statistics.reference import Reference
+
+TOGETHER = 0.25
+"""Weight of the square of the summed effect in the geometric mean that is the measured loss."""
+
+MEASURED_SAMPLES = 128
+"""Samples on which components are measured: they say how much each counts, not what it is, and few suffice for that."""
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """A layer as a sum of rank-one maps of what varies: y = Σ up[:, i] down[i] (x − mean) + constant."""
+
+    up: Tensor
+    """(m, k)"""
+    down: Tensor
+    """(k, n)"""
+    mean: Tensor
+    """(n,)"""
+
+
+@dataclass(eq=False)
+class Effects:
+    """First-order effects on random functionals of the output, one row a sample.
+
+    The second moment of an effect is what taking its component out costs to second order, in the unit of
+    ``random_functional``: twice the KL divergence for classifiers.
+    """
+
+    layers: dict[str, Tensor]
+    """(samples, k) of the components of each layer, float64."""
+    shifts: dict[str, Tensor]
+    """(samples, m) of a shift of each output of each layer, at every token alike, float64."""
+    missing: Tensor | None
+    """What the functionals lack compared with the reference, (samples,), where there is one."""
+
+
+Measure = Callable[..., Effects]
+"""``component_effects``, or what does the same in another way."""
+
+Lacking = Callable[..., Tensor]
+"""``shortfall``, or what does the same in another way."""
+
+
+def component_effects(
+    model: PreTrainedModel,
+    components: Mapping[str, Components],
+    batches: Iterable[CalibrationBatch],
+    *,
+    reference: Reference | None = None,
+    seed: int = 0,
+    first: int = 0,
+    passes: Passes = nullcontext,
+    on_batch: Callable[[int], None] = lambda _samples: None,
+) -> Effects:
+    """One forward and one backward pass of ``model`` over all batches.
+
+    A functional of ``model`` is that of its own outputs, or of those of ``reference``.
+
+    Args:
+        first: number of the first of the batches in the whole of the data, from which their functionals follow.
+
+    Raises:
+        NumericsError: NaN or Inf; names the layer and the batch.
+    """
+    watch = Watch(components, passes)
+    device = next(model.parameters()).device
+    missing: list[Tensor] = []
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        hook = blocks_of(model)[0].register_forward_pre_hook(require_gradient)
+        stack.callback(hook.remove)
+        watch.attach(model, stack)
+        for number, batch in enumerate(batches, first):
+            watch.mask = None if batch.mask is None else batch.mask.to(device)
+            watch.batch = number
+            generator = batch_generator(seed, number)
+            wanted = None if reference is None else reference(batch)
+            with torch.enable_grad():
+                with passes():
+                    outputs = model(**to_device(batch.inputs, device))
+                functional = random_functional(model, outputs if wanted is None else wanted, batch, generator)
+                values = functional(outputs)
+                torch.autograd.backward(values.sum())
+            if wanted is not None:
+                missing.append((functional(wanted) - values.detach()).double())
+            on_batch(len(values))
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+
+    def whole(found: Mapping[str, list[Tensor]], width: Callable[[Components], int]) -> dict[str, Tensor]:
+        return {
+            name: torch.cat(each).double() if each else nothing.new_zeros(0, width(components[name]))
+            for name, each in found.items()
+        }
+
+    layers = whole(watch.effects, lambda parts: parts.up.shape[1])
+    shifts = whole(watch.shifts, lambda parts: parts.up.shape[0])
+    return Effects(layers, shifts, None if reference is None else torch.cat([nothing, *missing]))
+
+
+@torch.no_grad()
+def shortfall(
+    model: PreTrainedModel,
+    reference: Reference,
+    batches: Iterable[CalibrationBatch],
+    *,
+    seed: int = 0,
+    first: int = 0,
+    passes: Passes = nullcontext,
+    on_batch: Callable[[int], None] = lambda _samples: None,
+) -> Tensor:
+    """``missing`` of ``component_effects`` with the same seed, (samples,), from a forward pass alone."""
+    device = next(model.parameters()).device
+    missing = [torch.zeros(0, dtype=torch.float64, device=device)]
+    for number, batch in enumerate(batches, first):
+        wanted = reference(batch)
+        with evaluating(model), passes():
+            outputs = model(**to_device(batch.inputs, device))
+        functional = random_functional(model, wanted, batch, batch_generator(seed, number))
+        missing.append((functional(wanted) - functional(outputs)).double())
+        on_batch(len(missing[-1]))
+    return torch.cat(missing)
+
+
+@dataclass(eq=False)
+class Watch:
+    """Hooks that turn the inputs and output gradients of layers into the effects of their components."""
+
+    components: Mapping[str, Components]
+    passes: Passes = nullcontext
+    mask: Tensor | None = None
+    batch: int = 0
+    effects: dict[str, list[Tensor]] = field(default_factory=dict)
+    shifts: dict[str, list[Tensor]] = field(default_factory=dict)
+    _inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def attach(self, model: nn.Module, stack: ExitStack) -> None:
+        for name, parts in self.components.items():
+            module = model.get_submodule(name)
+            narrow = Components(parts.up.float(), parts.down.float(), parts.mean.float())
+            self.effects[name], self.shifts[name] = [], []
+            stack.callback(module.register_forward_hook(self._forward_hook(name)).remove)
+            stack.callback(module.register_full_backward_hook(self._backward_hook(name, narrow)).remove)
+
+    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+            self._inputs[name] = inputs[0].detach()
+
+        return hook
+
+    def _backward_hook(self, name: str, parts: Components) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _grad_input: Any, grad_output: Any) -> None:
+            x, gradient = self._inputs.pop(name).float() - parts.mean, grad_output[0].float()
+            if self.mask is not None:
+                x, gradient = x * self.mask[..., None], gradient * self.mask[..., None]
+            with self.passes():
+                left, right = gradient @ parts.up, x @ parts.down.T
+            effect = (left.float() * right.float()).sum(1)
+            if not torch.isfinite(effect).all():
+                raise NumericsError(
+                    f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
+                    "Check the checkpoint and the preprocessing of that batch."
+                )
+            self.effects[name].append(effect)
+            self.shifts[name].append(gradient.sum(1))
+
+        return hook
+
+
+def measured_loss(effects: Tensor) -> Tensor:
+    """What the layer loses at every rank, (k + 1,), from the effects (samples, k) of its components.
+
+    Two estimates of the loss when the components from r on are left out: the sum of their squared effects, which takes
+    them for independent, and the square of their summed effect, which takes the linear model for exact. The first is
+    too low where components act alike (those of queries and keys all sharpen the attention), the second too high where
+    the rest of the model answers to what is gone. Their geometric mean is taken, the second with a quarter of the
+    weight: with half of it small cuts come out a little better and deep ones worse. It never rises with r.
+    """
+    alone = effects.square().mean(0).flip(0).cumsum(0).flip(0)
+    together = effects.flip(1).cumsum(1).square().mean(0).flip(0)
+    loss = torch.cat([alone ** (1 - TOGETHER) * together**TOGETHER, effects.new_zeros(1)])
+    return loss.cummin(0).values

@@ -1,0 +1,59 @@
+"""The blocks of a model, walked one by one on what really reaches them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitshrink.runtime.modes import evaluating
+from vitshrink.statistics.calibration import CalibrationBatch, to_device
+
+
+@dataclass(eq=False)
+class HiddenBatch:
+    """One calibration batch on its way through the blocks."""
+
+    hidden: Tensor
+    """(batch, tokens, width)"""
+    arguments: tuple[Any, ...]
+    """What else a block is called with: attention masks, mostly."""
+    keywords: dict[str, Any]
+    mask: Tensor | None
+
+    def through(self, block: nn.Module) -> Tensor:
+        output = block(self.hidden, *self.arguments, **self.keywords)
+        assert isinstance(output, Tensor)
+        return output
+
+
+@torch.no_grad()
+def hidden_batches(model: nn.Module, first_block: nn.Module, batches: Iterable[CalibrationBatch]) -> list[HiddenBatch]:
+    """The batches as they enter the first block: embeddings are computed once and kept."""
+
+    def stop(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        raise _FirstBlockReached(arguments, keywords)
+
+    device = next(model.parameters()).device
+    reached = []
+    handle = first_block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for batch in batches:
+            mask = None if batch.mask is None else batch.mask.to(device)
+            try:
+                with evaluating(model):
+                    model(**to_device(batch.inputs, device))
+            except _FirstBlockReached as call:
+                reached.append(HiddenBatch(call.arguments[0], call.arguments[1:], call.keywords, mask))
+    finally:
+        handle.remove()
+    return reached
+
+
+class _FirstBlockReached(Exception):  # noqa: N818 - a signal, not an error
+    """Carries what the first block would have been called with out of a forward pass."""
+
+    def __init__(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.keywords = keywords
