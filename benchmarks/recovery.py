@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from vitshrink.config.options import DataConfig, FinetuneJob
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.jobs.finetune import finetune_checkpoint
-from vitshrink.recovery.decatt import observed_heads
-from vitshrink.recovery.recover import recompute, train_mode
-from vitshrink.recovery.reversible import bidirectional
+from vitshrink.recovery.criteria import train_mode
+from vitshrink.recovery.techniques.decatt import observed_heads
+from vitshrink.recovery.techniques.recomputation import recomputed_activations
+from vitshrink.recovery.techniques.reversible import bidirectional
 
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "distill": {},
@@ -142,7 +143,7 @@ def _plain(_model: PreTrainedModel, _inside: ExitStack) -> Loss:
 
 
 def _checkpointed(model: PreTrainedModel, inside: ExitStack) -> Loss:
-    inside.callback(recompute(model))
+    inside.enter_context(recomputed_activations(model))
     return _of_logits
 
 

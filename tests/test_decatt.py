@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitshrink.recovery.decatt import head_correlation
+from vitshrink.recovery.techniques.decatt import head_correlation
 
 
 def test_it_is_that_of_numpy_for_every_pair_of_heads() -> None:

@@ -18,10 +18,10 @@ from vitshrink.models.checkpoint import compressed_layers, replace_layers
 from vitshrink.models.pivoting import fix_gauge
 from vitshrink.models.targets import blocks_of, find_targets
 from vitshrink.recovery import Material, Recovery, recover
-from vitshrink.recovery.factors import pack, unpack
 from vitshrink.recovery.optimizer import optimizer_of
 from vitshrink.recovery.progress import MOST_RETREATS, Progress
-from vitshrink.recovery.recover import FEATURES, MOST_FEATURES, _features_from
+from vitshrink.recovery.techniques.factors import pack, unpack
+from vitshrink.recovery.techniques.hidden import FEATURES, MOST_FEATURES, weight_from
 from vitshrink.recovery.training import Loop
 from vitshrink.runtime.observer import Job, Observer, Silent
 
@@ -445,7 +445,7 @@ def test_a_step_moves_all_directions_of_a_matrix_alike_and_its_state_can_be_take
 def test_what_blocks_hand_on_counts_the_less_the_more_was_lost_at_the_start(
     train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], learned_images: Path
 ) -> None:
-    weights = [_features_from(start, 2.0) for start in (0.0, 0.5, 1.0, 1.9, 2.0, 5.0)]
+    weights = [weight_from(start, 2.0) for start in (0.0, 0.5, 1.0, 1.9, 2.0, 5.0)]
     assert weights == sorted(weights, reverse=True)
     assert (weights[0], weights[-1]) == (MOST_FEATURES, FEATURES)
     *_, usual = train("ViTForImageClassification", epochs=1)

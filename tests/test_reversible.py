@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitshrink.models.targets import blocks_of
-from vitshrink.recovery.reversible import Plan, _packed, _Reversible, _unpacked, bidirectional, integrate
+from vitshrink.recovery.techniques.reversible import Plan, _packed, _Reversible, _unpacked, bidirectional, integrate
 
 DEPTH = 12
 

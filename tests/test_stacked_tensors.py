@@ -28,7 +28,7 @@ from vitshrink.models.structures.following import Following, FollowingAttention,
 from vitshrink.models.structures.tensor import TensorAttention, TensorProjection
 from vitshrink.models.targets import blocks_of, find_targets
 from vitshrink.recovery import Material, recover
-from vitshrink.recovery.reversible import bidirectional
+from vitshrink.recovery.techniques.reversible import bidirectional
 from vitshrink.runtime.observer import Job, Silent
 
 Compressed = Callable[..., CompressionResult]

@@ -1,7 +1,10 @@
 """Recovery: training that gives a compressed model back what it lost, with or without labels."""
 
 from vitshrink.recovery.checkpoints import clear_state
+from vitshrink.recovery.checks import check
 from vitshrink.recovery.material import Material, open_material
-from vitshrink.recovery.recover import Recovery, check, held_out_count, recover
+from vitshrink.recovery.recover import recover
+from vitshrink.recovery.splitting import held_out_count
+from vitshrink.recovery.summary import Recovery
 
 __all__ = ["Material", "Recovery", "check", "clear_state", "held_out_count", "open_material", "recover"]

@@ -5,18 +5,25 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from vitshrink._version import __version__
+from vitshrink.config.options import FinetuneConfig
+from vitshrink.data import Preprocessor
 from vitshrink.errors import OutputError, UsageError
+from vitshrink.recovery.material import Material
 from vitshrink.recovery.progress import Progress
 from vitshrink.runtime import processes
+from vitshrink.statistics.digests import model_digest
 
 _STATE, _NEW, _OLD = "state", "state.new", "state.old"
 _JOB, _PROGRESS, _BEST = "job.json", "progress.json", "best.safetensors"
@@ -115,3 +122,27 @@ def clear_state(directory: Path) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
+
+
+def identity_of(
+    start: str,
+    dense: PreTrainedModel | None,
+    material: Material,
+    preprocessor: Preprocessor,
+    config: FinetuneConfig,
+    seed: int,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Everything that the result of a training follows from; ``start`` is the digest of the model before it."""
+    return {
+        "vitshrink": __version__,
+        "torch": torch.__version__,
+        "model": start,
+        "teacher": None if dense is None else model_digest(dense),
+        "data": material.identity(),
+        "preprocessing": preprocessor.identity(),
+        "seed": seed,
+        "settings": asdict(replace(config, checkpoints=None)),
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+    }

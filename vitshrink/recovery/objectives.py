@@ -1,12 +1,17 @@
 """What training makes small."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitshrink.config.options import FinetuneConfig
 from vitshrink.models.fidelity import BERNOULLI, REGRESSION, Head
+
+Term = Callable[[Tensor | None], Tensor]
+"""What a technique adds to the loss of the batch that was just run, (); takes its mask (batch, tokens) or None."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,13 @@ class Supervision:
             return loss
         divergence = Distillation(self.head, self.temperature, self.scale).loss(answer, dense)
         return torch.lerp(loss, divergence, self.distillation)
+
+
+Objective = Distillation | Supervision
+
+
+def objective_of(config: FinetuneConfig, head: Head, scale: float) -> Objective:
+    """The objective of ``config`` for a model with this head; ``scale`` is the unit of a relative error."""
+    if config.objective == "distill":
+        return Distillation(head, config.temperature, scale)
+    return Supervision(head, config.label_smoothing, config.distillation or 0.0, config.temperature, scale)

@@ -21,13 +21,10 @@ MOST_FAILURES = 3
 
 
 class Criterion(Protocol):
-    """What is trained for, and what is judged by."""
+    """What is trained for."""
 
     def training_loss(self, batch: TrainingBatch, epoch: int) -> Tensor:
         """The loss (), from which gradients flow."""
-
-    def held_out_losses(self) -> list[float]:
-        """The plain loss of every row of the held-out samples, the same in every process."""
 
 
 @dataclass(eq=False)
@@ -38,14 +35,14 @@ class Loop:
     model: nn.Module
     optimizer: Any
     loader: Any
-    criterion: Criterion
+    held_out_losses: Callable[[], list[float]]
+    """The plain loss of every row of the held-out samples, the same in every process: the model is judged by it."""
     parameters: Mapping[str, nn.Parameter]
     learning_rate: float
     patience: int
     evaluate_every: int
     progress: Progress
     checkpoints: Checkpoints | None = None
-    on_progress: Callable[[float], None] = lambda _fraction: None
     warn: Callable[[str], None] = lambda _message: None
     best: dict[str, Tensor] = field(default_factory=dict)
     _good: tuple[dict[str, Tensor], Any] | None = None
@@ -60,7 +57,8 @@ class Loop:
 
     def resume(self) -> bool:
         """Take up the state on disk, if there is one."""
-        assert self.checkpoints is not None
+        if self.checkpoints is None:
+            return False
         best = self.checkpoints.load(self.accelerator, self.progress)
         if best is None:
             return False
@@ -69,7 +67,7 @@ class Loop:
         self.progress.resume_clock()
         return True
 
-    def run(self) -> str:
+    def run(self, criterion: Criterion, on_progress: Callable[[float], None] = lambda _fraction: None) -> str:
         """Train to the end and leave the best state in the model; returns why it ended."""
         progress = self.progress
         ended = ""
@@ -77,20 +75,21 @@ class Loop:
             self.loader.set_epoch(progress.epoch)
             done = progress.step % progress.steps_an_epoch * self.accelerator.gradient_accumulation_steps
             for batch in self.accelerator.skip_first_batches(self.loader, done) if done else self.loader:
-                if self._step(batch):
+                if self._step(batch, criterion):
                     ended = self._after_step()
+                    on_progress(progress.fraction)
                 if ended:
                     break
         self._restore(self.best)
         return ended
 
-    def _step(self, batch: TrainingBatch) -> bool:
-        """Run one batch; True when it ended with a step of the optimiser, or with the return to a good state."""
+    def _step(self, batch: TrainingBatch, criterion: Criterion) -> bool:
+        """Run one batch; True when it ended with a step of the optimizer, or with the return to a good state."""
         accelerator, progress = self.accelerator, self.progress
         for group in self.optimizer.param_groups:
             group["lr"] = group["share"] * self.learning_rate * progress.learning_rate
         with accelerator.accumulate(self.model):
-            loss = self.criterion.training_loss(batch, progress.epoch)
+            loss = criterion.training_loss(batch, progress.epoch)
             accelerator.backward(loss)
             norm = torch.zeros(())
             if accelerator.sync_gradients:
@@ -113,7 +112,6 @@ class Loop:
         if progress.seconds is not None:
             elapsed = torch.tensor(progress.elapsed, device=self.accelerator.device)
             progress.tick(self.accelerator.reduce(elapsed, "mean").item())
-        self.on_progress(progress.fraction)
         over = progress.fraction >= 1
         alarmed = bool(self._losses) and progress.alarms(self._losses[-1])
         if over or alarmed or progress.step % self.evaluate_every == 0:
@@ -126,10 +124,18 @@ class Loop:
             return "time" if progress.step < progress.steps else "done"
         return "early" if progress.stale(self.patience) and not progress.may_retreat else ""
 
+    def settings(self) -> dict[str, Any]:
+        """What a report should say that no config says."""
+        return {
+            "learning_rate": self.learning_rate,
+            "precision": self.accelerator.mixed_precision,
+            "processes": self.accelerator.num_processes,
+        }
+
     def judge(self) -> None:
         """Run the held-out samples, and keep the state where it is the best so far, or go back to that."""
         progress = self.progress
-        rows = self.criterion.held_out_losses()
+        rows = self.held_out_losses()
         held_out = sum(rows) / len(rows)
         losses, self._losses = self._losses, []
         progress.history.append(

@@ -1,6 +1,7 @@
 """The form in which low-rank layers are trained, and the way back to the form in which they are stored."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,6 +26,19 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(R_up @ R_down.T)
     root = S.sqrt()
     return Q_up @ U * root, root[:, None] * (Vh @ Q_down.T)
+
+
+@contextmanager
+def whole_factors(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, ``model`` is unpacked; it is packed again where training ends without an error.
+
+    Raises:
+        NumericsError: naming a layer that no choice of pivots can store.
+    """
+    pivots = unpack(model)
+    yield
+    if pivots:
+        pack(model, pivots)
 
 
 @torch.no_grad()

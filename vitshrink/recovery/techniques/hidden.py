@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vitshrink.config.options import FinetuneConfig
 from vitshrink.models.targets import blocks_of
+from vitshrink.recovery.checks import asks_dense, has_mixed_tokens
+from vitshrink.recovery.objectives import Term
+
+FEATURES = 5.0
+"""Weight of the blocks' outputs, where they are far from the dense model's, or labels must be heard."""
+MOST_FEATURES = 200.0
+"""The same where a distillation begins near: a few hundred samples teach by it, and overfit without."""
 
 
 class BlockOutputs:
@@ -55,3 +63,27 @@ def observed_blocks(model: PreTrainedModel, dense: PreTrainedModel) -> Iterator[
             for index, block in enumerate(blocks_of(each)):
                 inside.callback(keep(outputs, index, block).remove)
         yield found
+
+
+@contextmanager
+def near_blocks(model: PreTrainedModel, dense: PreTrainedModel, weight: float) -> Iterator[Term]:
+    """Inside, the term adds ``weight`` times the error of the blocks' outputs of ``model``; both models have to run."""
+    with observed_blocks(model, dense) as blocks:
+        yield lambda mask: weight * blocks.error(mask)
+
+
+def usual_weight(model: PreTrainedModel, config: FinetuneConfig) -> float:
+    """The weight of the blocks' outputs; 0 where the dense model is not asked, or its blocks give something else."""
+    if config.features is not None:
+        return config.features
+    comparable = asks_dense(config) and not (config.bdia or config.reversible or has_mixed_tokens(model))
+    return FEATURES if comparable else 0.0
+
+
+def weight_from(start: float, nothing: float) -> float:
+    """The weight in distillation: less, the more is lost at the ``start`` of what saying ``nothing`` loses.
+
+    A model that has lost nearly all of them has to learn them anew, and what its blocks hand on is of no use before.
+    """
+    kept = max(0.0, 1 - start / max(nothing, 1e-12))
+    return max(FEATURES, MOST_FEATURES * kept**2)

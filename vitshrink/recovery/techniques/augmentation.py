@@ -6,10 +6,18 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from vitshrink.config.options import FinetuneConfig
+from vitshrink.data import Preprocessor
+from vitshrink.models.families import task_of
 from vitshrink.recovery.samples import TrainingBatch
 from vitshrink.runtime.seeds import generator_of
 
+MIXING = 0.5
+"""Part of the images that are blended with another one."""
+TOKENS_AUGMENTED = 0.05
+"""Part of the tokens of a text that augmentation hides."""
 TOKENS_HIDDEN = 0.15
 """Part of the tokens that a masked language model has to guess."""
 
@@ -75,3 +83,21 @@ class Augmentation:
         hidden = (drawn < part) | (drawn == drawn.amin(1, keepdim=True)) & real  # one at least, where there is one
         inputs = {**batch.inputs, "input_ids": tokens.masked_fill(hidden, self.mask_token)}
         return replace(batch, inputs=inputs, selected=hidden)
+
+
+def augmentation_of(
+    config: FinetuneConfig, preprocessor: Preprocessor, model: PreTrainedModel, seed: int
+) -> Augmentation:
+    """The augmentation that suits the samples and the task of ``model``."""
+    if preprocessor.kind == "image":
+        usual = MIXING if config.objective == "distill" and config.views is None else 0.0
+        return Augmentation(seed, mixing=usual if config.mixing is None else config.mixing)
+    guessing = task_of(model) == "masked-lm"
+    tokenizer = preprocessor.processor
+    return Augmentation(
+        seed,
+        tokens=TOKENS_HIDDEN if guessing else TOKENS_AUGMENTED,
+        mask_token=tokenizer.mask_token_id,
+        special_tokens=tuple(tokenizer.all_special_ids),
+        guessing=guessing,
+    )

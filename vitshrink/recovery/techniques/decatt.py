@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.models.families import family_of
 from vitshrink.models.targets import blocks_of
+from vitshrink.recovery.objectives import Term
 
 
 class HeadOutputs:
@@ -67,3 +68,10 @@ def observed_heads(model: PreTrainedModel) -> Iterator[HeadOutputs]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def decorrelated_heads(model: PreTrainedModel, weight: float) -> Iterator[Term]:
+    """Inside, the term adds ``weight`` times the correlation of the attention heads of ``model``."""
+    with observed_heads(model) as heads:
+        yield lambda mask: weight * heads.correlation(mask)

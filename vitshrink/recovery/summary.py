@@ -1,0 +1,81 @@
+"""What training did."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from vitshrink.config.options import FinetuneConfig
+from vitshrink.recovery.material import Material
+from vitshrink.recovery.progress import Progress
+from vitshrink.recovery.splitting import Split
+from vitshrink.runtime.observer import Job
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What training did; losses are those of the held-out samples, in nats where the model gives probabilities."""
+
+    objective: str
+    before: float
+    """As compression left the model."""
+    after: float
+    best_step: int
+    ended: str
+    """``done``, ``time``, ``early`` (nothing gained any more) or ``diverged``."""
+    samples: int
+    held_out: int
+    seconds: float
+    settings: Mapping[str, Any]
+    history: list[dict[str, Any]]
+    blocks: list[dict[str, float]]
+    """Relative errors ``before`` and ``after`` of every block, where blocks were reconstructed first."""
+    familiar: bool
+    """Whether the held-out samples had been calibrated on or trained on before: other views of them judged then."""
+    fitted_to: frozenset[str]
+    """Marks of all samples that the model was fitted to by now."""
+
+    @classmethod
+    def of(
+        cls,
+        config: FinetuneConfig,
+        material: Material,
+        split: Split,
+        progress: Progress,
+        ended: str,
+        settings: Mapping[str, Any],
+        blocks: list[dict[str, float]],
+    ) -> Self:
+        """``settings`` are those that the config leaves open."""
+        return cls(
+            objective=config.objective,
+            before=progress.start,
+            after=progress.best,
+            best_step=progress.best_step,
+            ended=ended,
+            samples=len(split.training),
+            held_out=len(split.held_out),
+            seconds=progress.elapsed,
+            settings=asdict(config) | dict(settings),
+            history=progress.history,
+            blocks=blocks,
+            familiar=split.familiar,
+            fitted_to=material.seen | {material.samples.marks[i] for i in split.training},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        entries = asdict(self)
+        del entries["fitted_to"]
+        return entries
+
+
+def warn_without_gain(progress: Progress, job: Job, *, familiar: bool) -> None:
+    """Say so where no state was better than the compressed model."""
+    before = progress.start
+    if progress.best < before:
+        return
+    flattered = "The compression was fitted to them, which flatters it: add samples that it has not seen. "
+    job.warn(
+        f"recovery gained nothing: no state had a held-out loss below {before:.4g}, that of the compressed model, "
+        f"which is kept as it was. {flattered if familiar else ''}"
+        "More samples, more time or a lower learning rate may help."
+    )
