@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -77,17 +76,23 @@ def job(tree: Path, layers: int) -> Facts:
 
 def starts(trees: Sequence[Path], repeats: int) -> list[Facts]:
     """For every tree the median seconds of each command, all of them in turn, after one round that is not counted."""
-    seconds: list[defaultdict[str, list[float]]] = [defaultdict(list) for _ in trees]
+    runs: list[defaultdict[str, list[tuple[float, float]]]] = [defaultdict(list) for _ in trees]
     codes: list[dict[str, int]] = [{} for _ in trees]
     for _ in range(repeats + 1):
-        for tree, times, ends in zip(trees, seconds, codes, strict=True):
+        for tree, times, ends in zip(trees, runs, codes, strict=True):
             for name, arguments in STARTS.items():
-                started = time.perf_counter()
+                before = os.times()
                 ends[name] = python(tree, *arguments).returncode
-                times[name].append(time.perf_counter() - started)
+                after = os.times()
+                used = after.children_user + after.children_system - before.children_user - before.children_system
+                times[name].append((used, after.elapsed - before.elapsed))
     return [
-        {"seconds": {name: median(runs[1:]) for name, runs in times.items()}, "exit codes": ends}
-        for times, ends in zip(seconds, codes, strict=True)
+        {
+            "processor": {name: median(used for used, _ in pairs[1:]) for name, pairs in times.items()},
+            "elapsed": {name: median(elapsed for _, elapsed in pairs[1:]) for name, pairs in times.items()},
+            "exit codes": ends,
+        }
+        for times, ends in zip(runs, codes, strict=True)
     ]
 
 
@@ -122,9 +127,11 @@ def rows_of_jobs(jobs: list[Facts]) -> Rows:
 
 
 def rows_of_starts(facts: Facts) -> Rows:
-    for name, seconds in facts["seconds"].items():
-        ratio = seconds / facts["seconds"][TORCH]
-        yield f"`{name}`", f"{ratio:.2f}, {seconds:.2f} s, exit code {facts['exit codes'][name]}"
+    """Multiples of importing torch, by processor time and by the clock."""
+    used, elapsed = facts["processor"], facts["elapsed"]
+    for name, code in facts["exit codes"].items():
+        ratios = f"{used[name] / used[TORCH]:.2f} ({elapsed[name] / elapsed[TORCH]:.2f} by the clock)"
+        yield f"`{name}`", f"{ratios}, {elapsed[name]:.2f} s, exit code {code}"
 
 
 ROWS = {"structure": rows_of_structure, "job": rows_of_jobs, "start": rows_of_starts}
@@ -184,8 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in (part for part in PARTS if part in given.only):
         print_table(part, {name: dict(ROWS[part](found[part])) for name, found in facts.items()})
     for name, found in facts.items():
-        print(f"## {name}\n")
-        print_lists(found)
+        if found.keys() & {"structure", "job"}:
+            print(f"## {name}\n")
+            print_lists(found)
     if given.json:
         given.json.write_text(json.dumps(facts, indent=2))
 
