@@ -1,5 +1,6 @@
 # make demo    train, compress, evaluate, reload and report a small ViT; offline once installed
-# make test    lint, types and tests
+# make test    lint, types and the fast tests; make test-slow the others
+# make ci      lint, types, all tests and their coverage
 # make outside odd checkpoints, data and surroundings; COUNT=1000 SEED=7 for more, others
 # Each sets up its own environment in .venv first; PYTHON=python3.12 make test picks the interpreter.
 
@@ -10,13 +11,19 @@ INSTALLED := $(VENV)/.installed
 OUTPUT ?= demo-output
 COUNT ?= 1000
 SEED ?= 0
+WORKERS ?= auto
+
+# COVERAGE is what `make ci` adds
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(COVERAGE)
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test outside clean
+.PHONY: help venv demo check test test-slow ci outside clean
 
 help:
 	@echo "make demo   the whole job on an embedded example, into $(OUTPUT)/"
-	@echo "make test   lint, types and tests"
+	@echo "make test   lint, types and the fast tests: before every change goes in; WORKERS=$(WORKERS)"
+	@echo "make test-slow  the other tests: real checkpoints, several processes, kills, demo, benchmarks"
+	@echo "make ci     all of these and the branch coverage: what continuous integration runs"
 	@echo "make outside  the command line on odd input by chance: COUNT=$(COUNT) cases from SEED=$(SEED)"
 	@echo "make check  lint and types only"
 	@echo "make venv   only the environment, in $(VENV)/"
@@ -41,11 +48,20 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test: check
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+# one figure over both lanes: each adds to what the other measured
+ci: $(INSTALLED)
+	$(BIN)/coverage erase
+	$(MAKE) test test-slow COVERAGE="--cov --cov-append --cov-report= --cov-fail-under=0"
+	$(BIN)/coverage report
 
 outside: $(INSTALLED)
 	$(BIN)/python -m tests.outside --singles --count $(COUNT) --seed $(SEED)
 
 clean:
-	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

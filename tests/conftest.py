@@ -3,13 +3,16 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # read when huggingface_hub and datasets are imported: no test may reach the network, or leave files in the user's cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="vitshrink-tests-")
+# for the processes that tests start: this code, and one thread, as below
+os.environ["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in Path(__file__).resolve().parents[:2])
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,13 @@ import transformers
 from vitshrink.config.options import CompressConfig
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.report import figures
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_unconfigure() -> None:

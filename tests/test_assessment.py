@@ -277,6 +277,7 @@ def test_a_flag_that_could_only_be_ignored_is_refused(
     assert re.search(said, stderr)
 
 
+@pytest.mark.slow
 def test_two_processes_print_once_what_one_prints(
     small: Path, vit_directory: Path, learned_images: Path, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pyte
     assert f"python benchmarks/{script}.py" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_entry_gives_a_row_of_finite_figures(
     benchmark: Benchmark,
     vit_directory: Path,
@@ -73,6 +74,7 @@ def test_every_entry_gives_a_row_of_finite_figures(
         assert figures[5] >= 0
 
 
+@pytest.mark.slow
 def test_seeds_give_a_mean_and_a_deviation(
     benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +89,7 @@ def test_seeds_give_a_mean_and_a_deviation(
         assert (float(deviation) > 0) is varies, "only a method that calibrates depends on the seed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertModel"])
 def test_texts_are_measured_too(
     name: str,
@@ -105,6 +108,7 @@ def test_texts_are_measured_too(
     assert all(0 <= float(row[figure]) < 10 for row in body)
 
 
+@pytest.mark.slow
 def test_a_size_that_a_method_cannot_reach_is_a_dash(
     benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +123,7 @@ def test_a_size_that_a_method_cannot_reach_is_a_dash(
     assert "0.001" in printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["models", "layers"])
 def test_speed_sets_time_against_operations(
     part: str, benchmark: Benchmark, vit_directory: Path, capsys: pytest.CaptureFixture[str]
@@ -135,6 +140,7 @@ def test_speed_sets_time_against_operations(
         assert float(row[operations]) <= 1
 
 
+@pytest.mark.slow
 def test_a_job_is_set_against_its_bare_passes(
     benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +151,7 @@ def test_a_job_is_set_against_its_bare_passes(
     assert {"keep 0.9: Calibrating", "**keep 0.9: compressing**", "**keep 0.8: compressing**"} <= set(titles)
 
 
+@pytest.mark.slow
 def test_every_combination_with_integers_is_a_row(
     benchmark: Benchmark,
     vit_directory: Path,
@@ -165,6 +172,7 @@ def test_every_combination_with_integers_is_a_row(
     assert float(body[0][head.index("KL")]) == 0
 
 
+@pytest.mark.slow
 def test_onnx_is_timed_against_pytorch(
     benchmark: Benchmark, vit_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +182,7 @@ def test_onnx_is_timed_against_pytorch(
     assert float(row[head.index("onnxruntime, 1")]) > 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_timed_beside_its_passes(
     benchmark: Benchmark, vit_directory: Path, learned_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +193,7 @@ def test_an_evaluation_is_timed_beside_its_passes(
     assert all(float(row[1]) >= 0 and float(row[2]) > 0 and row[3].endswith("%") for row in body)
 
 
+@pytest.mark.slow
 def test_techniques_go_into_one_table_that_a_second_run_completes(
     benchmark: Benchmark,
     vit_directory: Path,
@@ -221,6 +231,7 @@ def test_techniques_go_into_one_table_that_a_second_run_completes(
         techniques.main([*given, "--samples", "8"])
 
 
+@pytest.mark.slow
 def test_the_picture_of_a_quadtree_shows_patches_that_tile_the_image(
     benchmark: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +250,7 @@ def test_the_picture_of_a_quadtree_shows_patches_that_tile_the_image(
     assert (covered == 1).all()
 
 
+@pytest.mark.slow
 def test_a_technique_of_recovery_gives_a_row(
     benchmark: Benchmark,
     compressed: Callable[..., Any],
@@ -257,6 +269,7 @@ def test_a_technique_of_recovery_gives_a_row(
     assert kl[1] < kl[0]
 
 
+@pytest.mark.slow
 def test_reversible_training_keeps_less_than_plain(benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark("recovery").main(["--memory", "--batch", "1", "--depths", "4", "--repeats", "1"])
     _, *found = rows(capsys.readouterr().out)
@@ -269,6 +282,7 @@ def test_reversible_training_keeps_less_than_plain(benchmark: Benchmark, capsys:
     assert all(more >= plain for more in kept.values())
 
 
+@pytest.mark.slow
 def test_the_picture_shows_every_method_of_a_table(benchmark: Benchmark, tmp_path: Path) -> None:
     table = tmp_path / "table.md"
     table.write_text(
@@ -333,6 +347,7 @@ def test_the_structure_of_this_tree_is_printed_and_kept(
     assert sum(room["modules"] for room in facts["rooms"].values()) == modules
 
 
+@pytest.mark.slow
 def test_only_jobs_whose_weights_a_change_touches_are_different(
     benchmark: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

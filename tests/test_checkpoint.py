@@ -306,6 +306,7 @@ def test_a_layer_outside_the_base_model_is_refused(checkpoint: Callable[[str], P
         checkpoints.replace_layers(model, {name: tiny.low_rank(model.get_submodule(name), 4)})
 
 
+@pytest.mark.slow
 def test_without_vitshrink_loading_fails_instead_of_giving_random_layers(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

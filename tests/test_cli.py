@@ -545,6 +545,7 @@ main()
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_or_terminated_run_leaves_nothing(vit_directory: Path, tmp_path: Path) -> None:
     """While the weights lie in the staging directory, for one; before anything was written, for the other."""
     flags = ("--keep", "0.8", "--method", "svd")
@@ -564,6 +565,7 @@ def test_an_interrupted_or_terminated_run_leaves_nothing(vit_directory: Path, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_work_leaves_no_traceback(number: signal.Signals) -> None:
     """When the interpreter ends it calls much that knows of no signal."""

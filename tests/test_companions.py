@@ -220,6 +220,7 @@ processes.leave()
 """
 
 
+@pytest.mark.slow
 def test_other_processes_get_the_folders_as_well(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

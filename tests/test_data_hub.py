@@ -20,6 +20,8 @@ from datasets.utils import disable_progress_bars
 from vitshrink.data import open_samples
 from vitshrink.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 disable_progress_bars()
 
 REVISION = "a" * 40

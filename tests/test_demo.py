@@ -53,6 +53,7 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
         demo.run_demo(tmp_path / "out", lambda _: None)
 
 
+@pytest.mark.slow
 def test_the_whole_demo_replaces_an_earlier_one(tmp_path: Path) -> None:
     """A short training: what is compared is poor, but everything that the long one does is done."""
     output = tmp_path / "demo output"

@@ -474,6 +474,7 @@ def two_models(data: list[EncodedBatch]) -> dict[str, Any]:
     return evaluate(compressed(name), data, task="masked-lm", masking=masking, baseline=tiny.build(name)).to_dict()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
         share, args=(str(tmp_path),), nprocs=2, start_method=CONTEXT.get_start_method()

@@ -168,6 +168,7 @@ def run(project: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_script_sweeps_checks_and_says_how_it_went(project: Path) -> None:
     missed = run(project, "sh", "nightly.sh", "sweep.yaml", "--max-drop", "-100")
     assert missed.returncode == 3, missed.stderr
@@ -183,6 +184,7 @@ def test_the_script_sweeps_checks_and_says_how_it_went(project: Path) -> None:
     assert wrong.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_goes_on_until_the_sweep_has_passed_and_then_rests(project: Path) -> None:
     flags = "SWEEPFLAGS=--max-drop"

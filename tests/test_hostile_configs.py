@@ -253,6 +253,7 @@ def test_a_checkpoint_of_another_process_that_is_being_written_is_refused(vit_di
         load_dense(directory)
 
 
+@pytest.mark.slow
 def test_a_python_file_in_a_checkpoint_is_never_run(changed: Callable[..., Path], tmp_path: Path) -> None:
     directory = changed()
     mark = tmp_path / "run"

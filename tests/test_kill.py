@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from vitshrink.cli.app import app
 from vitshrink.runtime.checksums import broken_files
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGING = ".out.vitshrink-*"
 

@@ -343,6 +343,7 @@ print(json.dumps([found.evaluation.to_dict(), found.fingerprint, found.bad.reaso
 """
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(vit_directory: Path, class_images: Path, tmp_path: Path) -> None:
     """An odd number of samples, of which each process meets a bad one."""
     for number, file in enumerate(sorted(class_images.glob("*/*.png"))[:21]):

@@ -232,6 +232,7 @@ def test_junit_holds_any_message() -> None:
     assert failure.text == "caf\\xe9 \\x1b[1m \\ufffe <b>"
 
 
+@pytest.mark.slow
 def test_a_posix_locale_is_no_hindrance(vit_directory: Path, photos: Path, tmp_path: Path) -> None:
     """With a name that would be text elsewhere, and with a terminal that knows ASCII alone."""
     data = photos.rename(tmp_path / "phötos")

@@ -21,6 +21,7 @@ def zygotes() -> Iterator[Zygotes]:
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SAMPLE)
 def test_a_case_drawn_by_its_number(number: int, zygotes: Zygotes) -> None:
     verdict = zygotes.judge(draw(number))

@@ -41,6 +41,7 @@ def _run(*arguments: str | Path) -> None:
     assert process.returncode == 0, process.stdout + process.stderr
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> None:
     expected = {
         file.as_posix()
@@ -51,23 +52,27 @@ def test_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile) -> None:
     assert expected <= set(wheel.namelist())
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_calibration_recipes(wheel: zipfile.ZipFile) -> None:
     recipes = [file.relative_to("calibration").as_posix() for file in tracked("calibration/**/*.yaml")]
     assert recipes
     assert {f"vitshrink/calibration_recipes/{name}" for name in recipes} <= set(wheel.namelist())
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_license_and_nothing_foreign(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"vitshrink"}
 
 
+@pytest.mark.slow
 def test_wheel_names_the_command(wheel: zipfile.ZipFile) -> None:
     (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "vitshrink = vitshrink.cli:main" in wheel.read(entry_points).decode()
 
 
+@pytest.mark.slow
 def test_source_distribution_can_build_and_test_itself(tmp_path: Path) -> None:
     _run("hatchling", "build", "--target", "sdist", "--directory", tmp_path)
     (file,) = tmp_path.glob("*.tar.gz")
@@ -110,6 +115,7 @@ def test_the_oldest_torch_does_that_is_declared(
     assert result.report.recovery["settings"]["precision"] == "no"
 
 
+@pytest.mark.slow
 def test_where_there_are_no_file_locks_models_load_and_what_writes_says_so(
     vit_directory: Path, flat_images: Path, tmp_path: Path
 ) -> None:

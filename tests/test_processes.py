@@ -76,6 +76,7 @@ def run_together(*arguments: str, count: int = 2, timeout: float = 300) -> list[
             process.kill()
 
 
+@pytest.mark.slow
 def test_two_processes_share_and_learn_the_results() -> None:
     done = run_together("-c", PROGRAM)
     assert [process.returncode for process in done] == [0, 0], done

@@ -237,6 +237,7 @@ def test_the_report_has_the_figures_of_both_models(vit_directory: Path, learned_
     assert "keep 1.000, int4" in shown.output
 
 
+@pytest.mark.slow
 def test_without_vitshrink_loading_fails(vit_directory: Path, tmp_path: Path) -> None:
     quantize_checkpoint(str(vit_directory), str(tmp_path / "out"))
     program = (
@@ -332,6 +333,7 @@ def test_a_quantised_model_is_exported(bert_directory: Path, tmp_path: Path, for
     assert found.difference <= (1e-5 if form == "torch" else 0.05 * found.largest)
 
 
+@pytest.mark.slow
 def test_onnx_keeps_the_integers(bert_directory: Path, tmp_path: Path) -> None:
     quantize_checkpoint(str(bert_directory), str(tmp_path / "small"))
     found = export(str(tmp_path / "small"), str(tmp_path / "out"), "onnx")

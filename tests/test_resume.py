@@ -102,6 +102,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_job_goes_on_where_it_was_and_ends_in_the_same_bytes(
     moment: str,
@@ -123,6 +124,7 @@ def test_a_killed_job_goes_on_where_it_was_and_ends_in_the_same_bytes(
     assert not any(checksums.broken_files(part) for part in (tmp_path / "out").glob("keep-*"))
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_again_and_again_still_goes_on(
     entries: dict[str, Any], work: Counted, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_job_that_is_killed_again_and_again_still_goes_on(
     assert work["layers"] < ALL["layers"] - 40
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_kill_and_is_not_lost_with_one_in_the_evaluation(
     entries: dict[str, Any],
     undisturbed: Callable[..., dict[str, bytes]],
@@ -163,6 +166,7 @@ def test_training_goes_on_after_a_kill_and_is_not_lost_with_one_in_the_evaluatio
     assert any("training goes on from step 4" in warning for warning in report["warnings"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "other"),
     [
@@ -194,6 +198,7 @@ def test_the_state_of_another_job_is_not_used_and_it_says_so(
     assert work["batches"] >= 1, "nothing of it was used"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["class map", "processor"])
 def test_what_training_reads_beside_the_samples_is_not_taken_for_the_same(
     changed: str, vit_directory: Path, learned_images: Path, tmp_path: Path
@@ -258,6 +263,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, vit_directory: Path, f
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["job", "step"])
 def test_a_damaged_state_is_named_and_computed_again(
     damage: str,
@@ -292,6 +298,7 @@ def test_where_the_state_cannot_be_written_the_job_goes_on_without(
     assert "would be lost with a kill" in warning
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_the_midst_of_a_job_leaves_nothing(entries: dict[str, Any], tmp_path: Path) -> None:
     said, warnings = compress_with_little_room(entries | {"keep": [0.6], "refine": 0}, 20_000)
     assert said.startswith("OutputError: cannot write the checkpoint to")
@@ -307,6 +314,7 @@ def test_a_job_that_would_fail_again_leaves_no_state(entries: dict[str, Any], tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_training_keeps_its_state_where_it_is_told_to(entries: dict[str, Any], tmp_path: Path) -> None:
     """With ``checkpoints`` of one's own, which are cleared once the model is there."""
     entries |= {"keep": [0.6], "samples": 24, "holdout": 0, "refine": 0}

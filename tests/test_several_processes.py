@@ -23,6 +23,8 @@ from vitshrink.models.checkpoint import load, save
 from vitshrink.runtime import checksums
 from vitshrink.runtime.observer import Job
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, sys, torch
 from vitshrink.runtime import processes

@@ -424,6 +424,7 @@ def test_a_revision_of_a_local_folder_makes_no_sense(directory: Path) -> None:
         source.resolve(directory, revision="main")
 
 
+@pytest.mark.slow
 def test_the_hub_answers(directory: Path, tmp_path: Path) -> None:
     """Against a server on this machine: download without code, gated, unknown, wrong revision, unreachable, cached."""
     program = textwrap.dedent(

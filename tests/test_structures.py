@@ -76,6 +76,7 @@ def smaller(kind: str) -> tuple[PreTrainedModel, str]:
     return model, name
 
 
+@pytest.mark.slow
 def test_models_are_pickled_saved_whole_and_copied(tmp_path: Path) -> None:
     """And read again by a process that imports torch alone."""
     kinds = [*attention_methods(), "low-rank", *FORMS, "mixed tokens", "int8", "int4"]

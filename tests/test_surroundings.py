@@ -135,6 +135,7 @@ def test_a_bound_that_is_missed_keeps_its_code(place: Path, monkeypatch: pytest.
         assert run(monkeypatch, *gate, stdout=output, stderr=errors) == 3
 
 
+@pytest.mark.slow
 def test_real_processes_end_well_behind_closed_descriptors_and_pipes(place: Path) -> None:
     """With nothing of Python's own at the end either, such as an exception that is ignored, or the code 120."""
     full_disk = "error: the results could not be written to the standard output: No space left on device.\n"

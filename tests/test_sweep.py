@@ -162,6 +162,7 @@ def test_a_dry_run_lists_the_jobs_and_writes_nothing(sweep_file: Path, folder: P
     assert [job["job"] for job in as_json] == ["vit-svd-keep-0.8", "vit-curvature-keep-0.8", "lost"]
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_running_jobs_and_keeps_to_its_width(done: Result, sweep_file: Path, folder: Path) -> None:
     """40 columns, a real terminal: nothing may be wider, and the table is gone in the end."""
     del done
@@ -195,6 +196,7 @@ def test_a_terminal_shows_the_running_jobs_and_keeps_to_its_width(done: Result, 
     assert all(len(line.rstrip()) <= 40 for line in live if not line.startswith("error"))
 
 
+@pytest.mark.slow
 def test_jobs_without_a_size_and_of_whole_attentions_have_rows(
     vit_directory: Path, flat_images: Path, tmp_path: Path
 ) -> None:
