@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 import vitshrink
+from vitshrink.config.fields import names_of
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.memory import ReadyBatches
 from vitshrink.errors import CheckpointError, DataError, OutputError, TargetError, UsageError
 from vitshrink.jobs.compress import CompressionResult
-from vitshrink.jobs.in_memory import FILES_ONLY
 from vitshrink.models import cost
 from vitshrink.report import figures
 
@@ -349,7 +349,7 @@ def test_masks_are_asked_for() -> None:
 def test_every_flag_has_a_place() -> None:
     """An entry that a job in memory ignores in silence would be a trap: each is refused, or read by what it runs."""
     entries = set(CompressConfig.__dataclass_fields__)
-    assert set(FILES_ONLY) <= entries
+    refused = names_of(CompressConfig, lambda option: not option.in_memory)
     reached, ahead = set[str](), {"vitshrink.jobs.in_memory"}
     while ahead:
         reached |= ahead
@@ -357,4 +357,4 @@ def test_every_flag_has_a_place() -> None:
     sources = [FILES[module].read_text(encoding="utf-8") for module in reached - {"vitshrink.config.options"}]
     sources.append(inspect.getsource(CompressConfig.calibration_data.fget).replace("self.", "config."))  # type: ignore[attr-defined]
     read = set(re.findall(r"\bconfig\.(\w+)", "\n".join(sources)))
-    assert entries - set(FILES_ONLY) - read == set()
+    assert entries - refused - read == set()

@@ -7,7 +7,8 @@ import typer
 
 from vitshrink.cli import console
 from vitshrink.cli.tables import evaluation_table
-from vitshrink.config.options import DataConfig, Preprocessing, check_approximations, parse_quantity
+from vitshrink.config.options import DataConfig, Preprocessing, parse_quantity
+from vitshrink.config.tokens import TokenOptions
 from vitshrink.evaluation.gates import Gates
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.models.structures.tokens import MixedTokens
@@ -87,15 +88,13 @@ def evaluate_command(
     largest = None if max_size is None else parse_quantity(max_size, "--max-size")
     gates = Gates(min_accuracy, max_drop, max_changed, max_kl, max_error, largest, max_latency_ratio)
     gates.require(baseline=baseline)
-    check_approximations(
-        {
-            "tokens": tokens,
-            "token_budget": token_budget,
-            "token_levels": token_levels,
-            "token_scorer": token_scorer,
-            "landmarks": landmarks,
-            "landmark_form": landmark_form,
-        }
+    TokenOptions(
+        tokens=tokens,  # type: ignore[arg-type]
+        token_budget=token_budget,
+        token_levels=token_levels,
+        token_scorer=token_scorer,
+        landmarks=landmarks,
+        landmark_form=landmark_form,
     )
     mixed = None if token_budget is None else MixedTokens(token_budget, token_levels, token_scorer)
     processes.join(device)

@@ -1,1 +1,1 @@
-"""What a job is asked to do: its options, the recipe that holds them, and names that are safe to write."""
+"""What a job is asked to do: groups of options, the jobs made of them, recipes, and names that are safe to write."""

@@ -15,6 +15,7 @@ from vitshrink.compression.allocation import Plan
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound
 from vitshrink.compression.shrinking import Choices, Shrinking
+from vitshrink.config.fields import plain_values
 from vitshrink.config.options import CompressConfig
 from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.data.opening import CalibrationData, hold_out, open_data, read_calibration
@@ -171,12 +172,6 @@ def _store(
     verify(directory, model, example_inputs(source.model))
 
 
-OF_NO_CONSEQUENCE = frozenset(
-    ("output", "overwrite", "dry_run", "cache", "save_every", "offline", "workers", "latency", "thumbnails")
-)
-"""Entries of a config, beside those of the evaluation, that make no difference to the models."""
-
-
 def _identity(
     config: CompressConfig,
     dense: PreTrainedModel,
@@ -186,12 +181,7 @@ def _identity(
     material: Material | None,
 ) -> dict[str, Any]:
     """All that the compressed models follow from."""
-    entries = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in OF_NO_CONSEQUENCE and not name.startswith("eval")
-    }
-    return entries | {
+    return plain_values(config, lambda option: option.changes == "models") | {
         "version of vitshrink": __version__,
         "version of torch": torch.__version__,
         "device": str(next(dense.parameters()).device),

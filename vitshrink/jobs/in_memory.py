@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound
 from vitshrink.compression.shrinking import Choices, Shrinking
+from vitshrink.config.fields import names_of
 from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import (
     Preprocessor,
@@ -38,30 +39,6 @@ from vitshrink.models.sentences import MEAN, NO_SETTINGS, TextSettings
 from vitshrink.models.source import resolve
 from vitshrink.report import Report, headline, write
 from vitshrink.runtime.observer import Job, Observer, Silent
-
-FILES_ONLY = (
-    "model",
-    "output",
-    "calibration",
-    "overwrite",
-    "dry_run",
-    "device",
-    "eval",
-    "eval_split",
-    "eval_limit",
-    "eval_image_column",
-    "eval_text_column",
-    "eval_text_pair_column",
-    "eval_label_column",
-    "eval_labels",
-    "label_column",
-    "class_map",
-    "resolution",
-    "finetune",
-    "attention",
-    "save_every",
-)
-"""Entries of a config that say what is read, written, kept and trained, where compress takes and gives objects."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +161,7 @@ def compress(
 
 
 def _config(model: PreTrainedModel, calibration: Any, entries: dict[str, Any]) -> CompressConfig:
-    for name in FILES_ONLY:
+    for name in names_of(CompressConfig, lambda option: not option.in_memory):
         if name in entries:
             raise UsageError(f"compress() has no {name!r}: it is given a model and returns one.")
     if isinstance(entries["keep"], Sequence):

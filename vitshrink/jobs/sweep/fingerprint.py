@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vitshrink._version import __version__
+from vitshrink.config.fields import entries_of, plain_values
 from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import Kind, hub_source, open_samples
 from vitshrink.errors import VitshrinkError
 from vitshrink.models.hub import revision
 from vitshrink.runtime.checksums import digest
-
-ASIDE = ("output", "overwrite", "cache", "dry_run", "offline", "save_every", "checkpoints")
-"""Entries that do not show in the result."""
 
 APART = "@"
 """Between what is known without the network and the commits of what lies on the Hub."""
@@ -56,17 +54,16 @@ class _Known:
 
 
 def _fingerprint(config: CompressConfig, known: _Known) -> str:
-    recipe = _without(asdict(config), ASIDE)
+    recipe = plain_values(config, lambda option: option.changes != "nothing")
     read: dict[str, Any] = {}
     commits: dict[str, str | None] = {}
-    for entry in fields(config):
+    for entry in entries_of(type(config)):
         name = getattr(config, entry.name)
-        if entry.metadata.get("read") and name is not None:
+        if entry.option.reads and name is not None:
             read[entry.name] = known.contents(name)
             if read[entry.name] is None:
                 commits[entry.name] = known.revision(name, "model", offline=config.offline)
-    for part, data in data_of(config).items():
-        most = {"calibration_data": config.samples + config.holdout, "eval_data": config.eval_limit}.get(part)
+    for part, (data, most) in config.data_sets().items():
         if (there := hub_source(data.source)) is not None:
             read[part] = None if there[1] is None else asdict(replace(there[1], folder=Path()))
             commits[part] = known.revision(there[0], "dataset", offline=config.offline)
@@ -74,13 +71,6 @@ def _fingerprint(config: CompressConfig, known: _Known) -> str:
             read[part] = known.samples(data, most, config.seed, offline=config.offline)
     local = _sha256({"vitshrink": __version__, "recipe": recipe, "read": read})
     return local + (APART + _sha256(commits)[:16] if commits and None not in commits.values() else "")
-
-
-def data_of(config: CompressConfig) -> dict[str, DataConfig]:
-    """Every set of samples that a config says how to read, by the property that does."""
-    properties = (name for name, entry in vars(type(config)).items() if isinstance(entry, property))
-    found = {name: getattr(config, name) for name in properties}
-    return {name: value for name, value in found.items() if isinstance(value, DataConfig)}
 
 
 def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) -> Mapping[str, str]:
@@ -122,14 +112,6 @@ def _walk(path: Path) -> Iterator[tuple[str, Path]]:
         if real not in entered:
             entered.add(real)
             yield from ((os.path.relpath(Path(directory, n), path), Path(directory, n)) for n in names if n[0] != ".")
-
-
-def _without(entries: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {
-        name: _without(value, names) if isinstance(value, Mapping) else value
-        for name, value in entries.items()
-        if name not in names
-    }
 
 
 def _sha256(content: Any) -> str:

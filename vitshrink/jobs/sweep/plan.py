@@ -12,11 +12,11 @@ from types import NoneType
 from typing import Any
 
 from vitshrink.compression.shrinking import Choices
+from vitshrink.config.fields import entries_of
 from vitshrink.config.options import (
     BOUNDS,
     CompressConfig,
     flag_of,
-    holds,
     parse_duration,
     read_recipe,
     renamed,
@@ -147,11 +147,11 @@ def _value(axis: str, value: Any, path: Path) -> Combination:
     axis = axis.replace("-", "_")
     if not isinstance(value, Mapping):
         for kind in (NoneType, list):
-            if isinstance(value, kind) and not holds(axis, kind):
+            if isinstance(value, kind) and not _takes(axis, kind):
                 raise UsageError(f"{path}: matrix: {axis}: {value!r} is no value; write a name or a number.")
         return Combination({axis: _label(axis, value)}, {axis: value}, frozenset({axis}))
     entries = _plain({key: entry for key, entry in value.items() if key != "name"})
-    if axis not in entries and holds(axis, dict):
+    if axis not in entries and _takes(axis, dict):
         entries = {axis: entries}
     if "name" in value:
         label = str(value["name"])
@@ -160,6 +160,11 @@ def _value(axis: str, value: Any, path: Path) -> Combination:
     else:
         label = "-".join(_label(key, entry) for key, entry in entries.items() if not isinstance(entry, Mapping | list))
     return Combination({axis: label}, entries, frozenset(entries))
+
+
+def _takes(axis: str, kind: type) -> bool:
+    """Whether the axis is an entry of a job that may be None (``NoneType``), a ``list``, or a ``dict`` of entries."""
+    return any(entry.name == axis and entry.takes(kind) for entry in entries_of(CompressConfig))
 
 
 def _label(key: str, value: Any) -> str:

@@ -1,0 +1,89 @@
+"""Which samples a job reads to learn from, and how any samples are read."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vitshrink.config.fields import DATA, Options, entries_of, option
+
+Preprocessing = Literal["checkpoint", "timm"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, and how to read them."""
+
+    source: str
+    split: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    labels: str | None = None
+    """File with the classes of a flat folder of images."""
+    flags: str = "--"
+    """How the flags begin that name the columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions(Options):
+    """Columns of a table or data set."""
+
+    image_column: str | None = option(None, "Column of the images.", panel=DATA)
+    text_column: str | None = option(None, "Column of the texts.", panel=DATA)
+    text_pair_column: str | None = option(None, "Column of the second texts.", panel=DATA)
+    label_column: str | None = option(
+        None,
+        "Column of the labels; several with commas, one for each label or score.",
+        panel=DATA,
+        in_memory=False,
+    )
+
+
+COLUMNS = tuple(entry.name for entry in entries_of(ColumnOptions))
+
+
+def columns_of(options: Options, prefix: str = "") -> dict[str, Any]:
+    """The columns that a job names, as ``DataConfig`` takes them; ``prefix`` is that of its fields."""
+    return {name: getattr(options, prefix + name, None) for name in COLUMNS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(Options):
+    """Unlabelled samples that a method learns from, and others that judge what it has made."""
+
+    calibration: str | None = option(
+        None, "Unlabelled samples: a folder, a file, a recipe or a Hub data set.", panel=DATA, in_memory=False
+    )
+    calibration_split: str | None = option(None, "Its split.", panel=DATA)
+    samples: int = option(512, "How many to use.", panel=DATA, low=1)
+    holdout: int = option(
+        64,
+        "How many others judge --max-changed and --max-kl, and measure the fidelity without --eval.",
+        panel=DATA,
+        low=0,
+    )
+
+    @property
+    def calibration_data(self) -> DataConfig | None:
+        if self.calibration is None:
+            return None
+        return DataConfig(self.calibration, self.calibration_split, **columns_of(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions(Options):
+    """How samples become inputs of the model, and what becomes of those that cannot."""
+
+    class_map: str | None = option(
+        None, "File that maps class names to indices.", panel=DATA, reads=True, in_memory=False
+    )
+    max_length: int | None = option(None, "Tokens of a text at most.", panel=DATA, low=1)
+    max_bad_samples: int | None = option(
+        None, "Unreadable samples to put up with; 1 % if not given.", panel=DATA, low=0
+    )
+    preprocess: Preprocessing = option(
+        "checkpoint", "checkpoint: as it says; timm: resized and cropped as there.", panel=DATA
+    )
+    workers: int | None = option(
+        None, "Threads that decode images; one a core if not given.", panel=DATA, low=0, changes="report"
+    )

@@ -1,0 +1,87 @@
+"""How small a model is to get: exactly one of these says it."""
+
+from dataclasses import dataclass
+
+from vitshrink.config.fields import SIZE, Options, entries_of, flag_of, option
+from vitshrink.config.quantities import parse_quantity
+from vitshrink.errors import UsageError
+
+BOUNDS = ("max_changed", "max_kl", "max_error")
+"""The sizes that say how small by what may be lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(Options):
+    """Exactly one size.
+
+    ``keep`` (fractions of the whole model's parameters; several give several outputs), ``target_params``,
+    ``target_size``, ``rank``, ``explained_variance`` (the share that every layer keeps of its energy in the method's
+    metric), or the smallest that keeps a bound on held-out calibration samples: ``max_changed``, percent of the
+    predictions, which differ from the dense model's, ``max_kl``, nats, or, for scores and features, ``max_error``, the
+    squared error as a share of their spread.
+    """
+
+    keep: tuple[float, ...] = option(
+        (),
+        "Fraction of the whole model's parameters to keep; repeat it for several outputs.",
+        panel=SIZE,
+        above=0,
+        below=1,
+        wanted="give the fraction of the model's parameters to keep, above 0 and below 1.",
+    )
+    target_params: str | None = option(None, "Parameters of the result, e.g. 22M.", panel=SIZE)
+    target_size: str | None = option(None, "Bytes of the weight files, e.g. 90MB.", panel=SIZE)
+    rank: int | None = option(None, "One rank for every layer.", panel=SIZE, low=1)
+    explained_variance: float | None = option(
+        None,
+        "In every layer the smallest rank that keeps this share of its energy, e.g. 0.9.",
+        panel=SIZE,
+        above=0,
+        below=1,
+        wanted="give the share of its energy that every layer keeps, above 0 and below 1.",
+    )
+    max_changed: float | None = option(
+        None,
+        "The smallest model that changes at most this many percent of the predictions on held-out calibration samples "
+        "(no labels needed).",
+        panel=SIZE,
+        low=0,
+        high=100,
+        wanted="give the percentage of predictions that may change, such as --max-changed 1.",
+    )
+    max_kl: float | None = option(
+        None,
+        "The smallest model at most this many nats of KL divergence from the dense one on them.",
+        panel=SIZE,
+        low=0,
+        wanted="give nats that may be lost, such as --max-kl 1.",
+    )
+    max_error: float | None = option(
+        None,
+        "The same for scores and features: their squared error, as a share of their spread, e.g. 0.01.",
+        panel=SIZE,
+        low=0,
+        high=1,
+        wanted="give the squared error, as a share of the spread of the dense model's answers, such as "
+        "--max-error 0.01.",
+    )
+
+    @property
+    def sizes(self) -> list[str]:
+        """The flags of the sizes that are given."""
+        return [flag_of(name) for name in SIZES if getattr(self, name) not in (None, ())]
+
+    @property
+    def sized(self) -> bool:
+        """Whether the weights are to get smaller; fewer tokens or landmarks alone leave them as they are."""
+        return bool(self.sizes)
+
+    def check(self) -> None:
+        for name in ("target_params", "target_size"):
+            if getattr(self, name) is not None:
+                parse_quantity(getattr(self, name), flag_of(name))
+        if len(set(self.keep)) != len(self.keep):
+            raise UsageError("--keep: the same fraction was given twice.")
+
+
+SIZES = tuple(entry.name for entry in entries_of(SizeOptions))

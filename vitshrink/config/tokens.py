@@ -1,0 +1,52 @@
+"""Fewer tokens and landmarks, with which a model runs whatever its weights are."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vitshrink.config.fields import TOKENS, Options, entries_of, flag_of, option
+from vitshrink.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenOptions(Options):
+    """What a model looks at: fewer tokens where there is no detail, attention maps of low rank, another resolution."""
+
+    tokens: Literal["all", "mixed"] = option(
+        "all", "all, or mixed: large patches where an image has no detail (ViT and DeiT).", panel=TOKENS
+    )
+    token_budget: int | None = option(None, "Patches of an image, with --tokens mixed.", panel=TOKENS, low=1)
+    token_levels: int = option(2, "Sizes of patches, each twice as wide as the one before.", panel=TOKENS, low=1)
+    token_scorer: str = option("blur", "What decides on a split: blur or features.", panel=TOKENS)
+    resolution: int | None = option(
+        None,
+        "Pixels of an image, if not the model's; positions are interpolated.",
+        panel=TOKENS,
+        low=1,
+        in_memory=False,
+    )
+    landmarks: int | None = option(
+        None, "Landmarks of every attention map, which are then of low rank (ViT and DeiT).", panel=TOKENS, low=1
+    )
+    landmark_form: str = option("pooled", "What such a map is: pooled or nystrom.", panel=TOKENS)
+
+    @property
+    def approximations(self) -> list[str]:
+        """The flags of those that are given."""
+        given = {"--tokens mixed": self.token_budget, "--landmarks": self.landmarks}
+        return [flag for flag, number in given.items() if number is not None]
+
+    def check(self) -> None:
+        mixed = self.tokens == "mixed"
+        if mixed is not (self.token_budget is not None):
+            raise UsageError("--tokens mixed and --token-budget, the patches of an image, go together.")
+        if mixed and self.landmarks is not None:
+            raise UsageError("--landmarks are means over a grid of patches, and --tokens mixed is no grid: choose one.")
+        defaults = {entry.name: entry.default for entry in entries_of(TokenOptions)}
+        for name, needed, there in (
+            ("token_levels", "--tokens mixed", mixed),
+            ("token_scorer", "--tokens mixed", mixed),
+            ("landmark_form", "--landmarks", self.landmarks is not None),
+        ):
+            if not there and getattr(self, name) != defaults[name]:
+                value = getattr(self, name)
+                raise UsageError(f"{flag_of(name)} {value} makes no difference without {needed}: pass both.")
