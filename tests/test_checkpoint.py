@@ -25,6 +25,7 @@ from vitshrink.models import checkpoint as checkpoints
 from vitshrink.models import hf_quantizer
 from vitshrink.models import loading as models
 from vitshrink.models.loading import LoadedModel
+from vitshrink.models.source import examine
 from vitshrink.models.targets import find_targets
 
 each_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)
@@ -483,8 +484,8 @@ class TestVerify:
 
 def test_file_bytes_are_those_of_the_weights(written: Callable[..., tuple[LoadedModel, Path]]) -> None:
     loaded, directory = written("ViTModel")
-    assert checkpoints.file_bytes(directory) == (directory / "model.safetensors").stat().st_size
-    assert checkpoints.file_bytes(directory) < checkpoints.file_bytes(loaded.directory)
+    assert examine(directory).nbytes == (directory / "model.safetensors").stat().st_size
+    assert examine(directory).nbytes < loaded.source.nbytes
 
 
 @pytest.mark.real
@@ -498,7 +499,7 @@ def test_real_checkpoints_survive_the_round_trip(name: str, real_folder: Path, t
     image = {"pixel_values": torch.randn(2, 3, 224, 224)}
     text = {"input_ids": torch.randint(1000, 2000, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
     checkpoints.verify(tmp_path, loaded.model, image if loaded.family.modality == "image" else text)
-    assert checkpoints.file_bytes(tmp_path) < checkpoints.file_bytes(loaded.directory)
+    assert examine(tmp_path).nbytes < loaded.source.nbytes
 
 
 def removed(model: Any, kept: list[int]) -> Any:

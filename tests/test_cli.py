@@ -526,12 +526,12 @@ def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
 def start(tmp_path: Path, stop_at: str, *arguments: str | Path) -> "subprocess.Popen[str]":
     """The command in a process of its own that says "here" and waits at a step of the job."""
     script = f"""
-import signal, sys, time, vitshrink.jobs.compress as pipeline
+import signal, sys, time, vitshrink.jobs.result as result
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 def wait(*_, **__):
     print("here", flush=True)
     time.sleep(60)
-pipeline.{stop_at} = wait
+result.{stop_at} = wait
 from vitshrink.cli import main
 main()
 """

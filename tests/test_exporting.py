@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from vitshrink.cli.app import app
 from vitshrink.config.options import DataConfig
 from vitshrink.errors import CheckpointError, DependencyError, OutputError, UsageError
 from vitshrink.jobs import export as exporting
+from vitshrink.jobs import forms
 from vitshrink.jobs.compress import CompressionResult
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.jobs.export import Export, export
+from vitshrink.jobs.session import Session
 from vitshrink.models.onnx_model import load_onnx
 
 Compressed = Callable[..., CompressionResult]
@@ -135,7 +138,7 @@ def test_quantised_mixed_tokens_take_batches_of_any_size(form: str, compressed: 
 
 def test_the_exporters_own_reason_is_given() -> None:
     """Not the outermost message, which says in which of its steps it was."""
-    with pytest.raises(OutputError, match=r"failed: KeyError: 'what it was'$"), exporting._quiet():
+    with pytest.raises(OutputError, match=r"failed: KeyError: 'what it was'$"), forms.quiet():
         raise RuntimeError("step 3/3") from KeyError("what it was")
 
 
@@ -171,13 +174,13 @@ def test_an_onnx_masked_lm_is_evaluated(
 def test_a_difference_is_not_published(
     small: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = exporting._write_program
+    honest = forms.write_program
 
-    def wrong(*arguments: object) -> object:
-        file, run = honest(*arguments)  # type: ignore[arg-type]
-        return file, lambda batch: {name: value + 0.01 for name, value in run(batch).items()}
+    def wrong(session: Session, staging: Path) -> forms.Written:
+        written = honest(session, staging)
+        return replace(written, run=lambda batch: {n: value + 0.01 for n, value in written.run(batch).items()})
 
-    monkeypatch.setattr(exporting, "_write_program", wrong)
+    monkeypatch.setitem(forms.FORMS, "torch", wrong)
     with pytest.raises(OutputError, match=r"differs from .* by up to 0.01"):
         export(str(small("ViTForImageClassification")), str(tmp_path / "out"), "torch")
     assert list(tmp_path.iterdir()) == []
@@ -188,7 +191,7 @@ def test_a_missing_package_is_named_before_the_work(
     small: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setattr(exporting, "load_dense", None)
+    monkeypatch.setattr(exporting, "Session", None)
     with pytest.raises(DependencyError, match=r'onnxscript.*pip install "vitshrink\[onnx\]"'):
         export(str(small("ViTForImageClassification")), str(tmp_path / "out"), "onnx")
     assert list(tmp_path.iterdir()) == []

@@ -28,13 +28,18 @@ from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import open_samples
 from vitshrink.errors import CheckpointError, DataError, NumericsError, OutputError, TargetError, UsageError
 from vitshrink.jobs import compress as pipeline
+from vitshrink.jobs import inputs
+from vitshrink.jobs import result as written
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.methods import Factorisation, available_methods, get_method, registry
 from vitshrink.models import cost
-from vitshrink.models.checkpoint import compressed_layers, file_bytes
+from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.loading import LoadedModel
+from vitshrink.models.source import examine
 from vitshrink.models.targets import find_targets
 from vitshrink.report import figures
+from vitshrink.runtime.device import find_device
 
 Compressed = Callable[..., CompressionResult]
 Checkpoint = Callable[[str], Path]
@@ -252,7 +257,7 @@ def test_target_params_is_a_bound(compressed: Compressed) -> None:
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_file_is_not_larger_than_asked(compressed: Compressed, checkpoint: Checkpoint, name: str, dtype: str) -> None:
-    asked = int(0.8 * file_bytes(checkpoint(name))) // (2 if dtype == "float16" else 1)
+    asked = int(0.8 * examine(checkpoint(name)).nbytes) // (2 if dtype == "float16" else 1)
     result = compressed(name, method="svd", target_size=str(asked), dtype=dtype)
     written = len(weights_of(result))
     assert written <= asked
@@ -596,7 +601,7 @@ def test_the_evaluation_can_be_limited(compressed: Compressed, learned_images: P
 def test_labels_that_cannot_be_aligned_stop_the_job_before_its_work(
     monkeypatch: pytest.MonkeyPatch, vit_directory: Path, learned_images: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "read_calibration", None)  # not even that is reached
+    monkeypatch.setattr(inputs, "read_calibration", None)  # not even that is reached
     (tmp_path / "val").mkdir()
     for index, name in enumerate(tiny.IMAGE_CLASSES):
         (tmp_path / "val" / f"group {index}").symlink_to(learned_images / name)
@@ -637,7 +642,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(tmp_path: Path, entries:
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", ""])
 def test_a_device_that_cannot_be_used_is_refused(device: str) -> None:
     with pytest.raises(UsageError, match=f"--device {device}.*choose auto, cpu"):
-        pipeline.find_device(device)
+        find_device(device)
 
 
 def test_an_option_of_a_method_has_an_effect(compressed: Compressed) -> None:
@@ -777,12 +782,15 @@ def test_a_result_that_does_not_verify_is_not_published(
     """The second of two outputs fails: neither appears."""
     calls = []
 
-    def failing(stage: Path, *_: Any) -> None:
+    verify = written.verify
+
+    def failing(stage: Path, *arguments: Any, **options: Any) -> LoadedModel:
         calls.append(stage)
         if len(calls) == 2:
             raise OutputError("it does not hold the weights in memory")
+        return verify(stage, *arguments, **options)
 
-    monkeypatch.setattr(pipeline, "verify", failing)
+    monkeypatch.setattr(written, "verify", failing)
     with pytest.raises(OutputError, match="weights in memory"):
         compress(job(vit_directory, tmp_path / "out", keep=(0.8, 0.7)))
     assert len(calls) == 2

@@ -16,6 +16,7 @@ from vitshrink.data.recipes import suggestion
 from vitshrink.data.samples import Label, LabelsAre, Sample, SampleSet
 from vitshrink.data.tables import is_table
 from vitshrink.errors import DataError, UsageError
+from vitshrink.runtime.trees import is_folder, walk
 
 _SPLIT_NAMES = (("train", "training"), ("val", "valid", "validation", "dev"), ("test", "testing"))
 _PLAIN_NAMES = frozenset(("image", "images", "img", "imgs", "jpegimages", "photos", "pictures"))
@@ -191,52 +192,28 @@ def _visible(folder: Path) -> list[Path]:
 
 def _walk(root: Path, passed: Passed) -> Iterator[tuple[Path, list[str]]]:
     """Every folder that holds images, with their names in order; linked folders last, and none twice."""
-    seen: set[tuple[int, int]] = set()
-    above = {_identity(parent) for parent in root.resolve().parents}
-    folders, links = [root], list[Path]()
-    while folders or links:
-        links.sort()
-        folder = folders.pop() if folders else links.pop(0)
-        identity = _identity(folder)
-        if identity in seen or identity in above:
-            passed.links.append(folder)
-            continue
-        seen.add(identity)
-        images: list[str] = []
-        for entry in _entries(folder):
-            if _is_folder(entry):
-                if _is_service(entry.name):
-                    if images_inside := _count(entry.path):
-                        passed.folders[entry.name] += images_inside
-                else:
-                    (links if entry.is_symlink() else folders).append(folder / entry.name)
-            elif _is_image(entry.name):
-                (passed.files if _is_service(entry.name) else images).append(entry.name)
-            elif (mimetypes.guess_type(entry.name)[0] or "").startswith("image/"):
-                passed.formats[os.path.splitext(entry.name)[1].lower()] += 1
-        if images:
-            yield folder, images
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+        for folder, entries in walk(root, lambda name: not _is_service(name), passed.links.append):
+            images = list(_images(entries, passed))
+            if images:
+                yield folder, images
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror or error}).") from error
+        raise DataError(f"{error.filename} cannot be read ({error.strerror or error}).") from error
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    """The same for all names of a folder."""
-    found = folder.stat()
-    return found.st_dev, found.st_ino
+def _images(entries: Iterable[os.DirEntry[str]], passed: Passed) -> Iterator[str]:
+    """The names of the images of a folder; what else there is of images is noted in ``passed``."""
+    for entry in entries:
+        if is_folder(entry):
+            if images_inside := _count(entry.path):
+                passed.folders[entry.name] += images_inside
+        elif _is_image(entry.name):
+            if _is_service(entry.name):
+                passed.files.append(entry.name)
+            else:
+                yield entry.name
+        elif (mimetypes.guess_type(entry.name)[0] or "").startswith("image/"):
+            passed.formats[os.path.splitext(entry.name)[1].lower()] += 1
 
 
 def _count(folder: str) -> int:

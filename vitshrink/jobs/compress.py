@@ -1,7 +1,7 @@
-"""The algorithm, told once from top to bottom: ``compress`` and ``evaluate_checkpoint``."""
+"""The algorithm, told once from top to bottom: ``compress``."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,51 +14,25 @@ from vitshrink._version import __version__
 from vitshrink.compression.allocation import Plan
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound
-from vitshrink.compression.shrinking import Choices, Shrinking
+from vitshrink.compression.shrinking import Choices, Shrinking, Shrunk
 from vitshrink.config.fields import plain_values
 from vitshrink.config.options import CompressConfig
-from vitshrink.data import Preprocessor, SampleSet, overlap
-from vitshrink.data.opening import CalibrationData, hold_out, open_data, read_calibration
 from vitshrink.errors import DataError, GateError, NumericsError, UsageError
-from vitshrink.evaluation.measurement import Measurement, labels_of, measure_each, require_embedding
+from vitshrink.evaluation.measurement import Measurement
 from vitshrink.jobs.description import Description
-from vitshrink.models.checkpoint import file_bytes, load, save, verify
-from vitshrink.models.example import example_inputs
-from vitshrink.models.families import task_of
-from vitshrink.models.loading import LoadedModel, load_dense, require_attention
-from vitshrink.models.publication import check_writable, publish_by_main
-from vitshrink.models.resolution import set_resolution
-from vitshrink.recovery import Material, Recovery, clear_state, held_out_count, open_material, recover
-from vitshrink.recovery import check as check_recovery
-from vitshrink.report import Report, write, write_comparison
+from vitshrink.jobs.inputs import Inputs, trains_on_calibration
+from vitshrink.jobs.result import CompressionResult, published, write_result
+from vitshrink.jobs.session import Session, Settings
+from vitshrink.models.loading import LoadedModel
+from vitshrink.models.publication import check_writable
+from vitshrink.recovery import Recovery, clear_state, recover
+from vitshrink.report import write, write_comparison
 from vitshrink.runtime import processes
-from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Observer, Silent
-from vitshrink.runtime.processes import copy_from_main
 from vitshrink.runtime.state import FINETUNE, Progress, state_directory
 from vitshrink.statistics.digests import data_digest, model_digest
 
-
-@dataclass(frozen=True)
-class CompressionResult:
-    """One compressed model: where it lies (None after a dry run) and what there is to say of it."""
-
-    directory: Path | None
-    report: Report
-
-
-@dataclass(frozen=True, eq=False)
-class _Saved:
-    """One size, written and verified but not yet measured."""
-
-    model: PreTrainedModel
-    """As it was loaded again."""
-    plan: Plan
-    layers: list[dict[str, Any]]
-    job: Job
-    part: str
-    """Its directory below the output."""
-    recovery: Recovery | None
+__all__ = ["CompressionResult", "compress"]
 
 
 def compress(config: CompressConfig, observer: Observer | None = None) -> list[CompressionResult]:
@@ -76,77 +50,29 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     """
     job = Job(observer or Silent())
     choices = Choices.of(config)
-    check_writable(config.cache, "--cache")
-    check_writable(config.finetune.checkpoints if config.finetune else None, "--checkpoints")
-    trains = config.finetune is not None and config.finetune.data is None
-    if trains and config.calibration is None:
-        raise UsageError("--finetune needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
-    with job.stage("load", "Loading the model"):
-        device = find_device(config.device)
-        require_attention(config.attention, device)
-        source = load_dense(config.model, offline=config.offline, attention=config.attention, warn=job.warn)
-        dense = source.model.to(device)
-        if config.resolution is not None:
-            set_resolution(dense, config.resolution)
-    source.companions.tell(job)
-    dtype = getattr(torch, config.dtype) if config.dtype else source.source_dtype
-    shrinking = Shrinking.of(choices, dense, dtype)
-    output = Path(config.output)
+    _check(config)
+    session = Session.open(config.model, Settings.of(config), job, allow_compressed=False)
+    session.source.companions.tell(job)
+    dense = session.source.model.to(session.device)
+    shrinking = Shrinking.of(choices, dense, session.dtype(config.dtype))
     parts = [size.label for size in shrinking.sizes] if len(shrinking.sizes) > 1 else []
-
-    width = 1 if config.counts_bytes else dtype.itemsize
-    needed = 2 * sum(size.budget for size in shrinking.sizes) * width
-    publishing = publish_by_main(output, needed, parts=parts, overwrite=config.overwrite, protect=source.directory)
-    with nullcontext() if config.dry_run else publishing as staging:
+    with _staging(config, session, shrinking, parts) as staging:
         with processes.together():
-            preprocessor, calibration, held_out, evaluation_samples = _data(
-                config, source, job, calibrated=choices.calibrated or trains
-            )
-            material = _material(config, source, shrinking.base, calibration, evaluation_samples, job)
-        progress = Progress(
-            state_directory(output) if staging is not None else None,
-            partial(_identity, config, dense, preprocessor, calibration, held_out, material),
-            device,
-            config.save_every,
-            job.warn,
-        )
-        if progress.open():
-            with job.stage("resume", "Going on with what an interrupted run has computed"):
-                pass
-        description = Description.of(shrinking, calibration, preprocessor)
-        results = []
-        saved: list[_Saved] = []
+            data = Inputs.open(config, session, shrinking)
+        progress = _progress(config, session, data, resumable=staging is not None)
+        description = Description.of(shrinking, data.calibration, data.preprocessor)
         with _unless_in_vain(progress):
-            shrunken = shrinking.run(calibration, held_out, preprocessor, job, progress)
-            for part, shrunk in zip(parts or [""], shrunken, strict=True):
-                own = shrunk.job
-                if staging is None or shrunk.model is None:
-                    results.append(CompressionResult(None, description.planned(shrunk.factors, shrunk.plan, own)))
-                    continue
-                recovery = _recover(config, shrunk.model, dense, material, preprocessor, part, progress, own)
-                with own.stage("save", "Saving and verifying"):
-                    with processes.together():
-                        if processes.is_main():
-                            _store(config, shrunk.model, source, preprocessor, dtype, staging / part)
-                    copy_from_main(staging / part)
-                    again = load(staging / part, dtype=torch.float32, device=device, attention=config.attention)
-                layers = description.layers(shrunk.factors, shrunk.plan)
-                saved.append(_Saved(again, shrunk.plan, layers, own, part, recovery))
-        measuring = Job(job.observer)
-        reloaded = [each.model for each in saved]
-        measurements = _measure(config, reloaded, source, evaluation_samples, preprocessor, measuring)
-        for each, measurement in zip(saved, measurements, strict=True):
-            assert staging is not None
-            each.job.include(measuring)
-            nbytes = (file_bytes(source.directory), file_bytes(staging / each.part))
-            report = description.written(
-                each.layers, each.plan, each.job, each.model, nbytes, measurement, each.recovery
-            )
-            report = replace(report, left_out=source.companions.left)
-            write(report, staging / each.part)
-            results.append(CompressionResult(output / each.part, report))
-        if len(saved) > 1 and staging is not None:
-            write_comparison([result.report for result in results], staging)
+            shrunken = shrinking.run(data.calibration, data.held_out, data.preprocessor, job, progress)
+            if staging is None:
+                return [
+                    CompressionResult(None, description.planned(shrunk.factors, shrunk.plan, shrunk.job))
+                    for shrunk in shrunken
+                ]
+            saved = [
+                _saved(config, session, data, description, shrunk, staging, part, progress)
+                for part, shrunk in zip(parts or [""], shrunken, strict=True)
+            ]
+        results = _measured(config, session, data, description, saved, staging)
     progress.discard()
     if config.finetune is not None and config.finetune.checkpoints is not None and processes.is_main():
         for part in ("", *parts):
@@ -154,43 +80,53 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     return results
 
 
-def _store(
-    config: CompressConfig,
-    model: PreTrainedModel,
-    source: LoadedModel,
-    preprocessor: Preprocessor | None,
-    dtype: torch.dtype,
-    directory: Path,
-) -> None:
-    """Save a model and verify what was saved."""
-    extra = {"recipe.yaml": config.to_yaml()}
-    if config.resolution is not None and preprocessor is not None:
-        extra["preprocessor_config.json"] = preprocessor.processor.to_json_string()
-    if (quantization := Quantization.of(config, dtype)) is not None:
-        model = quantization.applied(model)
-    save(model, directory, source=source, dtype=dtype, extra_files=extra)
-    verify(directory, model, example_inputs(source.model))
+def _check(config: CompressConfig) -> None:
+    """Raises OutputError and UsageError for what can be known before a model is loaded."""
+    check_writable(config.cache, "--cache")
+    check_writable(config.finetune.checkpoints if config.finetune else None, "--checkpoints")
+    if trains_on_calibration(config) and config.calibration is None:
+        raise UsageError("--finetune needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
 
 
-def _identity(
-    config: CompressConfig,
-    dense: PreTrainedModel,
-    preprocessor: Preprocessor | None,
-    calibration: CalibrationData | None,
-    held_out: SampleSet | None,
-    material: Material | None,
-) -> dict[str, Any]:
+def _staging(
+    config: CompressConfig, session: Session, shrinking: Shrinking, parts: Sequence[str]
+) -> AbstractContextManager[Path | None]:
+    """Where all sizes are written before they are published; nowhere in a dry run."""
+    if config.dry_run:
+        return nullcontext()
+    width = 1 if config.counts_bytes else shrinking.dtype.itemsize
+    needed = 2 * sum(size.budget for size in shrinking.sizes) * width
+    return published(Path(config.output), session, needed, parts=parts, overwrite=config.overwrite)
+
+
+def _progress(config: CompressConfig, session: Session, data: Inputs, *, resumable: bool) -> Progress:
+    """What an interrupted job of the same kind has computed, and where this one keeps what it computes."""
+    progress = Progress(
+        state_directory(Path(config.output)) if resumable else None,
+        partial(_identity, config, session.source.model, data),
+        session.device,
+        config.save_every,
+        session.job.warn,
+    )
+    if progress.open():
+        with session.job.stage("resume", "Going on with what an interrupted run has computed"):
+            pass
+    return progress
+
+
+def _identity(config: CompressConfig, dense: PreTrainedModel, data: Inputs) -> dict[str, Any]:
     """All that the compressed models follow from."""
+    held_out = data.held_out if Bound.of(config) is not None else None
     return plain_values(config, lambda option: option.changes == "models") | {
         "version of vitshrink": __version__,
         "version of torch": torch.__version__,
         "device": str(next(dense.parameters()).device),
         "number of processes": processes.count(),
         "weights": model_digest(dense),
-        "calibration data": None if calibration is None else data_digest(calibration.batches),
-        "held-out data": None if held_out is None or Bound.of(config) is None else held_out.fingerprint(),
-        "training data": None if material is None else material.identity(),
-        "preprocessing": None if preprocessor is None else preprocessor.identity(),
+        "calibration data": None if data.calibration is None else data_digest(data.calibration.batches),
+        "held-out data": None if held_out is None else held_out.fingerprint(),
+        "training data": None if data.material is None else data.material.identity(),
+        "preprocessing": None if data.preprocessor is None else data.preprocessor.identity(),
     }
 
 
@@ -204,57 +140,71 @@ def _unless_in_vain(progress: Progress) -> Iterator[None]:
         raise
 
 
-def _material(
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """One size, written and verified but not yet measured."""
+
+    written: LoadedModel
+    """As it was read back."""
+    plan: Plan
+    layers: list[dict[str, Any]]
+    job: Job
+    part: str
+    """Its directory below the output."""
+    recovery: Recovery | None
+
+
+def _saved(
     config: CompressConfig,
-    source: LoadedModel,
-    base: PreTrainedModel,
-    calibration: CalibrationData | None,
-    evaluation: SampleSet | None,
-    job: Job,
-) -> Material | None:
-    """What to train on, where that is asked for."""
-    if config.finetune is None or config.dry_run:
-        return None
-    material = open_material(
-        config.finetune,
-        config.finetune_data,
-        source,
-        calibration,
-        job=job,
-        class_map=Path(config.class_map) if config.class_map else None,
-        seed=config.seed,
-        offline=config.offline,
-    )
-    check_recovery(base, config.finetune, dense=True, labelled=material.label_of is not None)
-    shared = overlap(material.samples, evaluation) if evaluation is not None and config.finetune.data else 0
-    if shared:
-        job.warn(
-            f"{shared} of the {len(evaluation or ())} evaluation samples are also trained on: figures may flatter."
+    session: Session,
+    data: Inputs,
+    description: Description,
+    shrunk: Shrunk,
+    staging: Path,
+    part: str,
+    progress: Progress,
+) -> _Saved:
+    """Train one size where that is asked for, and write it."""
+    assert shrunk.model is not None
+    recovery = _recover(config, shrunk.model, session, data, part, progress, shrunk.job)
+    dtype = session.dtype(config.dtype)
+    quantization = Quantization.of(config, dtype)
+    extra = {"recipe.yaml": config.to_yaml()}
+    if config.resolution is not None and data.preprocessor is not None:
+        extra["preprocessor_config.json"] = data.preprocessor.processor.to_json_string()
+    with shrunk.job.stage("save", "Saving and verifying"):
+        written = write_result(
+            shrunk.model,
+            staging / part,
+            session,
+            dtype=dtype,
+            extra_files=extra,
+            finish=None if quantization is None else quantization.applied,
         )
-    return material
+    layers = description.layers(shrunk.factors, shrunk.plan)
+    return _Saved(written, shrunk.plan, layers, shrunk.job, part, recovery)
 
 
 def _recover(
     config: CompressConfig,
     model: PreTrainedModel,
-    dense: PreTrainedModel,
-    material: Material | None,
-    preprocessor: Preprocessor | None,
+    session: Session,
+    data: Inputs,
     label: str,
     progress: Progress,
     job: Job,
 ) -> Recovery | None:
     """Train a compressed model, in place, where that is asked for; from where an interrupted run was."""
-    if config.finetune is None or material is None or preprocessor is None:
+    if config.finetune is None or data.material is None or data.preprocessor is None:
         return None
     finetune = config.finetune
     if finetune.checkpoints is None and processes.count() == 1 and (state := progress.prepared()) is not None:
         finetune = replace(finetune, checkpoints=str(state / FINETUNE))
     recovery = recover(
         model,
-        dense,
-        material,
-        preprocessor,
+        session.source.model,
+        data.material,
+        data.preprocessor,
         finetune.of_size(label),
         job,
         seed=config.seed,
@@ -264,92 +214,31 @@ def _recover(
     return replace(recovery, settings={**recovery.settings, "checkpoints": config.finetune.checkpoints})
 
 
-def _data(
-    config: CompressConfig, source: LoadedModel, job: Job, *, calibrated: bool
-) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None, SampleSet | None]:
-    """What to calibrate on, where that is needed, what is held out of it, and what to evaluate on."""
-    if config.calibration_data is None and config.eval_data is None:
-        job.warn("the result is not evaluated: pass --eval or --calibration.")
-        if config.resolution is None and config.finetune_data is None:
-            return None, None, None, None
-    preprocessor = Preprocessor.from_checkpoint(
-        source.directory,
-        source.family.modality,
-        config=source.model.config,
-        max_length=config.max_length,
-        style=config.preprocess,
-        offline=config.offline,
-        resolution=config.resolution,
-    )
-    calibration, held_out, samples = None, None, None
-    if config.calibration_data is not None:
-        unlabelled = open_data(config.calibration_data, source, offline=config.offline, job=job)
-        if calibrated:
-            calibration = read_calibration(
-                unlabelled,
-                preprocessor,
-                job,
-                samples=config.samples,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                max_bad_samples=config.max_bad_samples,
-                workers=config.workers,
-                unread=partial(_kept_for_recovery, config),
-            )
-        if Bound.of(config) is not None or (config.eval_data is None and not config.dry_run):
-            held_out = hold_out(
-                unlabelled,
-                job,
-                samples=config.samples,
-                calibrated=calibrated,
-                holdout=config.holdout,
-                seed=config.seed,
-            )
-    if config.eval_data is None:
-        samples = held_out
-    elif not config.dry_run:
-        samples = open_data(config.eval_data, source, offline=config.offline, job=job, labelled=True)
-        samples = samples.at_most(config.eval_limit, config.seed)
-        # before any work: labels that cannot be aligned would otherwise be met at its end
-        require_embedding(source.embedding, samples)
-        labels_of(source.model, samples, task_of(source.model), Path(config.class_map) if config.class_map else None)
-        shared = overlap(calibration.chosen, samples) if calibration is not None else 0
-        if shared:
-            job.warn(f"{shared} of the {len(samples)} evaluation samples were also calibrated on: figures may flatter.")
-    return preprocessor, calibration, held_out, samples
-
-
-def _kept_for_recovery(config: CompressConfig, samples: int) -> int:
-    """How many of so many samples compression does not read, since they will judge the training that follows."""
-    if config.finetune is None or config.finetune.data is not None:
-        return 0
-    return held_out_count(samples, config.finetune.validation, str(config.calibration))
-
-
-def _measure(
+def _measured(
     config: CompressConfig,
-    models: Sequence[PreTrainedModel],
-    source: LoadedModel,
-    samples: SampleSet | None,
-    preprocessor: Preprocessor | None,
-    job: Job,
-) -> Sequence[Measurement | None]:
-    """One pass over the samples for all sizes, in which the dense model runs once."""
-    if samples is None or preprocessor is None or not models:
-        return [None] * len(models)
-    dense = source.model
-    return measure_each(
-        models,
-        samples,
-        preprocessor,
-        job,
-        task=task_of(dense),
-        baseline=dense,
-        device=next(dense.parameters()).device,
-        batch_size=config.batch_size,
-        embedding=source.embedding,
-        labelled=config.eval is not None,
-        class_map=Path(config.class_map) if config.class_map else None,
-        max_bad_samples=config.max_bad_samples,
-        workers=config.workers,
-    )
+    session: Session,
+    data: Inputs,
+    description: Description,
+    saved: Sequence[_Saved],
+    staging: Path,
+) -> list[CompressionResult]:
+    """Measure all sizes in one pass, in which the dense model runs once, and write their reports."""
+    source, job, results = session.source, Job(session.job.observer), []
+    measurements: Sequence[Measurement | None] = [None] * len(saved)
+    if data.evaluation is not None and data.preprocessor is not None:
+        models, labelled = [each.written.model for each in saved], config.eval is not None
+        measurements = session.measure_each(
+            models, data.evaluation, data.preprocessor, against=source, job=job, labelled=labelled
+        )
+    for each, measurement in zip(saved, measurements, strict=True):
+        each.job.include(job)
+        nbytes = (source.source.nbytes, each.written.source.nbytes)
+        report = description.written(
+            each.layers, each.plan, each.job, each.written.model, nbytes, measurement, each.recovery
+        )
+        report = replace(report, left_out=source.companions.left)
+        write(report, staging / each.part)
+        results.append(CompressionResult(Path(config.output) / each.part, report))
+    if len(saved) > 1:
+        write_comparison([result.report for result in results], staging)
+    return results

@@ -1,6 +1,6 @@
 """``evaluate_checkpoint``: one model, dense or compressed, measured on a data set, alone or beside its baseline."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,26 +10,22 @@ from torch import nn
 
 from vitshrink._version import __version__
 from vitshrink.config.options import DataConfig, Preprocessing
-from vitshrink.data import Preprocessor
-from vitshrink.data.opening import open_data, uses_labels
+from vitshrink.data.opening import uses_labels
 from vitshrink.errors import UsageError
-from vitshrink.evaluation.measurement import Measurement, measure
+from vitshrink.evaluation.measurement import Measurement
 from vitshrink.jobs.description import latency_entries
+from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
-from vitshrink.models.checkpoint import file_bytes
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import task_of
-from vitshrink.models.geometry import sides
-from vitshrink.models.loading import LoadedModel, load_dense
+from vitshrink.models.loading import LoadedModel
 from vitshrink.models.maps import approximate_maps, landmarks_of
-from vitshrink.models.onnx_model import SUFFIX, load_onnx, onnx_bytes, onnx_numbers
-from vitshrink.models.resolution import mix_tokens, set_resolution
+from vitshrink.models.onnx_model import SUFFIX, OnnxModel, onnx_numbers
+from vitshrink.models.resolution import mix_tokens
 from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.report import evaluation_columns, latency_columns
 from vitshrink.runtime import processes
-from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Observer, Silent
 
 
@@ -46,13 +42,13 @@ class Footprint:
     """Of one sample; None where onnxruntime runs it."""
 
     @classmethod
-    def of(cls, path_or_id: str, loaded: LoadedModel) -> "Footprint":
-        if path_or_id.endswith(SUFFIX):
-            return cls(onnx_numbers(Path(path_or_id)), onnx_bytes(Path(path_or_id)), None, None)
-        model = loaded.model
+    def of(cls, loaded: LoadedModel) -> "Footprint":
+        model, nbytes = loaded.model, loaded.source.nbytes
+        if isinstance(model, OnnxModel):
+            return cls(onnx_numbers(model.file.path), nbytes, None, None)
         return cls(
             cost.parameters(model),
-            file_bytes(loaded.directory),
+            nbytes,
             cost.memory_bytes(model),
             cost.macs(model, example_inputs(model)),
         )
@@ -172,53 +168,35 @@ def evaluate_checkpoint(
         if model.endswith(SUFFIX):
             raise UsageError(f"{flag}: {model} is as it was exported. Ask for it in compress, and export that.")
     job = Job(observer or Silent())
-    with job.stage("load", "Loading"):
-        loaded = open_model(model, device, offline=offline, warn=job.warn)
-        reference = open_model(baseline, device, offline=offline, warn=job.warn) if baseline else None
-        for each in (loaded, reference):
-            if each is not None and resolution is not None:
-                set_resolution(each.model, resolution)
-        if tokens is not None:
-            mix_tokens(loaded.model, tokens)
-        if landmarks is not None:
-            approximate_maps(loaded.model, landmarks_of(loaded.model, landmarks, landmark_form))
-    if reference is not None:
-        check_comparable(loaded, reference)
-    preprocessor = Preprocessor.from_checkpoint(
-        loaded.directory,
-        loaded.family.modality,
-        config=loaded.model.config,
-        max_length=max_length,
-        style=preprocess,
+    settings = Settings(
+        device=device,
         offline=offline,
         resolution=resolution,
+        max_length=max_length,
+        preprocess=preprocess,
+        class_map=class_map,
+        batch_size=batch_size,
+        seed=seed,
+        max_bad_samples=max_bad_samples,
+        workers=workers,
     )
-    samples = open_data(data, loaded, offline=offline, job=job, labelled=True).at_most(limit, seed)
+    session = Session.open(model, settings, job, baseline=baseline, exported=True, title="Loading")
+    loaded, reference = session.source, session.baseline
+    if tokens is not None:
+        mix_tokens(loaded.model, tokens)
+    if landmarks is not None:
+        approximate_maps(loaded.model, landmarks_of(loaded.model, landmarks, landmark_form))
+    preprocessor = session.preprocessor()
+    samples = session.evaluation_samples(data, limit)
     if reference is None and samples.labels_are is None and samples.unlabelled and uses_labels(loaded, samples):
         raise UsageError(
             f"{samples.source} has no labels, and there is no --baseline to compare with: {samples.unlabelled}"
         )
-    where = find_device(device)
-    measurement = measure(
-        loaded.model,
-        samples,
-        preprocessor,
-        job,
-        task=task_of(loaded.model),
-        baseline=None if reference is None else reference.model,
-        device=where,
-        batch_size=batch_size,
-        embedding=loaded.embedding,
-        baseline_embedding=None if reference is None else reference.embedding,
-        seed=seed,
-        class_map=class_map,
-        max_bad_samples=max_bad_samples,
-        workers=workers,
-    )
-    peak_memory = max(processes.gather(cost.peak_memory_bytes(where)))
+    measurement = session.measure(loaded.model, samples, preprocessor, against=reference)
+    peak_memory = max(processes.gather(cost.peak_memory_bytes(session.device)))
     with job.stage("cost", "Measuring cost"):
-        footprint = Footprint.of(model, loaded)
-        other = None if baseline is None or reference is None else Footprint.of(baseline, reference)
+        footprint = Footprint.of(loaded)
+        other = None if reference is None else Footprint.of(reference)
         timed = processes.by_main(partial(_time, loaded, reference, latency))
     return Assessment(
         model,
@@ -236,15 +214,6 @@ def evaluate_checkpoint(
     )
 
 
-def open_model(path_or_id: str, device: str, *, offline: bool, warn: Callable[[str], object]) -> LoadedModel:
-    """A checkpoint, or the ONNX file of one. Raises CheckpointError, DependencyError and UsageError."""
-    if not path_or_id.endswith(SUFFIX):
-        return load_dense(path_or_id, offline=offline, allow_compressed=True, warn=warn)
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}: an ONNX file is run on the CPU here.")
-    return load_onnx(Path(path_or_id))
-
-
 def _options_of(model: nn.Module) -> dict[str, dict[str, Any] | None]:
     """As a compressed checkpoint would name them."""
     found = {type(spec): spec.to_dict() for module in model.modules() if (spec := structure_of(module)) is not None}
@@ -258,24 +227,3 @@ def _time(
     return cost.latency_by_batch_size(
         models | {"compressed": model.model}, lambda size: example_inputs(model.model, size), batch_sizes
     )
-
-
-def _image_size(loaded: LoadedModel) -> tuple[int, int] | None:
-    return sides(loaded.model.config.image_size) if loaded.family.modality == "image" else None
-
-
-def check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
-    """Raises UsageError when the outputs of the two models do not stand for the same things."""
-    for what, of in (
-        ("task", lambda loaded: task_of(loaded.model)),
-        ("kind of input", lambda loaded: loaded.family.modality),
-        ("number of classes", lambda loaded: loaded.model.config.num_labels),
-        ("vocabulary size", lambda loaded: getattr(loaded.model.config, "vocab_size", None)),
-        ("width", lambda loaded: loaded.model.config.hidden_size if task_of(loaded.model) == "features" else None),
-        ("image size", _image_size),
-    ):
-        if of(model) != of(baseline):
-            raise UsageError(
-                f"{baseline.directory} cannot be the baseline of {model.directory}: the {what} differs, "
-                f"{of(baseline)} against {of(model)}."
-            )

@@ -19,23 +19,23 @@ from vitshrink.data import (
     ReadyBatches,
     SampleSet,
     listed,
-    open_samples,
     recipe_defaults,
     samples_in_memory,
 )
 from vitshrink.data.columns import Columns
-from vitshrink.data.opening import CalibrationData, hold_out, read_calibration
+from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import CheckpointError, DataError, UsageError
-from vitshrink.evaluation.measurement import measure
 from vitshrink.jobs.description import Description
+from vitshrink.jobs.inputs import calibration_of, held_out_of
+from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import cast, save, verify
-from vitshrink.models.companions import Companions, companions_of
+from vitshrink.models.companions import Companions
 from vitshrink.models.example import example_inputs
 from vitshrink.models.families import family_of, task_of
-from vitshrink.models.loading import check_config, check_finite, embedding_of, usual_outputs
+from vitshrink.models.loading import check_config, check_finite, held, usual_outputs
 from vitshrink.models.publication import publish
-from vitshrink.models.sentences import MEAN, NO_SETTINGS, TextSettings
+from vitshrink.models.sentences import NO_SETTINGS, TextSettings
 from vitshrink.models.source import resolve
 from vitshrink.report import Report, headline, write
 from vitshrink.runtime.observer import Job, Observer, Silent
@@ -115,48 +115,32 @@ def compress(
     check_finite(dense, "the model")
     for note in usual_outputs(dense):
         job.warn(note)
-    dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
-    shrinking = Shrinking.of(chosen, dense, dtype)
     origin = _origin(dense, config, job)
-    preprocessor, data, held_out = _data(
-        dense, origin, calibration, processor, config, job, calibrated=chosen.calibrated
-    )
+    session = Session(Settings.of(config), job, model.device, held(dense, model.dtype, origin))
+    dtype = session.dtype(config.dtype)
+    shrinking = Shrinking.of(chosen, dense, dtype)
+    preprocessor, data, held_out = _data(session, origin, calibration, processor, config, calibrated=chosen.calibrated)
     (shrunk,) = shrinking.run(data, held_out, preprocessor, job)
     assert shrunk.model is not None
     quantization = Quantization.of(config, dtype)
     final = shrunk.model if quantization is None else quantization.applied(shrunk.model)
-    small = cast(final, dtype).to(model.device).eval()
-    judged = copy.deepcopy(small).float()
+    small = cast(final, dtype, in_place=True).to(model.device).eval()
+    nbytes = (cost.memory_bytes(model), cost.memory_bytes(small))
+    exact = torch.promote_types(dtype, torch.float32) is torch.float32  # as float32, and back again
+    judged = (small if exact else copy.deepcopy(small)).to(torch.float32)
     measurement = None
     if held_out is not None and preprocessor is not None:
-        measurement = measure(
-            judged,
-            held_out,
-            preprocessor,
-            shrunk.job,
-            task=task_of(dense),
-            baseline=dense,
-            device=model.device,
-            batch_size=config.batch_size,
-            embedding=MEAN if origin is None else embedding_of(origin, dense),
-            labelled=False,
-            max_bad_samples=config.max_bad_samples,
-            workers=config.workers,
+        (measurement,) = session.measure_each(
+            [judged], held_out, preprocessor, against=session.source, job=shrunk.job, labelled=False
         )
     description = Description.of(shrinking, data, preprocessor)
-    report = description.written(
-        description.layers(shrunk.factors, shrunk.plan),
-        shrunk.plan,
-        shrunk.job,
-        judged,
-        (cost.memory_bytes(model), cost.memory_bytes(small)),
-        measurement,
-    )
+    layers = description.layers(shrunk.factors, shrunk.plan)
+    report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement)
     return Compressed(
-        small,
+        small.to(dtype),
         replace(report, command=None),
         processor or getattr(preprocessor, "processor", None),
-        None if origin is None else companions_of(origin).of_modules,
+        None if origin is None else session.source.companions.of_modules,
     )
 
 
@@ -191,66 +175,35 @@ def _is_address(calibration: Any) -> bool:
 
 
 def _data(
-    model: PreTrainedModel,
-    origin: Path | None,
-    calibration: Any,
-    processor: Any,
-    config: CompressConfig,
-    job: Job,
-    *,
-    calibrated: bool,
+    session: Session, origin: Path | None, calibration: Any, processor: Any, config: CompressConfig, *, calibrated: bool
 ) -> tuple[Preprocessor | None, CalibrationData | None, SampleSet | None]:
     """How samples are read, those to calibrate on, and those that are held out of them."""
     if calibration is None:
         return None, None, None
-    preprocessor, samples = _samples(model, origin, calibration, processor, config, job)
-    data = None
-    if calibrated:
-        data = read_calibration(
-            samples,
-            preprocessor,
-            job,
-            samples=config.samples,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            max_bad_samples=config.max_bad_samples,
-            workers=config.workers,
-        )
+    job = session.job
+    preprocessor, samples = _samples(session, origin, calibration, processor, config)
+    data = calibration_of(config, samples, preprocessor, job) if calibrated else None
     needed = Bound.of(config) is not None
-    if not needed and task_of(model) == "masked-lm" and preprocessor.processor is None:
+    if not needed and session.source.task == "masked-lm" and preprocessor.processor is None:
         job.warn("the fidelity was not measured: pass processor=, the tokenizer, which knows the mask token.")
         return preprocessor, data, None
-    held_out = hold_out(
-        samples, job, samples=config.samples, calibrated=calibrated, holdout=config.holdout, seed=config.seed
-    )
-    return preprocessor, data, held_out
+    return preprocessor, data, held_out_of(config, samples, job, calibrated=calibrated)
 
 
 def _samples(
-    model: PreTrainedModel, origin: Path | None, calibration: Any, processor: Any, config: CompressConfig, job: Job
+    session: Session, origin: Path | None, calibration: Any, processor: Any, config: CompressConfig
 ) -> tuple[Preprocessor, SampleSet]:
-    kind = family_of(model).modality
+    model, kind = session.source.model, session.source.family.modality
     if isinstance(calibration, SampleSet):
-        return _preprocessor(model, origin, processor, config), calibration
+        return _preprocessor(session, origin, processor, config), calibration
     if _is_address(calibration):
-        data = config.calibration_data or DataConfig(str(calibration))
-        samples = open_samples(
-            calibration,
-            kind,
-            split=data.split,
-            image_column=data.image_column,
-            text_column=data.text_column,
-            text_pair_column=data.text_pair_column,
-            offline=config.offline,
-        )
-        for note in samples.notes:
-            job.warn(note)
-        return _preprocessor(model, origin, processor, config), samples
+        samples = session.samples(config.calibration_data or DataConfig(str(calibration)))
+        return _preprocessor(session, origin, processor, config), samples
     most = config.samples + config.holdout
     columns = Columns(config.image_column, config.text_column, config.text_pair_column, flags="")
     calibration = listed(calibration, kind, most)
     if (found := samples_in_memory(calibration, kind, most, columns)) is not None:
-        return _preprocessor(model, origin, processor, config), found
+        return _preprocessor(session, origin, processor, config), found
     if isinstance(calibration, Mapping | torch.Tensor):
         calibration = [calibration]  # one batch
     elif hasattr(calibration, "column_names"):  # a data set of rows that were prepared
@@ -264,20 +217,12 @@ def _samples(
     return Preprocessor(batches), batches.samples()
 
 
-def _preprocessor(model: PreTrainedModel, origin: Path | None, processor: Any, config: CompressConfig) -> Preprocessor:
-    kind = family_of(model).modality
+def _preprocessor(session: Session, origin: Path | None, processor: Any, config: CompressConfig) -> Preprocessor:
+    model, kind = session.source.model, session.source.family.modality
     if processor is not None:
         settings = NO_SETTINGS if origin is None else TextSettings.read(origin)
         return Preprocessor.of(processor, kind, model.config, max_length=config.max_length, settings=settings)
-    named = model.config._name_or_path
-    if not named:
+    if not model.config._name_or_path:
         what = "image processor" if kind == "image" else "tokenizer"
         raise UsageError(f"processor: the model does not say where it came from: pass its {what} as processor=.")
-    return Preprocessor.from_checkpoint(
-        origin or named,
-        kind,
-        config=model.config,
-        max_length=config.max_length,
-        style=config.preprocess,
-        offline=config.offline,
-    )
+    return session.preprocessor()

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import CheckpointError, DataError, UsageError
 from vitshrink.models import cost
-from vitshrink.models.checkpoint import compressed_layers, file_bytes, load
+from vitshrink.models.checkpoint import compressed_layers
 from vitshrink.models.example import example_inputs
+from vitshrink.models.loading import LoadedModel, load_source
+from vitshrink.models.source import examine
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.report import Report
 from vitshrink.runtime import checksums
@@ -40,9 +42,10 @@ def verify_directory(directory: Path) -> list[Check]:
     problem = "; ".join(f"{name} {what}" for name, what in broken.items()) or None
     checks = [Check("checksums", f"{len(broken) or 'no'} files differ from {checksums.FILE_NAME}", problem)]
     try:
-        model = load(directory, dtype=torch.float32)
+        loaded = load_source(examine(directory), dtype=torch.float32)
     except CheckpointError as error:
         return [*checks, Check("load", "the model does not load", str(error))]
+    model = loaded.model
     compressed = len(compressed_layers(model))
     checks.append(Check("load", f"strictly, with {compressed} compressed layers", None))
     checks.append(_outputs(model))
@@ -50,7 +53,7 @@ def verify_directory(directory: Path) -> list[Check]:
         report = Report.read(directory)
     except DataError as error:
         return [*checks, Check("report", "there is none", str(error))]
-    return [*checks, *_figures(report, model, directory), _layers(report, model)]
+    return [*checks, *_figures(report, loaded), _layers(report, model)]
 
 
 @torch.no_grad()
@@ -60,11 +63,12 @@ def _outputs(model: PreTrainedModel) -> Check:
     return Check("outputs", f"{outputs.numel()} values", f"{bad} of them are NaN or infinite" if bad else None)
 
 
-def _figures(report: Report, model: PreTrainedModel, directory: Path) -> list[Check]:
+def _figures(report: Report, loaded: LoadedModel) -> list[Check]:
     """Parameters, bytes and operations, counted again."""
+    model = loaded.model
     counted = {
         "parameters": (report.parameters, cost.parameters(model)),
-        "bytes": (report.bytes, file_bytes(directory)),
+        "bytes": (report.bytes, loaded.source.nbytes),
         "macs": (report.macs, cost.macs(model, example_inputs(model))),
     }
     return [_equal(name, group, found) for name, (group, found) in counted.items()]

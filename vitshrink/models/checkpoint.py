@@ -43,20 +43,25 @@ def save(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
-) -> None:
+    in_place: bool = False,
+) -> PreTrainedModel:
     """Write the model as a checkpoint directory that ``from_pretrained`` loads once vitshrink is imported.
 
     The weights are cast to ``dtype`` (the source's, or else the model's, if none is given), tensors are named as in
     the source's files, and its companions are copied: processor, tokenizer, sentence modules, licence. ``metadata``
     (JSON) goes into the config, ``extra_files`` (by names relative to the directory) beside the weights. The model
-    itself is not changed. Writing is not atomic: give a staging directory, see ``publication.publish``.
+    itself is not changed, unless ``in_place`` spares the copy. Writing is not atomic: give a staging directory, see
+    ``publication.publish``.
+
+    Returns:
+        The model as it was saved: on the CPU, in the type that it was saved in.
 
     Raises:
         NumericsError: a value does not fit the type it is saved in.
         OutputError: the directory cannot be written.
     """
     dtype = dtype or (source.source_dtype if source is not None else model.dtype)
-    saved = cast(model, dtype)
+    saved = cast(model, dtype, in_place=in_place)
     list_structures(saved, metadata)
     try:
         with quiet_transformers():
@@ -70,21 +75,30 @@ def save(
         raise OutputError(
             f"cannot write the checkpoint to {directory}: {error}. Check free space and permissions."
         ) from error
+    return saved
 
 
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy of the model on the CPU, in ``dtype``. Raises NumericsError where a value is not finite."""
-    copied = copy.deepcopy(model).to("cpu", dtype)
-    for name, tensor in copied.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            largest = model.state_dict()[name].abs().max().item()
-            if not math.isfinite(largest):
-                raise NumericsError(f"{name} has values that are NaN or infinite: the model is not saved.")
-            raise NumericsError(
-                f"{name} cannot be saved as {str(dtype).removeprefix('torch.')}: its largest value is "
-                f"{largest:.3g}, the type ends at {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
-            )
-    return copied
+def cast(model: PreTrainedModel, dtype: torch.dtype, *, in_place: bool = False) -> PreTrainedModel:
+    """A copy of the model, or the model itself, on the CPU and in ``dtype``.
+
+    Raises NumericsError, before anything is changed, where a value is not finite.
+    """
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or torch.isfinite(tensor.to(dtype)).all():
+            continue
+        largest = tensor.abs().max().item()
+        if not math.isfinite(largest):
+            raise NumericsError(f"{name} has values that are NaN or infinite: the model is not saved.")
+        raise NumericsError(
+            f"{name} cannot be saved as {str(dtype).removeprefix('torch.')}: its largest value is "
+            f"{largest:.3g}, the type ends at {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
+        )
+    if not in_place:
+        model = copy.deepcopy(model)
+    else:  # aligned, and no parts of other tensors: as a copy has them, and what is loaded
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model.to("cpu", dtype)
 
 
 def load(
@@ -108,19 +122,27 @@ def load(
 
 
 @torch.no_grad()
-def verify(directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, Tensor]) -> None:
-    """Load what was saved, and compare it with the model in memory, cast to the type it was saved in.
+def verify(
+    directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, Tensor], *, attention: str = "sdpa"
+) -> LoadedModel:
+    """Load what was saved, and compare it with the model in memory, in the type that it was saved in.
 
-    Tensors, their number and bytes, and the outputs for ``sample_inputs`` must agree exactly.
+    Tensors, their number and bytes, and the outputs for ``sample_inputs`` must agree exactly. A model that ``save`` has
+    returned is compared as it is, any other is cast first.
 
-    Raises OutputError naming what differs.
+    Returns:
+        What was loaded, in the type that it is stored in.
+
+    Raises:
+        OutputError: naming what differs.
     """
     try:
         source = examine(directory)
-        reloaded = load_source(source, dtype=source.dtype).model
+        loaded = load_source(source, dtype=source.dtype, attention=attention)
     except CheckpointError as error:
         raise OutputError(f"the checkpoint just written does not load: {error}") from error
-    expected = cast(model, source.dtype).eval()
+    reloaded = loaded.model
+    expected = model if _is_as_stored(model, source.dtype) else cast(model, source.dtype).eval()
 
     there, here = expected.state_dict(), reloaded.state_dict()
     different = sorted(there.keys() ^ here.keys()) or [
@@ -143,8 +165,9 @@ def verify(directory: Path, model: PreTrainedModel, sample_inputs: Mapping[str, 
     if not torch.equal(before, after):
         difference = (before - after).abs().max().item()
         raise OutputError(f"{directory}: the outputs of the reloaded model differ by up to {difference:.3g}.")
+    return loaded
 
 
-def file_bytes(directory: Path) -> int:
-    """Bytes of the weight files that a checkpoint directory is loaded from."""
-    return sum(file.stat().st_size for file in examine(directory).weights)
+def _is_as_stored(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return not model.training and all(tensor.dtype == dtype and tensor.is_cpu for tensor in tensors)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
 from vitshrink.models.companions import Companions, companions_of
-from vitshrink.models.families import Family, _supported, family_named, family_of, task_of
+from vitshrink.models.families import Family, Task, _supported, family_named, family_of, task_of
 from vitshrink.models.fidelity import PROBLEM_TYPES
 from vitshrink.models.hf_quantizer import QUANT_METHOD
 from vitshrink.models.sentences import MEAN, Embedding
@@ -35,7 +35,8 @@ class LoadedModel:
     """A model in memory and where it came from."""
 
     model: PreTrainedModel
-    directory: Path
+    source: Source
+    """Its files, as they were examined once."""
     source_dtype: torch.dtype
     """Type of the weights on disk; in memory they are float32."""
     family: Family
@@ -48,12 +49,33 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     """What was done to load it that a user should know of."""
 
+    @property
+    def directory(self) -> Path:
+        return self.source.directory
+
+    @property
+    def task(self) -> Task:
+        """What its head is for."""
+        return task_of(self.model)
+
 
 def embedding_of(directory: Path, model: PreTrainedModel) -> Embedding:
     """How the checkpoint in ``directory`` makes one vector of a sentence. Raises CheckpointError."""
     if task_of(model) != "features" or family_of(model).modality != "text":
         return MEAN
     return Embedding.read(directory, model.config.hidden_size)
+
+
+def held(model: PreTrainedModel, dtype: torch.dtype, origin: Path | None = None) -> LoadedModel:
+    """A model that is in memory already, as if it had been loaded. Raises CheckpointError.
+
+    ``dtype`` is the type of what it was made from, ``origin`` the directory with its files, where that is known.
+    """
+    directory = origin or Path(model.config._name_or_path or type(model).__name__)
+    source = Source(directory, model.config.to_dict(), weights=(), tensors={})
+    companions = Companions(directory) if origin is None else companions_of(origin)
+    embedding = MEAN if origin is None else embedding_of(origin, model)
+    return LoadedModel(model, source, dtype, family_of(model), companions, embedding)
 
 
 def load_dense(
@@ -150,7 +172,7 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     check_finite(model, f"{source.directory}")
     return LoadedModel(
         model.eval(),
-        source.directory,
+        source,
         source_dtype=source.dtype,
         family=family,
         companions=companions,

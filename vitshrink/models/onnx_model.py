@@ -16,14 +16,14 @@ from vitshrink.errors import CheckpointError
 from vitshrink.models.companions import companions_of
 from vitshrink.models.families import family_named
 from vitshrink.models.loading import LoadedModel, embedding_of
-from vitshrink.models.source import CONFIG, read_config
+from vitshrink.models.source import CONFIG, Source, read_config
 from vitshrink.runtime.extras import require
 
 SUFFIX = ".onnx"
 
 
 @dataclass(frozen=True)
-class Session:
+class OnnxFile:
     """A file in onnxruntime, on the CPU."""
 
     path: Path
@@ -33,7 +33,7 @@ class Session:
     outputs: list[str]
 
     @classmethod
-    def open(cls, path: Path) -> "Session":
+    def open(cls, path: Path) -> "OnnxFile":
         """As many threads as torch uses, so that times can be compared. Raises CheckpointError."""
         import onnxruntime
 
@@ -57,9 +57,9 @@ class OnnxModel(nn.Module):
     ``config`` and ``architecture`` are those of the model that was exported.
     """
 
-    def __init__(self, session: Session, config: PretrainedConfig, architecture: str) -> None:
+    def __init__(self, file: OnnxFile, config: PretrainedConfig, architecture: str) -> None:
         super().__init__()
-        self.session = session
+        self.file = file
         self.config = config
         self.architecture = architecture
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -67,12 +67,12 @@ class OnnxModel(nn.Module):
 
     @property
     def main_input_name(self) -> str:
-        return "pixel_values" if "pixel_values" in self.session.inputs else "input_ids"
+        return "pixel_values" if "pixel_values" in self.file.inputs else "input_ids"
 
     def forward(self, **inputs: Tensor) -> ModelOutput:
-        feed = {name: self._array(name, inputs) for name in self.session.inputs}
-        values = self.session.run(None, feed)
-        return ModelOutput(dict(zip(self.session.outputs, map(torch.from_numpy, values), strict=True)))
+        feed = {name: self._array(name, inputs) for name in self.file.inputs}
+        values = self.file.run(None, feed)
+        return ModelOutput(dict(zip(self.file.outputs, map(torch.from_numpy, values), strict=True)))
 
     def _array(self, name: str, inputs: dict[str, Tensor]) -> Any:
         if name in inputs:
@@ -103,7 +103,7 @@ def load_onnx(path: Path) -> LoadedModel:
         config = CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
     except Exception as error:
         raise CheckpointError(f"{path.parent / CONFIG} cannot be read by transformers: {error}") from error
-    session = Session.open(path)
+    session = OnnxFile.open(path)
     needed = "pixel_values" if family.modality == "image" else "input_ids"
     if needed not in session.inputs or not {"logits", "last_hidden_state"} & set(session.outputs):
         raise CheckpointError(
@@ -111,8 +111,9 @@ def load_onnx(path: Path) -> LoadedModel:
             "`vitshrink export` wrote for this architecture."
         )
     model: Any = OnnxModel(session, config, architecture).eval()
+    source = Source(path.parent, entries, _files(path), tensors={})
     companions = companions_of(path.parent, [path])
-    return LoadedModel(model, path.parent, torch.float32, family, companions, embedding_of(path.parent, model))
+    return LoadedModel(model, source, torch.float32, family, companions, embedding_of(path.parent, model))
 
 
 def onnx_numbers(path: Path) -> int:
@@ -125,4 +126,8 @@ def onnx_numbers(path: Path) -> int:
 
 def onnx_bytes(path: Path) -> int:
     """Bytes of the file and of its external data."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*") if file.is_file())
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    return tuple(file for file in path.parent.glob(f"{path.name}*") if file.is_file())

@@ -153,6 +153,11 @@ class Source:
                 numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel
         return max(numbers, key=lambda dtype: numbers[dtype])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.stat().st_size for file in self.weights)
+
 
 def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | None = None) -> Path:
     """The local directory of a checkpoint: the folder itself, or the snapshot of a Hub model.

@@ -17,6 +17,7 @@ from vitshrink.data import Kind, hub_source, open_samples
 from vitshrink.errors import VitshrinkError
 from vitshrink.models.hub import revision
 from vitshrink.runtime.checksums import digest
+from vitshrink.runtime.trees import walk
 
 APART = "@"
 """Between what is known without the network and the commits of what lies on the Hub."""
@@ -105,13 +106,9 @@ def _walk(path: Path) -> Iterator[tuple[str, Path]]:
     """Files by their names below ``path``, through links, without hidden ones."""
     if path.is_file():
         yield "", path
-    entered = set()
-    for directory, below, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(directory)
-        below[:] = () if real in entered else [name for name in below if not name.startswith(".")]
-        if real not in entered:
-            entered.add(real)
-            yield from ((os.path.relpath(Path(directory, n), path), Path(directory, n)) for n in names if n[0] != ".")
+        return
+    for folder, entries in walk(path, lambda name: not name.startswith(".")):
+        yield from ((os.path.relpath(entry, path), folder / entry.name) for entry in entries if entry.name[0] != ".")
 
 
 def _sha256(content: Any) -> str:

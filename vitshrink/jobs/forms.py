@@ -1,0 +1,212 @@
+"""The forms in which a checkpoint runs without vitshrink: as ONNX, as a dense checkpoint, as a torch.export program."""
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from vitshrink.errors import OutputError, UsageError, VitshrinkError
+from vitshrink.jobs.result import write_result
+from vitshrink.jobs.session import Session
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.example import example_inputs
+from vitshrink.models.loading import LoadedModel
+from vitshrink.models.onnx_model import OnnxFile, onnx_bytes, onnx_numbers
+from vitshrink.models.source import CONFIG
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.structures.quantized import QuantizedEmbedding, QuantizedLinear
+
+Form = Literal["onnx", "dense", "torch"]
+
+ONNX_FILE = "model.onnx"
+PROGRAM_FILE = "model.pt2"
+
+Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model in another form."""
+
+    file: str
+    """The file that holds the weights, within the directory."""
+    run: Run
+    """What it gives for a batch, as it was read back."""
+    parameters: int
+    """Numbers that are stored."""
+    bytes: int
+
+
+def write_onnx(session: Session, staging: Path) -> Written:
+    """One program of any batch size, and for texts of any length. Raises OutputError."""
+    source = session.source
+    model, inputs = source.model, trace_inputs(source.model, 2)
+    names = list(outputs_of(model, inputs))
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            (),
+            kwargs=dict(inputs),
+            input_names=list(inputs),
+            output_names=names,
+            dynamic_shapes=_dynamic(inputs, "batch", "sequence"),
+            dynamo=True,
+            custom_translation_table=_missing_operators(),
+            verbose=False,
+        )
+        assert program is not None
+        for node in program.model.graph.all_nodes():
+            # lines of the source files on this machine, once for each node: nobody else's business, and half the file
+            # of a small model
+            for key in [key for key in node.metadata_props if key != "namespace"]:
+                del node.metadata_props[key]
+        program.save(staging / ONNX_FILE)
+    _write_companions(source, staging)
+    opened = OnnxFile.open(staging / ONNX_FILE)
+
+    def run(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        values = opened.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        return dict(zip(opened.outputs, map(torch.from_numpy, values), strict=True))
+
+    return Written(ONNX_FILE, run, onnx_numbers(opened.path), onnx_bytes(opened.path))
+
+
+def _missing_operators() -> dict[Any, Callable[..., Any]]:
+    """Operators that ONNX has and the exporter does not know."""
+    from onnxscript import INT32, ir
+    from onnxscript import opset18 as op
+
+    def product(left: Any, right: Any) -> Any:
+        return op.MatMulInteger(left, right)
+
+    def stable_sort(values: Any, *, dim: int = -1, descending: bool = False, **_stable: Any) -> Any:
+        # TopK puts the lower index first among equals, as a stable sort does
+        length: Any = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))  # type: ignore[type-var]
+        if values.dtype in (ir.DataType.UINT8, ir.DataType.BOOL):  # onnxruntime has no TopK of bytes
+            values = op.Cast(values, to=INT32.dtype)
+        return op.TopK(values, length, axis=dim, largest=int(descending))
+
+    return {torch.ops.aten._int_mm.default: product, torch.ops.aten.sort.stable: stable_sort}
+
+
+def write_program(session: Session, staging: Path) -> Written:
+    """What torch.export.load reads. Raises OutputError."""
+    source = session.source
+    inputs = trace_inputs(source.model, 2)
+    with quiet(), torch.no_grad():
+        program = torch.export.export(
+            source.model, (), dict(inputs), dynamic_shapes=_dynamic(inputs, Dim.AUTO, Dim.AUTO)
+        )
+        torch.export.save(program, staging / PROGRAM_FILE)
+        reloaded = torch.export.load(staging / PROGRAM_FILE).module()
+    _write_companions(source, staging)
+    size = (staging / PROGRAM_FILE).stat().st_size
+    return Written(PROGRAM_FILE, lambda batch: outputs_of(reloaded, batch), cost.parameters(source.model), size)
+
+
+def write_dense(session: Session, staging: Path) -> Written:
+    """A checkpoint of the dense architecture. Raises UsageError for structures that are no matrices."""
+    dense = multiplied_out(session.source.model)
+    stored = write_result(dense, staging, session, in_place=False).source  # compared later, as it is
+    before, after = session.source.source.nbytes, stored.nbytes
+    session.job.warn(
+        f"the dense checkpoint is no smaller than the original: {after / 1e6:.1f} MB, compressed it was "
+        f"{before / 1e6:.1f} MB. It is for programs that cannot import vitshrink."
+    )
+    numbers = sum(tensor.numel for tensor in stored.tensors.values())
+    file = stored.weights[0]
+    return Written(file.name, lambda batch: outputs_of(dense, batch), numbers, file.stat().st_size)
+
+
+FORMS: dict[str, Callable[[Session, Path], Written]] = {
+    "onnx": write_onnx,
+    "dense": write_dense,
+    "torch": write_program,
+}
+
+
+@torch.no_grad()
+def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model with plain linear layers in place of the compressed ones: the same function of its inputs."""
+    dense = copy.deepcopy(model)
+    for name, layer in compressed_layers(model).items():
+        if isinstance(layer, QuantizedEmbedding):
+            table = layer.dense_weight()
+            dense.set_submodule(name, nn.Embedding(table.shape[0], table.shape[1], _weight=table), strict=True)
+            continue
+        if not isinstance(layer, LowRankLinear | QuantizedLinear):
+            raise UsageError(f"{name} is a {type(layer).__name__}, which is no matrix: use --to onnx.")
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        linear.weight.copy_(layer.dense_weight())
+        if layer.bias is not None:
+            linear.bias.copy_(layer.bias)
+        dense.set_submodule(name, linear, strict=True)
+    del dense.config.quantization_config
+    return dense.eval()
+
+
+def trace_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
+    """Random inputs, texts with padding: what is exported must not depend on its absence."""
+    inputs = example_inputs(model, batch_size)
+    if "input_ids" in inputs:
+        tokens, generator = inputs["input_ids"], torch.Generator().manual_seed(batch_size)
+        length = max(2, tokens.shape[1] // batch_size)  # another length for every batch size
+        tokens = tokens[:, :length].clone()  # a view would leave its base in the guards of torch.export
+        mask = torch.ones_like(tokens)
+        mask[-1, length // 2 :] = 0
+        types = torch.randint(model.config.type_vocab_size, tokens.shape, generator=generator)
+        inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types}
+    return inputs
+
+
+def _dynamic(inputs: Mapping[str, Tensor], batch: Any, sequence: Any) -> dict[str, dict[int, Any]]:
+    """The dimensions that may differ from call to call, as the exporter wants them written."""
+    return {name: {0: batch, 1: sequence} if "input_ids" in inputs else {0: batch} for name in inputs}
+
+
+def outputs_of(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a model gives, by name."""
+    with torch.no_grad():
+        found = model(**inputs)
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _write_companions(source: LoadedModel, staging: Path) -> None:
+    """The configuration, as of a dense model, and the processor files."""
+    config = {key: value for key, value in source.source.config.items() if key != "quantization_config"}
+    (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    source.companions.copy_to(staging)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notes of the exporters on their own progress; what they raise becomes an OutputError."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (VitshrinkError, MemoryError, OSError):
+        raise
+    except Exception as error:  # of any class there is, from several libraries
+        first: BaseException = error
+        while first.__cause__ is not None:  # the exporter wraps it in advice to those who develop the exporter
+            first = first.__cause__
+        reason = next(iter(str(first).strip().splitlines()), "")
+        raise OutputError(
+            f"the exporter of torch {torch.__version__} failed: {type(first).__name__}: {reason}"
+        ) from error
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,76 @@
+"""What every job does at its end: what it wrote is verified, read back once, and published whole."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink.jobs.session import Session
+from vitshrink.models.checkpoint import save, verify
+from vitshrink.models.example import example_inputs
+from vitshrink.models.loading import LoadedModel, load_source
+from vitshrink.models.publication import publish_by_main
+from vitshrink.models.source import examine
+from vitshrink.report import Report
+from vitshrink.runtime import processes
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """One compressed model: where it lies (None after a dry run) and what there is to say of it."""
+
+    directory: Path | None
+    report: Report
+
+
+@contextmanager
+def published(
+    output: Path, session: Session, bytes_needed: int, *, parts: Collection[str] = (), overwrite: bool = False
+) -> Iterator[Path]:
+    """A staging directory, with one for each of ``parts``: what is in it appears as ``output`` at the end, or nothing.
+
+    Raises as ``publication.publish_by_main``.
+    """
+    protected = session.source.directory
+    with publish_by_main(output, bytes_needed, parts=parts, overwrite=overwrite, protect=protected) as staging:
+        yield staging
+
+
+def write_result(
+    model: PreTrainedModel,
+    directory: Path,
+    session: Session,
+    *,
+    dtype: torch.dtype | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    finish: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
+    in_place: bool = True,
+) -> LoadedModel:
+    """Save a model in a staging directory, verify it, and give what was read back, in float32 on the session's device.
+
+    The first process writes, and verifies what it reads back; the others read a copy of its files. The model is given
+    away: it is cast ``in_place`` to ``dtype`` (the source's, if none is given), and on the CPU afterwards. ``finish``
+    makes of it what is written.
+
+    Raises:
+        NumericsError: a value does not fit the type it is saved in.
+        OutputError: the directory cannot be written, or does not hold the model.
+    """
+    attention = session.settings.attention
+    written: LoadedModel | None = None
+    with processes.together():
+        if processes.is_main():
+            finished = model if finish is None else finish(model)
+            saved = save(
+                finished, directory, source=session.source, dtype=dtype, extra_files=extra_files, in_place=in_place
+            )
+            written = verify(directory, saved, example_inputs(session.source.model), attention=attention)
+    processes.copy_from_main(directory)
+    if written is None:
+        source = examine(directory)
+        written = load_source(source, dtype=source.dtype, attention=attention)
+    written.model.to(session.device, torch.float32)
+    return written

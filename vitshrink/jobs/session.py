@@ -1,0 +1,228 @@
+"""What every job does at its start: a model and the one it is compared with are opened once, and the data with them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink.config.options import CompressConfig, DataConfig, Preprocessing
+from vitshrink.data import Preprocessor, SampleSet, overlap
+from vitshrink.data.opening import open_data
+from vitshrink.errors import UsageError
+from vitshrink.evaluation.measurement import Measurement, labels_of, measure_each, require_embedding
+from vitshrink.models.families import task_of
+from vitshrink.models.geometry import sides
+from vitshrink.models.loading import LoadedModel, load_dense, require_attention
+from vitshrink.models.onnx_model import SUFFIX, load_onnx
+from vitshrink.models.resolution import set_resolution
+from vitshrink.runtime.device import find_device
+from vitshrink.runtime.observer import Job
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a job opens and measures models."""
+
+    device: str = "auto"
+    attention: str = "sdpa"
+    offline: bool = False
+    resolution: int | None = None
+    """Pixels of an image, if not the model's."""
+    max_length: int | None = None
+    """Tokens of a text, if not the model's."""
+    preprocess: Preprocessing = "checkpoint"
+    class_map: Path | None = None
+    batch_size: int = 32
+    seed: int = 0
+    max_bad_samples: int | None = None
+    workers: int | None = None
+
+    @classmethod
+    def of(cls, config: CompressConfig) -> Self:
+        """Those of a job that compresses."""
+        return cls(
+            device=config.device,
+            attention=config.attention,
+            offline=config.offline,
+            resolution=config.resolution,
+            max_length=config.max_length,
+            preprocess=config.preprocess,
+            class_map=Path(config.class_map) if config.class_map else None,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_bad_samples=config.max_bad_samples,
+            workers=config.workers,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A model that was opened for a job, with what it is compared with, and how both are measured."""
+
+    settings: Settings
+    job: Job
+    device: torch.device
+    source: LoadedModel
+    """On the CPU, until a job moves it."""
+    baseline: LoadedModel | None = None
+    """What the job compares with, where that is not the source itself: the dense model, or the teacher."""
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        settings: Settings,
+        job: Job,
+        *,
+        baseline: str | None = None,
+        allow_compressed: bool = True,
+        exported: bool = False,
+        title: str = "Loading the model",
+    ) -> Self:
+        """Load a checkpoint or, with ``exported``, the ONNX file of one, and a baseline that it can be compared with.
+
+        Raises:
+            CheckpointError, DependencyError: as what reads the files.
+            UsageError: a device, attention or resolution that cannot be had, or models that cannot be compared.
+        """
+        with job.stage("load", title):
+            if exported and settings.device not in ("auto", "cpu") and _is_onnx(model, baseline):
+                raise UsageError(f"--device {settings.device}: an ONNX file is run on the CPU here.")
+            device = find_device(settings.device)
+            require_attention(settings.attention, device)
+            session = cls(settings, job, device, _loaded(model, settings, job, allow_compressed, exported))
+            if baseline is None:
+                return session
+            return session.beside(_loaded(baseline, settings, job, exported=exported))
+
+    def load(self, path_or_id: str, title: str) -> LoadedModel:
+        """Another checkpoint, opened as the model was."""
+        with self.job.stage("load", title):
+            return _loaded(path_or_id, self.settings, self.job)
+
+    def beside(self, baseline: LoadedModel) -> Self:
+        """The session with something to compare with. Raises UsageError where the outputs mean other things."""
+        check_comparable(self.source, baseline)
+        return replace(self, baseline=baseline)
+
+    def dtype(self, name: str | None) -> torch.dtype:
+        """The type that a result is stored in: of this name, or the source's."""
+        return getattr(torch, name) if name else self.source.source_dtype
+
+    def preprocessor(self) -> Preprocessor:
+        """How samples become the model's inputs. Raises CheckpointError and UsageError."""
+        return Preprocessor.from_checkpoint(
+            self.source.directory,
+            self.source.family.modality,
+            config=self.source.model.config,
+            max_length=self.settings.max_length,
+            style=self.settings.preprocess,
+            offline=self.settings.offline,
+            resolution=self.settings.resolution,
+        )
+
+    def samples(self, data: DataConfig) -> SampleSet:
+        """Samples whose labels do not count. Raises DataError."""
+        return open_data(data, self.source, offline=self.settings.offline, job=self.job)
+
+    def evaluation_samples(self, data: DataConfig, limit: int | None) -> SampleSet:
+        """At most ``limit`` samples to evaluate on, looked at before any work that they would spoil.
+
+        Raises:
+            DataError: samples that cannot be read, or labels that cannot be aligned.
+            CheckpointError: pairs of sentences, which this model's embeddings cannot compare.
+        """
+        samples = open_data(data, self.source, offline=self.settings.offline, job=self.job, labelled=True)
+        samples = samples.at_most(limit, self.settings.seed)
+        require_embedding(self.source.embedding, samples)
+        labels_of(self.source.model, samples, self.source.task, self.settings.class_map)
+        return samples
+
+    def warn_of_overlap(self, used: SampleSet, samples: SampleSet | None, how: str) -> None:
+        """Say how many of the samples that judge were used before."""
+        shared = 0 if samples is None else overlap(used, samples)
+        if samples is not None and shared:
+            self.job.warn(f"{shared} of the {len(samples)} evaluation samples {how}: figures may flatter.")
+
+    def measure(
+        self, model: PreTrainedModel, samples: SampleSet, preprocessor: Preprocessor, *, against: LoadedModel | None
+    ) -> Measurement:
+        """Measure one model: see ``measure_each``."""
+        return self.measure_each([model], samples, preprocessor, against=against)[0]
+
+    def measure_each(
+        self,
+        models: Sequence[PreTrainedModel],
+        samples: SampleSet,
+        preprocessor: Preprocessor,
+        *,
+        against: LoadedModel | None,
+        job: Job | None = None,
+        labelled: bool = True,
+    ) -> Sequence[Measurement]:
+        """Measure models in one pass, in which what they are compared with (``against``) runs once.
+
+        ``job`` is told, if not that of the session. Raises as ``measurement.measure_each``.
+        """
+        return measure_each(
+            models,
+            samples,
+            preprocessor,
+            job or self.job,
+            task=self.source.task,
+            baseline=None if against is None else against.model,
+            device=self.device,
+            batch_size=self.settings.batch_size,
+            embedding=self.source.embedding,
+            baseline_embedding=None if against is None else against.embedding,
+            seed=self.settings.seed,
+            labelled=labelled,
+            class_map=self.settings.class_map,
+            max_bad_samples=self.settings.max_bad_samples,
+            workers=self.settings.workers,
+        )
+
+
+def _loaded(
+    path_or_id: str, settings: Settings, job: Job, allow_compressed: bool = True, exported: bool = False
+) -> LoadedModel:
+    if exported and _is_onnx(path_or_id):
+        return load_onnx(Path(path_or_id))
+    loaded = load_dense(
+        path_or_id,
+        offline=settings.offline,
+        allow_compressed=allow_compressed,
+        attention=settings.attention,
+        warn=job.warn,
+    )
+    if settings.resolution is not None:
+        set_resolution(loaded.model, settings.resolution)
+    return loaded
+
+
+def _is_onnx(*names: str | None) -> bool:
+    return any(name is not None and name.endswith(SUFFIX) for name in names)
+
+
+def _image_size(loaded: LoadedModel) -> tuple[int, int] | None:
+    return sides(loaded.model.config.image_size) if loaded.family.modality == "image" else None
+
+
+def check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
+    """Raises UsageError when the outputs of the two models do not stand for the same things."""
+    for what, of in (
+        ("task", lambda loaded: task_of(loaded.model)),
+        ("kind of input", lambda loaded: loaded.family.modality),
+        ("number of classes", lambda loaded: loaded.model.config.num_labels),
+        ("vocabulary size", lambda loaded: getattr(loaded.model.config, "vocab_size", None)),
+        ("width", lambda loaded: loaded.model.config.hidden_size if task_of(loaded.model) == "features" else None),
+        ("image size", _image_size),
+    ):
+        if of(model) != of(baseline):
+            raise UsageError(
+                f"{baseline.directory} cannot be the baseline of {model.directory}: the {what} differs, "
+                f"{of(baseline)} against {of(model)}."
+            )
