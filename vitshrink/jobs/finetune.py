@@ -85,10 +85,12 @@ def _opened(config: FinetuneJob, job: Job) -> Session:
         attention=config.attention,
         offline=config.offline,
         max_length=config.max_length,
+        preprocess=config.preprocess,
         class_map=Path(config.class_map) if config.class_map else None,
         batch_size=config.finetune.batch_size,
         seed=config.seed,
         max_bad_samples=config.max_bad_samples,
+        workers=config.workers,
     )
     session = Session.open(config.model, settings, job)
     source = session.source
