@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from vitshrink.compression.allocation import Plan
@@ -22,6 +21,7 @@ from vitshrink.models.families import head_of, task_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.statistics.calibration import to_device
+from vitshrink.statistics.reference import DenseOutputs
 
 RESOLUTION = 0.01
 """Sizes closer than this fraction of the dense model's are not told apart."""
@@ -81,21 +81,6 @@ class Candidate:
     model: PreTrainedModel | None = None
 
 
-class Remembering(nn.Module):
-    """A classifier that is run once on each batch, however many candidates are compared with it."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        self.known: dict[int, tuple[Tensor, Any]] = {}
-
-    def forward(self, **inputs: Tensor) -> Any:
-        first = next(iter(inputs.values()))
-        if id(first) not in self.known:  # kept with the outputs, so that no other tensor gets its id
-            self.known[id(first)] = (first, self.model(**inputs))
-        return self.known[id(first)][1]
-
-
 @dataclass(eq=False)
 class Search:
     """Bisection over the size, each step one set of ranks cut from the same factors and run on the held-out samples.
@@ -119,7 +104,7 @@ class Search:
         dense = self.compression.dense
         # a masked LM is asked for its logits at a few tokens, by a hook that has to reach the model itself, and hidden
         # states are too many to keep
-        self.baseline = dense if task_of(dense) in ("masked-lm", "features") else Remembering(dense)
+        self.baseline = dense if task_of(dense) in ("masked-lm", "features") else DenseOutputs(dense)
 
     @classmethod
     def on(

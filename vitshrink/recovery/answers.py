@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from vitshrink.models.families import Task, task_of
 from vitshrink.models.fidelity import feature_rows
 from vitshrink.recovery.samples import TrainingBatch
+from vitshrink.statistics.reference import Kept
 
 CACHE_BYTES = 2**30
 """Of the answers of the dense model that are kept."""
@@ -60,8 +61,8 @@ class Teacher:
     def __init__(self, reader: Reader, *, autocast: Callable[[], Any], room: int = CACHE_BYTES) -> None:
         self.reader = reader
         self.autocast = autocast
-        self.room = room
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._kept: Kept[tuple[int, int], Tensor] = Kept(room)
+        """By sample and view: each epoch puts other samples together to a batch."""
 
     @torch.no_grad()
     def __call__(self, batch: TrainingBatch, view: int | None) -> Tensor:
@@ -73,7 +74,6 @@ class Teacher:
             return torch.stack([self._kept[key] for key in keys]).to(device)
         with self.autocast():
             answer = self.reader(batch).float()
-        if keys and self.room >= answer.nbytes:
-            self.room -= answer.nbytes
-            self._kept |= dict(zip(keys, answer.cpu(), strict=True))
+        if keys:
+            self._kept.keep(dict(zip(keys, answer.cpu(), strict=True)), answer.nbytes)
         return answer

@@ -1,11 +1,11 @@
 """The outputs of the dense model that a compressed one is compared with, again and again on the same batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.runtime.modes import evaluating
@@ -18,25 +18,46 @@ ROOM = 2**28
 Reference = Callable[[CalibrationBatch], Any]
 """Outputs for a batch, as transformers returns them."""
 
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
-class DenseOutputs:
-    """Computes the outputs for a batch once, as long as there is room for them."""
+
+class Kept(dict[Key, Value], Generic[Key, Value]):
+    """Outputs by what they were computed for. It takes no more than ``room`` bytes: later ones are computed again."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def keep(self, values: Mapping[Key, Value], nbytes: int) -> None:
+        """Keep all of ``values``, which take ``nbytes`` together, or none."""
+        if nbytes <= self.room:
+            self.room -= nbytes
+            self.update(values)
+
+
+class DenseOutputs(nn.Module):
+    """Runs the dense model once on each batch, as long as there is room for the outputs.
+
+    It is called with a batch, as a ``Reference``, or with inputs by name, in place of the model.
+    """
 
     def __init__(self, model: PreTrainedModel, passes: Passes = nullcontext, room: int = ROOM) -> None:
+        super().__init__()
         self.model = model
         self.passes = passes
-        self.room = room
-        self._kept: dict[int, tuple[CalibrationBatch, Any]] = {}
-        """By identity; the batch stands beside its outputs, so that no other one can get its identity."""
+        self._kept: Kept[int, tuple[Tensor, Any]] = Kept(room)
+        """By identity of the first input, which stands beside the outputs, so that no other tensor can get it."""
 
     @torch.no_grad()
-    def __call__(self, batch: CalibrationBatch) -> Any:
-        if id(batch) in self._kept:
-            return self._kept[id(batch)][1]
+    def forward(self, batch: CalibrationBatch | None = None, **inputs: Tensor) -> Any:
+        """Outputs as transformers returns them, without gradients."""
+        given = inputs if batch is None else batch.inputs
+        first = next(iter(given.values()))
+        if id(first) in self._kept:
+            return self._kept[id(first)][1]
         with evaluating(self.model), self.passes():
-            outputs = self.model(**to_device(batch.inputs, next(self.model.parameters()).device))
-        size = sum(tensor.nbytes for tensor in outputs.values() if isinstance(tensor, Tensor))
-        if size <= self.room:
-            self.room -= size
-            self._kept[id(batch)] = batch, outputs
+            outputs = self.model(**to_device(given, next(self.model.parameters()).device))
+        nbytes = sum(tensor.nbytes for tensor in outputs.values() if isinstance(tensor, Tensor))
+        self._kept.keep({id(first): (first, outputs)}, nbytes)
         return outputs
