@@ -16,7 +16,7 @@ from vitshrink.errors import GateError
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.runtime import checksums
 from vitshrink.runtime.observer import Observer, Silent
-from vitshrink.runtime.state import Progress, state_directory
+from vitshrink.runtime.state import PARTS, Progress, state_directory
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,12 @@ ALL = {"batches": 4 * 5, "layers": 12 * 5}  # of the dense model, and in two rou
 
 MOMENTS = {
     "while calibrating": (*BATCH, 3, {"batches": ALL["batches"] - 3}),
+    "while saving sums": (
+        "vitshrink.runtime.state",
+        "write_tensors",
+        2 * PARTS + 5,
+        {"batches": 20 - 2},
+    ),
     "while factorising": (*LAYER, 7, {"batches": ALL["batches"] - 4, "layers": ALL["layers"] - 7}),
     "while measuring": ("vitshrink.compression.layers", "shared_effects", 0, {"batches": 16, "layers": 48}),
     "in the first round": (*BATCH, 4 + 2, {"batches": 20 - 6, "layers": 48}),
@@ -329,6 +335,6 @@ def test_training_keeps_its_state_where_it_is_told_to(entries: dict[str, Any], t
 def test_nothing_is_kept_without_a_directory() -> None:
     progress = Progress()
     progress.keep_sums("dense", 1, lambda: pytest.fail("was asked for"))
-    assert progress.sums("dense") == (0, {})
+    assert progress.sums("dense") == {}
     assert progress.prepared() is None
     assert not progress.open()

@@ -54,7 +54,8 @@ class Step:
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         if entries:
-            self.progress.keep(f"{self.name}-{NAMES[type(next(iter(entries.values())))]}", entries)
+            kind = type(next(iter(entries.values())))
+            self.progress.keep(f"{self.name}-{NAMES[kind]}", entries, sums=self.name if kind is LinearStats else None)
 
     def forget(self) -> None:
-        self.progress.forget(*(f"{self.name}-{part}" for part in (*NAMES.values(), "sums", "factors")))
+        self.progress.forget(self.name, *(f"{self.name}-{part}" for part in (*NAMES.values(), "factors")))

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
@@ -23,10 +23,12 @@ from vitshrink.errors import OutputError, UsageError
 from vitshrink.recovery.material import Material
 from vitshrink.recovery.progress import Progress
 from vitshrink.runtime import processes
+from vitshrink.runtime.entries import same_bits
+from vitshrink.runtime.state import JOB, differing, record_identity
 from vitshrink.statistics.digests import model_digest
 
 _STATE, _NEW, _OLD = "state", "state.new", "state.old"
-_JOB, _PROGRESS, _BEST = "job.json", "progress.json", "best.safetensors"
+_PROGRESS, _BEST = "progress.json", "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,17 @@ class Checkpoints:
     directory: Path
     job: Mapping[str, Any]
 
-    def save(self, accelerator: Accelerator, progress: Progress, best: Mapping[str, Tensor]) -> None:
-        """Replace the state; a kill at any moment leaves the old one or the new one."""
+    def save(
+        self,
+        accelerator: Accelerator,
+        progress: Progress,
+        best: Mapping[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> None:
+        """Replace the state; a kill at any moment leaves the old one or the new one.
+
+        Of the ``best`` weights only those are kept that the ``parameters`` of the model are not equal to.
+        """
         new, state, old = (self.directory / name for name in (_NEW, _STATE, _OLD))
         with processes.together(), self._writing():
             if processes.is_main():
@@ -53,9 +64,10 @@ class Checkpoints:
             accelerator.save_state(str(new))
         with processes.together(), self._writing():
             if processes.is_main():
-                save_file({name: tensor.cpu().contiguous() for name, tensor in best.items()}, new / _BEST)
+                others = {name: each for name, each in best.items() if not same_bits(each, parameters[name].detach())}
+                save_file({name: tensor.cpu().contiguous() for name, tensor in others.items()}, new / _BEST)
                 (new / _PROGRESS).write_text(json.dumps(progress.to_dict()), encoding="utf-8")
-                (new / _JOB).write_text(json.dumps(self.job, sort_keys=True, default=str), encoding="utf-8")
+                record_identity(new / JOB, self.job)
                 for file in new.iterdir():
                     with file.open("rb") as written:
                         os.fsync(written.fileno())
@@ -65,7 +77,9 @@ class Checkpoints:
                 new.rename(state)
                 shutil.rmtree(old, ignore_errors=True)
 
-    def load(self, accelerator: Accelerator, progress: Progress) -> dict[str, Tensor] | None:
+    def load(
+        self, accelerator: Accelerator, progress: Progress, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, Tensor] | None:
         """Take up the last state; gives the best weights so far, or None where nothing was saved."""
         state = next((self.directory / name for name in (_STATE, _OLD) if (self.directory / name).is_dir()), None)
         state = processes.from_main(state)
@@ -73,7 +87,7 @@ class Checkpoints:
             return None
         with processes.together():
             self._require(state)
-            return self._read(state, accelerator, progress)
+            return self._read(state, accelerator, progress, parameters)
 
     def _require(self, state: Path) -> None:
         """Raises OutputError where this process does not see what the first one does."""
@@ -92,19 +106,19 @@ class Checkpoints:
                 f"cannot write the state of training to {self.directory}: {error}. Check free space and permissions."
             ) from error
 
-    def _read(self, state: Path, accelerator: Accelerator, progress: Progress) -> dict[str, Tensor]:
+    def _read(
+        self, state: Path, accelerator: Accelerator, progress: Progress, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
         try:
-            found = json.loads((state / _JOB).read_text(encoding="utf-8"))
             saved = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
-            job = json.loads(json.dumps(self.job, sort_keys=True, default=str))
-            if found != job:
-                different = sorted(key for key in found.keys() | job.keys() if found.get(key) != job.get(key))
+            if different := differing(state / JOB, self.job):
                 raise UsageError(
                     f"{self.directory} holds the state of another job ({', '.join(different)} differ): "
                     "pass another --checkpoints, or remove it to start anew."
                 )
-            best = load_file(state / _BEST, device=str(accelerator.device))
+            others = load_file(state / _BEST, device=str(accelerator.device))
             accelerator.load_state(str(state))
+            best = {name: each.detach().clone() for name, each in parameters.items()} | others
             known = {each.name for each in fields(Progress)}
             for name, value in saved.items():
                 if name in known:

@@ -59,7 +59,7 @@ class Loop:
         """Take up the state on disk, if there is one."""
         if self.checkpoints is None:
             return False
-        best = self.checkpoints.load(self.accelerator, self.progress)
+        best = self.checkpoints.load(self.accelerator, self.progress, self.parameters)
         if best is None:
             return False
         self.best = best
@@ -117,7 +117,7 @@ class Loop:
         if over or alarmed or progress.step % self.evaluate_every == 0:
             self.judge()
             if self.checkpoints is not None and not over:
-                self.checkpoints.save(self.accelerator, progress, self.best)
+                self.checkpoints.save(self.accelerator, progress, self.best, self.parameters)
         if progress.failures > MOST_FAILURES:
             return "diverged"
         if over:

@@ -1,5 +1,6 @@
 """Dataclasses of tensors and numbers, one for every layer, in safetensors files that appear whole or not at all."""
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -47,18 +48,12 @@ def _tensors(entry: Entry, change: Any) -> Entry:
 
 
 def packed(entries: Mapping[str, Any]) -> dict[str, Tensor]:
-    """``name|field`` -> tensor; none shares memory with another."""
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, entry in entries.items():
-        for field, value in values_of(entry).items():
-            tensor = (
-                value.contiguous() if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
-            )
-            storage = tensor.untyped_storage().data_ptr()
-            tensors[f"{name}|{field}"] = tensor.clone() if storage in storages else tensor
-            storages.add(storage)
-    return tensors
+    """``name|field`` -> tensor."""
+    return {
+        f"{name}|{field}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
+        for name, entry in entries.items()
+        for field, value in values_of(entry).items()
+    }
 
 
 def unpacked(kind: type[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -70,12 +65,75 @@ def unpacked(kind: type[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Entr
     return {name: kind(**found) for name, found in values.items()}
 
 
+_SAME = " = "
+"""Between the labels of one tensor."""
+_TRIANGLE = " (triangle)"
+"""After the labels of a symmetric matrix, of which the rows from the diagonal on are stored, (n(n + 1)/2,)."""
+
+
+def compacted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in less room, and none sharing memory with another: equal tensors once, symmetric matrices by half.
+
+    Both are found by comparing bits, so that ``expanded`` gives back exactly what there was.
+    """
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for label, tensor in _different(tensors).items():
+        if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] > 1 and same_bits(tensor, tensor.T):
+            rows, columns = torch.triu_indices(*tensor.shape, device=tensor.device)
+            stored[label + _TRIANGLE] = tensor[rows, columns]
+        else:
+            whole = tensor.contiguous()
+            storage = whole.untyped_storage().data_ptr()
+            stored[label] = whole.clone() if storage in storages else whole
+            storages.add(storage)
+    return stored
+
+
+def _different(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor once, under all its labels."""
+    labels: dict[str, list[str]] = {}
+    alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+    for label, tensor in tensors.items():
+        known = alike.setdefault((tensor.shape, tensor.dtype), [])
+        first = next((each for each in known if same_bits(tensor, tensors[each])), None)
+        if first is None:
+            known.append(label)
+        labels.setdefault(first or label, []).append(label)
+    return {_SAME.join(each): tensors[first] for first, each in labels.items()}
+
+
+def expanded(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that ``compacted`` was given, contiguous; equal ones are one tensor."""
+    tensors: dict[str, Tensor] = {}
+    for label, tensor in stored.items():
+        whole = _from_triangle(tensor) if label.endswith(_TRIANGLE) else tensor
+        tensors |= dict.fromkeys(label.removesuffix(_TRIANGLE).split(_SAME), whole)
+    return tensors
+
+
+def _from_triangle(numbers: Tensor) -> Tensor:
+    """(n, n), of the numbers from its diagonal on, (n(n + 1)/2,)."""
+    size = (math.isqrt(8 * len(numbers) + 1) - 1) // 2
+    rows, columns = torch.triu_indices(size, size, device=numbers.device)
+    matrix = numbers.new_empty(size, size)
+    matrix[rows, columns] = numbers
+    matrix[columns, rows] = numbers
+    return matrix
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and type are the same, the sign of a zero included."""
+    left, right = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(left, right)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Raises OSError and SafetensorError."""
+    """Write ``tensors``, compacted. Raises OSError and SafetensorError."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
     try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        save_file(compacted(tensors), temporary, metadata=dict(metadata))
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -88,7 +146,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """Raises OSError and SafetensorError."""
+    """The tensors that were written. Raises OSError and SafetensorError."""
     with safe_open(path, "pt", device=str(device)) as file:
         # cloned: what lies in the file is aligned otherwise, and products then round otherwise
-        return {label: file.get_tensor(label).clone() for label in file.keys()}  # noqa: SIM118 - not a mapping
+        return expanded({label: file.get_tensor(label).clone() for label in file.keys()})  # noqa: SIM118 - no mapping

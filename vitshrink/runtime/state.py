@@ -3,8 +3,8 @@
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from vitshrink.runtime import processes
 from vitshrink.runtime.entries import Entry, moved, packed, read_metadata, read_tensors, unpacked, write_tensors
 
 JOB = "job.json"
+PARTS = 16
+"""Files of running sums. They are replaced one by one, so that no second copy of all takes room beside the first."""
 FINETUNE = "finetune"
 MOST_TIME = 0.05
 """Part of its time that a job may spend on saving."""
@@ -27,6 +29,23 @@ def state_directory(output: Path) -> Path:
     """Where the job that writes ``output`` keeps its state."""
     output = output.expanduser()
     return output.parent / f".{output.name}.vitshrink-state"
+
+
+def record_identity(file: Path, identity: Mapping[str, Any]) -> None:
+    """Write down all that the result of a job follows from. Raises OSError."""
+    file.write_text(json.dumps(identity, sort_keys=True, default=str), encoding="utf-8")
+
+
+def differing(file: Path, identity: Mapping[str, Any]) -> list[str]:
+    """The entries by which the job that ``file`` records is another one than that of ``identity``.
+
+    Raises OSError and ValueError where the file cannot be read.
+    """
+    other = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(other, dict):
+        raise ValueError(f"{file} records no job")
+    mine = json.loads(json.dumps(identity, default=str))
+    return sorted(name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name))
 
 
 @dataclass
@@ -46,6 +65,9 @@ class Progress:
     every: float = 30.0
     warn: Callable[[str], None] = lambda _message: None
     _unsaved: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _sums: dict[str, str] = field(default_factory=dict)
+    """The step whose sums an unsaved one is made of."""
+    _overtaken: list[str] = field(default_factory=list)
     _saved_at: float = field(default_factory=time.monotonic)
     _cost: float = 0.0
 
@@ -69,47 +91,71 @@ class Progress:
         if self.directory is not None and not self.directory.is_dir():
             try:
                 self.directory.mkdir(parents=True)
-                (self.directory / JOB).write_text(json.dumps(self._identity), encoding="utf-8")
+                record_identity(self.directory / JOB, self._identity)
             except OSError as error:
                 self._give_up(error)
         return self.directory
 
     def entries(self, step: str, kind: type[Entry]) -> dict[str, Entry]:
         """What was kept of a step, in every process; nothing where it was not reached."""
-        found = unpacked(kind, self._read(step)[1])
+        path = self._path(step)
+        found = {} if path is None or not path.exists() else unpacked(kind, self._read(path)[1])
         if not processes.started():
             return found
         names = processes.from_main(list(found))
         sent = {name: moved(found[name], "cpu") if name in found else None for name in names}
         return {name: moved(processes.from_main(sent[name]), self.device) for name in names}
 
-    def sums(self, step: str) -> tuple[int, dict[str, Tensor]]:
-        """The number of batches that were run, and the sums over them."""
-        return self._read(f"{step}-sums") if processes.count() == 1 else (0, {})
+    def sums(self, step: str) -> dict[int, dict[str, Tensor]]:
+        """Sums over the first batches, by the number of these; nothing in several processes.
 
-    def keep(self, step: str, entries: Mapping[str, Entry]) -> None:
-        """Remember a step that is complete; it is saved with the next that is."""
+        A kill while sums were saved leaves some of them further than others, and each name under one number.
+        """
+        paths = self._parts(step)
+        if processes.count() > 1 or not paths or not all(path.exists() for path in paths):
+            return {}
+        found: dict[int, dict[str, Tensor]] = {}
+        for path in paths:
+            done, tensors = self._read(path)
+            if not done:
+                return {}
+            found.setdefault(done, {}).update(tensors)
+        return found
+
+    def keep(self, step: str, entries: Mapping[str, Entry], sums: str | None = None) -> None:
+        """Remember a step that is complete; it is saved with the next that is.
+
+        The ``sums`` of the step that it is made of make room for it: a kill at this moment costs the pass over the
+        batches.
+        """
         if self.directory is not None and entries:
             self._unsaved[step] = entries
+            if sums is not None:
+                self._sums[step] = sums
             if self._due:
-                self._save({})
+                self._save()
 
     def keep_part(self, step: str, entries: Mapping[str, Entry]) -> None:
         """Save a step that is not complete, where it is time."""
         if self._due and processes.count() == 1 and entries:
-            self._save({step: (0, packed(entries))})
+            self._unsaved[step] = entries
+            self._save()
 
     def keep_sums(self, step: str, done: int, sums: Callable[[], dict[str, Tensor]]) -> None:
         """Save the sums over the first ``done`` batches, where it is time."""
         if self._due and processes.count() == 1:
-            self._save({f"{step}-sums": (done, sums())})
+            parts: list[dict[str, Tensor]] = [{} for _ in range(PARTS)]
+            for label, tensor in sums().items():
+                parts[zlib.crc32(label.encode()) % PARTS][label] = tensor
+            self._save(dict(zip(self._parts(step), parts, strict=True)), done)
 
     def forget(self, *steps: str) -> None:
-        """Remove steps that others have overtaken."""
+        """Remove steps, and their sums, that others have overtaken; as soon as these are saved."""
         for step in steps:
             self._unsaved.pop(step, None)
-            if self.directory is not None:
-                self._path(step).unlink(missing_ok=True)
+        self._overtaken += steps
+        if not self._unsaved:
+            self._remove(self._overtaken)
 
     def discard(self) -> None:
         """Remove all: the job is done, or is another one."""
@@ -123,35 +169,49 @@ class Progress:
         return time.monotonic() - self._saved_at >= max(self.every, self._cost / MOST_TIME)
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self.identity()))  # type: ignore[no-any-return]
+    def _identity(self) -> Mapping[str, Any]:
+        return self.identity()
 
-    def _path(self, step: str) -> Path:
-        assert self.directory is not None
-        return self.directory / f"{step}.safetensors"
+    def _path(self, step: str) -> Path | None:
+        return None if self.directory is None else self.directory / f"{step}.safetensors"
 
-    def _read(self, step: str) -> tuple[int, dict[str, Tensor]]:
-        if self.directory is None or not self._path(step).exists():
-            return 0, {}
+    def _parts(self, step: str) -> list[Path]:
+        directory = self.directory
+        return [] if directory is None else [directory / f"{step}-sums-{n:02d}.safetensors" for n in range(PARTS)]
+
+    def _read(self, path: Path) -> tuple[int, dict[str, Tensor]]:
         try:
-            return int(read_metadata(self._path(step))["done"]), read_tensors(self._path(step), self.device)
+            return int(read_metadata(path)["done"]), read_tensors(path, self.device)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            self.warn(f"{self._path(step)} cannot be used and is computed again ({type(error).__name__}: {error}).")
+            self.warn(f"{path} cannot be used and is computed again ({type(error).__name__}: {error}).")
             return 0, {}
 
-    def _save(self, parts: Mapping[str, tuple[int, Mapping[str, Tensor]]]) -> None:
+    def _save(self, parts: Mapping[Path, Mapping[str, Tensor]] | None = None, done: int = 0) -> None:
+        """Save what is unsaved, and ``parts`` of sums over ``done`` batches."""
         started = time.monotonic()
         if self.prepared() is None:
             return
         try:
             for step in list(self._unsaved):
-                write_tensors(self._path(step), packed(self._unsaved.pop(step)), {"done": "0"})
-            for step, (done, tensors) in parts.items():
-                write_tensors(self._path(step), tensors, {"done": str(done)})
+                for part in self._parts(self._sums.pop(step, "")):
+                    part.unlink(missing_ok=True)
+                path = self._path(step)
+                assert path is not None
+                write_tensors(path, packed(self._unsaved.pop(step)), {"done": "0"})
+            for part, tensors in (parts or {}).items():
+                write_tensors(part, tensors, {"done": str(done)})
         except (OSError, SafetensorError) as error:
             self._give_up(error)
+        self._remove(self._overtaken)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
+
+    def _remove(self, steps: list[str]) -> None:
+        while steps:
+            step = steps.pop()
+            for path in (self._path(step), *self._parts(step)):
+                if path is not None:
+                    path.unlink(missing_ok=True)
 
     def _give_up(self, error: Exception) -> None:
         """Go on without: the job itself can, and needs the room."""
@@ -162,11 +222,8 @@ class Progress:
 
     def _differences(self, directory: Path) -> str | None:
         """In what the job of the state differs from this one; None where it is the same."""
-        other = None
-        with suppress(OSError, ValueError):
-            other = json.loads((directory / JOB).read_text(encoding="utf-8"))
-        if not isinstance(other, dict):
+        try:
+            different = differing(directory / JOB, self._identity)
+        except (OSError, ValueError):
             return "and damaged"
-        mine = self._identity
-        different = sorted(name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name))
         return f"with other {', '.join(different)}" if different else None

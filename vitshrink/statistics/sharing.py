@@ -26,14 +26,17 @@ class Shared:
     def __call__(self, collector: Collector, batches: Sequence[CalibrationBatch], on_batch: OnBatch) -> None:
         """Raises OtherProcessError where another process has failed."""
         mine = processes.block(len(batches))
-        done, sums = self.progress.sums(self.step)
-        collector.restore(sums)
+        kept = self.progress.sums(self.step)
+        done, saved = min(kept, default=0), max(kept, default=0)
+        collector.restore(kept.get(done, {}))
         on_batch(sum(samples_of(batches[number]) for number in mine[:done]))
         with processes.together():
             for number in mine[done:]:
                 collector.run(number, batches[number])
                 on_batch(samples_of(batches[number]) * processes.count())
-                self.progress.keep_sums(self.step, number + 1, collector.state)
+                collector.restore(kept.get(number + 1, {}))  # the rest has caught up with them
+                if number + 1 >= saved:
+                    self.progress.keep_sums(self.step, number + 1, collector.state)
         if processes.started():
             collector.restore(self._added_up(collector.state()))
 
