@@ -79,7 +79,9 @@ def test_sums_make_room_for_the_statistics_that_are_made_of_them(tmp_path: Path)
     ((done, found),) = progress.sums("dense").items()
     assert done == 2
     assert found.keys() == sums.keys()
-    progress.keep("dense-statistics", {"layer": statistics()}, sums="dense")
+    progress.finish_sums("dense")
+    assert progress.sums("dense"), "until there is something to keep in their place"
+    progress.keep("dense-statistics", {"layer": statistics()})
     assert progress.sums("dense") == {}
     assert progress.entries("dense-statistics", LinearStats).keys() == {"layer"}
     assert {path.name for path in (tmp_path / "state").iterdir()} == {"job.json", "dense-statistics.safetensors"}

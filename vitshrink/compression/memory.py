@@ -54,8 +54,7 @@ class Step:
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         if entries:
-            kind = type(next(iter(entries.values())))
-            self.progress.keep(f"{self.name}-{NAMES[kind]}", entries, sums=self.name if kind is LinearStats else None)
+            self.progress.keep(f"{self.name}-{NAMES[type(next(iter(entries.values())))]}", entries)
 
     def forget(self) -> None:
-        self.progress.forget(self.name, *(f"{self.name}-{part}" for part in (*NAMES.values(), "factors")))
+        self.progress.forget(*(f"{self.name}-{part}" for part in (*NAMES.values(), "sums", "factors")))

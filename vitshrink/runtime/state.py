@@ -65,9 +65,10 @@ class Progress:
     every: float = 30.0
     warn: Callable[[str], None] = lambda _message: None
     _unsaved: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    _sums: dict[str, str] = field(default_factory=dict)
-    """The step whose sums an unsaved one is made of."""
+    _spent: list[str] = field(default_factory=list)
+    """To be removed before anything is saved."""
     _overtaken: list[str] = field(default_factory=list)
+    """To be removed after everything is saved."""
     _saved_at: float = field(default_factory=time.monotonic)
     _cost: float = 0.0
 
@@ -111,7 +112,7 @@ class Progress:
 
         A kill while sums were saved leaves some of them further than others, and each name under one number.
         """
-        paths = self._parts(step)
+        paths = self._parts(f"{step}-sums")
         if processes.count() > 1 or not paths or not all(path.exists() for path in paths):
             return {}
         found: dict[int, dict[str, Tensor]] = {}
@@ -122,16 +123,10 @@ class Progress:
             found.setdefault(done, {}).update(tensors)
         return found
 
-    def keep(self, step: str, entries: Mapping[str, Entry], sums: str | None = None) -> None:
-        """Remember a step that is complete; it is saved with the next that is.
-
-        The ``sums`` of the step that it is made of make room for it: a kill at this moment costs the pass over the
-        batches.
-        """
+    def keep(self, step: str, entries: Mapping[str, Entry]) -> None:
+        """Remember a step that is complete; it is saved with the next that is."""
         if self.directory is not None and entries:
             self._unsaved[step] = entries
-            if sums is not None:
-                self._sums[step] = sums
             if self._due:
                 self._save()
 
@@ -147,10 +142,17 @@ class Progress:
             parts: list[dict[str, Tensor]] = [{} for _ in range(PARTS)]
             for label, tensor in sums().items():
                 parts[zlib.crc32(label.encode()) % PARTS][label] = tensor
-            self._save(dict(zip(self._parts(step), parts, strict=True)), done)
+            self._save(dict(zip(self._parts(f"{step}-sums"), parts, strict=True)), done)
+
+    def finish_sums(self, step: str) -> None:
+        """All batches were run: the sums make room for what is kept next, the statistics that are made of them.
+
+        A kill while these are written costs the pass over the batches.
+        """
+        self._spent.append(f"{step}-sums")
 
     def forget(self, *steps: str) -> None:
-        """Remove steps, and their sums, that others have overtaken; as soon as these are saved."""
+        """Remove steps that others have overtaken, as soon as these are saved."""
         for step in steps:
             self._unsaved.pop(step, None)
         self._overtaken += steps
@@ -177,7 +179,7 @@ class Progress:
 
     def _parts(self, step: str) -> list[Path]:
         directory = self.directory
-        return [] if directory is None else [directory / f"{step}-sums-{n:02d}.safetensors" for n in range(PARTS)]
+        return [] if directory is None else [directory / f"{step}-{n:02d}.safetensors" for n in range(PARTS)]
 
     def _read(self, path: Path) -> tuple[int, dict[str, Tensor]]:
         try:
@@ -192,9 +194,9 @@ class Progress:
         if self.prepared() is None:
             return
         try:
+            if self._unsaved:
+                self._remove(self._spent)
             for step in list(self._unsaved):
-                for part in self._parts(self._sums.pop(step, "")):
-                    part.unlink(missing_ok=True)
                 path = self._path(step)
                 assert path is not None
                 write_tensors(path, packed(self._unsaved.pop(step)), {"done": "0"})

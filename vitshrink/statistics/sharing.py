@@ -37,6 +37,7 @@ class Shared:
                 collector.restore(kept.get(number + 1, {}))  # the rest has caught up with them
                 if number + 1 >= saved:
                     self.progress.keep_sums(self.step, number + 1, collector.state)
+        self.progress.finish_sums(self.step)
         if processes.started():
             collector.restore(self._added_up(collector.state()))
 
