@@ -41,6 +41,7 @@ from vitshrink.models.loading import LoadedModel, load_dense
 from vitshrink.models.targets import Target, find_targets
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Silent
+from vitshrink.runtime.records import plain
 from vitshrink.statistics import curvature
 from vitshrink.statistics.needs import Needs
 
@@ -252,8 +253,8 @@ class Bench:
             evaluation = self.evaluate(model.to(entry.dtype).float())
             assert evaluation.fidelity is not None
             yield Outcome(
-                score=(evaluation.compressed or {}).get(evaluation.metric or ""),
-                fidelity=evaluation.fidelity,
+                score=evaluation.score,
+                fidelity=plain(evaluation.fidelity),
                 kept=self.encoder_parameters(model) / self.encoder_parameters(self.dense),
                 seconds=(statistics, factorising, building),
             )
@@ -324,11 +325,11 @@ def open_bench(args: argparse.Namespace) -> Bench:
 
 def print_table(bench: Bench, args: argparse.Namespace) -> None:
     dense = bench.evaluate(bench.dense)
-    metric, known = dense.metric, dense.fidelity or {}
+    metric, known = dense.metric, {} if dense.fidelity is None else plain(dense.fidelity)
     fidelities = [name for name in ("agreement", "kl", "pooled_cosine", "prediction_spearman") if name in known]
     if dense.dense and metric:
-        low, high = dense.dense["interval"]
-        print(f"dense {metric}: {dense.dense[metric]:.4f} (95 % interval {low:.4f} to {high:.4f})\n")
+        low, high = dense.dense.interval
+        print(f"dense {metric}: {dense.dense.score(metric):.4f} (95 % interval {low:.4f} to {high:.4f})\n")
     names = [metric] if metric else []
     headings = [name.replace("_", " ") for name in (*names, *fidelities)]
     print_head(["method", "fraction", "keep", "came out", *headings, "statistics s", "factors s", "build s"])

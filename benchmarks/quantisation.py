@@ -19,6 +19,7 @@ from vitshrink.config.options import DataConfig
 from vitshrink.data import Preprocessor
 from vitshrink.data.opening import open_data
 from vitshrink.evaluation.measurement import measure_each
+from vitshrink.evaluation.quality import Fidelity
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
 from vitshrink.models.families import task_of
@@ -107,16 +108,18 @@ def main(arguments: list[str] | None = None) -> None:
     whole = cost.memory_bytes(dense)
     for (name, model), each in zip(models.items(), found, strict=True):
         evaluation, nbytes = each.evaluation, cost.memory_bytes(model)
-        scores, fidelity = evaluation.compressed or {}, evaluation.fidelity or {}
-        score = scores.get(evaluation.metric or "", float("nan"))
+        fidelity = evaluation.fidelity or Fidelity()
+        score, kl, agreement = (
+            float("nan") if figure is None else figure for figure in (evaluation.score, fidelity.kl, fidelity.agreement)
+        )
         print_row(
             [
                 name,
                 f"{nbytes / 1e6:.2f}" if "torchao" not in name else "",
                 f"{nbytes / whole:.3f}" if "torchao" not in name else "",
                 f"{score:.4f}",
-                f"{fidelity.get('kl', float('nan')):.4f}",
-                f"{fidelity.get('agreement', float('nan')):.4f}",
+                f"{kl:.4f}",
+                f"{agreement:.4f}",
                 *(f"{1000 * timed[batch][name].median:.1f}" for batch in (1, 8)),
             ]
         )

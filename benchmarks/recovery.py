@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from vitshrink.config.options import DataConfig, FinetuneJob
+from vitshrink.evaluation.quality import Evaluation, Fidelity, Quality
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.jobs.finetune import finetune_checkpoint
 from vitshrink.recovery.criteria import train_mode
@@ -52,10 +53,10 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 def print_recovery(arguments: argparse.Namespace) -> None:
     data = DataConfig(arguments.eval)
     limits = {"limit": arguments.eval_limit, "offline": True}
-    start = evaluate_checkpoint(arguments.small, data, baseline=arguments.teacher, **limits).to_dict()["evaluation"]
+    start = evaluate_checkpoint(arguments.small, data, baseline=arguments.teacher, **limits).evaluation
     columns = ["training", "top-1", "KL", "agreement", "held-out before", "held-out after", "epochs", "minutes"]
     print_head([*columns, "seconds a step"])
-    print_row(["dense", _figure((start["dense"] or {}).get("top1")), *["–"] * 7])
+    print_row(["dense", _figure(_top1(start.dense)), *["–"] * 7])
     print_row(["none", *_scores(start), *["–"] * 5])
     for name in arguments.techniques:
         with TemporaryDirectory() as folder:
@@ -80,20 +81,25 @@ def print_recovery(arguments: argparse.Namespace) -> None:
         print_row(
             [
                 name,
-                *_scores(report.evaluation or {}),
-                _figure(found["before"]),
-                _figure(found["after"]),
-                f"{found['history'][-1]['epoch']:.1f}",
-                f"{found['seconds'] / 60:.1f}",
-                f"{found['seconds'] / found['history'][-1]['step']:.2f}",
+                *_scores(report.evaluation),
+                _figure(found.before),
+                _figure(found.after),
+                f"{found.history[-1].epoch:.1f}",
+                f"{found.seconds / 60:.1f}",
+                f"{found.seconds / found.history[-1].step:.2f}",
             ]
         )
 
 
-def _scores(evaluation: Any) -> list[str]:
-    fidelity = evaluation.get("fidelity") or {}
-    top1 = (evaluation.get("compressed") or {}).get("top1")
-    return [_figure(top1), _figure(fidelity.get("kl")), _figure(fidelity.get("agreement"))]
+def _scores(evaluation: Evaluation | None) -> list[str]:
+    if evaluation is None:
+        return ["–"] * 3
+    fidelity = evaluation.fidelity or Fidelity()
+    return [_figure(_top1(evaluation.compressed)), _figure(fidelity.kl), _figure(fidelity.agreement)]
+
+
+def _top1(quality: Quality | None) -> float | None:
+    return None if quality is None else quality.score("top1")
 
 
 def _figure(value: float | None) -> str:

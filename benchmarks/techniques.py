@@ -30,6 +30,7 @@ from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import open_data
 from vitshrink.errors import VitshrinkError
 from vitshrink.evaluation.measurement import measure_each
+from vitshrink.evaluation.quality import Fidelity
 from vitshrink.jobs.compress import compress
 from vitshrink.models.checkpoint import load
 from vitshrink.models.families import task_of
@@ -180,7 +181,7 @@ class Bench:
             }
             (result,) = compress(CompressConfig(given.model, output, **{**common, **entries}))
             report, model = result.report, load(output, dtype=torch.float32)
-        timed = [report.latency, *report.latency.get("others", ())]
+        timed = report.latency.by_batch_size
         (measured,) = measure_each(
             [model],
             self.samples,
@@ -191,23 +192,23 @@ class Bench:
             device=model.device,
             batch_size=32,
         )
-        evaluation = measured.evaluation.to_dict()
-        top1 = {role: (evaluation.get(role) or {}).get("top1") for role in ("dense", "compressed")}
-        fidelity = evaluation.get("fidelity") or {}
+        evaluation, fidelity = measured.evaluation, measured.evaluation.fidelity or Fidelity()
+        qualities = {"dense": evaluation.dense, "compressed": evaluation.compressed}
+        top1 = {role: None if quality is None else quality.score("top1") for role, quality in qualities.items()}
         if "dense" not in self.results.rows:
             self.results.add("dense", {"parameters": 1.0, "macs": 1.0, "time": 1.0, "top1": top1["dense"], "kl": 0.0})
         figures = {
-            "parameters": report.parameters["kept"],
-            "macs": report.macs["kept"],
-            "time": timed[0]["compressed"]["median"] / timed[0]["dense"]["median"],
-            "times": {each["dense"]["batch_size"]: each["compressed"]["median"] for each in timed},
+            "parameters": report.parameters.kept,
+            "macs": report.macs.kept,
+            "time": report.latency_ratio,
+            "times": {each.batch_size: each.compressed.median for each in timed},
             "seconds": sum(report.timings.values()),
             "top1": top1["compressed"],
-            "kl": fidelity.get("kl"),
-            "agreement": fidelity.get("agreement"),
+            "kl": fidelity.kl,
+            "agreement": fidelity.agreement,
         }
         if report.recovery is not None:
-            figures |= {"epochs": report.recovery["history"][-1]["epoch"], "best_step": report.recovery["best_step"]}
+            figures |= {"epochs": report.recovery.history[-1].epoch, "best_step": report.recovery.best_step}
         return figures
 
 

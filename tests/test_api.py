@@ -74,9 +74,9 @@ def test_a_list_of_images_makes_a_model_in_memory_smaller(vit: PreTrainedModel, 
     assert_untouched(vit, before)
     assert not result.model.training
     assert cost.parameters(result.model) <= 0.8 * cost.parameters(vit)
-    assert result.report.parameters["compressed"] == cost.parameters(result.model)
+    assert result.report.parameters.compressed == cost.parameters(result.model)
     assert result.report.evaluation is not None
-    assert result.report.evaluation["samples"] == 4
+    assert result.report.evaluation.samples == 4
     assert result.report.command is None
     assert "of the parameters" in str(result)
     assert all(parameter.requires_grad for parameter in result.model.parameters()), "it can be trained"
@@ -105,11 +105,11 @@ def test_batches_in_any_usual_form_do(vit: PreTrainedModel, images: list[Image.I
         "one batch": {"pixel_values": pixels},
     }[shape]
     result = vitshrink.compress(vit, calibration, **FEW)
-    assert result.report.parameters["kept"] <= 0.8
+    assert result.report.parameters.kept <= 0.8
     assert result.report.calibration is not None
-    assert result.report.calibration["samples"] == 12
+    assert result.report.calibration.samples == 12
     assert result.report.evaluation is not None
-    assert result.report.evaluation["samples"] == 4
+    assert result.report.evaluation.samples == 4
 
 
 def test_padding_in_batches_changes_nothing(bert: PreTrainedModel, texts: list[str]) -> None:
@@ -120,9 +120,9 @@ def test_padding_in_batches_changes_nothing(bert: PreTrainedModel, texts: list[s
         for i in range(0, 16, 4)
     ]
     results = [vitshrink.compress(bert, batches, method="whitened", **FEW) for batches in (short, padded)]
-    ranks = [[layer["rank"] for layer in result.report.layers] for result in results]
+    ranks = [[layer.rank for layer in result.report.layers] for result in results]
     assert ranks[0] == ranks[1]
-    fingerprints = [(result.report.calibration or {})["fingerprint"] for result in results]
+    fingerprints = [result.report.calibration.fingerprint for result in results]
     assert fingerprints[0] == fingerprints[1]
     inputs = tiny.inputs("BertForSequenceClassification")
     with torch.no_grad():
@@ -137,22 +137,22 @@ def test_a_recipe_says_how_many_samples_where_the_caller_does_not(
     recipe.write_text(f"kind: text\npath: {text_file}\nsamples: 9\nseed: 4\n")
     found = vitshrink.compress(bert, recipe, keep=0.8, method="svd", compensation="bias", holdout=4)
     assert found.report.calibration is not None
-    assert (found.report.calibration["samples"], found.report.calibration["seed"]) == (9, 4)
+    assert (found.report.calibration.samples, found.report.calibration.seed) == (9, 4)
     stated = vitshrink.compress(bert, recipe, method="svd", compensation="bias", **FEW)
-    assert (stated.report.calibration or {})["samples"] == 12
+    assert stated.report.calibration.samples == 12
 
 
 def test_texts_pairs_and_folders_do(bert: PreTrainedModel, texts: list[str], text_file: Path) -> None:
     pairs = list(zip(texts, reversed(texts), strict=True))
     for calibration in (texts, pairs, text_file, str(text_file)):
         result = vitshrink.compress(bert, calibration, method="svd", compensation="bias", **FEW)
-        assert (result.report.calibration or {})["samples"] == 12
+        assert result.report.calibration.samples == 12
 
 
 def test_no_data_are_needed_for_what_needs_none(vit: PreTrainedModel) -> None:
     result = vitshrink.compress(vit, keep=0.7, method="svd", compensation="none")
     assert result.report.evaluation is None
-    assert result.report.parameters["kept"] <= 0.7
+    assert result.report.parameters.kept <= 0.7
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -161,7 +161,7 @@ def test_the_result_has_the_type_of_the_model(
 ) -> None:
     result = vitshrink.compress(vit.to(dtype), images, **FEW)
     assert {parameter.dtype for parameter in result.model.parameters()} == {dtype}
-    assert result.report.bytes["dense"] == cost.memory_bytes(vit)
+    assert result.report.bytes.dense == cost.memory_bytes(vit)
 
 
 def test_what_is_saved_loads_with_stock_calls(vit: PreTrainedModel, images: list[Image.Image], tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_processor_is_needed_where_none_can_be_found(images: list[Image.Image]
     with pytest.raises(UsageError, match="pass its image processor"):
         vitshrink.compress(nameless, images, **FEW)
     processor = AutoImageProcessor.from_pretrained(vit_directory)
-    assert vitshrink.compress(nameless, images, processor=processor, **FEW).report.parameters["kept"] <= 0.8
+    assert vitshrink.compress(nameless, images, processor=processor, **FEW).report.parameters.kept <= 0.8
     with pytest.raises(UsageError, match="needs its image processor, not a str"):
         vitshrink.compress(nameless, images, processor="deit", **FEW)
 
@@ -286,7 +286,7 @@ def test_images_in_any_usual_form_do(
     with torch.inference_mode(form == "inference mode"):
         small = vitshrink.compress(copied if form == "inference model" else vit, forms[form](), **FEW)
     assert small.report.evaluation is not None
-    assert small.report.evaluation["samples"] == 4
+    assert small.report.evaluation.samples == 4
     assert small.model(pixels[:2]).logits.shape == (2, 4)
 
 
@@ -309,7 +309,7 @@ def test_texts_in_any_usual_form_do(bert: PreTrainedModel, bert_directory: Path,
     }
     small = vitshrink.compress(bert, forms[form](), **FEW, refine=0)
     assert small.report.evaluation is not None
-    assert small.report.evaluation["samples"] == 4
+    assert small.report.evaluation.samples == 4
 
 
 def test_data_sets_that_do_not_say_what_to_read_are_refused(bert: PreTrainedModel, texts: list[str]) -> None:

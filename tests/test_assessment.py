@@ -39,7 +39,7 @@ def test_a_dense_model_is_measured_alone(vit_directory: Path, learned_images: Pa
     found = evaluate_checkpoint(str(vit_directory), DataConfig(str(learned_images)))
     evaluation = found.measurement.evaluation
     assert evaluation.dense is not None
-    assert evaluation.dense["correct"] == 34
+    assert evaluation.dense.correct == 34
     assert evaluation.compressed is None
     assert evaluation.fidelity is None
     assert found.footprint.parameters == cost.parameters(tiny.build(CLASSIFIER))
@@ -53,10 +53,10 @@ def test_a_compressed_model_is_measured_beside_its_baseline(
     found = evaluate_checkpoint(str(small), DataConfig(str(learned_images)), baseline=str(vit_directory))
     evaluation = found.measurement.evaluation
     assert evaluation.dense is not None
-    assert evaluation.dense["correct"] == 34
+    assert evaluation.dense.correct == 34
     assert evaluation.compressed is not None
     assert evaluation.difference is not None
-    assert evaluation.difference["drop"] == pytest.approx((34 - evaluation.compressed["correct"]) / 40)
+    assert evaluation.difference.drop == pytest.approx((34 - evaluation.compressed.correct) / 40)
     assert found.footprint.parameters < cost.parameters(tiny.build(CLASSIFIER))
     alone = evaluate_checkpoint(str(small), DataConfig(str(learned_images)))
     assert alone.measurement.evaluation.compressed == evaluation.compressed
@@ -64,9 +64,9 @@ def test_a_compressed_model_is_measured_beside_its_baseline(
 
 def test_a_model_beside_itself_loses_nothing(vit_directory: Path, learned_images: Path) -> None:
     found = evaluate_checkpoint(str(vit_directory), DataConfig(str(learned_images)), baseline=str(vit_directory))
-    evaluation = found.measurement.evaluation.to_dict()
-    assert evaluation["difference"]["drop"] == 0
-    assert evaluation["fidelity"]["kl"] == pytest.approx(0, abs=1e-12)
+    evaluation = found.measurement.evaluation
+    assert evaluation.difference.drop == 0
+    assert evaluation.fidelity.kl == pytest.approx(0, abs=1e-12)
     Gates(min_accuracy=85, max_drop=0, max_kl=1e-9).check(evaluation)
 
 
@@ -83,7 +83,7 @@ def test_half_precision_weights_are_computed_in_float32(tmp_path: Path, learned_
     model = tiny.write(CLASSIFIER, tmp_path / "model", dtype=torch.float16)
     found = evaluate_checkpoint(str(model), DataConfig(str(learned_images)))
     assert found.measurement.evaluation.dense is not None
-    assert abs(found.measurement.evaluation.dense["correct"] - 34) <= 1
+    assert abs(found.measurement.evaluation.dense.correct - 34) <= 1
 
 
 @pytest.mark.parametrize(

@@ -165,11 +165,11 @@ def test_a_result_reloads_with_stock_calls_within_its_budget(compressed: Compres
     assert result.directory is not None
     model = getattr(transformers, name).from_pretrained(result.directory).eval()
     strict = vitshrink.load(result.directory)
-    assert result.report.parameters["compressed"] == cost.parameters(model) <= 0.93 * result.report.parameters["dense"]
+    assert result.report.parameters.compressed == cost.parameters(model) <= 0.93 * result.report.parameters.dense
     assert torch.equal(outputs(model, name), outputs(strict, name))
     layers = result.report.layers
-    assert {entry["parameters"] < entry["shape"][0] * entry["shape"][1] for entry in layers if entry["rank"]} == {True}
-    assert any(entry["rank"] for entry in layers)
+    assert {entry.parameters < entry.shape[0] * entry.shape[1] for entry in layers if entry.rank} == {True}
+    assert any(entry.rank for entry in layers)
 
 
 @every_method
@@ -284,7 +284,7 @@ def test_a_rank_above_the_head_dimension_is_refused_by_the_loader() -> None:
 def test_tensor_forms_reload_within_their_budget(compressed: Compressed, form: str, name: str) -> None:
     result = compressed(name, method="tensor", options={"form": form}, keep=(0.93,))
     model = getattr(transformers, name).from_pretrained(result.directory).eval()
-    assert result.report.parameters["compressed"] == cost.parameters(model) <= 0.93 * result.report.parameters["dense"]
+    assert result.report.parameters.compressed == cost.parameters(model) <= 0.93 * result.report.parameters.dense
     assert result.directory is not None
     assert torch.equal(outputs(model, name), outputs(vitshrink.load(result.directory), name))
 

@@ -30,7 +30,7 @@ from vitshrink.cli.app import app
 from vitshrink.config.options import RENAMED, CompressConfig
 from vitshrink.jobs.compress import CompressionResult
 from vitshrink.methods import available_methods
-from vitshrink.report import figures
+from vitshrink.report import figures, report_schema
 
 Compressed = Callable[..., CompressionResult]
 CLASSIFIER = "ViTForImageClassification"
@@ -116,6 +116,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(shrink: Callable[..., Resu
         (row[0], row[3]) for row in planned
     ]
     assert as_json["bytes"] == as_json["macs"] == {}
+
+
+def test_the_schema_of_reports_needs_no_directory() -> None:
+    shown = CliRunner().invoke(app, ["report", "--schema"])
+    assert shown.exit_code == 0
+    assert json.loads(shown.stdout) == report_schema()
 
 
 def test_a_directory_name_is_printed_as_it_is(shrink: Callable[..., Result], tmp_path: Path) -> None:

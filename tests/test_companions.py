@@ -202,8 +202,8 @@ def test_a_model_in_memory_is_saved_with_the_modules_of_its_directory(encoder: P
     model = models.load_dense(encoder).model
     small = vitshrink.compress(model, ["this film is good", "that was bad"] * 6, keep=0.8, method="svd", samples=8)
     assert small.report.evaluation is not None
-    assert small.report.evaluation["pooling"] == "cls, dense to 8 (Tanh), normalized"
-    assert small.report.evaluation["preprocessing"]["max_length"] == 32
+    assert small.report.evaluation.pooling == "cls, dense to 8 (Tanh), normalized"
+    assert small.report.evaluation.preprocessing["max_length"] == 32
     small.save(tmp_path / "out")
     for name in ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "sentence_bert_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (encoder / name).read_bytes()

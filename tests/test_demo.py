@@ -63,8 +63,8 @@ def test_the_whole_demo_replaces_an_earlier_one(tmp_path: Path) -> None:
     result = demo.run_demo(output, lines.append, epochs=2, methods=("svd", "whitened"))
     reports = list(result.reports.values())
     assert {report.method for report in reports} == {"svd", "whitened"}
-    assert all(report.parameters["kept"] <= demo.KEEP for report in reports)
-    correct = [report.evaluation["compressed"]["correct"] for report in reports if report.evaluation]
+    assert all(report.parameters.kept <= demo.KEEP for report in reports)
+    correct = [report.evaluation.compressed.correct for report in reports if report.evaluation]
     assert correct == sorted(correct, reverse=True)
 
     compared, left_out = next(line for line in lines if line.startswith("Comparing")).split("; not part of the demo: ")

@@ -16,6 +16,7 @@ from vitshrink import load
 from vitshrink.data import Preprocessor, align_labels, open_samples
 from vitshrink.errors import DataError, NumericsError, UsageError, VitshrinkError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate, evaluate_pairs, metrics
+from vitshrink.evaluation.quality import ClassScore
 from vitshrink.models.sentences import masked_mean
 from vitshrink.models.structures.low_rank import LowRankLinear
 
@@ -98,14 +99,14 @@ def test_accuracy_intervals_and_the_drop_come_from_the_same_samples() -> None:
     assert found.compressed is not None
     assert found.fidelity is not None
     assert found.difference is not None
-    assert (found.dense["top1"], found.dense["correct"]) == (0.9, 90)
-    assert found.dense["interval"] == list(metrics.wilson_interval(90, 100))
-    assert found.compressed["top1"] == pytest.approx(0.6)
-    assert found.fidelity["agreement"] == pytest.approx(0.7)
-    assert found.difference["drop"] == pytest.approx(0.3)
-    assert found.difference["p_value"] == pytest.approx(2**-29)
-    assert found.difference["significant"]
-    low, high = found.difference["drop_interval"]
+    assert (found.dense.top1, found.dense.correct) == (0.9, 90)
+    assert found.dense.interval == metrics.wilson_interval(90, 100)
+    assert found.compressed.top1 == pytest.approx(0.6)
+    assert found.fidelity.agreement == pytest.approx(0.7)
+    assert found.difference.drop == pytest.approx(0.3)
+    assert found.difference.p_value == pytest.approx(2**-29)
+    assert found.difference.significant
+    low, high = found.difference.drop_interval
     assert 0.18 < low < 0.3 < high < 0.42
 
 
@@ -127,8 +128,8 @@ def test_top5_is_left_out_where_it_means_nothing() -> None:
     many = evaluate(Answers(one_hot(labels, 6)), numbered(labels), task="text-classification", label_of=int)
     assert few.dense is not None
     assert many.dense is not None
-    assert "top5" not in few.dense
-    assert many.dense["top5"] == 1
+    assert few.dense.top5 is None
+    assert many.dense.top5 == 1
 
 
 @pytest.mark.parametrize(
@@ -155,8 +156,8 @@ def test_figures_do_not_depend_on_the_batch_size(name: str, task: str) -> None:
         assert (other.dense, other.compressed) == (first.dense, first.compressed)
         assert other.fidelity is not None
         assert first.fidelity is not None
-        assert other.fidelity["kl"] == pytest.approx(first.fidelity["kl"], abs=1e-5)
-        assert other.fidelity["agreement"] == first.fidelity["agreement"]
+        assert other.fidelity.kl == pytest.approx(first.fidelity.kl, abs=1e-5)
+        assert other.fidelity.agreement == first.fidelity.agreement
 
 
 def test_without_labels_only_fidelity_is_measured() -> None:
@@ -164,8 +165,8 @@ def test_without_labels_only_fidelity_is_measured() -> None:
     found = evaluate(compressed(name), batches(name, 6, 3), task="image-classification", baseline=tiny.build(name))
     assert (found.dense, found.compressed, found.difference, found.metric) == (None, None, None, None)
     assert found.fidelity is not None
-    assert found.fidelity["kl"] > 0
-    assert {row["class"] for row in found.classes} <= set(tiny.IMAGE_CLASSES)
+    assert found.fidelity.kl > 0
+    assert {row.class_ for row in found.classes} <= set(tiny.IMAGE_CLASSES)
 
 
 def test_one_model_alone_is_named_by_what_it_is() -> None:
@@ -190,9 +191,9 @@ def test_headless_models_are_compared_over_real_tokens_only() -> None:
     real = inputs["attention_mask"].bool()
     expected = [torch.cosine_similarity(*(s[i][real[i]] for s in states), dim=-1).mean() for i in range(3)]
     assert found is not None
-    assert found["feature_cosine"] == pytest.approx(float(torch.stack(expected).mean()))
+    assert found.feature_cosine == pytest.approx(float(torch.stack(expected).mean()))
     pooled = [torch.stack([s[i][real[i]].mean(0) for i in range(3)]) for s in states]
-    assert found["pooled_cosine"] == pytest.approx(float(torch.cosine_similarity(*pooled, dim=-1).mean()))
+    assert found.pooled_cosine == pytest.approx(float(torch.cosine_similarity(*pooled, dim=-1).mean()))
 
 
 def test_masked_tokens_are_scored_as_the_full_model_scores_them() -> None:
@@ -206,8 +207,8 @@ def test_masked_tokens_are_scored_as_the_full_model_scores_them() -> None:
         logits = model(**inputs).logits[hidden]
     hits = metrics.top_k_hits(logits, tokens[hidden], 5).sum()
     assert found.dense is not None
-    assert found.dense["tokens"] == int(hidden.sum())
-    assert found.dense["top5_correct"] == int(hits)
+    assert found.dense.tokens == int(hidden.sum())
+    assert found.dense.top5_correct == int(hits)
 
 
 def test_masking_spares_special_and_padding_tokens_and_depends_on_the_key_alone() -> None:
@@ -241,9 +242,9 @@ def test_texts_of_special_tokens_alone_count_for_nothing() -> None:
     without = evaluate(model, data, task="masked-lm", masking=masking, baseline=model)
     assert found.dense is not None
     assert without.dense is not None
-    assert found.dense["top1"] == without.dense["top1"]
+    assert found.dense.top1 == without.dense.top1
     assert found.fidelity is not None
-    assert found.fidelity["kl"] == 0
+    assert found.fidelity.kl == 0
     with pytest.raises(DataError, match="no token could be masked"):
         evaluate(model, [empty], task="masked-lm", masking=masking)
 
@@ -274,7 +275,7 @@ def test_regression_heads_are_scored_by_correlation() -> None:
 def test_constant_predictions_have_no_correlation_but_a_report() -> None:
     found = evaluate(Answers(torch.zeros(8, 1)), numbered(list(range(8))), task="text-classification", label_of=float)
     assert found.dense is not None
-    assert found.dense["spearman"] is None
+    assert found.dense.spearman is None
 
 
 def test_sentence_pairs_are_pooled_over_their_own_tokens() -> None:
@@ -297,7 +298,7 @@ def test_sentence_pairs_are_joined_by_key_whatever_the_order_and_the_batches() -
     assert whole is not None
     shuffled = evaluate_pairs([model], first[::-1], second[2:] + second[:2])[0].dense
     assert shuffled is not None
-    assert shuffled["pearson"] == pytest.approx(whole["pearson"], abs=1e-5)
+    assert shuffled.pearson == pytest.approx(whole.pearson, abs=1e-5)
     fewer = evaluate_pairs([model], first, second[:3])[0]
     assert fewer.samples == 6
 
@@ -311,16 +312,16 @@ def test_pair_similarity_is_the_cosine_of_the_two_sentences() -> None:
     expected = metrics.spearman(torch.cosine_similarity(one, other), torch.arange(8))
     found = evaluate_pairs([model], first, second)[0].compressed
     assert found is not None
-    assert found["spearman"] == pytest.approx(expected)
+    assert found.spearman == pytest.approx(expected)
 
 
 def test_worst_class_comes_first_and_disagreements_are_named() -> None:
     labels = [0, 0, 1, 1, 2, 2]
     dense, worse = Answers(one_hot(labels, 3)), Answers(one_hot([0, 0, 2, 2, 2, 1], 3))
     found = evaluate(worse, numbered(labels), task="image-classification", label_of=int, baseline=dense)
-    assert [row["class"] for row in found.classes] == ["1", "2", "0"]
-    assert found.classes[0] == {"class": "1", "samples": 2, "dense": 1.0, "compressed": 0.0}
-    assert {row["sample"] for row in found.disagreements} == {"002.png", "003.png", "005.png"}
+    assert [row.class_ for row in found.classes] == ["1", "2", "0"]
+    assert found.classes[0] == ClassScore("1", samples=2, dense=1.0, compressed=0.0)
+    assert {row.sample for row in found.disagreements} == {"002.png", "003.png", "005.png"}
 
 
 @pytest.mark.parametrize("label", [-1, 3, "1", None, True])
@@ -382,7 +383,7 @@ def test_out_of_memory_halves_the_batch_and_remembers_it() -> None:
     model, done = Cramped(one_hot(labels, 3), room=3), []
     found = evaluate(model, numbered(labels, size=8), task="image-classification", label_of=int, on_batch=done.append)
     assert found.dense is not None
-    assert found.dense["correct"] == 20
+    assert found.dense.correct == 20
     assert model.asked == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     assert sum(done) == 20
 
@@ -408,7 +409,7 @@ def test_out_of_memory_splits_pairs_too(monkeypatch: pytest.MonkeyPatch) -> None
     halves = evaluate_pairs([model], first, second)[0]
     assert whole.dense is not None
     assert halves.dense is not None
-    assert halves.dense["pearson"] == pytest.approx(whole.dense["pearson"], abs=1e-5)
+    assert halves.dense.pearson == pytest.approx(whole.dense.pearson, abs=1e-5)
 
 
 def test_the_models_keep_their_training_mode_and_get_no_gradient() -> None:
@@ -423,7 +424,7 @@ def test_half_precision_models_take_float32_batches() -> None:
     half = tiny.build(name).to(torch.bfloat16)
     found = evaluate(half, batches(name, 4, 2), task="image-classification", baseline=tiny.build(name))
     assert found.fidelity is not None
-    assert 0 < found.fidelity["kl"] < 0.5
+    assert 0 < found.fidelity.kl < 0.5
 
 
 def labelled(correct: int, samples: int, num_labels: int) -> Evaluation:
@@ -490,7 +491,7 @@ def test_batches_of_images_from_disk_are_evaluated(vit_directory: Path, class_im
     batches = Preprocessor.from_checkpoint(vit_directory, "image").batches(samples, 6)
     found = evaluate(model, batches, task="image-classification", label_of=classes.__getitem__)
     assert found.samples == 32
-    assert {row["class"] for row in found.classes} == set(tiny.IMAGE_CLASSES)
+    assert {row.class_ for row in found.classes} == set(tiny.IMAGE_CLASSES)
 
 
 @pytest.mark.parametrize("batch_size", [3, 40])
@@ -519,8 +520,8 @@ def real_accuracy(checkpoint: Path, data: Path, kind: Any) -> Evaluation:
 def test_deit_tiny_has_its_known_accuracy_on_a_part_of_imagenet(real_folder: Path) -> None:
     found = real_accuracy(real_folder / "deit-tiny", real_folder / "imagenet-val", "image")
     assert found.dense is not None
-    assert (found.dense["correct"], found.samples) == (529, 650)
-    assert found.dense["interval"] == pytest.approx([0.782, 0.842], abs=0.001)
+    assert (found.dense.correct, found.samples) == (529, 650)
+    assert found.dense.interval == pytest.approx((0.782, 0.842), abs=0.001)
     check_labels(found, 1000)
 
 
@@ -528,4 +529,4 @@ def test_deit_tiny_has_its_known_accuracy_on_a_part_of_imagenet(real_folder: Pat
 def test_a_sentiment_classifier_has_its_known_accuracy(real_folder: Path) -> None:
     found = real_accuracy(real_folder / "minilm-sst2", real_folder / "text" / "sst2" / "test.tsv", "text")
     assert found.dense is not None
-    assert (found.dense["correct"], found.samples) == (776, 872)
+    assert (found.dense.correct, found.samples) == (776, 872)

@@ -168,7 +168,7 @@ def test_an_onnx_masked_lm_is_evaluated(
     assert scores[0].compressed == scores[1].compressed
     assert scores[0].fidelity is not None
     assert scores[1].fidelity is not None
-    assert scores[0].fidelity["kl"] == pytest.approx(scores[1].fidelity["kl"], rel=1e-3)
+    assert scores[0].fidelity.kl == pytest.approx(scores[1].fidelity.kl, rel=1e-3)
 
 
 def test_a_difference_is_not_published(

@@ -141,7 +141,7 @@ def test_curvature_recovery_and_report_agree(name: str, problem_type: str | None
     head = head_of(dense)
     assert head is (PROBLEMS[problem_type] if problem_type else FEATURES)
     assert evaluation.fidelity is not None
-    reported = evaluation.fidelity[head.measure]
+    reported = getattr(evaluation.fidelity, head.measure)
 
     training = TrainingBatch(batch.inputs, batch.mask, torch.arange(6))
     answers = Reader(dense)(training), Reader(near)(training)

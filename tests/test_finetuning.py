@@ -43,13 +43,13 @@ def test_compress_trains_and_says_so(compressed: Callable[..., CompressionResult
         assert result.directory is not None
         report = Report.read(result.directory)
         assert report.recovery is not None
-        assert report.recovery["objective"] == finetune.objective
-        assert report.recovery["after"] <= report.recovery["before"]
-        assert len(report.recovery["history"]) == 2
+        assert report.recovery.objective == finetune.objective
+        assert report.recovery.after <= report.recovery.before
+        assert len(report.recovery.history) == 2
         assert "## Recovery" in (result.directory / "report.md").read_text(encoding="utf-8")
         recipe = yaml.safe_load((result.directory / "recipe.yaml").read_text())
         assert CompressConfig.from_mapping(recipe).finetune == finetune
-        assert cost.parameters(vitshrink.load(result.directory)) == report.parameters["compressed"]
+        assert cost.parameters(vitshrink.load(result.directory)) == report.parameters.compressed
 
 
 def test_finetune_writes_the_same_sizes_and_an_updated_report(
@@ -66,7 +66,7 @@ def test_finetune_writes_the_same_sizes_and_an_updated_report(
     assert after.recovery is not None
     assert (after.method, after.parameters, after.layers) == (before.method, before.parameters, before.layers)
     assert after.evaluation is not None
-    assert after.evaluation["source"] == str(learned_images)
+    assert after.evaluation.source == str(learned_images)
     assert cost.parameters(vitshrink.load(out)) == cost.parameters(vitshrink.load(small))
     again = tmp_path / "again"
     result = run("finetune", small, again, "--config", out / "recipe.yaml", "--quiet")
@@ -205,7 +205,7 @@ def test_fewer_samples_are_trained_on_than_calibrated(compressed: Callable[..., 
         "ViTForImageClassification", samples=22, holdout=2, method="svd", finetune=FinetuneConfig(samples=17, **QUICK)
     )
     assert result.report.recovery is not None
-    assert result.report.recovery["samples"] + result.report.recovery["held_out"] == 17
+    assert result.report.recovery.samples + result.report.recovery.held_out == 17
 
 
 def test_compression_does_not_see_the_samples_that_judge_the_training(
@@ -215,9 +215,9 @@ def test_compression_does_not_see_the_samples_that_judge_the_training(
     report = result.report
     assert report.recovery is not None
     assert report.calibration is not None
-    assert (report.recovery["samples"], report.recovery["held_out"]) == (14, 8)
-    assert report.calibration["samples"] == 14
-    assert not report.recovery["familiar"]
+    assert (report.recovery.samples, report.recovery.held_out) == (14, 8)
+    assert report.calibration.samples == 14
+    assert not report.recovery.familiar
     assert len(set(report.fitted_to.split())) == 14
 
     flags = ["--teacher", vit_directory, "--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--quiet"]
@@ -226,10 +226,10 @@ def test_compression_does_not_see_the_samples_that_judge_the_training(
     assert done.exit_code == 0, done.stderr
     again = Report.read(out)
     assert again.recovery is not None
-    assert not again.recovery["familiar"], "the report of the compressed directory names what it was fitted to"
+    assert not again.recovery.familiar, "the report of the compressed directory names what it was fitted to"
     assert set(report.fitted_to.split()) < set(again.fitted_to.split())
     held_out = set(open_samples(flat_images, "image").marks) - set(again.fitted_to.split())
-    assert len(held_out) == again.recovery["held_out"]
+    assert len(held_out) == again.recovery.held_out
     assert not held_out & set(report.fitted_to.split())
 
 

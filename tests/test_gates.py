@@ -8,17 +8,26 @@ import pytest
 from vitshrink.config.options import BOUNDS
 from vitshrink.errors import GateError, UsageError
 from vitshrink.evaluation.gates import Gates
+from vitshrink.evaluation.quality import Accuracy, Difference, Evaluation, Fidelity, Interval
 
 
-def evaluation(**entries: Any) -> dict[str, Any]:
-    return {"metric": "top1", "dense": None, "compressed": None, "fidelity": None, "difference": None} | entries
+def evaluation(**entries: Any) -> Evaluation:
+    return Evaluation(**{"task": "image-classification", "metric": "top1", "samples": 100} | entries)
+
+
+def accuracy(top1: float) -> Accuracy:
+    return Accuracy(top1=top1, correct=round(100 * top1), interval=Interval(0, 1))
+
+
+def difference(drop: float) -> Difference:
+    return Difference(drop=drop, drop_interval=Interval(-1, 1), p_value=1, significant=False, test="none")
 
 
 FULL = evaluation(
-    dense={"top1": 0.8},
-    compressed={"top1": 0.75},
-    fidelity={"kl": 0.3, "agreement": 49 / 50},
-    difference={"drop": 0.8 - 0.75},
+    dense=accuracy(0.8),
+    compressed=accuracy(0.75),
+    fidelity=Fidelity(kl=0.3, agreement=49 / 50),
+    difference=difference(0.8 - 0.75),
 )
 
 
@@ -54,9 +63,9 @@ def test_a_bound_that_is_missed_says_by_how_much(gates: Gates, said: str) -> Non
 
 
 def test_a_gain_passes_and_a_dense_model_can_be_gated() -> None:
-    Gates(max_drop=0).check(evaluation(compressed={"top1": 0.9}, difference={"drop": -0.1}))
+    Gates(max_drop=0).check(evaluation(compressed=accuracy(0.9), difference=difference(-0.1)))
     with pytest.raises(GateError):
-        Gates(min_accuracy=81).check(evaluation(dense={"top1": 0.8}))
+        Gates(min_accuracy=81).check(evaluation(dense=accuracy(0.8)))
 
 
 @pytest.mark.parametrize(

@@ -91,17 +91,17 @@ def test_results_reload_with_stock_calls(compressed: Compressed, name: str, form
     pixels = tiny.inputs(name)["pixel_values"]
     assert torch.equal(logits(model, pixels), logits(vitshrink.load(result.directory), pixels))
     assert not torch.equal(logits(model, pixels), logits(tiny.build(name), pixels))
-    assert result.report.parameters["kept"] == 1
-    assert (result.report.macs["kept"] < 0.9) is (form == "pooled")
+    assert result.report.parameters.kept == 1
+    assert (result.report.macs.kept < 0.9) is (form == "pooled")
     assert result.report.evaluation is not None
-    assert result.report.evaluation["fidelity"]["kl"] > 1e-9
+    assert result.report.evaluation.fidelity.kl > 1e-9
 
 
 @each_form
 def test_low_rank_weights_and_integers_go_with_landmarks(compressed: Compressed, form: str) -> None:
     result = compressed(CLASSIFIER, method="svd", keep=(0.8,), landmarks=4, landmark_form=form)
     assert result.directory is not None
-    assert result.report.parameters["kept"] <= 0.8
+    assert result.report.parameters.kept <= 0.8
     model = transformers.ViTForImageClassification.from_pretrained(result.directory).eval()
     pixels = tiny.inputs(CLASSIFIER)["pixel_values"]
     assert torch.equal(logits(model, pixels), logits(vitshrink.load(result.directory), pixels))

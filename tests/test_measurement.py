@@ -184,7 +184,7 @@ def test_labels_are_used_where_there_are_any_and_wanted(vit: LoadedModel, learne
     samples = open_data(DataConfig(str(learned_images)), vit, offline=True)
     found = measured(vit, samples, job())
     assert found.evaluation.dense is not None
-    assert found.evaluation.dense["correct"] == 34
+    assert found.evaluation.dense.correct == 34
     assert found.evaluation.metric == "top1"
     assert found.label_rule is not None
     assert found.label_rule.startswith("class names")
@@ -198,7 +198,7 @@ def test_labels_are_used_where_there_are_any_and_wanted(vit: LoadedModel, learne
 def test_unlabelled_samples_need_a_baseline(vit: LoadedModel, flat: SampleSet) -> None:
     found = measured(vit, flat, job())
     assert found.evaluation.fidelity is not None
-    assert found.evaluation.fidelity["kl"] > 0
+    assert found.evaluation.fidelity.kl > 0
     with pytest.raises(UsageError, match="--baseline"):
         measured(vit, flat, job(), baseline=None)
 
@@ -214,7 +214,7 @@ def test_a_class_map_says_which_folder_is_which_class(vit: LoadedModel, learned_
     table.write_text("".join(f"group {index}\t{index}\n" for index in range(4)))
     found = measured(vit, samples, job(), class_map=table)
     assert found.evaluation.dense is not None
-    assert found.evaluation.dense["correct"] == 34
+    assert found.evaluation.dense.correct == 34
 
 
 def test_unreadable_samples_are_left_out_of_the_figures_and_named(vit: LoadedModel, spoilt: Path) -> None:
@@ -243,7 +243,7 @@ def test_texts_with_labels_are_classified(bert: LoadedModel, text_labels: Path) 
         bert.model.classifier.bias.copy_(torch.tensor([1.0, 0.0]))  # type: ignore[union-attr, operator]
     found = measured(bert, samples, job())
     assert found.evaluation.dense is not None
-    assert found.evaluation.dense["correct"] == 6
+    assert found.evaluation.dense.correct == 6
     assert found.label_rule is not None
     assert found.label_rule.startswith("integers")
 
@@ -309,7 +309,7 @@ def test_several_models_are_measured_on_pairs(checkpoint: Checkpoint, pairs: Pat
     first, second = measure_each(models, samples, preprocessor_of(loaded), job(), baseline=loaded.model, **options)
     assert first.evaluation == measured(loaded, samples, job()).evaluation
     assert second.evaluation.fidelity is not None
-    assert second.evaluation.fidelity["pooled_cosine"] == pytest.approx(1)
+    assert second.evaluation.fidelity.pooled_cosine == pytest.approx(1)
 
 
 PROGRAM = """
@@ -381,7 +381,7 @@ def test_a_masked_language_model_needs_no_labels(masked_lm_directory: Path, text
     samples = open_data(DataConfig(str(text_file)), loaded, offline=True)
     found = measured(loaded, samples, job())
     assert found.evaluation.dense is not None
-    assert 40 <= found.evaluation.dense["tokens"] < 40 * 12
+    assert 40 <= found.evaluation.dense.tokens < 40 * 12
     assert found.evaluation.to_dict() == measured(loaded, samples, job()).evaluation.to_dict()
     other = measured(loaded, samples, job(), seed=1)
     assert other.evaluation.to_dict() != found.evaluation.to_dict()
@@ -392,7 +392,7 @@ def test_a_headless_model_is_compared_by_its_features(checkpoint: Checkpoint, te
     samples = open_data(DataConfig(str(text_file)), loaded, offline=True)
     found = measured(loaded, samples, job())
     assert found.evaluation.fidelity is not None
-    assert 0.5 < found.evaluation.fidelity["feature_cosine"] < 1
+    assert 0.5 < found.evaluation.fidelity.feature_cosine < 1
     with pytest.raises(UsageError, match="no head"):
         measured(loaded, samples, job(), baseline=None)
 

@@ -110,7 +110,7 @@ WORK: dict[str, Callable[[PreTrainedModel], Any]] = {
     "activations": lambda model: list(sample_activations(model, find_targets(model), [batch()]).inputs.values()),
     "residuals": residuals,
     "figures": lambda model: torch.tensor(
-        evaluate(model, [batch()], task="text-classification", baseline=lent(1)).fidelity["kl"]  # type: ignore[index]
+        evaluate(model, [batch()], task="text-classification", baseline=lent(1)).fidelity.kl  # type: ignore[union-attr]
     ),
     "operations": lambda model: torch.tensor(cost.macs(model, batch().inputs)),
     "latency": lambda model: torch.tensor(cost.latency({"a": model}, batch().inputs, repeats=1)["a"].repeats),

@@ -20,6 +20,7 @@ import vitshrink
 from vitshrink.cli.app import app
 from vitshrink.config.options import CompressConfig
 from vitshrink.models.structures import registry
+from vitshrink.report import Report, render_markdown, report_schema
 
 FOLDER = Path(__file__).parent / "fixtures" / "compressed"
 DIRECTORIES = sorted(path.parent for path in FOLDER.glob("*/checkpoint"))
@@ -53,6 +54,16 @@ def check_output(model: transformers.PreTrainedModel, directory: Path) -> None:
     integers = any(entry.get("activations") == "dynamic" for entry in entries_of(directory))
     assert output.shape == expected.shape
     assert (output - expected).norm() <= (1e-2 if integers else 1e-5) * expected.norm()
+
+
+@each
+def test_its_report_is_read_whole_and_fits_the_schema(directory: Path) -> None:
+    text = (directory / "checkpoint" / "report.json").read_text(encoding="utf-8")
+    report = Report.from_json(text)
+    assert report.to_dict() == json.loads(text) | {"schema": 1}
+    assert report.model in render_markdown(report)
+    schema = pytest.importorskip("jsonschema", reason="comes with vitshrink[dev]")
+    schema.validate(report.to_dict(), report_schema())
 
 
 def run(*words: object) -> str:

@@ -112,7 +112,7 @@ def test_the_oldest_torch_does_that_is_declared(
         CompressConfig(str(vit_directory), str(tmp_path / "out"), keep=(0.8,), finetune=training, **entries)
     )
     assert result.report.recovery is not None
-    assert result.report.recovery["settings"]["precision"] == "no"
+    assert result.report.recovery.settings["precision"] == "no"
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ from vitshrink.cli.app import app
 from vitshrink.errors import OutputError
 torch.set_num_threads(1)
 small = vitshrink.compress(vitshrink.load(sys.argv[1]), keep=0.8, method="svd", compensation="none")
-assert small.report.environment["peak_memory"] > 10**7
+assert small.report.environment.peak_memory > 10**7
 try:
     small.save(sys.argv[2])
 except OutputError as error:

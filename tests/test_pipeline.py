@@ -101,7 +101,7 @@ def job(model: Path, output: Path, **entries: Any) -> CompressConfig:
 
 
 def ranks(result: CompressionResult) -> dict[str, int | None]:
-    return {layer["name"]: layer["rank"] for layer in result.report.layers}
+    return {layer.name: layer.rank for layer in result.report.layers}
 
 
 # Every architecture, method and allocation
@@ -115,19 +115,19 @@ def test_a_compressed_model_is_what_its_report_says(
     report, directory, model = result.report, result.directory, load(result)
     assert directory is not None
     dense = tiny.build(name)
-    assert report.parameters["dense"] == cost.parameters(dense)
-    assert report.parameters["compressed"] == cost.parameters(model) <= 0.8 * cost.parameters(dense)
+    assert report.parameters.dense == cost.parameters(dense)
+    assert report.parameters.compressed == cost.parameters(model) <= 0.8 * cost.parameters(dense)
     stored = sum(tensor.numel() for tensor in load_file(directory / "model.safetensors").values())
     assert stored == cost.parameters(model)
-    assert report.bytes["compressed"] == (directory / "model.safetensors").stat().st_size < report.bytes["dense"]
-    assert report.macs["compressed"] == cost.macs(model, {k: v[:1] for k, v in _example(name).items()})
+    assert report.bytes.compressed == (directory / "model.safetensors").stat().st_size < report.bytes.dense
+    assert report.macs.compressed == cost.macs(model, {k: v[:1] for k, v in _example(name).items()})
     names = [target.name for target in find_targets(dense)]
-    assert [layer["name"] for layer in report.layers] == names
-    assert report.layers_parameters["compressed"] == cost.layers_parameters(model, names)
-    assert report.layers_parameters["compressed"] == sum(layer["parameters"] for layer in report.layers)
+    assert [layer.name for layer in report.layers] == names
+    assert report.layers_parameters.compressed == cost.layers_parameters(model, names)
+    assert report.layers_parameters.compressed == sum(layer.parameters for layer in report.layers)
     replaced = compressed_layers(model)
     assert {n: layer.rank for n, layer in replaced.items()} == {n: r for n, r in ranks(result).items() if r}
-    assert all((layer["reason"] is None) == (layer["rank"] is not None) for layer in report.layers)
+    assert all((layer.reason is None) == (layer.rank is not None) for layer in report.layers)
     assert (report.method, report.allocation) == (method, allocation)
     assert json.loads((directory / "report.json").read_text()) == report.to_dict()
 
@@ -200,7 +200,8 @@ def test_activation_aware_methods_lose_less_than_plain_svd(compressed: Compresse
     for method in ("svd", "whitened", "mixed-rank"):
         evaluation = compressed(CLASSIFIER, method=method, keep=(0.6,), allocation="uniform-ratio").report.evaluation
         assert evaluation is not None
-        loss[method] = evaluation["fidelity"]["kl"]
+        assert evaluation.fidelity is not None
+        loss[method] = evaluation.fidelity.kl
     assert loss["whitened"] < loss["svd"]
     assert loss["mixed-rank"] < loss["svd"]
 
@@ -222,15 +223,15 @@ def test_no_plan_exceeds_its_budget(
     )
     for keep, result in zip(keeps, compress(config), strict=True):
         parameters = result.report.parameters
-        assert parameters["compressed"] <= keep * parameters["dense"]
-        assert parameters["kept"] <= keep
+        assert parameters.compressed <= keep * parameters.dense
+        assert parameters.kept <= keep
 
 
 @pytest.mark.parametrize("allocation", sorted(set(ALLOCATIONS) - {"uniform-rank"}))
 def test_a_budget_is_used_up(compressed: Compressed, allocation: str) -> None:
     """What is left is less than the cheapest step of any layer."""
     report = compressed(CLASSIFIER, method="svd", allocation=allocation, keep=(0.7,)).report
-    left = 0.7 * report.parameters["dense"] - report.parameters["compressed"]
+    left = 0.7 * report.parameters.dense - report.parameters.compressed
     assert 0 <= left < 64
 
 
@@ -240,9 +241,9 @@ def test_pivots_store_more_rank_in_the_same_size(compressed: Compressed, name: s
     plain, pivots = (
         compressed(name, method=method, storage=storage, allocation="uniform-ratio") for storage in ("factors", "gauge")
     )
-    total = plain.report.parameters["dense"]
+    total = plain.report.parameters.dense
     for result in (plain, pivots):
-        assert cost.parameters(load(result)) == result.report.parameters["compressed"] <= 0.8 * total
+        assert cost.parameters(load(result)) == result.report.parameters.compressed <= 0.8 * total
     for rank, more in zip(ranks(plain).values(), ranks(pivots).values(), strict=True):
         assert (rank or 0) < (more or 32)
     stock = AUTO_CLASSES[name].from_pretrained(pivots.directory).eval()
@@ -275,8 +276,8 @@ def test_explained_variance_decides_every_rank(compressed: Compressed, method: s
     result = compressed("ViTForImageClassification", method=method, explained_variance=0.8)
     assert result.report.allocation == "explained variance"
     layers = result.report.layers
-    assert any(entry["rank"] for entry in layers)
-    assert all(entry["relative_error"] ** 2 <= 0.2 for entry in layers)
+    assert any(entry.rank for entry in layers)
+    assert all(entry.relative_error**2 <= 0.2 for entry in layers)
     with pytest.raises(TargetError, match="leaves every layer dense"):
         compressed("ViTForImageClassification", method="svd", explained_variance=0.9999)
 
@@ -285,12 +286,12 @@ def test_a_rank_that_shrinks_only_some_layers_leaves_the_others_dense(compressed
     result = compressed(CLASSIFIER, method="svd", rank=18)
     assert {shape for shape, rank in _by_shape(result) if rank is None} == {(32, 32)}
     assert {rank for _, rank in _by_shape(result)} == {18, None}
-    reasons = {layer["reason"] for layer in result.report.layers if layer["rank"] is None}
+    reasons = {layer.reason for layer in result.report.layers if layer.rank is None}
     assert reasons == {"this rank would not make the layer smaller"}
 
 
 def _by_shape(result: CompressionResult) -> list[tuple[tuple[int, ...], int | None]]:
-    return [(tuple(layer["shape"]), layer["rank"]) for layer in result.report.layers]
+    return [(layer.shape, layer.rank) for layer in result.report.layers]
 
 
 def test_effects_are_measured_on_samples(vit_directory: Path, tmp_path: Path) -> None:
@@ -327,7 +328,7 @@ def test_several_sizes_come_from_one_calibration(vit_directory: Path, flat_image
     assert seen.count("Calibrating") == seen.count("Factorising") == 1
     assert [result.directory for result in results] == [tmp_path / "out" / f"keep-{keep}" for keep in keeps]
     for keep, result in zip(keeps, results, strict=True):
-        assert keep - 0.01 < cost.parameters(load(result)) / result.report.parameters["dense"] <= keep
+        assert keep - 0.01 < cost.parameters(load(result)) / result.report.parameters.dense <= keep
         single = compress(replace(config, keep=(keep,), output=str(tmp_path / f"single-{keep}")))[0]
         assert weights_of(single) == weights_of(result)
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -387,7 +388,7 @@ def test_the_least_size_is_reached_with_every_allocation(compressed: Compressed,
 
 def _least(compressed: Compressed, allocation: str) -> dict[str, Any]:
     recipe = compressed(CLASSIFIER, method="svd", rank=1).report
-    parameters = str(recipe.parameters["compressed"])
+    parameters = str(recipe.parameters.compressed)
     return {"model": recipe.model, "keep": (), "target_params": parameters, "allocation": allocation}
 
 
@@ -467,11 +468,11 @@ def test_a_layer_that_cannot_be_factorised_stays_dense_and_is_reported(
 
     monkeypatch.setitem(registry._METHODS, "svd", replace(svd, factorise=failing))
     (result,) = compress(job(vit_directory, tmp_path / "out"))
-    failed = [layer for layer in result.report.layers if "fc1" in layer["name"]]
-    assert [layer["rank"] for layer in failed] == [None, None]
-    assert {layer["reason"] for layer in failed} == {"it did not converge."}
+    failed = [layer for layer in result.report.layers if "fc1" in layer.name]
+    assert [layer.rank for layer in failed] == [None, None]
+    assert {layer.reason for layer in failed} == {"it did not converge."}
     assert any("fc1 stays dense: it did not converge." in warning for warning in result.report.warnings)
-    assert result.report.parameters["kept"] <= 0.8
+    assert result.report.parameters.kept <= 0.8
     dense = tiny.build(CLASSIFIER).get_submodule("vit.layers.0.mlp.fc1")
     assert torch.equal(load(result).get_submodule("vit.layers.0.mlp.fc1").weight, dense.weight)  # type: ignore[arg-type]
 
@@ -524,26 +525,26 @@ def test_a_method_that_reads_weights_alone_reads_no_calibration_data(compressed:
     assert "preprocess" not in plain.timings
     assert plain.calibration is None
     assert repaired.calibration is not None
-    assert repaired.calibration["samples"] == 16
+    assert repaired.calibration.samples == 16
 
 
 def test_fidelity_is_measured_on_samples_that_were_not_calibrated_on(compressed: Compressed, flat_images: Path) -> None:
     report = compressed(CLASSIFIER, method="whitened").report
     assert report.evaluation is not None
     assert report.calibration is not None
-    assert report.evaluation["samples"] == 8
-    assert report.evaluation["fidelity"]["kl"] > 0
-    assert report.evaluation["dense"] is None  # no labels
+    assert report.evaluation.samples == 8
+    assert report.evaluation.fidelity.kl > 0
+    assert report.evaluation.dense is None  # no labels
     everything = open_samples(flat_images, "image")
     used, left = everything.select(16, 0), everything.select(8, 0, skip=16)
-    assert report.calibration["fingerprint"] == used.fingerprint()
-    assert report.evaluation["fingerprint"] == left.fingerprint()
+    assert report.calibration.fingerprint == used.fingerprint()
+    assert report.evaluation.fingerprint == left.fingerprint()
     assert not set(used.digests) & set(left.digests)
 
 
 def test_methods_are_measured_on_the_same_held_out_samples(compressed: Compressed) -> None:
     evaluations = [compressed(CLASSIFIER, method=method).report.evaluation for method in available_methods()]
-    assert len({evaluation["fingerprint"] for evaluation in evaluations if evaluation}) == 1
+    assert len({evaluation.fingerprint for evaluation in evaluations if evaluation}) == 1
 
 
 def test_fewer_samples_than_asked_are_warned_of(compressed: Compressed) -> None:
@@ -552,13 +553,13 @@ def test_fewer_samples_than_asked_are_warned_of(compressed: Compressed) -> None:
     assert any("fidelity was not measured" in warning for warning in report.warnings)
     assert report.evaluation is None
     assert report.calibration is not None
-    assert report.calibration["samples"] == 24
+    assert report.calibration.samples == 24
 
 
 def test_few_samples_are_enough_to_measure_what_calibrates_on_none(compressed: Compressed) -> None:
     report = compressed(CLASSIFIER, method="svd", samples=500).report
     assert report.evaluation is not None
-    assert report.evaluation["samples"] == 8
+    assert report.evaluation.samples == 8
     assert not report.warnings
 
 
@@ -583,19 +584,19 @@ def test_an_evaluation_in_the_report_is_what_eval_finds(
     result = compressed(CLASSIFIER, method="whitened", eval=str(learned_images))
     assert result.report.evaluation is not None
     found = evaluate_checkpoint(str(result.directory), DataConfig(str(learned_images)), baseline=str(vit_directory))
-    again = found.to_dict()["evaluation"]
+    again = found.evaluation
     for group in ("dense", "compressed", "difference"):
-        assert result.report.evaluation[group] == again[group]
-    assert result.report.evaluation["fidelity"]["kl"] == pytest.approx(again["fidelity"]["kl"], rel=1e-4)
-    assert result.report.evaluation["fingerprint"] == found.measurement.fingerprint
-    assert result.report.evaluation["dense"]["correct"] == 34
+        assert getattr(result.report.evaluation, group) == getattr(again, group)
+    assert result.report.evaluation.fidelity.kl == pytest.approx(again.fidelity.kl, rel=1e-4)
+    assert result.report.evaluation.fingerprint == found.measurement.fingerprint
+    assert result.report.evaluation.dense.correct == 34
 
 
 def test_the_evaluation_can_be_limited(compressed: Compressed, learned_images: Path) -> None:
     report = compressed(CLASSIFIER, method="svd", eval=str(learned_images), eval_limit=12, seed=3).report
     assert report.evaluation is not None
-    assert report.evaluation["samples"] == 12
-    assert report.evaluation["fingerprint"] == open_samples(learned_images, "image").select(12, 3).fingerprint()
+    assert report.evaluation.samples == 12
+    assert report.evaluation.fingerprint == open_samples(learned_images, "image").select(12, 3).fingerprint()
 
 
 def test_labels_that_cannot_be_aligned_stop_the_job_before_its_work(
@@ -671,7 +672,7 @@ def test_another_seed_draws_other_samples(compressed: Compressed) -> None:
     assert weights_of(first) != weights_of(second)
     assert first.report.calibration is not None
     assert second.report.calibration is not None
-    assert first.report.calibration["fingerprint"] != second.report.calibration["fingerprint"]
+    assert first.report.calibration.fingerprint != second.report.calibration.fingerprint
 
 
 def test_the_batch_size_hardly_matters(compressed: Compressed) -> None:
@@ -698,7 +699,7 @@ def test_a_half_precision_source_stays_so(tmp_path: Path, flat_images: Path, met
     (result,) = compress(config)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
-    assert result.report.bytes["kept"] < 0.9
+    assert result.report.bytes.kept < 0.9
     stock = AUTO_CLASSES[CLASSIFIER].from_pretrained(tmp_path / "out")
     assert stock.dtype == dtype
     assert outputs(stock, CLASSIFIER).isfinite().all()

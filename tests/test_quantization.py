@@ -44,6 +44,7 @@ from vitshrink.models.structures.quantized import (
 )
 from vitshrink.models.targets import find_targets
 from vitshrink.report import figures
+from vitshrink.report.making import QuantizationRecord
 
 Compressed = Callable[..., CompressionResult]
 
@@ -167,7 +168,7 @@ def test_a_quantised_checkpoint_reloads_with_stock_calls(
         assert torch.equal(stock(**inputs).logits, ours(**inputs).logits)
         error = (stock(**inputs).logits - dense(**inputs).logits).norm() / dense(**inputs).logits.norm()
     assert error < (0.05 if weights == "int8" else 0.5)
-    assert result.report.bytes["compressed"] < (0.75 if name.startswith("Bert") else 0.6) * result.report.bytes["dense"]
+    assert result.report.bytes.compressed < (0.75 if name.startswith("Bert") else 0.6) * result.report.bytes.dense
     tables = [module for module in stock.modules() if isinstance(module, QuantizedEmbedding)]
     assert len(tables) == (1 if name == "BertForSequenceClassification" else 0), "tied embeddings stay"
     stock.save_pretrained(tmp_path / "again")
@@ -207,9 +208,9 @@ def test_compress_quantises_its_result(
         )
     )
     assert result.report.parameters == plain.report.parameters
-    assert result.report.bytes["compressed"] < 0.7 * plain.report.bytes["compressed"]
-    assert result.report.quantization == {"weights": "int8", "activations": "dynamic"}
-    assert result.report.macs["compressed"] == plain.report.macs["compressed"]
+    assert result.report.bytes.compressed < 0.7 * plain.report.bytes.compressed
+    assert result.report.quantization == QuantizationRecord("int8", "dynamic")
+    assert result.report.macs.compressed == plain.report.macs.compressed
     assert "stored as int8" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     afterwards = quantize_checkpoint(str(plain.directory), str(tmp_path / "later"))
     assert afterwards.directory is not None
@@ -304,7 +305,7 @@ def test_a_size_in_bytes_holds_for_the_integers(
     (result,) = compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), target_size=size, **entries))
     room = parse_quantity(size, "size")
     assert 0.8 * room < (tmp_path / "out" / "model.safetensors").stat().st_size <= room
-    assert any(layer["rank"] is not None for layer in result.report.layers)
+    assert any(layer.rank is not None for layer in result.report.layers)
     with pytest.raises(TargetError, match=f"bytes as {weights}: .* --target-size"):
         compress(CompressConfig(str(vit_directory), str(tmp_path / "less"), target_size="20kB", **entries))
     with pytest.raises(TargetError, match="vitshrink quantize"):
@@ -318,9 +319,9 @@ def test_a_bound_holds_for_the_integers(
     entries = {"calibration": str(flat_images), "samples": 12, "holdout": 12, "refine": 0, "quantize": weights}
     (result,) = compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), max_kl=bound, **entries))
     assert result.report.evaluation is not None
-    assert result.report.evaluation["fidelity"]["kl"] <= bound
+    assert result.report.evaluation.fidelity.kl <= bound
     alone = quantize_checkpoint(str(vit_directory), str(tmp_path / "alone"), weights=weights)
-    assert result.report.bytes["compressed"] < alone.report.bytes["compressed"]
+    assert result.report.bytes.compressed < alone.report.bytes.compressed
     with pytest.raises(GateError, match=f"--target-size .*MB as {weights}, loses"):
         compress(CompressConfig(str(vit_directory), str(tmp_path / "none"), max_kl=1e-9, **entries))
     assert not (tmp_path / "none").exists()

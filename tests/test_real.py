@@ -17,6 +17,7 @@ from transformers import (
 
 import vitshrink
 from vitshrink.config.options import CompressConfig
+from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.models import cost
 
@@ -25,9 +26,9 @@ pytestmark = pytest.mark.real
 Run = Callable[[str], CompressionResult]
 
 
-def evaluation(result: CompressionResult) -> dict[str, Any]:
+def evaluation(result: CompressionResult) -> EvaluationRecord:
     assert result.report.evaluation is not None
-    return dict(result.report.evaluation)
+    return result.report.evaluation
 
 
 def runner(root: Path, model: Path, **entries: Any) -> Run:
@@ -71,10 +72,10 @@ def minilm(real_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_dense_deit_is_as_good_as_it_is_known_to_be(deit: Run) -> None:
     """All 650 images give 0.8138; classes are matched although 531 of the 1000 folders are not there."""
     found = evaluation(deit("svd"))
-    assert found["samples"] == 100
-    assert 0.7 < found["dense"]["top1"] < 0.92
-    assert found["dense"]["top5"] > 0.88
-    assert "WordNet ids" in found["label_rule"]
+    assert found.samples == 100
+    assert 0.7 < found.dense.top1 < 0.92
+    assert found.dense.top5 > 0.88
+    assert "WordNet ids" in found.label_rule
 
 
 @pytest.mark.parametrize("method", ["svd", "whitened", "curvature"])
@@ -82,8 +83,8 @@ def test_a_smaller_deit_keeps_to_its_budget_and_reloads(deit: Run, method: str) 
     result = deit(method)
     assert result.directory is not None
     model = vitshrink.load(result.directory)
-    assert cost.parameters(model) == result.report.parameters["compressed"] <= 0.72 * 5_717_416
-    assert result.report.parameters["kept"] > 0.715
+    assert cost.parameters(model) == result.report.parameters.compressed <= 0.72 * 5_717_416
+    assert result.report.parameters.kept > 0.715
     stock = AutoModelForImageClassification.from_pretrained(result.directory).eval()
     image = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -92,9 +93,9 @@ def test_a_smaller_deit_keeps_to_its_budget_and_reloads(deit: Run, method: str) 
 
 def test_calibration_saves_much_of_what_plain_svd_loses(deit: Run) -> None:
     plain, whitened, curvature = (evaluation(deit(method)) for method in ("svd", "whitened", "curvature"))
-    assert whitened["fidelity"]["kl"] < 0.9 * plain["fidelity"]["kl"]
-    assert curvature["fidelity"]["kl"] < 0.5 * whitened["fidelity"]["kl"]
-    assert curvature["compressed"]["top1"] > plain["compressed"]["top1"] + 0.2
+    assert whitened.fidelity.kl < 0.9 * plain.fidelity.kl
+    assert curvature.fidelity.kl < 0.5 * whitened.fidelity.kl
+    assert curvature.compressed.top1 > plain.compressed.top1 + 0.2
 
 
 def test_a_pipeline_runs_on_the_smaller_deit(deit: Run, real_folder: Path) -> None:
@@ -111,19 +112,19 @@ def test_a_pipeline_runs_on_the_smaller_deit(deit: Run, real_folder: Path) -> No
 
 def test_the_dense_minilm_is_as_good_as_it_is_known_to_be(minilm: Run) -> None:
     found = evaluation(minilm("svd"))
-    assert found["samples"] == 200
-    assert 0.82 < found["dense"]["top1"] < 0.95
+    assert found.samples == 200
+    assert 0.82 < found.dense.top1 < 0.95
 
 
 @pytest.mark.parametrize("method", ["svd", "whitened"])
 def test_a_smaller_minilm_stays_in_half_precision(minilm: Run, method: str) -> None:
     result = minilm(method)
-    assert result.report.parameters["kept"] <= 0.85
+    assert result.report.parameters.kept <= 0.85
     stock = AutoModelForSequenceClassification.from_pretrained(result.directory)
     assert stock.dtype == torch.float16
-    assert evaluation(result)["compressed"]["top1"] > 0.7
+    assert evaluation(result).compressed.top1 > 0.7
 
 
 def test_whitened_is_closer_to_the_dense_minilm_than_svd(minilm: Run) -> None:
     plain, whitened = (evaluation(minilm(method)) for method in ("svd", "whitened"))
-    assert whitened["fidelity"]["kl"] < plain["fidelity"]["kl"]
+    assert whitened.fidelity.kl < plain.fidelity.kl

@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import schema_tables
 import tiny
 import yaml
 from PIL import Image
@@ -20,8 +22,11 @@ from PIL import Image
 from vitshrink import report as reports
 from vitshrink.data import Sample, SampleSet
 from vitshrink.errors import DataError
+from vitshrink.evaluation.quality import Disagreement
 from vitshrink.report import Report, drawing, figures, headline, summary_rows
+from vitshrink.report.making import Environment
 from vitshrink.report.summary import prepared
+from vitshrink.runtime.records import plain
 
 PLACES = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
 
@@ -69,6 +74,7 @@ EVALUATION = {
 
 
 def made(*, blocks: int = 3, **changes: Any) -> Report:
+    """The report with these entries: plain ones as in its JSON, others as they are."""
     entries: dict[str, Any] = {
         "vitshrink": "0.1.0",
         "model": "facebook/deit-tiny-patch16-224",
@@ -95,7 +101,9 @@ def made(*, blocks: int = 3, **changes: Any) -> Report:
         "recipe": {"method": "whitened", "keep": [0.72]},
         "warnings": ["imagenet-unlabelled has 500 samples; --samples asked for 512."],
     }
-    return Report(**(entries | changes))
+    read = {name: value for name, value in changes.items() if isinstance(value, dict | list)}
+    report = Report.from_json(json.dumps(entries | read, default=asdict))
+    return replace(report, **{name: value for name, value in changes.items() if name not in read})
 
 
 def changed(path: str, value: Any) -> Report:
@@ -143,8 +151,8 @@ SIMILARITY = made(
         "task": "similarity",
         "metric": "spearman",
         "samples": 1379,
-        "dense": {"spearman": 0.8203, "interval": [0.8, 0.84]},
-        "compressed": {"spearman": None, "interval": [-1, 1]},
+        "dense": {"spearman": 0.8203, "pearson": 0.83, "interval": [0.8, 0.84]},
+        "compressed": {"spearman": None, "pearson": None, "interval": [-1, 1]},
         "fidelity": {"feature_cosine": 0.97, "pooled_cosine": 0.99, "prediction_spearman": None},
         "difference": {"drop": None, "drop_interval": [-2, 2], "p_value": 1.0, "significant": False, "test": "b"},
         "classes": [],
@@ -167,7 +175,8 @@ def test_json_gives_the_same_report_back(report: Report) -> None:
 
 
 def test_json_is_strict_and_its_keys_keep_their_order() -> None:
-    text = made(timings={"load": math.nan, "save": math.inf}, environment={"device": Path("cpu")}).to_json()
+    timings: Any = {"load": math.nan, "save": math.inf}
+    text = replace(made(), timings=timings, environment=Environment(device=Path("cpu"))).to_json()
     entries = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert entries["timings"] == {"load": None, "save": None}
     assert entries["environment"] == {"device": "cpu"}
@@ -203,6 +212,56 @@ def test_entries_of_a_newer_version_are_left_out() -> None:
     assert Report.from_json(text).to_dict() == made().to_dict()
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("evaluation.dense.top1", "much", "'evaluation.dense.top1' cannot be 'much'"),
+        ("evaluation.compressed", {"spearman": 0.5, "interval": [0, 1]}, "'evaluation.compressed' has no 'pearson'"),
+        ("evaluation.classes.1.samples", None, "'evaluation.classes.1.samples' cannot be None"),
+        ("layers.2.shape", [3], r"'layers.2.shape'"),
+        ("bytes.kept", [], r"'bytes.kept' cannot be \[\]"),
+        ("schema", 2, "newer vitshrink .schema 2"),
+    ],
+)
+def test_a_damaged_entry_is_named_wherever_it_lies(path: str, value: Any, message: str) -> None:
+    entries = group = made().to_dict()
+    *groups, name = path.split(".")
+    for part in groups:
+        group = group[int(part) if isinstance(group, list) else part]
+    group[name] = value
+    with pytest.raises(DataError, match=message):
+        Report.from_json(json.dumps(entries))
+
+
+def test_a_report_of_before_the_schema_had_a_version_is_read() -> None:
+    entries = made().to_dict()
+    assert entries.pop("schema") == 1
+    assert Report.from_json(json.dumps(entries)) == made()
+
+
+def test_the_page_about_reports_says_what_the_schema_says() -> None:
+    assert schema_tables.PAGE.read_text(encoding="utf-8") == schema_tables.written(), "run tests/schema_tables.py"
+
+
+@pytest.mark.parametrize(
+    ("entries", "stored"),
+    [
+        ({"rank": 24}, "24"),
+        ({"rank": None}, "dense"),
+        ({"rank": None, "form": "dense"}, "dense"),
+        ({"rank": 24, "form": "low-rank", "bits": 4}, "24, int4"),
+        ({"rank": None, "form": "integer", "bits": 8}, "int8"),
+        ({"rank": None, "form": "tucker"}, "tucker"),
+    ],
+)
+def test_a_layer_says_in_which_form_it_is_stored(entries: dict[str, Any], stored: str) -> None:
+    (entry,) = made(layers=[layer(1, "mlp.fc1") | entries]).layers
+    assert f"768 × 192 | {stored} | " in reports.render_markdown(made(layers=[layer(1, "mlp.fc1") | entries]))
+    assert {key: value for key, value in plain(entry).items() if key in ("form", "bits")} == {
+        key: value for key, value in entries.items() if key != "rank"
+    }
+
+
 def test_write_leaves_json_markdown_page_and_card(tmp_path: Path) -> None:
     reports.write(made(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "report.html", "report.json", "report.md"]
@@ -227,6 +286,8 @@ def timings(dense: float, compressed: float, size: int = 8) -> dict[str, dict[st
             "upper_quartile": 1.05 * t,
             "batch_size": size,
             "throughput": size / t,
+            "repeats": 10,
+            "threads": 1,
         }
         for role, t in (("dense", dense), ("compressed", compressed))
     }
@@ -427,8 +488,8 @@ def test_the_page_escapes_every_name() -> None:
         warnings=[attack],
         command=attack,
         recipe={attack: attack},
-        environment={attack: attack},
-        calibration={attack: attack},
+        environment={"device": attack},
+        calibration={"source": attack, "samples": 1, "preprocessing": {attack: attack}},
         evaluation=evaluation,
         layers=[bad_layer],
     )
@@ -446,6 +507,10 @@ def test_thumbnails_stand_in_the_page() -> None:
     assert page.addresses.count(address) == 1
 
 
+def disagreement(sample: str) -> Disagreement:
+    return Disagreement(sample, label=None, dense="a", compressed="b", kl=1.0)
+
+
 def test_thumbnails_are_small_images_of_the_samples_asked_for(tmp_path: Path) -> None:
     tiny.write_images(tmp_path, 2)
     Image.new("L", (900, 300)).save(tmp_path / "wide.png")
@@ -453,17 +518,17 @@ def test_thumbnails_are_small_images_of_the_samples_asked_for(tmp_path: Path) ->
     files = sorted(tmp_path.iterdir())
     samples = SampleSet("here", "image", [Sample(file.name, image=file) for file in files])
     keys = ["wide.png", "broken.png", "missing.png", "000.png", "001.png"]
-    found = reports.with_thumbnails([{"sample": key, "kl": 1.0} for key in keys], samples, most=4)
-    assert [entry["sample"] for entry in found] == keys
-    assert [entry["sample"] for entry in found if "thumbnail" in entry] == ["wide.png", "000.png"]
-    head, _, content = found[0]["thumbnail"].partition(",")
+    found = reports.with_thumbnails([disagreement(key) for key in keys], samples, most=4)
+    assert [entry.sample for entry in found] == keys
+    assert [entry.sample for entry in found if entry.thumbnail] == ["wide.png", "000.png"]
+    head, _, content = found[0].thumbnail.partition(",")
     assert head == "data:image/jpeg;base64"
     assert Image.open(BytesIO(base64.b64decode(content))).size == (160, 53)
 
 
 def test_texts_have_no_thumbnails() -> None:
     samples = SampleSet("here", "text", [Sample("row 1", text="good film")])
-    assert reports.with_thumbnails([{"sample": "row 1"}], samples) == [{"sample": "row 1"}]
+    assert reports.with_thumbnails([disagreement("row 1")], samples) == (disagreement("row 1"),)
 
 
 def test_pictures_are_valid_svg_in_the_colours_of_the_page() -> None:

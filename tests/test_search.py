@@ -15,6 +15,7 @@ from vitshrink.compression import search
 from vitshrink.compression.layers import Compression
 from vitshrink.config.options import CompressConfig, DataConfig, read_recipe
 from vitshrink.errors import DataError, GateError, UsageError
+from vitshrink.evaluation.quality import Fidelity
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.report import figures
@@ -46,19 +47,19 @@ Bounded = Callable[..., CompressionResult]
 
 
 def kept(result: CompressionResult) -> float:
-    return float(result.report.parameters["kept"])
+    return float(result.report.parameters.kept)
 
 
-def fidelity(result: CompressionResult) -> dict[str, Any]:
+def fidelity(result: CompressionResult) -> Fidelity:
     assert result.report.evaluation is not None
-    found: dict[str, Any] = result.report.evaluation["fidelity"]
-    return found
+    assert result.report.evaluation.fidelity is not None
+    return result.report.evaluation.fidelity
 
 
 @pytest.mark.parametrize("refine", [0, 1])
 def test_the_written_model_keeps_within_the_divergence(bounded: Bounded, refine: int) -> None:
     result = bounded(max_kl=0.001, refine=refine)
-    assert 0 < fidelity(result)["kl"] <= 0.001
+    assert 0 < fidelity(result).kl <= 0.001
     assert 0.2 < kept(result) < 0.95
     assert "search" in result.report.timings
     assert result.report.recipe["max_kl"] == 0.001
@@ -70,25 +71,25 @@ def test_the_written_model_keeps_within_the_divergence(bounded: Bounded, refine:
 def test_a_tighter_bound_needs_a_larger_model(bounded: Bounded, options: dict[str, Any]) -> None:
     loose, tight = (bounded(output=f"{limit}", max_kl=limit, **options) for limit in (0.05, 0.003))
     assert kept(loose) < kept(tight) < 1
-    assert fidelity(loose)["kl"] <= 0.05
-    assert fidelity(tight)["kl"] <= 0.003
+    assert fidelity(loose).kl <= 0.05
+    assert fidelity(tight).kl <= 0.003
 
 
 def test_the_size_is_the_smallest_up_to_the_resolution(bounded: Bounded) -> None:
     found = bounded(max_kl=0.002, refine=0)
     smaller = bounded(output="smaller", keep=(kept(found) - 2 * search.RESOLUTION,), refine=0)
-    assert fidelity(smaller)["kl"] > 0.002
+    assert fidelity(smaller).kl > 0.002
 
 
 def test_a_drop_is_the_share_of_predictions_that_change(bounded: Bounded) -> None:
     result = bounded(max_changed=10.0)
-    assert 100 * (1 - fidelity(result)["agreement"]) <= 10
+    assert 100 * (1 - fidelity(result).agreement) <= 10
     assert kept(result) < 0.9
 
 
 def test_a_bound_that_everything_keeps_gives_the_smallest_model_there_is(bounded: Bounded) -> None:
     result = bounded(max_changed=100.0)
-    assert all(layer["rank"] == 1 for layer in result.report.layers)
+    assert all(layer.rank == 1 for layer in result.report.layers)
 
 
 def test_refinement_does_not_make_it_larger(bounded: Bounded) -> None:
@@ -99,13 +100,13 @@ def test_refinement_does_not_make_it_larger(bounded: Bounded) -> None:
 def test_a_masked_language_model_is_searched_too(bounded: Bounded, tmp_path: Path) -> None:
     text = tiny.write_text(tmp_path / "sentences.txt", 96)
     result = bounded("BertForMaskedLM", calibration=str(text), max_kl=0.05)
-    assert fidelity(result)["kl"] <= 0.05
+    assert fidelity(result).kl <= 0.05
     assert kept(result) < 0.95
 
 
 def test_the_bound_holds_for_the_weights_as_they_are_stored(bounded: Bounded) -> None:
     result = bounded(max_kl=0.001, dtype="bfloat16")
-    assert fidelity(result)["kl"] <= 0.001
+    assert fidelity(result).kl <= 0.001
 
 
 def test_a_larger_candidate_is_taken_where_storing_costs_too_much(
@@ -126,7 +127,7 @@ def test_a_larger_candidate_is_taken_where_storing_costs_too_much(
     monkeypatch.setattr(Compression, "build", spoil_the_first)
     result = bounded(output="larger", max_kl=0.002, refine=0)
     assert kept(result) > kept(plain)
-    assert fidelity(result)["kl"] <= 0.002
+    assert fidelity(result).kl <= 0.002
     assert any("a larger one is taken" in warning for warning in result.report.warnings)
 
 
@@ -150,7 +151,7 @@ def test_repairs_that_come_with_storing_are_spent_on_a_smaller_model(
     bounded: Bounded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = bounded(output="plain", max_kl=0.002, refine=0)
-    total = plain.report.parameters["dense"]
+    total = plain.report.parameters.dense
     judged = []
 
     def worth_a_tenth(self: search.Search, factors: Any, plan: Any) -> Any:
@@ -160,7 +161,7 @@ def test_repairs_that_come_with_storing_are_spent_on_a_smaller_model(
 
     monkeypatch.setattr(search.Search, "_stored", worth_a_tenth)
     repaired = bounded(output="repaired", max_kl=0.002, refine=0)
-    planned, before = (result.report.layers_parameters["compressed"] for result in (repaired, plain))
+    planned, before = (result.report.layers_parameters.compressed for result in (repaired, plain))
     assert planned == pytest.approx(before - total / 10, abs=3 * search.RESOLUTION * total)
     assert len(judged) < 10
 
@@ -218,7 +219,7 @@ def test_a_bound_that_the_head_does_not_have_is_refused_before_any_work(
 
 def test_features_keep_within_a_relative_error(bounded: Bounded) -> None:
     result = bounded("ViTModel", max_error=0.02, refine=0)
-    assert 0 < fidelity(result)["relative_error"] <= 0.02
+    assert 0 < fidelity(result).relative_error <= 0.02
     assert 0.2 < kept(result) < 0.98
 
 
@@ -250,7 +251,7 @@ def test_with_data_to_evaluate_on_the_size_is_chosen_without_them(
     seen = bounded(output="seen", max_kl=0.002, eval=str(learned_images))
     assert kept(blind) == kept(seen)
     assert seen.report.evaluation is not None
-    assert seen.report.evaluation["source"] == str(learned_images)
+    assert seen.report.evaluation.source == str(learned_images)
     assert any("flatter" in warning for warning in blind.report.warnings)
     assert not any("chosen on the samples" in warning for warning in seen.report.warnings)
     assert seen.directory is not None
@@ -285,8 +286,8 @@ def test_layers_that_cannot_be_factorised_stay_dense(bounded: Bounded, monkeypat
 
     monkeypatch.setattr(Compression, "least_budget", spy)
     result = bounded(max_changed=100.0, refine=0)
-    assert [layer["rank"] for layer in result.report.layers].count(None) == 1
-    assert result.report.parameters["compressed"] == budgets[0]
+    assert [layer.rank for layer in result.report.layers].count(None) == 1
+    assert result.report.parameters.compressed == budgets[0]
 
 
 # The command line and recipes

@@ -199,7 +199,7 @@ def test_terminal_report_and_table_name_the_pooling(tmp_path: Path, pairs: Path)
     assert "pooling: cls, normalized; similarity: cosine" in found.stdout
     evaluation = Report.read(out).evaluation
     assert evaluation is not None
-    assert (evaluation["pooling"], evaluation["similarity"]) == ("cls, normalized", "cosine")
+    assert (evaluation.pooling, evaluation.similarity) == ("cls, normalized", "cosine")
     for name in ("report.md", "report.html"):
         assert "cls, normalized" in (out / name).read_text()
     assert scored(out, pairs, baseline=str(directory)).to_dict()["pooling"] == "cls, normalized"
@@ -234,8 +234,8 @@ def test_what_cannot_be_computed_is_named_and_never_replaced_by_the_mean(
     assert done.exit_code == 0, done.stderr
     report = Report.read(tmp_path / "out")
     assert report.evaluation is not None
-    assert report.evaluation["pooling"] == "unknown"
-    assert "pooled_cosine" not in report.evaluation["fidelity"]
+    assert report.evaluation.pooling == "unknown"
+    assert report.evaluation.fidelity.pooled_cosine is None
     assert any(told in warning and "were not compared" in warning for warning in report.warnings)
 
 

@@ -151,7 +151,8 @@ for entries in json.loads(sys.argv[1]):
     try:
         result = finetune_checkpoint(job(entries)) if "teacher" in entries else compress(job(entries))[0]
         report = result.report
-        print(json.dumps([report.latency, report.environment["device"], report.recovery]))
+        found = report.to_dict()
+        print(json.dumps([found["latency"], found["environment"]["device"], found["recovery"]]))
     except VitshrinkError as error:
         print(json.dumps(f"{type(error).__name__} {error.exit_code}: {error}"))
 print(json.dumps([path for path in opened if ".vitshrink-" in path]))

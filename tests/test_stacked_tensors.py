@@ -63,13 +63,13 @@ def test_a_stack_is_stored_once_and_reloads_with_stock_calls(compressed: Compres
     model = getattr(transformers, name).from_pretrained(result.directory).eval()
     assert attentions(model)[1].source is attentions(model)[0]
     report = result.report
-    assert report.parameters["compressed"] == cost.parameters(model) <= 0.9 * report.parameters["dense"]
-    assert cost.stored_bytes(model) == 4 * report.parameters["compressed"]
+    assert report.parameters.compressed == cost.parameters(model) <= 0.9 * report.parameters.dense
+    assert cost.stored_bytes(model) == 4 * report.parameters.compressed
     assert torch.equal(outputs(model, name), outputs(vitshrink.load(result.directory), name))
-    (entry,) = [entry for entry in report.layers if entry["name"].endswith(":qkv of 2 blocks")]
-    assert entry["shape"] == [2 * 3 * 32, 32]
-    changed = sum(entry["shape"][0] * entry["shape"][1] - entry["parameters"] for entry in report.layers)
-    assert changed == report.parameters["dense"] - report.parameters["compressed"]
+    (entry,) = [entry for entry in report.layers if entry.name.endswith(":qkv of 2 blocks")]
+    assert entry.shape == (2 * 3 * 32, 32)
+    changed = sum(entry.shape[0] * entry.shape[1] - entry.parameters for entry in report.layers)
+    assert changed == report.parameters.dense - report.parameters.compressed
 
 
 @each_form

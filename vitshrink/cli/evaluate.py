@@ -125,11 +125,10 @@ def evaluate_command(
     processes.leave()
     if not main:
         return
-    document = found.to_dict()
     if csv is not None:
         append_rows(csv, [found.to_row()])
     if as_json:
-        console.show_json(document)
+        console.show_json(found.to_dict())
     else:
-        console.show(evaluation_table(document))
-    gates.check(document["evaluation"], nbytes=found.footprint.bytes, latency_ratio=found.latency_ratio)
+        console.show(evaluation_table(found))
+    gates.check(found.evaluation, nbytes=found.footprint.bytes, latency_ratio=found.latency_ratio)

@@ -6,13 +6,30 @@ from typing import Annotated
 import typer
 
 from vitshrink.cli import console
-from vitshrink.report import Report, comparison_markdown, render_comparison_html, write_again, write_text
+from vitshrink.report import (
+    Report,
+    comparison_markdown,
+    render_comparison_html,
+    report_schema,
+    write_again,
+    write_text,
+)
+
+
+def _show_schema(wanted: bool) -> None:
+    if wanted:
+        console.show_json(report_schema())
+        raise typer.Exit
 
 
 @console.reported
 def report_command(
     directories: Annotated[list[Path], typer.Argument(help="Directories that `vitshrink compress` wrote.")],
     html: Annotated[Path | None, typer.Option(help="Write the comparison as a page to this file.")] = None,
+    _schema: Annotated[
+        bool,
+        typer.Option("--schema", callback=_show_schema, is_eager=True, help="Show the JSON Schema of report.json."),
+    ] = False,
 ) -> None:
     """Render the report of a directory again, or compare those of several, in which nothing is changed then.
 

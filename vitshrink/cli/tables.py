@@ -1,11 +1,22 @@
 """Tables for the terminal: aligned, with units, and no more than was asked for."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+from vitshrink.evaluation.quality import EvaluationRecord
+from vitshrink.jobs.evaluate import Assessment
 from vitshrink.report import Report, summary_rows
-from vitshrink.report.summary import UNKNOWN, accuracy_rows, count, latency_rows, p_value, percent, prepared, size
+from vitshrink.report.summary import (
+    UNKNOWN,
+    accuracy_rows,
+    count,
+    latency_rows,
+    number,
+    p_value,
+    percent,
+    prepared,
+    size,
+)
 
 
 @dataclass
@@ -26,80 +37,81 @@ def plan_table(report: Report) -> Table:
     """Layer, shape, rank and what it stores."""
     table = Table(["layer", "shape", "rank", "parameters", "kept", "error"], left=2)
     for layer in report.layers:
-        m, n = layer["shape"]
+        outputs, inputs = layer.shape
         table.add(
-            layer["name"],
-            f"{m} × {n}",
-            "dense" if layer["rank"] is None else str(layer["rank"]),
-            f"{layer['parameters']:,}",
-            f"{layer['parameters'] / (m * n):.0%}",
-            f"{layer['relative_error']:.3f}",
+            layer.name,
+            f"{outputs} × {inputs}",
+            layer.stored,
+            f"{layer.parameters:,}",
+            f"{layer.parameters / (outputs * inputs):.0%}",
+            number(layer.relative_error),
         )
     return table
 
 
 def _size(report: Report) -> str:
-    kept = f"keep {report.parameters['kept']:.3f}"
-    return kept if report.quantization is None else f"{kept}, {report.quantization['weights']}"
+    kept = f"keep {report.parameters.kept:.3f}"
+    return kept if report.quantization is None else f"{kept}, {report.quantization.weights}"
 
 
 def results_table(reports: Sequence[Report]) -> Table:
     """Before and after, one column a size."""
-    table = Table(["", "dense", *map(_size, reports)], caption=embedded(reports[0].evaluation or {}))
+    evaluation = reports[0].evaluation
+    table = Table(["", "dense", *map(_size, reports)], caption=evaluation and embedded(evaluation))
     rows = [summary_rows(report) for report in reports]
     for index, row in enumerate(rows[0]):
         table.add(row.name, row.dense, *(each[index].compressed for each in rows))
     return table
 
 
-def evaluation_table(document: Mapping[str, Any]) -> Table:
+def evaluation_table(found: Assessment) -> Table:
     """One evaluation, alone or beside its baseline: quality first, then cost."""
-    evaluation, other = document["evaluation"], document["baseline_footprint"]
-    alone = document["baseline"] is None
-    table = Table(["", "model"] if alone else ["", "baseline", "model", "change"], caption=_conditions(document))
+    evaluation, alone = found.evaluation, found.baseline is None
+    table = Table(["", "model"] if alone else ["", "baseline", "model", "change"], caption=_conditions(found))
 
     def add(name: str, baseline: str, model: str, change: str) -> None:
         cells = (name, model) if alone else (name, baseline, model, change)
         table.add(*("" if cell == UNKNOWN else cell for cell in cells))
 
-    dense, compressed = evaluation["dense"], evaluation["compressed"]
     if alone:  # whichever of the two it is, it is the only one
-        evaluation = evaluation | {"dense": None, "compressed": compressed or dense}
-    add("Samples", "", f"{evaluation['samples']:,}", "")
+        evaluation = replace(evaluation, dense=None, compressed=evaluation.compressed or evaluation.dense)
+    add("Samples", "", f"{evaluation.samples:,}", "")
     for row in accuracy_rows(evaluation):
         add(row.name, row.dense, row.compressed, row.change)
-    if (difference := evaluation["difference"] or {}).get("drop") is not None:
-        add("Is the change real?", "", "", "yes" if difference["significant"] else "within noise")
-        add(f"  {difference['test']}", "", "", p_value(difference["p_value"]))
-    for name, key, show in (
-        ("Parameters", "parameters", count),
-        ("Weight files", "bytes", size),
-        ("Weights in memory", "memory", size),
-        ("MACs a sample", "macs", count),
+    difference = evaluation.difference
+    if difference is not None and difference.drop is not None:
+        add("Is the change real?", "", "", "yes" if difference.significant else "within noise")
+        add(f"  {difference.test}", "", "", p_value(difference.p_value))
+    own, other = found.footprint, found.baseline_footprint
+    for name, needed, before, show in (
+        ("Parameters", own.parameters, other and other.parameters, count),
+        ("Weight files", own.bytes, other and other.bytes, size),
+        ("Weights in memory", own.memory, other and other.memory, size),
+        ("MACs a sample", own.macs, other and other.macs, count),
     ):
-        kept = f"{percent(document[key] / other[key])} kept" if other and other[key] and document[key] else ""
-        add(name, show(other[key]) if other else "", show(document[key]), kept)
-    for row in latency_rows(document["latency"] or {}):
+        kept = f"{percent(needed / before)} kept" if needed and before else ""
+        add(name, "" if other is None else show(before), show(needed), kept)
+    for row in latency_rows(found.latency_record):
         add(row.name, row.dense, row.compressed, row.change)
-    add("Peak memory", "", size(document["peak_memory"]), "")
+    add("Peak memory", "", size(found.peak_memory), "")
     return table
 
 
-def embedded(measured: Mapping[str, Any]) -> str | None:
+def embedded(measured: EvaluationRecord) -> str | None:
     """How sentences became vectors that were compared; None where they did not."""
-    made = [f"{name}: {measured[name]}" for name in ("pooling", "similarity") if measured.get(name)]
-    return "; ".join(made) or None
+    made = {"pooling": measured.pooling, "similarity": measured.similarity}
+    return "; ".join(f"{name}: {how}" for name, how in made.items() if how) or None
 
 
-def _conditions(document: Mapping[str, Any]) -> str:
+def _conditions(found: Assessment) -> str:
     """What the figures rest on."""
-    lines = [f"preprocessing: {prepared(document['preprocessing'])}"]
-    if tokens := document["tokens"]:
-        lines.append(f"tokens: at most {tokens['budget']} patches of {tokens['levels']} sizes, by {tokens['scorer']}")
-    if maps := document["landmarks"]:
-        lines.append(f"attention maps: {maps['landmarks']} landmarks, {maps['form']}")
-    if made := embedded(document):
+    lines = [f"preprocessing: {prepared(found.preprocessing)}"]
+    if (tokens := found.tokens) is not None:
+        lines.append(f"tokens: at most {tokens.budget} patches of {tokens.levels} sizes, by {tokens.scorer}")
+    if (maps := found.landmarks) is not None:
+        lines.append(f"attention maps: {maps.landmarks} landmarks, {maps.form}")
+    if made := embedded(found.evaluation):
         lines.append(made)
-    if document["label_rule"]:
-        lines.append(f"labels: {document['label_rule']}")
+    if found.evaluation.label_rule:
+        lines.append(f"labels: {found.evaluation.label_rule}")
     return "\n".join(lines)

@@ -233,11 +233,11 @@ class Search:
         task = task_of(self.compression.dense)
         evaluation = evaluate(model, self.batches, task=task, baseline=self.baseline, masking=self.masking)
         assert evaluation.fidelity is not None
-        if self.bound.figure != "agreement":
-            return float(evaluation.fidelity[self.bound.figure])
-        changed = percent_changed(evaluation.fidelity)
-        assert changed is not None
-        return changed
+        found = evaluation.fidelity
+        figures = {"agreement": percent_changed(found), "kl": found.kl, "relative_error": found.relative_error}
+        loss = figures[self.bound.figure]
+        assert loss is not None
+        return loss
 
     def _asked(self, candidate: Candidate) -> str:
         """The size that would have to be asked for."""

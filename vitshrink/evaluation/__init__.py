@@ -2,6 +2,6 @@
 
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.measure import check_labels, evaluate, evaluate_each, evaluate_pairs
-from vitshrink.evaluation.scores import Evaluation
+from vitshrink.evaluation.quality import Evaluation
 
 __all__ = ["Evaluation", "Masking", "check_labels", "evaluate", "evaluate_each", "evaluate_pairs"]

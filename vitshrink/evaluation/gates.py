@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from vitshrink.config.options import BOUNDS, flag_of, parse_quantity
 from vitshrink.errors import GateError, UsageError
+from vitshrink.evaluation.quality import Evaluation, Fidelity
 
 
 @dataclass(frozen=True)
@@ -95,31 +96,32 @@ class Gates:
                 raise UsageError(f"{flag_of(name)} compares with the dense model: pass it as --baseline.")
 
     def judge(
-        self, evaluation: Mapping[str, Any] | None, *, nbytes: float | None = None, latency_ratio: float | None = None
+        self, evaluation: Evaluation | None, *, nbytes: float | None = None, latency_ratio: float | None = None
     ) -> list[Verdict]:
         """Hold every bound against its figure. Raises UsageError where there is no such figure.
 
         Args:
-            evaluation: as ``vitshrink.evaluation.Evaluation``.
+            evaluation: None where nothing was evaluated.
             nbytes: bytes of the weight files.
             latency_ratio: median time of a pass over that of the baseline.
         """
-        evaluation = evaluation or {}
-        scores = evaluation.get("compressed") or evaluation.get("dense") or {}
-        unlabelled = "the data have no labels" if evaluation else "nothing was evaluated"
-        drop = (evaluation.get("difference") or {}).get("drop")
-        fidelity = evaluation.get("fidelity") or {}
+        score = drop = fidelity = None
+        unlabelled = "nothing was evaluated"
+        if evaluation is not None:
+            score, fidelity, unlabelled = evaluation.score, evaluation.fidelity, "the data have no labels"
+            drop = None if evaluation.difference is None else evaluation.difference.drop
+        fidelity = fidelity or Fidelity()
         other = {
             "max_changed": "the models predict no classes; use --max-error",
             "max_kl": "the models give no probabilities; use --max-error",
             "max_error": "the models give probabilities, or no two scores that differ; use --max-kl",
         }
         figures = (
-            ("min_accuracy", _percent(scores.get(evaluation.get("metric"))), unlabelled),
+            ("min_accuracy", _percent(score), unlabelled),
             ("max_drop", _percent(drop), unlabelled),
             ("max_changed", percent_changed(fidelity), other["max_changed"] if evaluation else unlabelled),
-            ("max_kl", fidelity.get("kl"), other["max_kl"] if evaluation else unlabelled),
-            ("max_error", fidelity.get("relative_error"), other["max_error"] if evaluation else unlabelled),
+            ("max_kl", fidelity.kl, other["max_kl"] if evaluation else unlabelled),
+            ("max_error", fidelity.relative_error, other["max_error"] if evaluation else unlabelled),
             ("max_size", nbytes, "the weight files were not measured"),
             ("max_latency_ratio", latency_ratio, "the time of a pass was not measured"),
         )
@@ -134,7 +136,7 @@ class Gates:
         return verdicts
 
     def check(
-        self, evaluation: Mapping[str, Any] | None, *, nbytes: float | None = None, latency_ratio: float | None = None
+        self, evaluation: Evaluation | None, *, nbytes: float | None = None, latency_ratio: float | None = None
     ) -> None:
         """Raises GateError naming each bound that is missed and by how much; otherwise as ``judge``."""
         missed = [v for v in self.judge(evaluation, nbytes=nbytes, latency_ratio=latency_ratio) if not v.passed]
@@ -142,10 +144,9 @@ class Gates:
             raise GateError("; ".join(map(str, missed)) + ".")
 
 
-def percent_changed(fidelity: Mapping[str, Any]) -> float | None:
+def percent_changed(fidelity: Fidelity) -> float | None:
     """Of the predictions, those that differ from the dense model's; None where there are none."""
-    agreement = fidelity.get("agreement")
-    return None if agreement is None else _percent(1 - float(agreement))
+    return None if fidelity.agreement is None else _percent(1 - fidelity.agreement)
 
 
 def _percent(fraction: float | None) -> float | None:

@@ -27,7 +27,8 @@ from vitshrink.evaluation.columns import (
     sentence_step,
 )
 from vitshrink.evaluation.masking import Masking
-from vitshrink.evaluation.scores import Evaluation, summarise
+from vitshrink.evaluation.quality import Accuracy, Evaluation
+from vitshrink.evaluation.scores import summarise
 from vitshrink.models import cost
 from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.models.structures import structure_of
@@ -150,14 +151,14 @@ def check_labels(evaluation: Evaluation, num_labels: int) -> None:
     ten points more. Raises DataError.
     """
     scores = evaluation.dense
-    if evaluation.metric != "top1" or evaluation.task == "masked-lm" or scores is None:
+    if not isinstance(scores, Accuracy) or evaluation.task == "masked-lm":
         return
     chance = 1 / num_labels
     limit = min(3 * chance, chance + 0.1)
-    if scores["top1"] < limit and scores["interval"][1] < limit + 0.1:
+    if scores.top1 < limit and scores.interval.high < limit + 0.1:
         raise DataError(
-            f"labels look permuted: the dense model has {scores['correct']} of {evaluation.samples} samples "
-            f"right ({scores['top1']:.1%}), and guessing among {num_labels} classes gives {chance:.1%}. "
+            f"labels look permuted: the dense model has {scores.correct} of {evaluation.samples} samples "
+            f"right ({scores.top1:.1%}), and guessing among {num_labels} classes gives {chance:.1%}. "
             "Check which class each label or folder stands for, or say it with --class-map FILE."
         )
 

@@ -1,7 +1,7 @@
 """Opening the data of a job, and measuring a model on them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Required, TypedDict, Unpack
 
@@ -19,6 +19,7 @@ from vitshrink.data import (
 from vitshrink.data.opening import Cut, warn_of_bad
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
+from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.models.fidelity import BERNOULLI, REGRESSION, classification_head
 from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.runtime import processes
@@ -40,17 +41,19 @@ class Measurement:
     similarity: str | None = None
     """How two of them were compared, where the samples are pairs."""
 
-    def to_dict(self, preprocessing: Mapping[str, Any] | None) -> dict[str, Any]:
+    def record(self, preprocessing: Mapping[str, Any] | None) -> EvaluationRecord:
         """The evaluation, and what its data were, as a report has it."""
-        return self.evaluation.to_dict() | {
-            "source": self.source,
-            "fingerprint": self.fingerprint,
-            "label_rule": self.label_rule,
-            "pooling": self.pooling,
-            "similarity": self.similarity,
-            "bad_samples": dict(self.bad.reasons),
-            "preprocessing": preprocessing,
-        }
+        figures = {each.name: getattr(self.evaluation, each.name) for each in fields(self.evaluation)}
+        return EvaluationRecord(
+            **figures,
+            source=self.source,
+            fingerprint=self.fingerprint,
+            label_rule=self.label_rule,
+            pooling=self.pooling,
+            similarity=self.similarity,
+            bad_samples=dict(self.bad.reasons),
+            preprocessing=preprocessing,
+        )
 
 
 class Options(TypedDict, total=False):

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vitshrink.evaluation.quality import Interval
+
 _Z95 = 1.959963984540054
 _RESAMPLES = 2000
 _CHUNK = 1 << 22  # numbers held at a time where a result is built in pieces
-
-Interval = tuple[float, float]
 
 
 def top_k_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -65,13 +65,13 @@ def f1_parts(chosen: Tensor, truth: Tensor, dim: int = 0) -> tuple[Tensor, Tenso
 def wilson_interval(successes: float, trials: int) -> Interval:
     """95 % interval of a proportion (Wilson, 1927): honest at 0, at 1 and for few trials."""
     if trials == 0:
-        return 0.0, 1.0
+        return Interval(0.0, 1.0)
     rate, z2 = successes / trials, _Z95**2
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2))
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == trials else centre + half
-    return low, high
+    return Interval(low, high)
 
 
 def rank_correlation_interval(correlation: float, samples: int) -> Interval:
@@ -81,12 +81,12 @@ def rank_correlation_interval(correlation: float, samples: int) -> Interval:
     the exchange of two neighbors changes, and the interval then ends at ±1.
     """
     if samples < 4 or math.isnan(correlation):
-        return -1.0, 1.0
+        return Interval(-1.0, 1.0)
     half = _Z95 * math.sqrt(1.06 / (samples - 3))
     limit = 1 - 6 / (samples**3 - samples)
     z = math.atanh(min(max(correlation, -limit), limit))
     low, high = math.tanh(z - half), math.tanh(z + half)
-    return (-1.0 if correlation < -limit else low), (1.0 if correlation > limit else high)
+    return Interval(-1.0 if correlation < -limit else low, 1.0 if correlation > limit else high)
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
@@ -134,7 +134,7 @@ def bootstrap(figure: Callable[[Tensor], float], samples: int, seed: int) -> Ten
 def bootstrap_interval(figure: Callable[[Tensor], float], samples: int, seed: int, *, most: float = 1.0) -> Interval:
     """95 % percentile interval of a figure between -``most`` and ``most``."""
     values = bootstrap(figure, samples, seed)
-    return _percentiles(values) if len(values) else (-most, most)
+    return _percentiles(values) if len(values) else Interval(-most, most)
 
 
 def bootstrap_drop(
@@ -149,7 +149,7 @@ def bootstrap_drop(
 
     drop = bootstrap(fall, len(target), seed)
     if not len(drop):
-        return (-2.0, 2.0), 1.0
+        return Interval(-2.0, 2.0), 1.0
     beyond = min(int((drop <= 0).sum()), int((drop >= 0).sum()))
     return _percentiles(drop), min(1.0, 2 * (beyond + 1) / (len(drop) + 1))
 
@@ -176,4 +176,4 @@ def sign_flip_p_value(differences: Tensor, seed: int) -> float:
 
 def _percentiles(values: Tensor) -> Interval:
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
+    return Interval(low, high)

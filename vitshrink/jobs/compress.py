@@ -27,6 +27,7 @@ from vitshrink.models.loading import LoadedModel
 from vitshrink.models.publication import check_writable
 from vitshrink.recovery import Recovery, clear_state, recover
 from vitshrink.report import write, write_comparison
+from vitshrink.report.making import LayerEntry
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
 from vitshrink.runtime.state import FINETUNE, Progress, state_directory
@@ -147,7 +148,7 @@ class _Saved:
     written: LoadedModel
     """As it was read back."""
     plan: Plan
-    layers: list[dict[str, Any]]
+    layers: tuple[LayerEntry, ...]
     job: Job
     part: str
     """Its directory below the output."""

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
 
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import OutputError
+from vitshrink.evaluation.quality import Accuracy
 from vitshrink.jobs.compress import compress
 from vitshrink.jobs.digits import CALIBRATION_IMAGES, EPOCHS, HELD_OUT, train_digits_model, write_digits
 from vitshrink.methods import attention_methods, available_methods
@@ -119,11 +119,11 @@ def run_demo(
             reports[result.directory] = result.report
 
     echo("Reloading every checkpoint in a fresh process with stock transformers calls …")
-    expected = {directory: _scores(report)["correct"] for directory, report in reports.items()}
+    expected = {directory: _accuracies(report)[1].correct for directory, report in reports.items()}
     check_reload(output / "reload.py", digits / "val", expected)
     echo("  each gets as many images right as its report says")
 
-    reports = dict(sorted(reports.items(), key=lambda item: _scores(item[1])["correct"], reverse=True))
+    reports = dict(sorted(reports.items(), key=lambda item: _accuracies(item[1])[1].correct, reverse=True))
     table = comparison_table(list(reports.values()))
     comparison = output / "comparison.md"
     write_text(comparison, _comparison_page(table, reports))
@@ -165,18 +165,21 @@ def check_reload(script: Path, images: Path, expected: Mapping[Path, int]) -> No
 def comparison_table(reports: Sequence[Report]) -> str:
     """A line for the dense model and for each report: Markdown, padded so that it reads well on a terminal too."""
     lines = [["method", "kept", "top-1", "95 % interval", "same as dense", "KL", "seconds"]]
-    dense = (reports[0].evaluation or {})["dense"]
-    lines.append(["(dense)", "100.0 %", f"{dense['top1']:.4f}", _interval(dense), "100.0 %", "0.000", ""])
+    dense, _ = _accuracies(reports[0])
+    lines.append(["(dense)", "100.0 %", f"{dense.top1:.4f}", _interval(dense), "100.0 %", "0.000", ""])
     for report in reports:
-        scores, fidelity = _scores(report), (report.evaluation or {})["fidelity"]
+        _, scores = _accuracies(report)
+        fidelity = report.evaluation and report.evaluation.fidelity
+        assert fidelity is not None
+        assert fidelity.agreement is not None
         lines.append(
             [
                 report.method,
-                f"{100 * report.parameters['kept']:.1f} %",
-                f"{scores['top1']:.4f}",
+                f"{100 * report.parameters.kept:.1f} %",
+                f"{scores.top1:.4f}",
                 _interval(scores),
-                f"{100 * fidelity['agreement']:.1f} %",
-                f"{fidelity['kl']:.3f}",
+                f"{100 * fidelity.agreement:.1f} %",
+                f"{fidelity.kl:.3f}",
                 f"{sum(report.timings.values()):.1f}",
             ]
         )
@@ -189,13 +192,17 @@ def comparison_table(reports: Sequence[Report]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
 
 
-def _scores(report: Report) -> Mapping[str, Any]:
-    return (report.evaluation or {})["compressed"]  # type: ignore[no-any-return]
+def _accuracies(report: Report) -> tuple[Accuracy, Accuracy]:
+    """Of the dense and of the compressed model: the digits have labels, and both models were run on them."""
+    assert report.evaluation is not None
+    dense, compressed = report.evaluation.dense, report.evaluation.compressed
+    assert isinstance(dense, Accuracy)
+    assert isinstance(compressed, Accuracy)
+    return dense, compressed
 
 
-def _interval(scores: Mapping[str, Any]) -> str:
-    low, high = scores["interval"]
-    return f"{low:.3f} to {high:.3f}"
+def _interval(scores: Accuracy) -> str:
+    return f"{scores.interval.low:.3f} to {scores.interval.high:.3f}"
 
 
 def _comparison_page(table: str, reports: Mapping[Path, Report]) -> str:

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -23,28 +23,59 @@ from vitshrink.models.example import example_inputs
 from vitshrink.models.families import task_of
 from vitshrink.recovery import Recovery
 from vitshrink.report import Report, before_after, with_thumbnails
+from vitshrink.report.costs import LatencyRecord, Timings
+from vitshrink.report.making import (
+    BlockError,
+    CalibrationRecord,
+    Environment,
+    LayerEntry,
+    QuantizationRecord,
+    RecoveryRecord,
+    RecoveryStep,
+)
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a job ran on, and with; memory in bytes."""
+def environment(device: torch.device) -> Environment:
+    """What a job ran on, and with."""
     on_gpu = device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
-        "threads": torch.get_num_threads(),
-        "peak_memory": cost.peak_memory_bytes(),
-    } | ({"peak_device_memory": cost.peak_memory_bytes(device)} if on_gpu else {})
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        platform=platform.platform(),
+        device=torch.cuda.get_device_name(device) if on_gpu else str(device),
+        threads=torch.get_num_threads(),
+        peak_memory=cost.peak_memory_bytes(),
+        peak_device_memory=cost.peak_memory_bytes(device) if on_gpu else None,
+    )
 
 
-def latency_entries(timed: Sequence[Mapping[str, cost.Latency]]) -> dict[str, Any]:
-    """Plain data of the first batch size, and under ``others`` those of the others."""
-    first, *others = [{role: timing.to_dict() for role, timing in each.items()} for each in timed]
-    return first | ({"others": others} if others else {})
+def latency_record(timed: Sequence[Mapping[str, cost.Latency]]) -> LatencyRecord | None:
+    """The times by batch size; None where there are none."""
+    if not timed:
+        return None
+    first, *others = timed
+    return LatencyRecord(**first, others=tuple(Timings(**each) for each in others) or None)
+
+
+def recovery_record(recovery: Recovery) -> RecoveryRecord:
+    """What a report says of the training."""
+    return RecoveryRecord(
+        objective=recovery.objective,
+        before=recovery.before,
+        after=recovery.after,
+        best_step=recovery.best_step,
+        ended=recovery.ended,
+        samples=recovery.samples,
+        held_out=recovery.held_out,
+        seconds=recovery.seconds,
+        settings=recovery.settings,
+        history=tuple(RecoveryStep(**entry) for entry in recovery.history),
+        blocks=tuple(BlockError(int(entry["block"]), entry["before"], entry["after"]) for entry in recovery.blocks),
+        familiar=recovery.familiar,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +111,13 @@ class Description:
             self.layers(factors, plan), plan, job, parameters=before_after(total, total - before + after)
         )
 
-    def layers(self, factors: Factors, plan: Plan) -> list[dict[str, Any]]:
+    def layers(self, factors: Factors, plan: Plan) -> tuple[LayerEntry, ...]:
         """What became of each target: all that a report needs to know of the factors."""
-        return [self._layer(unit, plan[unit.name], factors) for unit in self.units]
+        return tuple(self._layer(unit, plan[unit.name], factors) for unit in self.units)
 
     def written(
         self,
-        layers: list[dict[str, Any]],
+        layers: tuple[LayerEntry, ...],
         plan: Plan,
         job: Job,
         model: PreTrainedModel,
@@ -109,9 +140,10 @@ class Description:
             )
         evaluation = None
         if measurement is not None:
-            evaluation = measurement.to_dict(self.preprocessing)
+            evaluation = measurement.record(self.preprocessing)
             if self.config.thumbnails:
-                evaluation["disagreements"] = with_thumbnails(evaluation["disagreements"], measurement.samples)
+                shown = with_thumbnails(evaluation.disagreements, measurement.samples)
+                evaluation = replace(evaluation, disagreements=shown)
         return self._report(
             layers,
             plan,
@@ -120,9 +152,9 @@ class Description:
             bytes=before_after(*nbytes),
             macs=macs,
             memory=memory,
-            latency=latency_entries(timed),
+            latency=latency_record(timed),
             evaluation=evaluation,
-            recovery=None if recovery is None else recovery.to_dict(),
+            recovery=None if recovery is None else recovery_record(recovery),
             fitted_to=" ".join(self._fitted_to() if recovery is None else sorted(recovery.fitted_to)),
         )
 
@@ -133,7 +165,7 @@ class Description:
     def _fitted_to(self) -> list[str]:
         return [] if self.calibration is None else sorted(self.calibration.samples.marks)
 
-    def _report(self, layers: list[dict[str, Any]], plan: Plan, job: Job, **measured: Any) -> Report:
+    def _report(self, layers: tuple[LayerEntry, ...], plan: Plan, job: Job, **measured: Any) -> Report:
         return Report(
             vitshrink=__version__,
             model=self.config.model,
@@ -143,25 +175,25 @@ class Description:
             compensation=self.compensation,
             quantization=quantization_of(self.config.quantize, self.config.activations),
             layers_parameters=before_after(*self._layer_costs(plan)),
-            layers=list(layers),
+            layers=layers,
             calibration=self._calibration(),
             timings=dict(job.timings),
             environment=environment(next(self.dense.parameters()).device),
             recipe=self.config.to_dict(),
             command=self.config.command(),
-            warnings=list(job.warnings),
+            warnings=tuple(job.warnings),
             **measured,
         )
 
-    def _layer(self, unit: Offer, rank: int | None, factors: Factors) -> dict[str, Any]:
-        return {
-            "name": unit.name,
-            "shape": list(unit.shape),
-            "rank": rank,
-            "parameters": unit.cost(rank),
-            "relative_error": 0.0 if rank is None else _relative_error(factors.layers[unit.name].loss, rank),
-            "reason": self._reason(unit, factors) if rank is None else None,
-        }
+    def _layer(self, unit: Offer, rank: int | None, factors: Factors) -> LayerEntry:
+        return LayerEntry(
+            name=unit.name,
+            shape=unit.shape,
+            rank=rank,
+            parameters=unit.cost(rank),
+            relative_error=0.0 if rank is None else _relative_error(factors.layers[unit.name].loss, rank),
+            reason=self._reason(unit, factors) if rank is None else None,
+        )
 
     def _reason(self, unit: Offer, factors: Factors) -> str:
         return factors.failures.get(unit.name) or (
@@ -172,22 +204,22 @@ class Description:
             else "the plan spends its parameters best on the whole layer"
         )
 
-    def _calibration(self) -> dict[str, Any] | None:
+    def _calibration(self) -> CalibrationRecord | None:
         if self.calibration is None:
             return None
-        return {
-            "source": self.calibration.samples.source,
-            "samples": len(self.calibration.samples),
-            "tokens": self.calibration.tokens,
-            "seed": self.config.seed,
-            "fingerprint": self.calibration.samples.fingerprint(),
-            "preprocessing": self.preprocessing,
-        }
+        return CalibrationRecord(
+            source=self.calibration.samples.source,
+            samples=len(self.calibration.samples),
+            tokens=self.calibration.tokens,
+            seed=self.config.seed,
+            fingerprint=self.calibration.samples.fingerprint(),
+            preprocessing=self.preprocessing,
+        )
 
 
-def quantization_of(weights: str | None, activations: str | None) -> dict[str, Any] | None:
-    """What a report says of quantised weights."""
-    return None if weights is None else {"weights": weights, "activations": quantized_bits(weights, activations)[1]}
+def quantization_of(weights: str | None, activations: str | None) -> QuantizationRecord | None:
+    """What a report says of integer weights."""
+    return None if weights is None else QuantizationRecord(weights, quantized_bits(weights, activations)[1])
 
 
 def _relative_error(loss: Tensor, rank: int) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from torch import nn
 
@@ -13,7 +13,8 @@ from vitshrink.config.options import DataConfig, Preprocessing
 from vitshrink.data.opening import uses_labels
 from vitshrink.errors import UsageError
 from vitshrink.evaluation.measurement import Measurement
-from vitshrink.jobs.description import latency_entries
+from vitshrink.evaluation.quality import EvaluationRecord
+from vitshrink.jobs.description import latency_record
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
@@ -25,10 +26,13 @@ from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.report import evaluation_columns, latency_columns
+from vitshrink.report.costs import LatencyRecord
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
+from vitshrink.runtime.records import plain
 
 
+@final
 @dataclass(frozen=True)
 class Footprint:
     """What one model needs, whatever it is measured on."""
@@ -54,6 +58,7 @@ class Footprint:
         )
 
 
+@final
 @dataclass(frozen=True)
 class Assessment:
     """What ``vitshrink eval`` found."""
@@ -64,8 +69,10 @@ class Assessment:
     preprocessing: Mapping[str, Any]
     footprint: Footprint
     baseline_footprint: Footprint | None
-    options: Mapping[str, Mapping[str, Any] | None]
-    """``tokens`` and ``landmarks`` that the model ran with, asked for or its own; None where it had all of them."""
+    tokens: MixedTokens | None
+    """The tokens that the model ran with, asked for or its own; None where it had all of them."""
+    landmarks: Landmarks | None
+    """Likewise."""
     latency: Sequence[Mapping[str, cost.Latency]]
     """By batch size: of the model (``compressed``) and the baseline (``dense``), timed in turn."""
     peak_memory: int
@@ -75,10 +82,20 @@ class Assessment:
     warnings: list[str]
 
     @property
+    def evaluation(self) -> EvaluationRecord:
+        """What was measured, and on which data."""
+        return self.measurement.record(self.preprocessing)
+
+    @property
+    def latency_record(self) -> LatencyRecord | None:
+        """The times as in a report; None if not timed."""
+        return latency_record(self.latency)
+
+    @property
     def latency_ratio(self) -> float | None:
         """Median time of a pass over that of the baseline, at the first of the batch sizes; None if not timed."""
-        timed = next(iter(self.latency), {})
-        return timed["compressed"].median / timed["dense"].median if "dense" in timed else None
+        timed = self.latency_record
+        return None if timed is None else timed.ratio
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -86,8 +103,9 @@ class Assessment:
             "baseline": self.baseline,
             **asdict(self.footprint),
             "baseline_footprint": None if self.baseline_footprint is None else asdict(self.baseline_footprint),
-            **self.options,
-            "latency": latency_entries(self.latency) if self.latency else None,
+            "tokens": None if self.tokens is None else self.tokens.to_dict(),
+            "landmarks": None if self.landmarks is None else self.landmarks.to_dict(),
+            "latency": plain(self.latency_record),
             "peak_memory": self.peak_memory,
             "evaluation": self.measurement.evaluation.to_dict(),
             "source": self.measurement.source,
@@ -104,10 +122,6 @@ class Assessment:
 
     def to_row(self) -> dict[str, Any]:
         """What ``append_rows`` takes."""
-        document = self.to_dict()
-        described = {
-            name: document[name] for name in ("source", "fingerprint", "pooling", "similarity", "preprocessing")
-        }
         row = {
             "vitshrink": __version__,
             "model": self.model,
@@ -115,12 +129,12 @@ class Assessment:
             "parameters": self.footprint.parameters,
             "bytes": self.footprint.bytes,
             "macs": self.footprint.macs,
-            "token_budget": (self.options["tokens"] or {}).get("budget"),
-            "landmarks": (self.options["landmarks"] or {}).get("landmarks"),
+            "token_budget": self.tokens and self.tokens.budget,
+            "landmarks": self.landmarks and self.landmarks.landmarks,
             "seed": self.seed,
             "warnings": len(self.warnings),
-            **latency_columns(document["latency"] or {}),
-            **evaluation_columns(document["evaluation"] | described),
+            **latency_columns(self.latency_record),
+            **evaluation_columns(self.evaluation),
         }
         if self.baseline_footprint is not None:
             row |= {
@@ -205,7 +219,7 @@ def evaluate_checkpoint(
         preprocessor.description,
         footprint,
         other,
-        _options_of(loaded.model),
+        *_approximations_of(loaded.model),
         timed,
         peak_memory,
         seed,
@@ -214,10 +228,11 @@ def evaluate_checkpoint(
     )
 
 
-def _options_of(model: nn.Module) -> dict[str, dict[str, Any] | None]:
-    """As a compressed checkpoint would name them."""
-    found = {type(spec): spec.to_dict() for module in model.modules() if (spec := structure_of(module)) is not None}
-    return {"tokens": found.get(MixedTokens), "landmarks": found.get(Landmarks)}
+def _approximations_of(model: nn.Module) -> tuple[MixedTokens | None, Landmarks | None]:
+    """As a compressed checkpoint would have them."""
+    found = [spec for module in model.modules() if (spec := structure_of(module)) is not None]
+    tokens = next((spec for spec in found if isinstance(spec, MixedTokens)), None)
+    return tokens, next((spec for spec in found if isinstance(spec, Landmarks)), None)
 
 
 def _time(

@@ -1,16 +1,14 @@
 """``finetune_checkpoint``: a compressed directory, trained and written anew with an updated report."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vitshrink._version import __version__
 from vitshrink.config.options import FinetuneJob
 from vitshrink.data import Preprocessor
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation.measurement import Measurement
-from vitshrink.jobs.description import environment
+from vitshrink.jobs.description import environment, recovery_record
 from vitshrink.jobs.result import CompressionResult, published, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
@@ -22,6 +20,7 @@ from vitshrink.models.resolution import set_resolution
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.recovery import Material, Recovery, check, clear_state, open_material, recover
 from vitshrink.report import Report, before_after, write
+from vitshrink.report.making import LayerEntry
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
 
@@ -137,18 +136,19 @@ def _report(
     session: Session,
 ) -> Report:
     """The report of the compression, where there is one, with what training changed."""
+    dense = session.source.source.nbytes if before.bytes is None else before.bytes.dense
     return replace(
         before,
         vitshrink=__version__,
-        bytes={**before.bytes, "compressed": written.source.nbytes},
-        evaluation=None if measurement is None else measurement.to_dict(preprocessor.description),
-        recovery=recovery.to_dict(),
+        bytes=before_after(dense, written.source.nbytes),
+        evaluation=None if measurement is None else measurement.record(preprocessor.description),
+        recovery=recovery_record(recovery),
         fitted_to=" ".join(sorted(recovery.fitted_to)),
         timings=dict(session.job.timings),
         environment=environment(session.device),
         recipe=config.to_dict(),
         command=config.command(),
-        warnings=[*before.warnings, *session.job.warnings],
+        warnings=(*before.warnings, *session.job.warnings),
     )
 
 
@@ -163,15 +163,18 @@ def _compressed_report(config: FinetuneJob, source: LoadedModel, teacher: Loaded
 def _from_model(config: FinetuneJob, source: LoadedModel, teacher: LoadedModel | None) -> Report:
     """What a compressed directory without a report says of itself."""
     reference = source if teacher is None else teacher
-    layers: list[Mapping[str, Any]] = []
-    for name, layer in compressed_layers(source.model).items():
-        if isinstance(layer, LowRankLinear):
-            stored = cost.layers_parameters(source.model, [name])
-            shape = [layer.out_features, layer.in_features]
-            layers.append({"name": name, "shape": shape, "rank": layer.rank, "parameters": stored})
-    names = [str(layer["name"]) for layer in layers]
-    stored = cost.layers_parameters(source.model, names)
-    whole = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    layers = tuple(
+        LayerEntry(
+            name=name,
+            shape=(layer.out_features, layer.in_features),
+            rank=layer.rank,
+            parameters=cost.layers_parameters(source.model, [name]),
+        )
+        for name, layer in compressed_layers(source.model).items()
+        if isinstance(layer, LowRankLinear)
+    )
+    whole = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    stored = cost.layers_parameters(source.model, [layer.name for layer in layers])
     return Report(
         vitshrink=__version__,
         model=config.teacher or config.model,

@@ -1,20 +1,20 @@
 """``vitshrink quantize``: a checkpoint, dense or compressed, with integer weights."""
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from vitshrink._version import __version__
 from vitshrink.compression.quantization import quantized
 from vitshrink.config.options import DataConfig, Preprocessing, quantized_bits
-from vitshrink.jobs.description import environment, quantization_of
+from vitshrink.evaluation.quality import EvaluationRecord
+from vitshrink.jobs.description import environment, latency_record, quantization_of
 from vitshrink.jobs.result import CompressionResult, published, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import LoadedModel
 from vitshrink.report import Report, before_after, write
+from vitshrink.report.making import QuantizationRecord
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
 
@@ -80,7 +80,7 @@ def quantize_checkpoint(
         evaluation = None
         if samples is not None and preprocessor is not None:
             measurement = session.measure(written.model, samples, preprocessor, against=dense)
-            evaluation = measurement.to_dict(preprocessor.description)
+            evaluation = measurement.record(preprocessor.description)
         quantization = quantization_of(weights, activations)
         report = _report(session, baseline or model, dense, written, quantization, evaluation)
         write(report, staging)
@@ -92,8 +92,8 @@ def _report(
     name: str,
     dense: LoadedModel,
     written: LoadedModel,
-    quantization: dict[str, Any] | None,
-    evaluation: dict[str, Any] | None,
+    quantization: QuantizationRecord | None,
+    evaluation: EvaluationRecord | None,
 ) -> Report:
     job, inputs = session.job, example_inputs(session.source.model)
     models = {"dense": dense.model, "compressed": written.model}
@@ -109,14 +109,14 @@ def _report(
         compensation="none",
         quantization=quantization,
         parameters=before_after(*map(cost.parameters, models.values())),
-        layers_parameters={},
-        layers=[],
+        layers_parameters=None,
+        layers=(),
         bytes=before_after(dense.source.nbytes, written.source.nbytes),
         macs=macs,
-        latency={role: asdict(timing) for role, timing in latency.items()},
+        latency=latency_record([latency]),
         evaluation=evaluation,
         timings=dict(job.timings),
         environment=environment(session.device),
-        warnings=list(job.warnings),
+        warnings=tuple(job.warnings),
         left_out=session.source.companions.left,
     )

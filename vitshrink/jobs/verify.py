@@ -1,9 +1,7 @@
 """Whether a published directory still is what it was published as."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +13,7 @@ from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import LoadedModel, load_source
 from vitshrink.models.source import examine
 from vitshrink.models.structures.low_rank import LowRankLinear
-from vitshrink.report import Report
+from vitshrink.report import BeforeAfter, Report
 from vitshrink.runtime import checksums
 
 
@@ -74,15 +72,15 @@ def _figures(report: Report, loaded: LoadedModel) -> list[Check]:
     return [_equal(name, group, found) for name, (group, found) in counted.items()]
 
 
-def _equal(name: str, group: Mapping[str, Any], found: int) -> Check:
-    said = group.get("compressed")
+def _equal(name: str, cost: BeforeAfter | None, found: int) -> Check:
+    said = cost and cost.compressed
     return Check(name, f"{found:,}", None if said == found else f"the report says {said}")
 
 
 def _layers(report: Report, model: PreTrainedModel) -> Check:
     """The ranks of the report against those of the layers."""
     ranks = {name: layer.rank for name, layer in compressed_layers(model).items() if isinstance(layer, LowRankLinear)}
-    said = {str(layer.get("name")): layer.get("rank") for layer in report.layers if layer.get("rank") is not None}
+    said = {layer.name: layer.rank for layer in report.layers if layer.rank is not None}
     different = sorted(name for name in ranks if ranks[name] != said.get(name))
     problem = ", ".join(f"{name} (report {said.get(name)}, model {ranks.get(name)})" for name in different[:5])
     return Check("ranks", f"of {len(ranks)} layers", problem or None)

@@ -3,8 +3,8 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import psutil
 import torch
@@ -73,21 +73,29 @@ def _product_flops(left: torch.Size, right: torch.Size, **_: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
+@final
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of a forward pass of ``batch_size`` samples: the median of ``repeats``, and its quartiles."""
+    """Time of a forward pass of one batch."""
 
     median: float
+    """Seconds a batch: the median of ``repeats`` passes."""
     lower_quartile: float
+    """Seconds a batch."""
     upper_quartile: float
+    """Seconds a batch."""
     throughput: float
     """Samples a second, at the median."""
     batch_size: int
+    """Samples a batch."""
     repeats: int
+    """Passes that were timed."""
     threads: int
+    """Threads of torch on the CPU."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def overlaps(self, other: "Latency") -> bool:
+        """Whether the middle halves of the times of both have a time in common."""
+        return max(self.lower_quartile, other.lower_quartile) <= min(self.upper_quartile, other.upper_quartile)
 
 
 def latency(

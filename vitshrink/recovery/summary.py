@@ -62,11 +62,6 @@ class Recovery:
             fitted_to=material.seen | {material.samples.marks[i] for i in split.training},
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        entries = asdict(self)
-        del entries["fitted_to"]
-        return entries
-
 
 def warn_without_gain(progress: Progress, job: Job, *, familiar: bool) -> None:
     """Say so where no state was better than the compressed model."""

@@ -1,7 +1,8 @@
 """What there is to say of a compressed model: one record, written as JSON, Markdown, a model card and a web page."""
 
+from vitshrink.report.costs import BeforeAfter, before_after
 from vitshrink.report.csv_file import append_rows, check_appendable, evaluation_columns, latency_columns, report_row
-from vitshrink.report.record import Report, before_after
+from vitshrink.report.record import Report, report_schema
 from vitshrink.report.render import (
     comparison_markdown,
     markdown_table,
@@ -20,6 +21,7 @@ from vitshrink.report.summary import Row, headline, size, summary_rows
 from vitshrink.report.thumbnails import with_thumbnails
 
 __all__ = [
+    "BeforeAfter",
     "Report",
     "Row",
     "append_rows",
@@ -37,6 +39,7 @@ __all__ = [
     "render_html",
     "render_markdown",
     "report_row",
+    "report_schema",
     "size",
     "summary_rows",
     "with_thumbnails",

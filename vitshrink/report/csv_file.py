@@ -10,6 +10,8 @@ from typing import Any
 
 from vitshrink.config.names import shown_data
 from vitshrink.errors import OutputError
+from vitshrink.evaluation.quality import EvaluationRecord, Fidelity
+from vitshrink.report.costs import BeforeAfter, Timings
 from vitshrink.report.record import Report
 from vitshrink.report.summary import prepared
 from vitshrink.runtime.locks import require_locks, wait_for_lock
@@ -63,7 +65,6 @@ COLUMNS = (
 
 def report_row(report: Report, output: str) -> dict[str, Any]:
     """The row of one compressed model that lies at ``output``."""
-    recipe = report.recipe or {}
     return {
         "vitshrink": report.vitshrink,
         "model": report.model,
@@ -72,60 +73,73 @@ def report_row(report: Report, output: str) -> dict[str, Any]:
         "method": report.method,
         "allocation": report.allocation,
         "compensation": report.compensation,
-        "token_budget": recipe.get("token_budget"),
-        "landmarks": recipe.get("landmarks"),
-        "kept": report.parameters.get("kept"),
-        "parameters": report.parameters.get("compressed"),
-        "dense_parameters": report.parameters.get("dense"),
-        "bytes": report.bytes.get("compressed"),
-        "dense_bytes": report.bytes.get("dense"),
-        "macs": report.macs.get("compressed"),
-        "dense_macs": report.macs.get("dense"),
-        "seed": recipe.get("seed"),
+        "token_budget": report.setting("token_budget"),
+        "landmarks": report.setting("landmarks"),
+        "kept": report.parameters.kept,
+        **_cost_columns("parameters", report.parameters),
+        **_cost_columns("bytes", report.bytes),
+        **_cost_columns("macs", report.macs),
+        "seed": report.setting("seed"),
         "warnings": len(report.warnings),
         **latency_columns(report.latency),
-        **evaluation_columns(report.evaluation or {}),
+        **evaluation_columns(report.evaluation),
     }
 
 
-def latency_columns(latency: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians of one batch size, from ``dense`` and ``compressed`` as ``vitshrink.models.cost.Latency``."""
-    dense, compressed = latency.get("dense") or {}, latency.get("compressed") or {}
+def _cost_columns(name: str, cost: BeforeAfter | None) -> dict[str, Any]:
+    return {} if cost is None else {name: cost.compressed, f"dense_{name}": cost.dense}
+
+
+def latency_columns(latency: Timings | None) -> dict[str, Any]:
+    """Medians of one batch size."""
+    if latency is None:
+        return {}
     return {
-        "latency_batch_size": (compressed or dense).get("batch_size"),
-        "latency": compressed.get("median"),
-        "dense_latency": dense.get("median"),
+        "latency_batch_size": latency.batch_size,
+        "latency": None if latency.compressed is None else latency.compressed.median,
+        "dense_latency": None if latency.dense is None else latency.dense.median,
     }
 
 
-def evaluation_columns(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """From an evaluation with what is known of its data, as in a report."""
-    metric, difference = evaluation.get("metric"), evaluation.get("difference") or {}
-    dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
-    fidelity, model = evaluation.get("fidelity") or {}, compressed or dense
-    low, high = model.get("interval") or (None, None)
-    drop_low, drop_high = difference.get("drop_interval") or (None, None)
+def evaluation_columns(evaluation: EvaluationRecord | None) -> dict[str, Any]:
+    """What was measured, and on which data."""
+    if evaluation is None:
+        return {}
     return {
-        "data": evaluation.get("source"),
-        "fingerprint": evaluation.get("fingerprint"),
-        "samples": evaluation.get("samples"),
-        "preprocessing": prepared(evaluation.get("preprocessing") or {}),
-        "pooling": evaluation.get("pooling"),
-        "similarity": evaluation.get("similarity"),
-        "task": evaluation.get("task"),
-        "metric": metric,
-        "score": model.get(metric),
-        "score_low": low,
-        "score_high": high,
-        "dense_score": dense.get(metric),
-        "drop": difference.get("drop"),
-        "drop_low": drop_low,
-        "drop_high": drop_high,
-        "p_value": difference.get("p_value"),
-        "agreement": fidelity.get("agreement"),
-        "kl": fidelity.get("kl"),
-        "relative_error": fidelity.get("relative_error"),
-        "feature_cosine": fidelity.get("feature_cosine"),
+        "data": evaluation.source,
+        "fingerprint": evaluation.fingerprint,
+        "samples": evaluation.samples,
+        "preprocessing": prepared(evaluation.preprocessing),
+        "pooling": evaluation.pooling,
+        "similarity": evaluation.similarity,
+        "task": evaluation.task,
+        "metric": evaluation.metric,
+        **_quality_columns(evaluation),
+        **_fidelity_columns(evaluation.fidelity),
+    }
+
+
+def _quality_columns(evaluation: EvaluationRecord) -> dict[str, Any]:
+    quality, difference = evaluation.compressed or evaluation.dense, evaluation.difference
+    columns: dict[str, Any] = {"score": evaluation.score}
+    if quality is not None:
+        columns |= {"score_low": quality.interval.low, "score_high": quality.interval.high}
+    if evaluation.dense is not None:
+        columns["dense_score"] = evaluation.dense.score(evaluation.metric)
+    if difference is not None:
+        low, high = difference.drop_interval
+        columns |= {"drop": difference.drop, "drop_low": low, "drop_high": high, "p_value": difference.p_value}
+    return columns
+
+
+def _fidelity_columns(fidelity: Fidelity | None) -> dict[str, Any]:
+    if fidelity is None:
+        return {}
+    return {
+        "agreement": fidelity.agreement,
+        "kl": fidelity.kl,
+        "relative_error": fidelity.relative_error,
+        "feature_cosine": fidelity.feature_cosine,
     }
 
 

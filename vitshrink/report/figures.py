@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitshrink.config.names import shown
+from vitshrink.evaluation.quality import Evaluation
 from vitshrink.report.drawing import COLOURS, INK, available, canvas, svg
-from vitshrink.report.layers import Layer, layers
+from vitshrink.report.making import LayerEntry
 from vitshrink.report.record import Report
 from vitshrink.report.summary import metric_name, percent
 
@@ -17,7 +18,7 @@ __all__ = ["available", "error_by_layer", "rank_plan", "trade_off"]
 
 def rank_plan(report: Report) -> str | None:
     """Blocks by place in the block, coloured by the fraction of the weights kept, with the rank written in."""
-    shown = [layer for layer in layers(report) if layer.block is not None]
+    shown = [layer for layer in report.layers if layer.block is not None]
     if not shown:
         return None
     blocks, places = sorted({int(layer.block or 0) for layer in shown}), _places(shown)
@@ -29,12 +30,11 @@ def rank_plan(report: Report) -> str | None:
 
     for layer in shown:
         x, y = blocks.index(int(layer.block or 0)), places.index(layer.place)
-        dense = layer.rank is None
-        colour = (0.5, 0.5, 0.5, 0.35) if dense else colours(min(layer.kept, 1.0))
+        colour = (0.5, 0.5, 0.5, 0.35) if layer.dense else colours(min(layer.kept, 1.0))
         axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=colour, linewidth=0))
-        light = not dense and sum(colour[:3]) > 1.5
-        ink = INK if dense else "#1a1a1a" if light else "#ffffff"
-        axes.text(x, y, "dense" if dense else str(layer.rank), ha="center", va="center", fontsize=8, color=ink)
+        light = not layer.dense and sum(colour[:3]) > 1.5
+        ink = INK if layer.dense else "#1a1a1a" if light else "#ffffff"
+        axes.text(x, y, layer.stored, ha="center", va="center", fontsize=8, color=ink)
     axes.set_xlim(-0.5, len(blocks) - 0.5)
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.set_xticks(range(len(blocks)), [str(block) for block in blocks])
@@ -51,11 +51,11 @@ def rank_plan(report: Report) -> str | None:
 
 
 def error_by_layer(report: Report) -> str | None:
-    """Relative error of each low-rank layer over the blocks, a line a place in the block."""
+    """Relative error of each compressed layer over the blocks, a line a place in the block."""
     shown = [
         layer
-        for layer in layers(report)
-        if layer.block is not None and layer.rank is not None and layer.relative_error is not None
+        for layer in report.layers
+        if layer.block is not None and not layer.dense and layer.relative_error is not None
     ]
     if not shown:
         return None
@@ -98,9 +98,10 @@ def trade_off(reports: Sequence[Report]) -> str | None:
     kept = [point.kept for point in points]
     label, dense = "same prediction as dense", None
     for report in reports:
-        if (metric := _metric(report)) is not None:
-            label = metric_name(report)
-            dense = ((report.evaluation or {}).get("dense") or {}).get(metric, dense)
+        evaluation = report.evaluation
+        if evaluation is not None and _is_scored(evaluation):
+            label = metric_name(evaluation)
+            dense = dense if evaluation.dense is None else evaluation.dense.score(evaluation.metric)
     draw = _by_method if max(kept) - min(kept) < ONE_SIZE else _by_size
     return draw(points, label, dense)
 
@@ -152,19 +153,17 @@ def _by_method(points: Sequence[_Point], label: str, dense: float | None) -> str
 
 def _point(report: Report) -> _Point | None:
     """The score, or without labels the agreement with the dense model; None where neither was measured."""
-    evaluation = report.evaluation or {}
-    scores, fidelity = evaluation.get("compressed") or {}, evaluation.get("fidelity") or {}
-    metric = _metric(report)
-    value = scores[metric] if metric else fidelity.get("agreement")
-    bounds = scores.get("interval") if metric else fidelity.get("agreement_interval")
-    return None if value is None else _Point(report, report.parameters["kept"], value, bounds or (value, value))
+    evaluation, value, bounds = report.evaluation, None, None
+    if evaluation is not None and _is_scored(evaluation):
+        value, bounds = evaluation.score, evaluation.compressed and evaluation.compressed.interval
+    elif evaluation is not None and evaluation.fidelity is not None:
+        value, bounds = evaluation.fidelity.agreement, evaluation.fidelity.agreement_interval
+    return None if value is None else _Point(report, report.parameters.kept, value, bounds or (value, value))
 
 
-def _metric(report: Report) -> str | None:
-    """The metric of the evaluation, where the compressed model has a figure of it."""
-    evaluation = report.evaluation or {}
-    metric = evaluation.get("metric")
-    return metric if metric and (evaluation.get("compressed") or {}).get(metric) is not None else None
+def _is_scored(evaluation: Evaluation) -> bool:
+    """Whether the compressed model has a figure of the metric."""
+    return evaluation.compressed is not None and evaluation.score is not None
 
 
 def _plain(name: str) -> str:
@@ -172,5 +171,5 @@ def _plain(name: str) -> str:
     return shown(name).replace("$", "\\$")
 
 
-def _places(shown: Sequence[Layer]) -> list[str]:
+def _places(shown: Sequence[LayerEntry]) -> list[str]:
     return list(dict.fromkeys(layer.place for layer in shown))

@@ -1,25 +1,34 @@
 """The record of a compression, and its JSON."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, final
 
-from vitshrink.config.names import shown_text
+from pydantic import TypeAdapter, with_config
+
 from vitshrink.errors import DataError
+from vitshrink.evaluation.quality import Evaluation, EvaluationRecord
+from vitshrink.report.costs import BeforeAfter, LatencyRecord, Timings
+from vitshrink.report.making import CalibrationRecord, Environment, LayerEntry, QuantizationRecord, RecoveryRecord
+from vitshrink.report.reading import RULES, Group, parse
+from vitshrink.runtime.records import plain
 
 FILE_NAME = "report.json"
 
+SCHEMA: Literal[1] = 1
+"""Rises when an entry of the JSON gets another meaning or goes away, not when one is added."""
 
+
+@final
+@with_config(RULES)
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything that is known of one compressed model; fractions in [0, 1], bytes, seconds, nats.
 
-    The groups are plain dictionaries with the entries named here; an entry that was not measured is left out or
-    None, and every rendering says so.
+    What was not measured is None, and every rendering says so.
     """
 
     vitshrink: str
@@ -27,54 +36,65 @@ class Report:
     model: str
     """The dense model: its Hub id, or the name of its folder."""
     task: str
+    """``image-classification``, ``text-classification``, ``masked-lm`` or ``features``."""
     method: str
+    """``none`` where the weights were only rounded to integers."""
     allocation: str
+    """How the parameters were shared out among the layers."""
     compensation: str
-    parameters: Mapping[str, Any]
-    """Of the whole model: ``dense``, ``compressed``, ``kept``."""
-    layers_parameters: Mapping[str, Any]
-    """Of the weights of the layers that could be factorised: ``dense``, ``compressed``, ``kept``."""
-    layers: list[Mapping[str, Any]]
-    """``name``, ``shape`` (out, in), ``rank`` (None: dense), ``parameters``, ``relative_error``, ``reason``."""
-    quantization: Mapping[str, Any] | None = None
-    """``weights`` (``int8``, ``int4``) and ``activations`` (``none``, ``dynamic``); None: all in floating point."""
-    bytes: Mapping[str, Any] = field(default_factory=dict)
-    """Of the weight files: ``dense``, ``compressed``, ``kept``."""
-    memory: Mapping[str, Any] = field(default_factory=dict)
-    """Of the weights in memory as they were measured: ``dense``, ``compressed``, ``kept``."""
-    macs: Mapping[str, Any] = field(default_factory=dict)
-    """Multiply-accumulate operations of one sample: ``dense``, ``compressed``, ``kept``."""
-    latency: Mapping[str, Any] = field(default_factory=dict)
-    """``dense`` and ``compressed``, each as ``models.cost.Latency``; ``others``: the same for other batch sizes."""
-    evaluation: Mapping[str, Any] | None = None
-    """As ``vitshrink.evaluation.Evaluation``, with ``source``, ``fingerprint``, ``label_rule``, ``preprocessing``,
-    ``pooling`` and ``similarity``; a ``thumbnail`` in disagreements where the user asked for them."""
-    calibration: Mapping[str, Any] | None = None
-    """``source``, ``samples``, ``tokens``, ``seed``, ``fingerprint``."""
+    """What was repaired after truncation."""
+    parameters: BeforeAfter
+    """Numbers that the whole model stores."""
+    layers_parameters: Group[BeforeAfter]
+    """Numbers that the weights of ``layers`` store."""
+    layers: tuple[LayerEntry, ...]
+    """Layers and attentions that could be compressed."""
+    quantization: QuantizationRecord | None = None
+    """None where all weights are floating-point numbers."""
+    bytes: Group[BeforeAfter] = None
+    """Bytes of the weight files."""
+    memory: Group[BeforeAfter] = None
+    """Bytes of the weights in memory, in the type they were measured in."""
+    macs: Group[BeforeAfter] = None
+    """Multiply-accumulate operations of one sample."""
+    latency: Group[LatencyRecord] = None
+    """Time of a forward pass."""
+    evaluation: EvaluationRecord | None = None
+    """Quality of both models on the same samples."""
+    calibration: CalibrationRecord | None = None
+    """None where the method read weights alone."""
     fitted_to: str = ""
     """Marks of the samples that the model was calibrated on and trained on (``SampleSet.marks``), spaces between."""
-    recovery: Mapping[str, Any] | None = None
-    """As ``vitshrink.recovery.Recovery``, where the model was trained after compression."""
+    recovery: RecoveryRecord | None = None
+    """None where the model was not trained after compression."""
     timings: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by stage."""
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    """``python``, ``torch``, ``transformers``, ``platform``, ``device``, ``threads``, ``peak_memory`` in bytes."""
+    """Seconds by stage of the job."""
+    environment: Environment = field(default_factory=Environment)
+    """What the job ran on, and with."""
     command: str | None = None
+    """The command line that does the job again."""
     recipe: Mapping[str, Any] | None = None
-    warnings: list[str] = field(default_factory=list)
+    """Every setting of the job, as in ``recipe.yaml``."""
+    warnings: tuple[str, ...] = ()
+    """What the job had to say."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Files of the source's directory that are not in the result, and why."""
+    schema: Literal[1] = SCHEMA
+    """Version of this schema; it rises when an entry gets another meaning or goes away."""
 
     @property
     def latency_ratio(self) -> float | None:
         """Median time of a pass, as a fraction of the dense model's."""
-        dense, compressed = ((self.latency.get(role) or {}).get("median") for role in ("dense", "compressed"))
-        return compressed / dense if dense and compressed else None
+        return None if self.latency is None else self.latency.ratio
+
+    def setting(self, name: str) -> Any:
+        """One entry of the recipe; None where there is none."""
+        return None if self.recipe is None else self.recipe.get(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: what is not a finite number becomes None."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        entries: dict[str, Any] = plain(self)
+        return entries
 
     def to_json(self) -> str:
         """Strict JSON (no NaN), the keys in the order of the fields."""
@@ -84,21 +104,9 @@ class Report:
     def from_json(cls, text: str, where: str = FILE_NAME) -> "Report":
         """Read what ``to_json`` wrote; entries of a newer version are left out.
 
-        Raises DataError, naming ``where``, when it is not a report.
+        Raises DataError, naming ``where`` and the entry, when it is not a report.
         """
-        try:
-            entries = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{where} is not valid JSON ({error}): write it again with vitshrink compress.") from error
-        known = {entry.name: entry for entry in fields(cls)}
-        needed = {name for name, entry in known.items() if entry.default is entry.default_factory is MISSING}
-        missing = sorted(needed - entries.keys()) if isinstance(entries, dict) else sorted(needed)
-        if missing:
-            raise DataError(f"{where} is not a report of vitshrink: it has no {', '.join(missing)}.")
-        for name, value in entries.items():
-            if name in known and not _fits(value, known[name].type):
-                raise DataError(f"{where}: the entry {name!r} cannot be {value!r}: the file is damaged.")
-        return cls(**{name: value for name, value in entries.items() if name in known})
+        return parse(_adapter(), text, where, SCHEMA)
 
     @classmethod
     def read(cls, directory: Path) -> "Report":
@@ -112,23 +120,16 @@ class Report:
             ) from error
 
 
-def before_after(dense: float, compressed: float) -> dict[str, float]:
-    """``dense``, ``compressed`` and the fraction ``kept``."""
-    return {"dense": dense, "compressed": compressed, "kept": compressed / dense if dense else 1.0}
+def report_schema() -> dict[str, Any]:
+    """The JSON Schema of ``report.json``."""
+    # what a record has from another one is described there
+    made = TypeAdapter(tuple[Report, Evaluation, Timings], config=RULES).json_schema()["$defs"]
+    for record, base in (("EvaluationRecord", made.pop("Evaluation")), ("LatencyRecord", made["Timings"])):
+        made[record]["properties"] |= base["properties"]
+    report = made.pop("Report")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **report, "$defs": made}
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    return any(isinstance(value, get_origin(kind) or kind) for kind in kinds)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {shown_text(str(key)): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, int | float | bool):
-        return value
-    return shown_text(str(value))  # names, and paths, dtypes and devices
+@cache
+def _adapter() -> TypeAdapter[Report]:
+    return TypeAdapter(Report)

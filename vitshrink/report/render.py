@@ -1,6 +1,5 @@
 """A report as Markdown, as a model card and as a web page: the same record through templates."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,10 +12,11 @@ from markupsafe import Markup
 
 from vitshrink.config.names import shown_text
 from vitshrink.errors import OutputError
+from vitshrink.evaluation.quality import Evaluation, Fidelity
 from vitshrink.report import figures, summary
-from vitshrink.report.layers import layers
 from vitshrink.report.record import FILE_NAME, Report
 from vitshrink.report.thumbnails import SHOWN
+from vitshrink.runtime.records import plain
 
 SHOWN_CLASSES = 15
 
@@ -88,7 +88,7 @@ def render_html(report: Report) -> str:
         figures_available=drawn,
         rank_plan=_picture(figures.rank_plan(report)) if drawn else None,
         error_by_layer=_picture(figures.error_by_layer(report)) if drawn else None,
-        disagreements=((report.evaluation or {}).get("disagreements") or [])[:SHOWN],
+        disagreements=() if report.evaluation is None else report.evaluation.disagreements[:SHOWN],
         **_view(report),
     )
 
@@ -132,67 +132,66 @@ def render_comparison_html(reports: Sequence[Report]) -> str:
 
 def comparison_columns(reports: Sequence[Report]) -> dict[str, list[str]]:
     """The columns of a comparison, those that nothing was measured for left out; one text a report."""
-    metrics = [(report.evaluation or {}).get("metric") for report in reports]
-    name = next((summary.metric_name(r) for r, metric in zip(reports, metrics, strict=True) if metric), "accuracy")
+    evaluations = [report.evaluation for report in reports]
+    name = next((summary.metric_name(each) for each in evaluations if each is not None and each.metric), "accuracy")
+    lines = [_line(report, name) for report in reports]
+    columns = {column: [line.get(column, summary.UNKNOWN) for line in lines] for column in _columns(name)}
+    return {column: texts for column, texts in columns.items() if set(texts) != {summary.UNKNOWN}}
 
-    def entry(report: Report, *path: str) -> Any:
-        value: Any = report.to_dict()
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
 
-    def scored(report: Report, role: str) -> str:
-        metric = entry(report, "evaluation", "metric")
-        return summary.score(metric, entry(report, "evaluation", role, metric)) if metric else summary.UNKNOWN
+def _columns(metric: str) -> list[str]:
+    costs = ["kept", "parameters", "files", "MACs", "latency"]
+    quality = [f"dense {metric}", metric, "change", "real", "agreement", "KL", "relative error", "cosine"]
+    return ["model", "method", *costs, *quality]
 
-    def change(report: Report) -> str:
-        drop = entry(report, "evaluation", "difference", "drop")
-        return summary.UNKNOWN if drop is None else summary.signed(entry(report, "evaluation", "metric"), -drop)
 
-    def real(report: Report) -> str:
-        significant = entry(report, "evaluation", "difference", "significant")
-        return summary.UNKNOWN if significant is None else "yes" if significant else "no"
-
-    columns = {
-        "model": [summary.model_name(report) for report in reports],
-        "method": [_method(report) for report in reports],
-        "kept": [summary.percent(entry(report, "parameters", "kept")) for report in reports],
-        "parameters": [summary.count(entry(report, "parameters", "compressed")) for report in reports],
-        "files": [summary.size(entry(report, "bytes", "compressed")) for report in reports],
-        "MACs": [summary.count(entry(report, "macs", "compressed")) for report in reports],
-        "latency": [summary.duration(entry(report, "latency", "compressed", "median")) for report in reports],
-        f"dense {name}": [scored(report, "dense") for report in reports],
-        name: [scored(report, "compressed") for report in reports],
-        "change": [change(report) for report in reports],
-        "real": [real(report) for report in reports],
-        "agreement": [summary.percent(entry(report, "evaluation", "fidelity", "agreement")) for report in reports],
-        "KL": [summary.number(entry(report, "evaluation", "fidelity", "kl")) for report in reports],
-        "relative error": [
-            summary.number(entry(report, "evaluation", "fidelity", "relative_error")) for report in reports
-        ],
-        "cosine": [summary.number(entry(report, "evaluation", "fidelity", "feature_cosine")) for report in reports],
+def _line(report: Report, metric: str) -> dict[str, str]:
+    """The cells of one report by column; those that nothing was measured for may be missing."""
+    latency = report.latency and report.latency.compressed
+    cells = {
+        "model": summary.model_name(report),
+        "method": _method(report),
+        "kept": summary.percent(report.parameters.kept),
+        "parameters": summary.count(report.parameters.compressed),
+        "files": summary.size(report.bytes and report.bytes.compressed),
+        "MACs": summary.count(report.macs and report.macs.compressed),
+        "latency": summary.duration(latency and latency.median),
     }
-    return {name: texts for name, texts in columns.items() if set(texts) != {summary.UNKNOWN}}
+    return cells if report.evaluation is None else cells | _quality(report.evaluation, metric)
+
+
+def _quality(evaluation: Evaluation, metric: str) -> dict[str, str]:
+    fidelity, difference, own = evaluation.fidelity or Fidelity(), evaluation.difference, evaluation.metric
+    cells = {
+        "agreement": summary.percent(fidelity.agreement),
+        "KL": summary.number(fidelity.kl),
+        "relative error": summary.number(fidelity.relative_error),
+        "cosine": summary.number(fidelity.feature_cosine),
+    }
+    for column, quality in ((f"dense {metric}", evaluation.dense), (metric, evaluation.compressed)):
+        cells[column] = summary.score(own, quality and quality.score(own))
+    if difference is not None:
+        cells["real"] = "yes" if difference.significant else "no"
+        cells["change"] = summary.UNKNOWN if difference.drop is None else summary.signed(own, -difference.drop)
+    return cells
 
 
 def _method(report: Report) -> str:
     parts = [report.method, report.allocation, *([] if report.compensation == "none" else [report.compensation])]
     if report.quantization is None:
         return ", ".join(parts)
-    return ", ".join([*(part for part in parts if part != "none"), report.quantization["weights"]])
+    return ", ".join([*(part for part in parts if part != "none"), report.quantization.weights])
 
 
 def _view(report: Report) -> dict[str, Any]:
-    evaluation = report.evaluation or {}
-    classes = evaluation.get("classes") or []
-    damaged = [row for row in classes if row.get("compressed", 0) < row.get("dense", 0)]
+    classes = () if report.evaluation is None else report.evaluation.classes
+    damaged = [each for each in classes if each.gain < 0]
     return {
         "name": summary.model_name(report),
         "rows": summary.summary_rows(report),
         "facts": summary.facts(report),
         "headline": summary.headline(report),
-        "layers": layers(report),
-        "evaluation": evaluation,
+        "evaluation": report.evaluation,
         "damaged": damaged[:SHOWN_CLASSES],
         "number_of_classes": len(classes),
         "number_of_damaged": len(damaged),
@@ -217,6 +216,7 @@ def _environment(*, autoescape: bool) -> Environment:
     for name in ("count", "size", "percent", "duration", "number", "plain", "prepared", "base_name"):
         environment.filters[name] = getattr(summary, name)
     environment.filters["cell"] = plain_markdown
+    environment.filters["entries"] = lambda record: plain(record).items()
     environment.filters["code"] = _code
     environment.filters["unbroken"] = _unbroken
     return environment
@@ -263,6 +263,6 @@ def _front_matter(report: Report) -> str:
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 
 
-def _data_of(report: Report) -> str:
-    evaluation = report.evaluation or {}
-    return json.dumps([evaluation.get("fingerprint"), evaluation.get("samples"), evaluation.get("task")])
+def _data_of(report: Report) -> tuple[str | None, int, str] | None:
+    evaluation = report.evaluation
+    return None if evaluation is None else (evaluation.fingerprint, evaluation.samples, evaluation.task)

@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vitshrink.evaluation.quality import Evaluation, Fidelity, Interval
+from vitshrink.models.cost import Latency
+from vitshrink.report.costs import BeforeAfter, LatencyRecord, Timings
 from vitshrink.report.record import Report
 
 UNKNOWN = "–"
@@ -59,27 +62,24 @@ def summary_rows(report: Report) -> list[Row]:
         _size_row("Weights in memory", report.memory, size),
         _size_row("MACs a sample", report.macs, count),
     ]
-    recovery = report.recovery
-    if recovery is not None:
-        before, after = number(recovery.get("before")), number(recovery.get("after"))
-        rows.append(Row("Held-out loss before and after recovery", "", f"{before} → {after}", ""))
-    return [*(row for row in rows if row), *latency_rows(report.latency), *accuracy_rows(report.evaluation or {})]
+    if report.recovery is not None:
+        losses = f"{number(report.recovery.before)} → {number(report.recovery.after)}"
+        rows.append(Row("Held-out loss before and after recovery", "", losses, ""))
+    return [*(row for row in rows if row), *latency_rows(report.latency), *accuracy_rows(report.evaluation)]
 
 
-def latency_rows(latency: Mapping[str, Any]) -> list[Row]:
+def latency_rows(latency: LatencyRecord | None) -> list[Row]:
     """Median times and their middle halves, a row a batch size; for batches of more than one also the throughput."""
     rows = []
-    for each in (latency, *(latency.get("others") or [])):
-        timings = each.get("dense") or {}, each.get("compressed") or {}
-        size = max(timing.get("batch_size", 0) for timing in timings)
-        if not size:
+    for each in () if latency is None else latency.by_batch_size:
+        size, timings = each.batch_size, (each.dense, each.compressed)
+        if size is None:
             continue
-        both = _timing(each)
-        times = [f"{duration(t['median'])} ({_quartiles(t)})" if t else UNKNOWN for t in timings]
-        rows.append(Row(f"Latency, batch of {size}", times[0], times[1], both.change if both else UNKNOWN))
+        dense, compressed = (UNKNOWN if t is None else f"{duration(t.median)} ({_quartiles(t)})" for t in timings)
+        rows.append(Row(f"Latency, batch of {size}", dense, compressed, _speed(each)[0]))
         if size > 1:
-            rates = [f"{t['throughput']:,.4g} /s" if t else UNKNOWN for t in timings]
-            rows.append(Row(f"Throughput, batch of {size}", rates[0], rates[1], ""))
+            dense, compressed = (UNKNOWN if t is None else f"{t.throughput:,.4g} /s" for t in timings)
+            rows.append(Row(f"Throughput, batch of {size}", dense, compressed, ""))
     return rows
 
 
@@ -90,11 +90,12 @@ def facts(report: Report) -> list[Fact]:
 
 def headline(report: Report) -> str:
     """The same in one sentence."""
-    parts = [f"{percent(report.parameters.get('kept'))} of the parameters"]
+    parts = [f"{percent(report.parameters.kept)} of the parameters"]
     if report.quantization is not None:
-        parts = [f"{percent(report.bytes.get('kept'))} of the bytes ({report.quantization['weights']})", *parts]
-    if report.macs.get("kept") is not None:
-        parts.append(f"{percent(report.macs['kept'])} of the operations")
+        kept = None if report.bytes is None else report.bytes.kept
+        parts = [f"{percent(kept)} of the bytes ({report.quantization.weights})", *parts]
+    if report.macs is not None:
+        parts.append(f"{percent(report.macs.kept)} of the operations")
     worse, real = _worse(report), _real(report)
     counted = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return f"{counted}; {worse.answer} ({worse.detail}); {real.answer}."
@@ -114,10 +115,9 @@ def base_name(source: str) -> str:
     return re.split(r"[\\/]", source.rstrip("\\/"))[-1] or source
 
 
-def metric_name(report: Report) -> str:
-    evaluation = report.evaluation or {}
-    name = METRIC_NAMES.get(str(evaluation.get("metric")), "accuracy")
-    return f"masked-token {name}" if evaluation.get("task") == "masked-lm" else name
+def metric_name(evaluation: Evaluation) -> str:
+    name = METRIC_NAMES.get(str(evaluation.metric), "accuracy")
+    return f"masked-token {name}" if evaluation.task == "masked-lm" else name
 
 
 def auto_class(report: Report) -> str:
@@ -188,8 +188,10 @@ def plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def prepared(description: Mapping[str, Any]) -> str:
+def prepared(description: Mapping[str, Any] | None) -> str:
     """The effective preprocessing in a line, from ``Preprocessor.description``; empty where there is none."""
+    if description is None:
+        return ""
     if description.get("kind") != "image":
         words = [str(description[key]) for key in ("tokenizer",) if key in description]
         if length := description.get("max_length"):
@@ -219,8 +221,8 @@ def _pixels(size: Any) -> str:
     return f"{size} × {size}"
 
 
-def interval(metric: str | None, bounds: Any) -> str:
-    return UNKNOWN if not bounds else f"{score(metric, bounds[0])} to {score(metric, bounds[1])}"
+def interval(metric: str | None, bounds: Interval | None) -> str:
+    return UNKNOWN if bounds is None else f"{score(metric, bounds.low)} to {score(metric, bounds.high)}"
 
 
 def _scaled(number: float | None, base: int, units: tuple[str, ...]) -> str:
@@ -233,143 +235,160 @@ def _scaled(number: float | None, base: int, units: tuple[str, ...]) -> str:
     return f"{value:.{digits}f}{units[power]}"
 
 
-def _size_row(name: str, group: Mapping[str, Any], show: Callable[[float | None], str]) -> Row | None:
-    if group.get("dense") is None:
+def _size_row(name: str, cost: BeforeAfter | None, show: Callable[[float | None], str]) -> Row | None:
+    if cost is None:
         return None
-    return Row(name, show(group["dense"]), show(group.get("compressed")), f"{percent(group.get('kept'))} kept")
+    return Row(name, show(cost.dense), show(cost.compressed), f"{percent(cost.kept)} kept")
 
 
-def accuracy_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+def accuracy_rows(evaluation: Evaluation | None) -> list[Row]:
     """Scores with their intervals, and the fidelity to the dense model."""
-    dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
-    fidelity, metric = evaluation.get("fidelity") or {}, evaluation.get("metric")
+    if evaluation is None:
+        return []
     rows = []
     for name in METRIC_NAMES:
-        if compressed.get(name) is None and dense.get(name) is None:
+        before, after = (quality and quality.score(name) for quality in (evaluation.dense, evaluation.compressed))
+        if before is None and after is None:
             continue
-        before, after = dense.get(name), compressed.get(name)
         change = UNKNOWN if before is None or after is None else signed(name, after - before)
         label = METRIC_NAMES[name]
-        label = f"Masked-token {label}" if evaluation.get("task") == "masked-lm" else label[0].upper() + label[1:]
+        label = f"Masked-token {label}" if evaluation.task == "masked-lm" else label[0].upper() + label[1:]
         rows.append(Row(label, score(name, before), score(name, after), change))
-        if name == metric:
-            before, after = (interval(name, scores.get("interval")) for scores in (dense, compressed))
-            drop = (evaluation.get("difference") or {}).get("drop_interval")
-            change = signed_range(name, -drop[1], -drop[0]) if drop else UNKNOWN
-            rows.append(Row("95 % interval", before, after, change))
-    shown: dict[str, tuple[str, Callable[[float | None], str]]] = {
-        "agreement": ("Same prediction as dense", percent),
-        "label_agreement": ("Same decision as dense, label by label", percent),
-        "top5_overlap": ("Top-5 in common with dense", percent),
-        "kl": ("KL(dense ‖ compressed), nats", number),
-        "relative_error": ("Squared error relative to dense", number),
-        "feature_cosine": ("Cosine to dense features, token by token", number),
-        "pooled_cosine": ("Cosine to dense features, pooled", number),
-        "prediction_spearman": ("Rank correlation with dense predictions", number),
-    }
-    for name, (label, show) in shown.items():
-        if name in fidelity:
-            rows.append(Row(label, "", show(fidelity[name]), ""))
-    return rows
+        if name == evaluation.metric:
+            rows.append(_interval_row(evaluation))
+    return rows + _fidelity_rows(evaluation.fidelity or Fidelity())
 
 
-@dataclass(frozen=True)
-class _Timing:
-    dense: Mapping[str, Any]
-    compressed: Mapping[str, Any]
-    change: str
-    tone: str
-    batch_size: int
+def _interval_row(evaluation: Evaluation) -> Row:
+    name, difference = evaluation.metric, evaluation.difference
+    qualities = (evaluation.dense, evaluation.compressed)
+    before, after = (interval(name, None if quality is None else quality.interval) for quality in qualities)
+    change = UNKNOWN if difference is None else _gain_range(name, difference.drop_interval)
+    return Row("95 % interval", before, after, change)
 
 
-def _timing(latency: Mapping[str, Any]) -> _Timing | None:
-    """The measured latency; where the middle halves of the two models' times overlap, no difference is claimed."""
-    dense, compressed = (latency.get(role) or {} for role in ("dense", "compressed"))
-    if not dense or not compressed:
-        return None
-    ratio = dense["median"] / compressed["median"]
-    change, tone = f"{ratio:.2f}× as fast", "good" if ratio > 1 else "bad"
-    if _overlap(dense, compressed):
-        change, tone = "no clear difference in time", "neutral"
-    return _Timing(dense, compressed, change, tone, dense["batch_size"])
+def _gain_range(metric: str | None, drop: Interval) -> str:
+    return signed_range(metric, -drop.high, -drop.low)
 
 
-def _quartiles(timing: Mapping[str, Any]) -> str:
+def _fidelity_rows(fidelity: Fidelity) -> list[Row]:
+    compared = fidelity.mean_absolute_difference is not None  # their correlation may be no number
+    shown: list[tuple[str, float | None, Callable[[float | None], str], bool]] = [
+        ("Same prediction as dense", fidelity.agreement, percent, False),
+        ("Same decision as dense, label by label", fidelity.label_agreement, percent, False),
+        ("Top-5 in common with dense", fidelity.top5_overlap, percent, False),
+        ("KL(dense ‖ compressed), nats", fidelity.kl, number, False),
+        ("Squared error relative to dense", fidelity.relative_error, number, False),
+        ("Cosine to dense features, token by token", fidelity.feature_cosine, number, False),
+        ("Cosine to dense features, pooled", fidelity.pooled_cosine, number, False),
+        ("Rank correlation with dense predictions", fidelity.prediction_spearman, number, compared),
+    ]
+    return [Row(label, "", show(value), "") for label, value, show, known in shown if known or value is not None]
+
+
+def _speed(timings: Timings) -> tuple[str, str]:
+    """By how much the model is faster, and the tone of that.
+
+    Where the middle halves of the two models' times overlap, no difference is claimed.
+    """
+    if timings.dense is None or timings.compressed is None:
+        return UNKNOWN, "neutral"
+    if timings.dense.overlaps(timings.compressed):
+        return "no clear difference in time", "neutral"
+    ratio = timings.dense.median / timings.compressed.median
+    return f"{ratio:.2f}× as fast", "good" if ratio > 1 else "bad"
+
+
+def _quartiles(timing: Latency) -> str:
     """``11.9–12.4``, in the unit of the median."""
-    scale = 1000 if timing["median"] < 1 else 1
-    digits = 1 if timing["median"] < 0.1 or timing["median"] >= 1 else 0
-    return "–".join(f"{scale * timing[name]:.{digits}f}" for name in ("lower_quartile", "upper_quartile"))
-
-
-def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    low, high = (max(t["lower_quartile"] for t in (one, other)), min(t["upper_quartile"] for t in (one, other)))
-    return bool(low <= high)
+    scale = 1000 if timing.median < 1 else 1
+    digits = 1 if timing.median < 0.1 or timing.median >= 1 else 0
+    return f"{scale * timing.lower_quartile:.{digits}f}–{scale * timing.upper_quartile:.{digits}f}"
 
 
 def _smaller(report: Report) -> Fact:
     # integers make the file smaller, not the number of parameters
-    kept = (report.bytes if report.quantization and report.bytes else report.parameters).get("kept")
-    detail = f"{count(report.parameters.get('dense'))} → {count(report.parameters.get('compressed'))} parameters"
-    if report.bytes.get("dense") is not None:
-        detail += f", {size(report.bytes['dense'])} → {size(report.bytes.get('compressed'))}"
-    answer = UNKNOWN if kept is None else f"{percent(1 - kept)} smaller" if kept <= 1 else f"{percent(kept - 1)} larger"
-    return Fact("How much smaller?", answer, detail, "good" if kept is not None and kept < 1 else "neutral")
+    kept = (report.bytes if report.quantization and report.bytes else report.parameters).kept
+    detail = f"{count(report.parameters.dense)} → {count(report.parameters.compressed)} parameters"
+    if report.bytes is not None:
+        detail += f", {size(report.bytes.dense)} → {size(report.bytes.compressed)}"
+    answer = f"{percent(1 - kept)} smaller" if kept <= 1 else f"{percent(kept - 1)} larger"
+    return Fact("How much smaller?", answer, detail, "good" if kept < 1 else "neutral")
 
 
 def _faster(report: Report) -> Fact:
-    macs, timing = report.macs, _timing(report.latency)
-    counted = f"{count(macs['dense'])} → {count(macs.get('compressed'))} MACs" if macs.get("dense") else ""
-    if timing is not None:
-        times = " → ".join(duration(each["median"]) for each in (timing.dense, timing.compressed))
-        detail = f"measured: {times}, batch of {timing.batch_size}"
-        detail = f"{detail}; {counted}" if counted else detail
-        return Fact("How much faster?", timing.change, detail, timing.tone)
-    if counted and macs.get("kept") is not None:
-        answer = f"{percent(1 - macs['kept'])} fewer operations"
-        return Fact("How much faster?", answer, f"{counted} a sample; time not measured", "good")
-    return Fact("How much faster?", "not measured", "neither operations nor time were counted")
+    question, macs, timings = "How much faster?", report.macs, report.latency
+    counted = "" if macs is None else f"{count(macs.dense)} → {count(macs.compressed)} MACs"
+    if timings is not None and timings.dense is not None and timings.compressed is not None:
+        times = " → ".join(duration(each.median) for each in (timings.dense, timings.compressed))
+        detail = f"measured: {times}, batch of {timings.batch_size}"
+        answer, tone = _speed(timings)
+        return Fact(question, answer, f"{detail}; {counted}" if counted else detail, tone)
+    if macs is not None:
+        answer = f"{percent(1 - macs.kept)} fewer operations"
+        return Fact(question, answer, f"{counted} a sample; time not measured", "good")
+    return Fact(question, "not measured", "neither operations nor time were counted")
 
 
 def _worse(report: Report) -> Fact:
     question = "How much worse?"
-    evaluation = report.evaluation
-    if not evaluation:
+    if report.evaluation is None:
         return Fact(question, "not measured", "there were no data to measure it on")
-    metric, samples = evaluation.get("metric"), evaluation.get("samples")
-    dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
-    difference, fidelity = evaluation.get("difference") or {}, evaluation.get("fidelity") or {}
-    if difference.get("drop") is not None:
-        drop = difference["drop"]
-        detail = f"{score(metric, dense[metric])} → {score(metric, compressed[metric])} on {samples:,} samples"
-        tone = ("bad" if drop > 0 else "good") if difference.get("significant") else "neutral"
-        return Fact(question, f"{signed(metric, -drop)} {metric_name(report)}", detail, tone)
-    if "agreement" in fidelity:
-        detail = f"{samples:,} samples without labels; KL {number(fidelity.get('kl'))} nats"
-        return Fact(question, f"{percent(fidelity['agreement'])} same predictions", detail)
-    if "feature_cosine" in fidelity:
-        error = f"; relative squared error {number(fidelity['relative_error'])}" if "relative_error" in fidelity else ""
-        detail = f"token by token on {samples:,} samples{error}; pooled {number(fidelity.get('pooled_cosine'))}"
-        return Fact(question, f"{number(fidelity['feature_cosine'])} cosine to dense features", detail)
-    if "relative_error" in fidelity:
+    answer, detail, tone = (
+        _drop_of(report.evaluation)
+        or _distance_of(report.evaluation)
+        or _score_of(report.evaluation)
+        or ("not measured", f"nothing comparable on {report.evaluation.samples} samples", "neutral")
+    )
+    return Fact(question, answer, detail, tone)
+
+
+def _drop_of(evaluation: Evaluation) -> tuple[str, str, str] | None:
+    """Answer, detail and tone of the drop in the metric."""
+    difference, metric = evaluation.difference, evaluation.metric
+    dense, compressed = evaluation.dense, evaluation.compressed
+    if difference is None or difference.drop is None or dense is None or compressed is None:
+        return None
+    scores = f"{score(metric, dense.score(metric))} → {score(metric, compressed.score(metric))}"
+    tone = ("bad" if difference.drop > 0 else "good") if difference.significant else "neutral"
+    answer = f"{signed(metric, -difference.drop)} {metric_name(evaluation)}"
+    return answer, f"{scores} on {evaluation.samples:,} samples", tone
+
+
+def _distance_of(evaluation: Evaluation) -> tuple[str, str, str] | None:
+    """Answer, detail and tone of the distance from the dense model."""
+    fidelity, samples = evaluation.fidelity or Fidelity(), evaluation.samples
+    if fidelity.agreement is not None:
+        detail = f"{samples:,} samples without labels; KL {number(fidelity.kl)} nats"
+        return f"{percent(fidelity.agreement)} same predictions", detail, "neutral"
+    if fidelity.feature_cosine is not None:
+        known = fidelity.relative_error is not None
+        error = f"; relative squared error {number(fidelity.relative_error)}" if known else ""
+        detail = f"token by token on {samples:,} samples{error}; pooled {number(fidelity.pooled_cosine)}"
+        return f"{number(fidelity.feature_cosine)} cosine to dense features", detail, "neutral"
+    if fidelity.relative_error is not None:
         detail = f"of the dense model's scores, as a share of their variance, on {samples:,} samples"
-        return Fact(question, f"{number(fidelity['relative_error'])} squared error", detail)
-    if metric and compressed.get(metric) is not None:
-        detail = f"on {samples:,} samples; the dense model was not run"
-        return Fact(question, f"{score(metric, compressed[metric])} {metric_name(report)}", detail)
-    return Fact(question, "not measured", f"nothing comparable on {samples} samples")
+        return f"{number(fidelity.relative_error)} squared error", detail, "neutral"
+    return None
+
+
+def _score_of(evaluation: Evaluation) -> tuple[str, str, str] | None:
+    """Answer, detail and tone of the compressed model alone."""
+    if evaluation.compressed is None or evaluation.score is None:
+        return None
+    detail = f"on {evaluation.samples:,} samples; the dense model was not run"
+    return f"{score(evaluation.metric, evaluation.score)} {metric_name(evaluation)}", detail, "neutral"
 
 
 def _real(report: Report) -> Fact:
     question = "Is the drop real?"
-    evaluation = report.evaluation or {}
-    difference = evaluation.get("difference") or {}
-    if difference.get("drop") is None:
+    difference = None if report.evaluation is None else report.evaluation.difference
+    if report.evaluation is None or difference is None or difference.drop is None:
         return Fact(question, "cannot be told", "needs labelled samples for both models")
-    metric, drop, bounds = evaluation.get("metric"), difference["drop"], difference.get("drop_interval")
-    test = f"{p_value(difference.get('p_value'))} ({difference.get('test', 'paired')})"
-    detail = test if not bounds else f"95 % interval {signed_range(metric, -bounds[1], -bounds[0])}; {test}"
-    if not difference.get("significant"):
+    drop = _gain_range(report.evaluation.metric, difference.drop_interval)
+    detail = f"95 % interval {drop}; {p_value(difference.p_value)} ({difference.test})"
+    if not difference.significant:
         return Fact(question, "within noise", detail)
-    if drop > 0:
+    if difference.drop > 0:
         return Fact(question, "a real drop", detail, "bad")
     return Fact(question, "a real gain", detail, "good")

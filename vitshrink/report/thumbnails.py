@@ -1,11 +1,12 @@
 """Small images of the samples on which two models disagree, as ``data:`` addresses."""
 
 import base64
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from io import BytesIO
-from typing import Any
 
 from vitshrink.data import ImageError, SampleSet, decode_image
+from vitshrink.evaluation.quality import Disagreement
 
 SIDE = 160
 """Pixels of the longer side."""
@@ -15,17 +16,14 @@ SHOWN = 12
 
 
 def with_thumbnails(
-    disagreements: Sequence[Mapping[str, Any]], samples: SampleSet, most: int = SHOWN
-) -> list[dict[str, Any]]:
-    """The entries of an evaluation, the first ``most`` with an image under ``thumbnail``; texts have none.
+    disagreements: Sequence[Disagreement], samples: SampleSet, most: int = SHOWN
+) -> tuple[Disagreement, ...]:
+    """The disagreements of an evaluation, the first ``most`` with a thumbnail; texts have none.
 
     A report with thumbnails publishes the samples: make one only when the user asks for it.
     """
-    made = _thumbnails(samples, {entry["sample"] for entry in disagreements[:most]})
-    return [
-        {**entry, "thumbnail": made[entry["sample"]]} if entry["sample"] in made else dict(entry)
-        for entry in disagreements
-    ]
+    made = _thumbnails(samples, {each.sample for each in disagreements[:most]})
+    return tuple(replace(each, thumbnail=made.get(each.sample)) for each in disagreements)
 
 
 def _thumbnails(samples: SampleSet, wanted: Set[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 from vitshrink._version import __version__
 from vitshrink.config.names import shown_data
 from vitshrink.errors import DataError, OutputError
+from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.sweep.junit import junit_xml
 from vitshrink.jobs.sweep.outcome import Outcome, Status, exit_code
 from vitshrink.jobs.sweep.plan import JobPlan, SweepPlan
@@ -86,10 +87,6 @@ def summary_markdown(rows: Sequence[Row]) -> str:
 
 def _row(plan: SweepPlan, job: JobPlan, outcome: Outcome) -> Row:
     report = None if outcome.status.broken else _report(plan, job)
-    evaluation = (report.evaluation if report else None) or {}
-    dense, compressed = evaluation.get("dense") or {}, evaluation.get("compressed") or {}
-    difference, fidelity = evaluation.get("difference") or {}, evaluation.get("fidelity") or {}
-    metric = evaluation.get("metric")
     return {
         "job": job.name,
         "status": outcome.status,
@@ -97,25 +94,41 @@ def _row(plan: SweepPlan, job: JobPlan, outcome: Outcome) -> Row:
         "model": job.config.model,
         "method": job.config.method,
         "size": job.config.size,
-        "parameters": report.parameters.get("compressed") if report else None,
-        "kept": report.parameters.get("kept") if report else None,
-        "bytes": report.bytes.get("compressed") if report else None,
-        "macs": report.macs.get("compressed") if report else None,
-        "macs_kept": report.macs.get("kept") if report else None,
-        "latency_ratio": report.latency_ratio if report else None,
-        "metric": metric,
-        "dense_score": dense.get(metric),
-        "score": compressed.get(metric),
-        "drop": difference.get("drop"),
-        "drop_is_real": difference.get("significant"),
-        "agreement": fidelity.get("agreement"),
-        "kl": fidelity.get("kl"),
-        "relative_error": fidelity.get("relative_error"),
-        "samples": evaluation.get("samples"),
+        **_costs(report),
+        **_quality(report and report.evaluation),
         "seconds": round(outcome.seconds, 3),
         "reused": outcome.reused,
         "fingerprint": outcome.fingerprint,
         "directory": str(plan.output / job.name / MODEL) if report else None,
+    }
+
+
+def _costs(report: Report | None) -> Row:
+    macs = report and report.macs
+    return {
+        "parameters": report and report.parameters.compressed,
+        "kept": report and report.parameters.kept,
+        "bytes": report and report.bytes and report.bytes.compressed,
+        "macs": macs and macs.compressed,
+        "macs_kept": macs and macs.kept,
+        "latency_ratio": report and report.latency_ratio,
+    }
+
+
+def _quality(evaluation: EvaluationRecord | None) -> Row:
+    metric = evaluation and evaluation.metric
+    dense, compressed = evaluation and evaluation.dense, evaluation and evaluation.compressed
+    difference, fidelity = evaluation and evaluation.difference, evaluation and evaluation.fidelity
+    return {
+        "metric": metric,
+        "dense_score": dense and dense.score(metric),
+        "score": compressed and compressed.score(metric),
+        "drop": difference and difference.drop,
+        "drop_is_real": difference and difference.significant,
+        "agreement": fidelity and fidelity.agreement,
+        "kl": fidelity and fidelity.kl,
+        "relative_error": fidelity and fidelity.relative_error,
+        "samples": evaluation and evaluation.samples,
     }
 
 

@@ -294,7 +294,7 @@ class _Sweep:
 
 def judge(gates: Gates, report: Report) -> tuple[Status, str]:
     """Whether a result keeps its bounds, and by how much. Raises UsageError where that cannot be told."""
-    nbytes = report.bytes.get("compressed")
+    nbytes = report.bytes and report.bytes.compressed
     verdicts = gates.judge(report.evaluation, nbytes=nbytes, latency_ratio=report.latency_ratio)
     status = Status.PASSED if all(verdict.passed for verdict in verdicts) else Status.GATE
     return status, "; ".join(map(str, sorted(verdicts, key=lambda verdict: verdict.passed)))

@@ -1,0 +1,232 @@
+"""What an evaluation finds: how good the models are, how alike, and whether the difference is real.
+
+Fractions are in [0, 1], divergences in nats, intervals at 95 %.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, NamedTuple, final
+
+from vitshrink.runtime.records import IfSet, LeftOut, plain
+
+
+class Interval(NamedTuple):
+    """A 95 % interval, written as ``[low, high]``."""
+
+    low: float
+    high: float
+
+
+class Quality:
+    """How good one model is, by the metric that fits its head."""
+
+    metric: ClassVar[str]
+    """The figure that models are compared by."""
+    interval: Interval
+    """Of that."""
+
+    def score(self, metric: str | None) -> float | None:
+        """The figure of this name; None where this quality has none."""
+        value: float | None = None if metric is None else getattr(self, metric, None)
+        return value
+
+
+@final
+@dataclass(frozen=True)
+class Accuracy(Quality):
+    """How often a classifier is right, or a masked language model at its hidden tokens."""
+
+    metric: ClassVar[str] = "top1"
+
+    top1: float
+    """Fraction of the samples, or hidden tokens, that are recognized."""
+    correct: int
+    """How many these are."""
+    interval: Interval
+    """Of ``top1``."""
+    top5: IfSet[float] = None
+    """Fraction whose class is among the five likeliest; only with more than five classes."""
+    top5_correct: IfSet[int] = None
+    """How many these are."""
+    top5_interval: IfSet[Interval] = None
+    """Of ``top5``."""
+    tokens: IfSet[int] = None
+    """Number of hidden tokens; only for masked language models."""
+
+
+@final
+@dataclass(frozen=True)
+class LabelScores(Quality):
+    """How well a multi-label classifier finds the labels."""
+
+    metric: ClassVar[str] = "f1_micro"
+
+    f1_micro: float
+    """F1 over all labels of all samples together."""
+    interval: Interval
+    """Of ``f1_micro``."""
+    f1_macro: float
+    """Mean of the F1 of each label."""
+    exact_match: float
+    """Fraction of the samples whose labels are all right."""
+    exact_match_interval: Interval
+    """Of ``exact_match``."""
+
+
+@final
+@dataclass(frozen=True)
+class Correlation(Quality):
+    """How the answers of a regression, or the similarities of sentences, go with the true scores."""
+
+    metric: ClassVar[str] = "spearman"
+
+    spearman: float | None
+    """Rank correlation in [-1, 1]; None where one side is constant."""
+    pearson: float | None
+    """Linear correlation in [-1, 1]; likewise."""
+    interval: Interval
+    """Of ``spearman``."""
+
+
+@final
+@dataclass(frozen=True)
+class Fidelity:
+    """How alike the compressed and the dense model are. A head has some of these figures; the others are left out."""
+
+    agreement: IfSet[float] = None
+    """Fraction of the samples, or hidden tokens, with the same prediction."""
+    agreement_interval: IfSet[Interval] = None
+    """Of ``agreement``."""
+    kl: IfSet[float] = None
+    """Mean KL(dense ‖ compressed), nats."""
+    kl_interval: IfSet[Interval] = None
+    """Of ``kl``."""
+    top5_overlap: IfSet[float] = None
+    """Mean fraction of the five likeliest classes that both models name."""
+    label_agreement: IfSet[float] = None
+    """Fraction of the single labels that are decided alike, by multi-label classifiers."""
+    feature_cosine: IfSet[float] = None
+    """Mean cosine of the features, token by token."""
+    pooled_cosine: IfSet[float] = None
+    """Mean cosine of the pooled features."""
+    prediction_spearman: Annotated[float | None, LeftOut(beside="mean_absolute_difference")] = None
+    """Rank correlation of the two models' scores; None where one side is constant."""
+    mean_absolute_difference: IfSet[float] = None
+    """Of the two models' scores, in their unit."""
+    relative_error: IfSet[float] = None
+    """Squared error of scores or features, as a fraction of their spread in the dense model."""
+    relative_error_interval: IfSet[Interval] = None
+    """Of ``relative_error``."""
+
+
+@final
+@dataclass(frozen=True)
+class Difference:
+    """The dense against the compressed model on the same samples, by the metric."""
+
+    drop: float | None
+    """Dense score less compressed score; None where one of them is no number."""
+    drop_interval: Interval
+    """Of ``drop``."""
+    p_value: float
+    """How likely a difference as large is if the models are equally good."""
+    significant: bool
+    """Whether the p-value is below 0.05."""
+    test: str
+    """The test that gave the p-value."""
+
+
+@final
+@dataclass(frozen=True)
+class ClassScore:
+    """One class, or one label: accuracy, or F1, of the models that were run."""
+
+    class_: str
+    """Its name."""
+    samples: int
+    """How many have it."""
+    dense: IfSet[float] = None
+    """Score of the dense model."""
+    compressed: IfSet[float] = None
+    """Score of the compressed model."""
+
+    @property
+    def gain(self) -> float:
+        """Compressed less dense score; a model that was not run counts as zero."""
+        return (self.compressed or 0.0) - (self.dense or 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class Disagreement:
+    """A sample that the two models classify differently."""
+
+    sample: str
+    """Its key: for images the path below the data."""
+    label: str | None
+    """True class; None without labels."""
+    dense: str | None
+    """What the dense model says."""
+    compressed: str | None
+    """What the compressed model says."""
+    kl: float
+    """KL(dense ‖ compressed), nats."""
+    thumbnail: IfSet[str] = None
+    """Small image as a ``data:`` address; only where the user asked for thumbnails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured. A model that was not run and a comparison that could not be made are None."""
+
+    task: str
+    """``image-classification``, ``text-classification``, ``masked-lm``, ``features`` or ``similarity`` (of pairs)."""
+    metric: str | None = None
+    """The figure of ``dense`` and ``compressed`` that ``difference`` compares: ``top1``, ``f1_micro``, ``spearman``."""
+    samples: int
+    """How many were measured."""
+    dense: Accuracy | LabelScores | Correlation | None = None
+    """How good the dense model is."""
+    compressed: Accuracy | LabelScores | Correlation | None = None
+    """How good the compressed model is."""
+    fidelity: Fidelity | None = None
+    """How alike they are."""
+    difference: Difference | None = None
+    """Whether the drop from one to the other is real."""
+    classes: tuple[ClassScore, ...] = ()
+    """Accuracy of each class, or F1 of each label, the most samples lost first. Without labels, the dense model's
+    choice takes their place."""
+    disagreements: tuple[Disagreement, ...] = ()
+    """The largest divergence first, 24 at most."""
+
+    @property
+    def score(self) -> float | None:
+        """That of the compressed model by the metric, or of the dense one where it ran alone."""
+        quality = self.compressed or self.dense
+        return None if quality is None else quality.score(self.metric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        entries: dict[str, Any] = plain(self)
+        return entries
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(Evaluation):
+    """An evaluation, and the data it was made on."""
+
+    source: str | None = None
+    """Where the samples are from, as the user named it."""
+    fingerprint: str | None = None
+    """SHA-256 of the contents of the samples, in their order."""
+    label_rule: str | None = None
+    """How labels became the model's classes; None without labels."""
+    pooling: str | None = None
+    """How the tokens of a sample became one vector, where the models have no head."""
+    similarity: str | None = None
+    """How two vectors were compared, where the samples are pairs."""
+    bad_samples: Mapping[str, str] = field(default_factory=dict)
+    """Samples that could not be used, and why."""
+    preprocessing: Mapping[str, Any] | None = None
+    """What the image processor or the tokenizer did to a sample."""
