@@ -23,7 +23,7 @@ from vitshrink.jobs.description import Description
 from vitshrink.jobs.inputs import Inputs, trains_on_calibration
 from vitshrink.jobs.result import CompressionResult, published, write_result
 from vitshrink.jobs.session import Session, Settings
-from vitshrink.models.loading import LoadedModel
+from vitshrink.models.loading import LoadedModel, moved
 from vitshrink.models.publication import check_writable
 from vitshrink.recovery import Recovery, clear_state, recover
 from vitshrink.report import write, write_comparison
@@ -54,7 +54,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     _check(config)
     session = Session.open(config.model, Settings.of(config), job, allow_compressed=False)
     session.source.companions.tell(job)
-    dense = session.source.model.to(session.device)
+    dense = moved(session.source.model, session.device)
     shrinking = Shrinking.of(choices, dense, session.dtype(config.dtype))
     parts = [size.label for size in shrinking.sizes] if len(shrinking.sizes) > 1 else []
     with _staging(config, session, shrinking, parts) as staging:

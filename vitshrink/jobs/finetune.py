@@ -14,7 +14,7 @@ from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
 from vitshrink.models.geometry import sides
-from vitshrink.models.loading import LoadedModel
+from vitshrink.models.loading import LoadedModel, moved
 from vitshrink.models.publication import check_writable
 from vitshrink.models.resolution import set_resolution
 from vitshrink.models.structures.low_rank import LowRankLinear
@@ -49,10 +49,10 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
             if config.eval_data is not None:
                 samples = session.evaluation_samples(config.eval_data, config.eval_limit)
         session.warn_of_overlap(material.samples, samples, "are also trained on")
-        model = source.model.to(session.device)
+        model = moved(source.model, session.device)
         recovery = recover(
             model,
-            None if teacher is None else teacher.model.to(session.device),
+            None if teacher is None else moved(teacher.model, session.device),
             material,
             preprocessor,
             config.finetune,

@@ -33,7 +33,7 @@ from vitshrink.models.checkpoint import cast, save, verify
 from vitshrink.models.companions import Companions
 from vitshrink.models.example import example_inputs
 from vitshrink.models.families import family_of, task_of
-from vitshrink.models.loading import check_config, check_finite, held, usual_outputs
+from vitshrink.models.loading import check_config, check_finite, held, moved, usual_outputs
 from vitshrink.models.publication import publish
 from vitshrink.models.sentences import NO_SETTINGS, TextSettings
 from vitshrink.models.source import resolve
@@ -124,10 +124,10 @@ def compress(
     assert shrunk.model is not None
     quantization = Quantization.of(config, dtype)
     final = shrunk.model if quantization is None else quantization.applied(shrunk.model)
-    small = cast(final, dtype, in_place=True).to(model.device).eval()
+    small = moved(cast(final, dtype, in_place=True), model.device).eval()
     nbytes = (cost.memory_bytes(model), cost.memory_bytes(small))
     exact = torch.promote_types(dtype, torch.float32) is torch.float32  # as float32, and back again
-    judged = (small if exact else copy.deepcopy(small)).to(torch.float32)
+    judged = moved(small if exact else copy.deepcopy(small), dtype=torch.float32)
     measurement = None
     if held_out is not None and preprocessor is not None:
         (measurement,) = session.measure_each(
@@ -137,7 +137,7 @@ def compress(
     layers = description.layers(shrunk.factors, shrunk.plan)
     report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement)
     return Compressed(
-        small.to(dtype),
+        moved(small, dtype=dtype),
         replace(report, command=None),
         processor or getattr(preprocessor, "processor", None),
         None if origin is None else session.source.companions.of_modules,

@@ -12,7 +12,7 @@ from vitshrink.jobs.result import CompressionResult, published, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
-from vitshrink.models.loading import LoadedModel
+from vitshrink.models.loading import LoadedModel, moved
 from vitshrink.report import Report, before_after, write
 from vitshrink.report.making import QuantizationRecord
 from vitshrink.runtime import processes
@@ -76,7 +76,7 @@ def quantize_checkpoint(
             rounded = partial(quantized, bits=bits, activations=treated, dtype=source.source_dtype)
             written = write_result(source.model, staging, session, finish=rounded)
         dense = session.baseline or source
-        dense.model.to(session.device)
+        moved(dense.model, session.device)
         evaluation = None
         if samples is not None and preprocessor is not None:
             measurement = session.measure(written.model, samples, preprocessor, against=dense)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vitshrink.jobs.session import Session
 from vitshrink.models.checkpoint import save, verify
 from vitshrink.models.example import example_inputs
-from vitshrink.models.loading import LoadedModel, load_source
+from vitshrink.models.loading import LoadedModel, load_source, moved
 from vitshrink.models.publication import publish_by_main
 from vitshrink.models.source import examine
 from vitshrink.report import Report
@@ -72,5 +72,5 @@ def write_result(
     if written is None:
         source = examine(directory)
         written = load_source(source, dtype=source.dtype, attention=attention)
-    written.model.to(session.device, torch.float32)
+    moved(written.model, session.device, torch.float32)
     return written

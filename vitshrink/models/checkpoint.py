@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from vitshrink.errors import CheckpointError, NumericsError, OutputError
 from vitshrink.models import cost
 from vitshrink.models.hf_quantizer import list_structures
-from vitshrink.models.loading import LoadedModel, load_source, quiet_transformers
+from vitshrink.models.loading import LoadedModel, load_source, moved, quiet_transformers
 from vitshrink.models.source import examine, resolve
 from vitshrink.models.structures import connect, structure_of
 
@@ -98,7 +98,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, *, in_place: bool = False) 
     else:  # aligned, and no parts of other tensors: as a copy has them, and what is loaded
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-    return model.to("cpu", dtype)
+    return moved(model, "cpu", dtype)
 
 
 def load(
@@ -118,7 +118,7 @@ def load(
     Raises CheckpointError.
     """
     source = examine(resolve(path_or_id, offline=offline, revision=revision))
-    return load_source(source, dtype=dtype or source.dtype, attention=attention).model.to(device or "cpu")
+    return moved(load_source(source, dtype=dtype or source.dtype, attention=attention).model, device or "cpu")
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
 from vitshrink.models.companions import Companions, companions_of
@@ -64,6 +64,15 @@ def embedding_of(directory: Path, model: PreTrainedModel) -> Embedding:
     if task_of(model) != "features" or family_of(model).modality != "text":
         return MEAN
     return Embedding.read(directory, model.config.hidden_size)
+
+
+def moved(
+    model: PreTrainedModel, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model itself, on another device and in another type; transformers does not say what its ``to`` takes."""
+    untyped: Any = model
+    same: PreTrainedModel = untyped.to(device=device, dtype=dtype)
+    return same
 
 
 def held(model: PreTrainedModel, dtype: torch.dtype, origin: Path | None = None) -> LoadedModel:
@@ -186,8 +195,14 @@ def _readable(source: Source, architecture: type[PreTrainedModel]) -> dict[str, 
     """Where transformers finds the weights: in the files, or in memory where their names had to be changed."""
     if not source.wrappers and not source.nested:
         return {"pretrained_model_name_or_path": source.directory}
-    config = architecture.config_class.from_dict(source.config | {"output_attentions": False})
+    config = _config_of(source, architecture)
     return {"pretrained_model_name_or_path": None, "config": config, "state_dict": source.read_tensors()}
+
+
+def _config_of(source: Source, architecture: type[PreTrainedModel]) -> PreTrainedConfig:
+    kind = architecture.config_class
+    assert kind is not None  # families are of whole models
+    return kind.from_dict(source.config | {"output_attentions": False})
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -216,7 +231,7 @@ def usual_outputs(model: PreTrainedModel) -> list[str]:
     """Make a model give its outputs by name and in one piece, in place. Returns what a user should know of it."""
     model.config.return_dict = True  # what asks for them by place gets the same
     notes = []
-    chunked = [module for module in model.modules() if getattr(module, "chunk_size_feed_forward", 0)]
+    chunked: list[Any] = [module for module in model.modules() if getattr(module, "chunk_size_feed_forward", 0)]
     for module in chunked:
         module.chunk_size_feed_forward = 0
     if chunked:
@@ -242,7 +257,7 @@ def _check_size(source: Source, architecture: type[PreTrainedModel], options: Ma
         )
     try:
         with quiet_transformers(), torch.device("meta"):
-            config = architecture.config_class.from_dict(source.config | {"output_attentions": False})
+            config = _config_of(source, architecture)
             config._attn_implementation = "sdpa"  # the config may name a kernel to be fetched and run
             model = architecture(config, **{k: v for k, v in options.items() if k != "output_attentions"})
     except MemoryError:
