@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from test_processes import run_together, start_together
 
 from vitshrink.compression.layers import Compression, Factors
-from vitshrink.config.options import CompressConfig
+from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.jobs.compress import compress
+from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.models.checkpoint import load, save
 from vitshrink.runtime import checksums
 from vitshrink.runtime.observer import Job
@@ -208,6 +209,40 @@ def test_one_process_times_and_all_train_and_know_what_went_wrong(
     assert not [path for path in second[5] if str(tmp_path) in path], "what the other writes may be on another machine"
     assert not checksums.broken_files(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"small", "large", "taken", "timed", "out"}
+
+
+ROUNDING = """
+import json, sys, torch
+from vitshrink.config.options import DataConfig
+from vitshrink.jobs.quantize import quantize_checkpoint
+from vitshrink.report import figures
+from vitshrink.runtime import processes
+figures.available = lambda: False
+torch.set_num_threads(1)
+processes.join("cpu")
+report = quantize_checkpoint(*sys.argv[1:3], data=DataConfig(sys.argv[3]), device="cpu").report
+print(json.dumps([report.evaluation, report.latency, report.bytes]))
+processes.leave()
+"""
+
+
+def test_integers_are_measured_together_and_written_once(
+    vit_directory: Path, learned_images: Path, tmp_path: Path
+) -> None:
+    alone = quantize_checkpoint(
+        str(vit_directory), str(tmp_path / "alone"), data=DataConfig(str(learned_images)), device="cpu"
+    )
+    done = run_together("-c", ROUNDING, str(vit_directory), str(tmp_path / "out"), str(learned_images))
+    assert [process.returncode for process in done] == [0, 0], [process.stderr for process in done]
+    first, second = (json.loads(process.stdout) for process in done)
+    assert first == second
+    assert alone.report.evaluation is not None
+    assert first[0]["fidelity"]["kl"] == pytest.approx(alone.report.evaluation["fidelity"]["kl"], rel=1e-3)
+    assert first[0]["compressed"]["correct"] == alone.report.evaluation["compressed"]["correct"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "out")]
+    assert weights[0] == weights[1]
+    assert not checksums.broken_files(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "out"}
 
 
 def test_where_one_process_is_killed_the_other_ends(vit_directory: Path, flat_images: Path, tmp_path: Path) -> None:
