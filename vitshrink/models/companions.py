@@ -15,21 +15,18 @@ from safetensors.torch import save_file
 
 from vitshrink.config.names import shown
 from vitshrink.errors import CheckpointError
+from vitshrink.models.files import check_inside, check_regular, read_json, refuse_code
 from vitshrink.models.source import (
     CODE_SUFFIXES,
     CONFIG,
     MODULES,
     PICKLE_SUFFIXES,
     STATE_DICT,
-    check_inside,
-    check_regular,
     is_companion,
     is_module_file,
     modules_of,
-    read_json,
-    read_tensors,
-    refuse_code,
 )
+from vitshrink.models.weights import read_tensors
 from vitshrink.runtime.observer import Job
 
 SAFETENSORS = "model.safetensors"

@@ -15,16 +15,9 @@ from torch.nn import functional
 
 from vitshrink.errors import CheckpointError
 from vitshrink.models.companions import SAFETENSORS, SETTINGS
-from vitshrink.models.source import (
-    CONFIG,
-    MODULES,
-    STATE_DICT,
-    Module,
-    check_regular,
-    modules_of,
-    read_json,
-    read_tensors,
-)
+from vitshrink.models.files import check_regular, read_json
+from vitshrink.models.source import CONFIG, MODULES, STATE_DICT, Module, modules_of
+from vitshrink.models.weights import read_tensors
 
 MODEL_SETTINGS, TEXT_SETTINGS = SETTINGS
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"

@@ -5,8 +5,6 @@ and fails on damaged files with messages that name none. So every file that will
 first: it must lie in the directory, hold what its name says, and bring no code.
 """
 
-import json
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +20,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from vitshrink.config.names import is_portable, unportable
 from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.models.files import AGAIN, check_regular, first_line, listing, read_json, refuse_code
+from vitshrink.models.weights import WEIGHTS, StoredTensor, read_tensors, read_weights
 
 CONFIG = "config.json"
 MODULES = "modules.json"
@@ -56,52 +53,11 @@ COMPANIONS = (
 )
 """Files beside the weights that a compressed copy needs: image processor, tokenizer, sentence modules, licence."""
 
-# In the order in which transformers looks for them.
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 WITHIN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What torch.compile and FSDP put into names, before parts of the model as well; no model has a part of this name."""
 
 WRAPPERS = ("module.", "base_model.model.", "model.", *WITHIN)
 """What the wrappers of a model put before the names of all its tensors: data parallelism, PEFT, training loops."""
-
-NESTED = ("state_dict", "model_state_dict", "model")
-"""Entries of a training checkpoint under which the state dict lies."""
-
-_CODE_KEYS = ("auto_map", "custom_pipelines", "transformers_weights", "fusion_config", "kernel_config")
-_MAX_JSON_BYTES = 64 * 2**20
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_AGAIN = "The file is damaged or incomplete: download or copy it again."
-
-
-class StoredTensor(NamedTuple):
-    """What a weight file says of one tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -221,7 +177,7 @@ def _download(name: str, *, offline: bool, revision: str | None) -> Path:
         ) from error
     except Exception as error:  # the errors of whichever HTTP library huggingface_hub is built on
         raise CheckpointError(
-            f"{absent} the Hub could not be asked for it ({error.__class__.__name__}: {_first_line(error)}). "
+            f"{absent} the Hub could not be asked for it ({error.__class__.__name__}: {first_line(error)}). "
             "Check the network and the token, or "
             + ("use the copy in the local cache (offline)." if isinstance(cached, str) else "give a local folder.")
         ) from error
@@ -231,7 +187,7 @@ def _wanted(files: Iterable[str], modules: Iterable["Module"] = ()) -> Iterator[
     """Of all files of a Hub model those to download: one form of the weights, and what belongs to it."""
     present = set(files)
     folders = tuple(f"{module.folder}/" for module in modules if module.folder)
-    weights = next((name for name in _WEIGHTS if name in present), "")
+    weights = next((name for name in WEIGHTS if name in present), "")
     if weights.endswith(".index.json"):
         stem, suffix = weights.removesuffix(".index.json").split(".")
         shard = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
@@ -267,7 +223,7 @@ def examine(directory: Path) -> Source:
 
 def _examine(directory: Path) -> Source:
     config = read_config(directory)
-    weights, tensors, nested = _read_weights(directory)
+    weights, tensors, nested = read_weights(directory)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
         raise CheckpointError(f"{weights[0]} holds no floating-point tensor: it is no checkpoint of a model.")
     wrappers = _wrappers_of(tensors)
@@ -320,14 +276,14 @@ def modules_of(directory: Path) -> tuple[Module, ...]:
     check_regular(path, directory)
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
-        raise CheckpointError(f"{path} is no list of modules. {_AGAIN}")
+        raise CheckpointError(f"{path} is no list of modules. {AGAIN}")
     return tuple(_module(entry, path) for entry in entries)
 
 
 def _module(entry: Any, path: Path) -> Module:
     folder, kind = (entry.get(key) if isinstance(entry, dict) else None for key in ("path", "type"))
     if not isinstance(folder, str) or not isinstance(kind, str):
-        raise CheckpointError(f"{path} has an entry without path or type: {str(entry)[:100]}. {_AGAIN}")
+        raise CheckpointError(f"{path} has an entry without path or type: {str(entry)[:100]}. {AGAIN}")
     parts = PurePosixPath(folder).parts
     if PurePosixPath(folder).is_absolute() or ".." in parts or re.search(r"[\\\0:]", folder):
         raise CheckpointError(
@@ -337,33 +293,13 @@ def _module(entry: Any, path: Path) -> Module:
     return Module("/".join(parts), kind)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises CheckpointError naming the file when it is unreadable, too large or not JSON."""
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES // 2**20} MB: this is no configuration.")
-        return json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise CheckpointError(f"{path} is not valid JSON ({_first_line(error)}). {_AGAIN}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return entries
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """The config.json of a checkpoint. Raises CheckpointError where it is missing, damaged, or brings code."""
     path = directory / CONFIG
     if not path.exists() and not path.is_symlink():
         raise CheckpointError(
             f"{directory} has no {CONFIG}: it is no Hugging Face model directory. "
-            f"It holds {_listing(directory)}. Give the folder with {CONFIG} and the weights."
+            f"It holds {listing(directory)}. Give the folder with {CONFIG} and the weights."
         )
     check_regular(path, directory)
     config = read_json(path)
@@ -376,173 +312,3 @@ def read_config(directory: Path) -> dict[str, Any]:
             "(merge_and_unload) and save the result."
         )
     return config
-
-
-def refuse_code(config: Any, path: Path) -> None:
-    """Raises CheckpointError where a configuration makes transformers run code of the checkpoint."""
-    if isinstance(config, dict):
-        for key in _CODE_KEYS:
-            if config.get(key):
-                raise CheckpointError(
-                    f"{path} has an entry {key!r}, which makes transformers run code or open files of the "
-                    "checkpoint's choice; vitshrink never does. If the weights are those of a standard "
-                    "architecture, remove the entry in a copy."
-                )
-
-
-def _read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTensor], bool]:
-    """The weight files, their tensors, and whether these are nested in a training checkpoint."""
-    entry = next((directory / name for name in _WEIGHTS if (directory / name).exists()), None)
-    if entry is None:
-        raise CheckpointError(
-            f"{directory} has no weights that can be read: expected {', '.join(_WEIGHTS[:3])}. "
-            f"It holds {_listing(directory)}. Convert the weights to safetensors, or download them as well."
-        )
-    check_regular(entry, directory)
-    if entry.suffix != ".json":
-        return (entry,), *_stored_tensors(entry)
-    weight_map = _read_index(entry)
-    shards = tuple(directory / name for name in sorted(set(weight_map.values())))
-    tensors: dict[str, StoredTensor] = {}
-    holder: dict[str, Path] = {}
-    nested = False
-    for shard in shards:
-        if not shard.exists():
-            raise CheckpointError(f"{shard} is missing, but {entry.name} lists it: download or copy it as well.")
-        check_regular(shard, directory)
-        stored, part_of_more = _stored_tensors(shard)
-        nested |= part_of_more
-        for name, tensor in stored.items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"{directory}: the tensor {name!r} is in two shards, {holder[name].name} and {shard.name}. {_AGAIN}"
-                )
-            tensors[name], holder[name] = tensor, shard
-    for name, shard_name in weight_map.items():
-        if name not in tensors or holder[name].name != shard_name:
-            raise CheckpointError(f"{entry} says that {name!r} is in {shard_name}, but it is not. {_AGAIN}")
-    return shards, tensors, nested
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map: it is no index of a sharded checkpoint. {_AGAIN}")
-    suffix = ".safetensors" if ".safetensors" in path.name else ".bin"
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(suffix) or re.search(r"[/\\\0]", shard):
-            raise CheckpointError(
-                f"{path} places {tensor!r} in {shard!r}, which is no *{suffix} file of this directory: "
-                "refused. Do not use this checkpoint unless you know why it says so."
-            )
-    return weight_map
-
-
-def check_regular(path: Path, directory: Path) -> None:
-    """A file of the directory or a link within it. Raises CheckpointError for anything else."""
-    target = check_inside(path, directory)
-    if not target.is_file():
-        raise CheckpointError(f"{path} is not a file{' (a dangling link)' if path.is_symlink() else ''}.")
-
-
-def check_inside(path: Path, directory: Path) -> Path:
-    """Where a file or folder of the directory really is; the Hub cache links snapshots to the blobs beside them.
-
-    Raises CheckpointError for a link that leads out of it.
-    """
-    root = directory.resolve()
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is a link that leads nowhere ({_first_line(error)}).") from error
-    if not target.is_relative_to(root):
-        raise CheckpointError(
-            f"{path} is a link that leads out of the checkpoint, to {target}: refused. "
-            f"If this is meant, put a copy of the {'folder' if target.is_dir() else 'file'} in its place."
-        )
-    return target
-
-
-def _stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], bool]:
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        raise CheckpointError(f"{path} is empty. {_AGAIN}")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its repository.")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page, not weights: the download was answered by a login or error page.")
-    if path.suffix == ".safetensors":
-        return _safetensors_header(path), False
-    state, nested = _state_of(_unpickled(path, "meta"), path)
-    return {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}, nested
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of the state dict in a pickled one. Raises CheckpointError; runs no code."""
-    _stored_tensors(path)
-    return load_file(path) if path.suffix == ".safetensors" else _state_of(_unpickled(path, "cpu"), path)[0]
-
-
-def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
-    tensors = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, safe_open is no mapping
-                entry = file.get_slice(name)
-                dtype = entry.get_dtype()
-                if dtype not in _DTYPES:
-                    raise CheckpointError(
-                        f"{path}: the tensor {name!r} is of type {dtype}, as quantised checkpoints have. "
-                        "Start from the float32, float16 or bfloat16 checkpoint."
-                    )
-                tensors[name] = StoredTensor(_DTYPES[dtype], tuple(entry.get_shape()))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({_first_line(error)}). {_AGAIN}") from error
-    return tensors
-
-
-def _unpickled(path: Path, device: str) -> Any:
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        # The message of torch is left out: it advises to switch the protection off.
-        raise CheckpointError(
-            f"{path} holds more than tensors (a whole pickled module, or code): refused, nothing was run. "
-            "Ask the publisher for a safetensors file or a plain state dict."
-        ) from error
-    except Exception as error:  # a damaged archive fails in many ways, depending on where
-        raise CheckpointError(f"{path} is not a readable PyTorch file ({_first_line(error)}). {_AGAIN}") from error
-
-
-def _state_of(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """The state dict that a file holds, and whether it is an entry of something larger."""
-    if _is_state(content):
-        return content, False
-    found = [content[name] for name in NESTED if name in content] if isinstance(content, dict) else []
-    if len(found) != 1 or not _is_state(found[0]):
-        raise CheckpointError(
-            f"{path} is not a state dict (tensors by name), and has none as its only entry of "
-            f"{', '.join(NESTED)}: save model.state_dict() alone."
-        )
-    return found[0], True
-
-
-def _is_state(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and len(content) > 0
-        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items())
-    )
-
-
-def _listing(directory: Path, most: int = 8) -> str:
-    names = sorted(entry.name for entry in directory.iterdir())
-    return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "nothing"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), error.__class__.__name__)
