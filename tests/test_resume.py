@@ -103,7 +103,7 @@ MOMENTS = {
     "in the second round": (*LAYER, 12 + 12 + 5, {"batches": 8, "layers": 60 - 29}),
     "while repairing": ("vitshrink.compression.layers", "rescale_components", 0, {"batches": 8, "layers": 24}),
     "in the second size": (*LAYER, 12 + 24 + 12 + 1, {"batches": 0, "layers": 11}),
-    "while evaluating": ("vitshrink.jobs.compress", "measure_each", 0, {"batches": 0, "layers": 0}),
+    "while evaluating": ("vitshrink.jobs.session", "measure_each", 0, {"batches": 0, "layers": 0}),
     "while writing the report": ("vitshrink.jobs.compress", "write", 1, {"batches": 0, "layers": 0}),
 }
 
@@ -161,7 +161,7 @@ def test_training_goes_on_after_a_kill_and_is_not_lost_with_one_in_the_evaluatio
         return original(self, *arguments, **keywords)
 
     compress_until(entries, "vitshrink.recovery.training", "Loop._step", 5)  # two steps an epoch
-    compress_until(entries, "vitshrink.jobs.compress", "save", 0)
+    compress_until(entries, "vitshrink.jobs.result", "save", 0)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     compress(CompressConfig.from_mapping(entries))
     assert weights(tmp_path / "out") == wanted
@@ -325,7 +325,7 @@ def test_training_keeps_its_state_where_it_is_told_to(entries: dict[str, Any], t
     """With ``checkpoints`` of one's own, which are cleared once the model is there."""
     entries |= {"keep": [0.6], "samples": 24, "holdout": 0, "refine": 0}
     entries["finetune"] = {"epochs": 2, "batch_size": 8, "checkpoints": str(tmp_path / "mine")}
-    compress_until(entries, "vitshrink.jobs.compress", "save", 0)
+    compress_until(entries, "vitshrink.jobs.result", "save", 0)
     assert (tmp_path / "mine" / "state" / "job.json").exists()
     results: list[CompressionResult] = compress(CompressConfig.from_mapping(entries))
     assert any("training goes on" in warning for warning in results[0].report.warnings)

@@ -92,7 +92,9 @@ def test_quantize(small: Path, vit_directory: Path, learned_images: Path, seen: 
 
 def test_finetune(small: Path, vit_directory: Path, learned_images: Path, seen: Seen) -> None:
     training = FinetuneConfig(data=str(learned_images), epochs=1, batch_size=8)
-    job = FinetuneJob(str(small), str(seen.output), training, teacher=str(vit_directory), eval=str(learned_images))
+    job = FinetuneJob(
+        str(small), str(seen.output), finetune=training, teacher=str(vit_directory), eval=str(learned_images)
+    )
     finetune_checkpoint(job)
     assert seen.examined == seen.read == Counter([str(small), str(vit_directory), "output ."])
     assert seen.copies <= 2

@@ -15,7 +15,7 @@ def walk(
     ``root``.
 
     Raises:
-        OSError: a folder cannot be read.
+        OSError: a folder, which it names, cannot be read.
     """
     seen: set[tuple[int, int]] = set()
     above = {_identity(parent) for parent in root.resolve().parents}
@@ -28,15 +28,21 @@ def walk(
             on_link(folder)
             continue
         seen.add(identity)
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
         others = []
-        for entry in entries:
+        for entry in _entries(folder):
             if not enters(entry.name) or not is_folder(entry):
                 others.append(entry)
             else:
                 (links if entry.is_symlink() else folders).append(folder / entry.name)
         yield folder, others
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
