@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.allocation import Plan
-from vitshrink.compression.layers import Compression, Factors
+from vitshrink.compression.candidates import Candidate, Offer, Plan
+from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.estimation import LayerEstimator
+from vitshrink.compression.findings import Findings
 from vitshrink.data import Batch
 from vitshrink.errors import TargetError
 from vitshrink.methods import Factorisation
-from vitshrink.methods.ranks import break_even_rank, dense_cost, rank_cost
 from vitshrink.models.families import task_of
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target, blocks_of
@@ -29,25 +30,24 @@ SEARCH_SAMPLES = 64
 RANK_GRID = 16
 
 
-def fisher_weighted(compression: Compression, job: Job) -> Factors:
+def fisher_weighted(compressor: Compressor, job: Job) -> Findings:
     """FWSVD (Hsu et al. 2022, arXiv 2207.00112): SVD of the weights, each row weighted by its Fisher information.
 
     Minimises Σ_i s_i² ‖W_i − Ŵ_i‖² with s_i² = Σ_j E[(∂L/∂W_ij)²] over the calibration samples. The paper takes the
     gradients of the loss on labels; here they are those of our label-free objective, as no method is given labels.
     """
-    assert compression.calibration is not None
-    batches = compression.calibration.batches
+    dense, targets = compressor.dense, compressor.material.targets
     with job.stage("calibrate", "Row importance"):
-        importance = row_importance(compression.dense, compression.targets, batches, compression.config.seed)
+        importance = row_importance(dense, targets, calibration_of(compressor), compressor.config.seed)
     factors: dict[str, Factorisation] = {}
     with job.stage("factorise", "Factorising"), torch.no_grad():
-        for target in compression.targets:
-            layer = compression.dense.get_submodule(target.name)
+        for target in targets:
+            layer = dense.get_submodule(target.name)
             scale = importance[target.name].sqrt()
             scale = scale.clamp_min(1e-6 * float(scale.max()))[:, None]
             U, S, Vh = full_svd(scale * layer.weight.double())
             factors[target.name] = Factorisation.from_spectrum(U * S / scale, Vh, S.square())
-    return Factors(factors, {}, {})
+    return Findings(factors, {}, {})
 
 
 def row_importance(
@@ -104,58 +104,56 @@ class FeatureErrorSearch:
     the budget. Errors are relative and squared; they are measured once, when they are first asked for.
     """
 
-    def __init__(self, compression: Compression, factors: Factors) -> None:
-        assert compression.calibration is not None
-        self.compression, self.factors = compression, factors
-        self.model = copy.deepcopy(compression.dense).eval()
+    def __init__(self, compressor: Compressor, findings: Findings) -> None:
+        self.compressor, self.findings = compressor, findings
+        self.offers = {offer.name: offer for offer in compressor.offers(findings)}
+        self.model = copy.deepcopy(compressor.dense).eval()
         self.blocks = blocks_of(self.model)
-        self.pooled = task_of(compression.dense) in ("image-classification", "text-classification")
+        self.pooled = task_of(compressor.dense) in ("image-classification", "text-classification")
         self.norm = getattr(self.model.base_model, "layernorm", nn.Identity())
         self.errors: dict[tuple[str, int], float] = {}
-        self.entering, self.features = self._run_dense(_first(compression.calibration.batches, SEARCH_SAMPLES))
+        self.entering, self.features = self._run_dense(_first(calibration_of(compressor), SEARCH_SAMPLES))
 
     def plan(self, budget: int) -> Plan:
         """Ranks for a budget of the whole model's parameters. Raises TargetError."""
-        targets = self.compression.targets
-        fixed = self.compression.fixed(self.compression.units())
+        targets = self.compressor.material.targets
 
-        def size(plan: Plan) -> int:
-            return fixed + sum(self._cost(target, plan[target.name]) for target in targets)
+        def plan_at(threshold: float) -> Plan:
+            return {target.name: self._cheapest(target, threshold) for target in targets}
 
         low, high = math.log(1e-8), math.log(1e4)
-        best = {target.name: self._smallest_rank(target, math.exp(high)) for target in targets}
-        if size(best) > budget:
-            raise TargetError(f"rank {RANK_GRID} everywhere needs {size(best):,} parameters; {budget:,} are allowed.")
+        best = plan_at(math.exp(high))
+        if self.compressor.size(best) > budget:
+            raise TargetError(
+                f"rank {RANK_GRID} everywhere needs {self.compressor.size(best):,} parameters; {budget:,} are allowed."
+            )
         for _ in range(30):
             middle = (low + high) / 2
-            plan = {target.name: self._smallest_rank(target, math.exp(middle)) for target in targets}
-            if size(plan) <= budget:
+            plan = plan_at(math.exp(middle))
+            if self.compressor.size(plan) <= budget:
                 high, best = middle, plan
             else:
                 low = middle
         return best
 
-    def _cost(self, target: Target, rank: int | None) -> int:
-        shape = target.shape
-        return dense_cost(*shape) if rank is None else rank_cost(*shape, rank, self.compression.storage)
-
-    def _smallest_rank(self, target: Target, threshold: float) -> int | None:
+    def _cheapest(self, target: Target, threshold: float) -> Candidate:
         """By bisection over the grid: the error falls with the rank."""
-        grid = range(RANK_GRID, break_even_rank(*target.shape, self.compression.storage) + 1, RANK_GRID)
+        offer: Offer = self.offers[target.name]
+        grid = [each for each in offer.candidates if each.grade % RANK_GRID == 0]
         low, high = 0, len(grid)
         while low < high:
             middle = (low + high) // 2
-            if self._error(target, grid[middle]) <= threshold:
+            if self._error(target, grid[middle].grade) <= threshold:
                 high = middle
             else:
                 low = middle + 1
-        return grid[low] if low < len(grid) else None
+        return grid[low] if low < len(grid) else offer.kept
 
     @torch.no_grad()
     def _error(self, target: Target, rank: int) -> float:
         if (target.name, rank) not in self.errors:
             layer = self.model.get_submodule(target.name)
-            found = self.factors.layers[target.name]
+            found = self.findings.layers[target.name]
             up, down = found.up[:, :rank], found.down[:rank]
             truncated = LowRankLinear.from_factors(up, down, layer.bias, dtype=layer.weight.dtype)
             self.model.set_submodule(target.name, truncated)
@@ -186,6 +184,13 @@ class FeatureErrorSearch:
             else:
                 features.append(hidden.flatten(0, 1) if moving.mask is None else hidden[moving.mask])
         return torch.cat(features)
+
+
+def calibration_of(compressor: Compressor) -> Sequence[Batch]:
+    """The batches that a compressor learns from."""
+    assert isinstance(compressor.estimator, LayerEstimator)
+    assert compressor.estimator.calibration is not None
+    return compressor.estimator.calibration.batches
 
 
 def _moved(batch: HiddenBatch, hidden: Tensor) -> HiddenBatch:

@@ -24,8 +24,10 @@ from tables import mean_and_deviation, print_circumstances, print_head, print_ro
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.allocation import ALLOCATIONS, Plan
-from vitshrink.compression.layers import Compression, Factors
+from vitshrink.compression.candidates import Plan
+from vitshrink.compression.choices import Choices
+from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.findings import Findings
 from vitshrink.config.options import CompressConfig, DataConfig, Precision
 from vitshrink.data import Batch, Preprocessor, SampleSet, overlap
 from vitshrink.data.opening import CalibrationData, open_data, read_calibration
@@ -53,8 +55,8 @@ def sampled_label(_head: Head, logits: Tensor, generator: torch.Generator) -> Te
     return torch.zeros_like(p).scatter_(-1, labels, 1) - p
 
 
-def feature_error_search(compression: Compression, factors: Factors) -> Callable[[int], Plan]:
-    return FeatureErrorSearch(compression, factors).plan
+def feature_error_search(compressor: Compressor, findings: Findings) -> Callable[[int], Plan]:
+    return FeatureErrorSearch(compressor, findings).plan
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Entry:
     """Parts of ``vitshrink.statistics.curvature`` that an ablation takes out."""
     dtype: torch.dtype = torch.float32
     """What the weights are rounded to in the file."""
-    factorise: Callable[[Compression, Job], Factors] = Compression.factorise_dense
-    planner: Callable[[Compression, Factors], Callable[[int], Plan]] | None = None
+    factorise: Callable[[Compressor, Job], Findings] = Compressor.learn
+    planner: Callable[[Compressor, Findings], Callable[[int], Plan]] | None = None
 
 
 WITHOUT_TOKEN_WEIGHT = {
@@ -200,33 +202,27 @@ class Bench:
             labelled=self.labelled,
         ).evaluation
 
-    def compression(self, entry: Entry, seed: int) -> Compression:
-        method = get_method(entry.method)
+    def compression(self, entry: Entry, seed: int) -> Compressor:
         config = CompressConfig(
             str(self.source.directory),
             "unused",
             method=entry.method,
             options=entry.options,
+            allocation=entry.allocation,
+            compensation=entry.compensation,
+            storage=entry.storage or "auto",
             probes=entry.probes,
             precision=entry.precision,
             keep=(0.5,),  # budgets are handed to the plan
+            calibration="read already",
             samples=len(self.calibrations[seed].samples),
             batch_size=self.batch_size,
             seed=seed,
         )
-        return Compression(
-            config,
-            self.dense,
-            self.targets,
-            method,
-            ALLOCATIONS[entry.allocation or method.allocation],
-            entry.compensation or method.compensation,
-            entry.storage or method.storage,
-            self.calibrations[seed],
-        )
+        return Choices.of(config).compressor(self.dense, self.targets, torch.float32, self.calibrations[seed])
 
     def run(
-        self, entry: Entry, fractions: Sequence[float], first: tuple[Factors, Job], seed: int
+        self, entry: Entry, fractions: Sequence[float], first: tuple[Findings, Job], seed: int
     ) -> Iterator[Outcome | None]:
         """One outcome a fraction, or None where the method cannot reach it."""
         compression = self.compression(entry, seed)
@@ -242,7 +238,7 @@ class Bench:
                 print(f"{fraction}: {error}", file=sys.stderr)
                 yield None
                 continue
-            for _ in range(refine if compression.method.needs is Needs.CURVATURE else 0):
+            for _ in range(refine if get_method(entry.method).needs is Needs.CURVATURE else 0):
                 factors = compression.refine(factors, plan, job)
                 plan = compression.plan(factors, budget)
             model = compression.build(factors, plan, job)
@@ -259,7 +255,7 @@ class Bench:
                 seconds=(statistics, factorising, building),
             )
 
-    def first_factors(self, entry: Entry, seed: int) -> tuple[Factors, Job]:
+    def first_factors(self, entry: Entry, seed: int) -> tuple[Findings, Job]:
         job = Job(Silent())
         return entry.factorise(self.compression(entry, seed), job), job
 
@@ -334,7 +330,7 @@ def print_table(bench: Bench, args: argparse.Namespace) -> None:
     headings = [name.replace("_", " ") for name in (*names, *fidelities)]
     print_head(["method", "fraction", "keep", "came out", *headings, "statistics s", "factors s", "build s"])
     start: tuple[Entry, Mapping[str, Any]] | None = None
-    first: dict[int, tuple[Factors, Job]] = {}
+    first: dict[int, tuple[Findings, Job]] = {}
     for name in args.methods:
         entry = ENTRIES[name]
         outcomes: dict[float, list[Outcome]] = {fraction: [] for fraction in args.fractions}

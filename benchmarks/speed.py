@@ -29,7 +29,9 @@ from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.allocation import Curve, Plan, uniform_ratio
+from vitshrink.compression.allocation import uniform_ratio
+from vitshrink.compression.candidates import whole_cost
+from vitshrink.compression.choices import Choices
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import VitshrinkError
 from vitshrink.methods.ranks import Storage, largest_rank
@@ -66,12 +68,12 @@ def with_random_factors(dense: PreTrainedModel, fraction: float, storage: Storag
     Pivots lie at the first inputs. A pivot block in the middle costs one more kernel; ``--layers`` shows how much.
     """
     targets = find_targets(dense)
-    nothing = torch.zeros(1, dtype=torch.float64)
-    curves = [Curve(target.name, target.shape, nothing.expand(min(target.shape) + 1), storage, 1) for target in targets]
-    plan: Plan = uniform_ratio(curves, int(fraction * sum(curve.cost(None) for curve in curves)))
+    config = CompressConfig("model", "unused", method="svd", storage=storage, keep=(0.5,))
+    offers = Choices.of(config).compressor(dense, targets, torch.float32).offers()
+    plan = uniform_ratio(offers, int(fraction * whole_cost(offers)))
     model = type(dense)(dense.config).eval()
     device = next(dense.parameters()).device
-    layers = {t.name: random_layer(t.shape, rank, storage) for t in targets if (rank := plan[t.name]) is not None}
+    layers = {t.name: random_layer(t.shape, rank, storage) for t in targets if (rank := plan[t.name].grade)}
     replace_layers(model, layers)
     return model.to(device)
 

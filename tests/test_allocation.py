@@ -1,29 +1,50 @@
 """Plans: never over budget, optimal where they say so, and plain about what cannot be reached."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitshrink.compression.allocation import (
-    ALLOCATIONS,
-    Curve,
-    Menu,
-    allocate,
-    explained_variance,
-    fixed_rank,
-    least_cost,
-    plan_cost,
-)
+from vitshrink.compression.allocation import ALLOCATIONS, allocate, explained_variance, of_grade
+from vitshrink.compression.candidates import Candidate, Cost, Offer, Plan, Site, least_cost, plan_cost, whole_cost
+from vitshrink.compression.forms.integer import Integer
+from vitshrink.compression.forms.low_rank import LowRank
 from vitshrink.errors import TargetError
+from vitshrink.methods.ranks import Storage, break_even_rank, rank_cost
 
 
-def curve(name: str, shape: tuple[int, int], decay: float, scale: float = 1.0, **options: object) -> Curve:
+def offer(
+    name: str,
+    shape: tuple[int, int],
+    decay: float,
+    scale: float = 1.0,
+    storage: Storage = "factors",
+    multiple: int = 1,
+    others: Sequence[Candidate] = (),
+) -> Offer:
+    """The ranks of a layer whose spectrum decays."""
     energies = scale * torch.exp(-decay * torch.arange(min(shape), dtype=torch.float64))
     tail = energies.flip(0).cumsum(0).flip(0)
-    return Curve(name, shape, torch.cat([tail, tail.new_zeros(1)]), **options)  # type: ignore[arg-type]
+    losses = torch.cat([tail, tail.new_zeros(1)]).tolist()
+    ranks = range(multiple, break_even_rank(*shape, storage) + 1, multiple)
+    candidates = [
+        Candidate(LowRank(rank), Cost(rank_cost(*shape, rank, storage), 0), losses[rank], rank) for rank in ranks
+    ]
+    return Offer.of(
+        Site(name, "matrix", shape),
+        "parameters",
+        Candidate(None, Cost(shape[0] * shape[1], 0)),
+        [*candidates, *others],
+        nothing=losses[0],
+        most=ranks[-1] + multiple - 1 if ranks else 0,
+    )
+
+
+def ranks_of(plan: Plan) -> dict[str, int | None]:
+    return {name: None if each.form is None else each.form.rank for name, each in plan.items()}
 
 
 layers = st.lists(
@@ -40,54 +61,64 @@ layers = st.lists(
     st.sampled_from([1, 2, 8]),
 )
 def test_no_plan_costs_more_than_its_budget(
-    shapes: list[tuple[int, int, float, float]], fraction: float, allocation: str, storage: str, multiple: int
+    shapes: list[tuple[int, int, float, float]], fraction: float, allocation: str, storage: Storage, multiple: int
 ) -> None:
-    curves = [
-        curve(str(i), (m, n), decay, scale, storage=storage, multiple=multiple)
+    offers = [
+        offer(str(i), (m, n), decay, scale, storage=storage, multiple=multiple)
         for i, (m, n, decay, scale) in enumerate(shapes)
     ]
-    budget = int(fraction * sum(c.cost(None) for c in curves))
+    budget = int(fraction * whole_cost(offers))
     try:
-        plan = allocate(curves, budget, ALLOCATIONS[allocation])
+        plan = allocate(offers, budget, ALLOCATIONS[allocation])
     except TargetError:
         if allocation == "uniform-rank":
-            assert all(plan_cost(curves, fixed_rank(curves, rank)) > budget for rank in range(1, 41))
+            assert all(plan_cost(offers, of_grade(offers, rank)) > budget for rank in range(1, 41))
         else:
-            assert budget < least_cost(curves)
+            assert budget < least_cost(offers)
         return
-    assert plan_cost(curves, plan) <= budget
-    assert set(plan) == {c.name for c in curves}
-    for c in curves:
-        rank = plan[c.name]
-        assert rank is None or (rank in c.ranks and c.cost(rank) < c.cost(None))
+    assert plan_cost(offers, plan) <= budget
+    assert set(plan) == {each.name for each in offers}
+    for each in offers:
+        chosen = plan[each.name]
+        assert chosen is each.kept or (chosen in each.candidates and each.price(chosen) < each.price(each.kept))
 
 
-@settings(max_examples=60, deadline=None)
-@given(layers, st.floats(0, 1.1), st.sampled_from(["factors", "gauge"]), st.sampled_from([1, 2, 8]))
-def test_an_offer_of_the_costs_of_layers_is_chosen_from_as_they_are(
-    shapes: list[tuple[int, int, float, float]], fraction: float, storage: str, multiple: int
-) -> None:
-    """On offer are the multiples that cost less than the dense layer, and of those it has its choice."""
-    curves = [
-        curve(str(i), (m, n), decay, scale, storage=storage, multiple=multiple)
-        for i, (m, n, decay, scale) in enumerate(shapes)
+def test_ranks_that_make_nothing_smaller_are_not_on_offer() -> None:
+    for storage, multiple in itertools.product(("factors", "gauge"), (1, 8)):
+        found = offer("a", (40, 30), 0.1, storage=storage, multiple=multiple)  # type: ignore[arg-type]
+        ranks = [rank for rank in range(1, 31) if rank % multiple == 0 and rank_cost(40, 30, rank, storage) < 1200]  # type: ignore[arg-type]
+        assert [each.grade for each in found.candidates] == ranks
+        assert found.cheapest.grade == ranks[0]
+        for room in range(0, 1200, 7):
+            within = max((rank for rank in ranks if rank_cost(40, 30, rank, storage) <= room), default=0)  # type: ignore[arg-type]
+            assert (found.within(room) or found.kept).grade == within
+        for rank in range(multiple, ranks[-1] + 1):
+            assert found.nearest(rank).grade == rank // multiple * multiple
+        assert found.nearest(ranks[-1] + multiple) is found.kept
+
+
+def test_of_two_candidates_of_one_cost_the_better_is_on_offer_and_what_a_cheaper_one_beats_is_not() -> None:
+    kept = Candidate(None, Cost(100, 400))
+    good, same, worse, dear = (
+        Candidate(Integer(bits, "none"), Cost(100, nbytes), loss)
+        for bits, nbytes, loss in ((8, 100, 0.1), (8, 100, 0.2), (8, 120, 0.3), (8, 400, 0.0))
+    )
+    found = Offer.of(Site("a", "matrix", (10, 10)), "bytes", kept, [worse, same, dear, good])
+    assert list(found.candidates) == [good]
+
+
+def test_a_site_takes_the_form_that_loses_least_for_its_cost() -> None:
+    """Two levers under one loss: integers where the spectrum is flat, ranks where it is steep."""
+    small = 256
+    integers = [
+        Candidate(Integer(8, "none"), Cost(16 * small, 0), 2.0),
+        Candidate(Integer(4, "none"), Cost(8 * small, 0), 9.0),
     ]
-    menus = []
-    for c in curves:
-        costs = {rank: c.cost(rank) for rank in range(min(c.shape), 0, -1)}
-        menus.append(Menu(c.name, c.shape, c.cost(None), costs, c.loss, multiple))
-        offered = [rank for rank in sorted(costs) if rank % multiple == 0 and costs[rank] < c.cost(None)]
-        for each in (c, menus[-1]):
-            assert list(each.ranks) == offered
-            assert each.cheapest == (offered[0] if offered else None)
-            for room in range(0, c.cost(None), 7):
-                assert each.within(room) == max((rank for rank in offered if costs[rank] <= room), default=0)
-            for rank in range(multiple, max(offered, default=0) + 1):
-                assert each.nearest(rank) == rank // multiple * multiple
-    budget = int(fraction * sum(c.cost(None) for c in curves))
-    if budget >= least_cost(curves):
-        for name in sorted(set(ALLOCATIONS) - {"uniform-rank"}):  # above its largest rank, a layer stays dense
-            assert allocate(menus, budget, ALLOCATIONS[name]) == allocate(curves, budget, ALLOCATIONS[name])
+    flat, steep = offer("flat", (128, 128), 0.0, others=integers), offer("steep", (128, 128), 3.0, others=integers)
+    plan = allocate([flat, steep], 16 * small + 2 * small, ALLOCATIONS["loss"])
+    assert plan["flat"].form == Integer(8, "none")
+    assert isinstance(plan["steep"].form, LowRank)
+    assert allocate([flat, steep], 9 * small, ALLOCATIONS["loss"])["flat"].form == Integer(4, "none")
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,35 +126,36 @@ def test_an_offer_of_the_costs_of_layers_is_chosen_from_as_they_are(
 def test_explained_variance_is_kept_by_the_smallest_rank_that_does(
     shapes: list[tuple[int, int, float, float]], share: float, multiple: int
 ) -> None:
-    curves = [curve(str(i), (m, n), decay, 1.0, multiple=multiple) for i, (m, n, decay, _) in enumerate(shapes)]
-    for c in curves:
-        enough = [rank for rank in c.ranks if float(c.loss[rank] / c.loss[0]) <= 1 - share]
-        assert explained_variance(curves, share)[c.name] == (enough[0] if enough else None)
+    offers = [offer(str(i), (m, n), decay, 1.0, multiple=multiple) for i, (m, n, decay, _) in enumerate(shapes)]
+    for each in offers:
+        enough = [one for one in each.candidates if one.loss / each.nothing <= 1 - share]
+        assert explained_variance(offers, share)[each.name] == (enough[0] if enough else each.kept)
 
 
 @pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
 def test_the_whole_budget_keeps_everything_dense(allocation: str) -> None:
-    curves = [curve("a", (8, 8), 0.1), curve("b", (16, 8), 0.1)]
-    assert allocate(curves, 64 + 128, ALLOCATIONS[allocation]) == {"a": None, "b": None}
+    offers = [offer("a", (8, 8), 0.1), offer("b", (16, 8), 0.1)]
+    assert ranks_of(allocate(offers, 64 + 128, ALLOCATIONS[allocation])) == {"a": None, "b": None}
 
 
 def test_uniform_ratio_keeps_about_the_same_fraction_everywhere() -> None:
-    curves = [curve("a", (64, 64), 0.1), curve("b", (256, 64), 1.0), curve("c", (64, 256), 0.01)]
-    plan = allocate(curves, int(0.5 * (64 * 64 + 2 * 64 * 256)), ALLOCATIONS["uniform-ratio"])
-    for c in curves:
-        assert abs(c.cost(plan[c.name]) / c.cost(None) - 0.5) < 0.1
+    offers = [offer("a", (64, 64), 0.1), offer("b", (256, 64), 1.0), offer("c", (64, 256), 0.01)]
+    plan = allocate(offers, int(0.5 * (64 * 64 + 2 * 64 * 256)), ALLOCATIONS["uniform-ratio"])
+    for each in offers:
+        assert abs(each.price(plan[each.name]) / each.price(each.kept) - 0.5) < 0.1
 
 
 @pytest.mark.parametrize(("budget", "plan"), [(9_000, (20, 20)), (19_000, (None, 46))])
 def test_uniform_rank_is_the_largest_that_fits(budget: int, plan: tuple[int | None, int]) -> None:
     """A layer that the rank would enlarge stays dense."""
-    curves = [curve("a", (64, 64), 0.1), curve("b", (256, 64), 1.0)]
-    assert allocate(curves, budget, ALLOCATIONS["uniform-rank"]) == dict(zip("ab", plan, strict=True))
+    offers = [offer("a", (64, 64), 0.1), offer("b", (256, 64), 1.0)]
+    assert ranks_of(allocate(offers, budget, ALLOCATIONS["uniform-rank"])) == dict(zip("ab", plan, strict=True))
 
 
 def test_energy_gives_rank_to_the_layer_with_the_flat_spectrum() -> None:
-    curves = [curve("flat", (40, 40), 0.0), curve("steep", (40, 40), 1.0)]
-    plan = allocate(curves, 2_000, ALLOCATIONS["energy"])
+    plan = ranks_of(
+        allocate([offer("flat", (40, 40), 0.0), offer("steep", (40, 40), 1.0)], 2_000, ALLOCATIONS["energy"])
+    )
     assert plan["steep"] is not None
     assert plan["flat"] is None or plan["flat"] > plan["steep"]
 
@@ -131,56 +163,57 @@ def test_energy_gives_rank_to_the_layer_with_the_flat_spectrum() -> None:
 @settings(max_examples=100, deadline=None)
 @given(layers, st.floats(-6, 0), st.sampled_from(["energy", "loss"]), st.sampled_from(["factors", "gauge"]))
 def test_no_plan_of_the_same_size_loses_less(
-    shapes: list[tuple[int, int, float, float]], exponent: float, allocation: str, storage: str
+    shapes: list[tuple[int, int, float, float]], exponent: float, allocation: str, storage: Storage
 ) -> None:
     """A plan that is best at a price a number is best at its size: what it costs is the budget here."""
     price = 10**exponent
-    curves = [curve(str(i), (m, n), decay, scale, storage=storage) for i, (m, n, decay, scale) in enumerate(shapes)]
+    offers = [offer(str(i), (m, n), decay, scale, storage=storage) for i, (m, n, decay, scale) in enumerate(shapes)]
 
-    def lost(c: Curve, rank: int | None) -> float:
-        whole = max(float(c.loss[0]), 1e-300) if allocation == "energy" else 1.0
-        return 0.0 if rank is None else float(c.loss[rank]) / whole
+    def lost(site: Offer, chosen: Candidate) -> float:
+        return chosen.loss / (max(site.nothing, 1e-300) if allocation == "energy" else 1.0)
 
-    best = {c.name: min([*c.ranks, None], key=lambda rank: lost(c, rank) + price * c.cost(rank)) for c in curves}
-    chosen = allocate(curves, plan_cost(curves, best), ALLOCATIONS[allocation])
-    found, least = (sum(lost(c, plan[c.name]) for c in curves) for plan in (chosen, best))
+    best = {
+        site.name: min(site.ladder, key=lambda each, site=site: lost(site, each) + price * site.price(each))  # type: ignore[misc]
+        for site in offers
+    }
+    chosen = allocate(offers, plan_cost(offers, best), ALLOCATIONS[allocation])
+    found, least = (sum(lost(site, plan[site.name]) for site in offers) for plan in (chosen, best))
     assert found <= least * (1 + 1e-9) + 1e-12
 
 
 def test_between_such_sizes_what_is_left_buys_single_ranks() -> None:
-    curves = [curve("a", (5, 6), 0.4), curve("b", (6, 5), 0.8), curve("c", (6, 6), 0.1)]
+    offers = [offer("a", (5, 6), 0.4), offer("b", (6, 5), 0.8), offer("c", (6, 6), 0.1)]
 
-    def energy_lost(plan: dict[str, int | None]) -> float:
-        return sum(0.0 if plan[c.name] is None else float(c.loss[plan[c.name]] / c.loss[0]) for c in curves)
+    def energy_lost(plan: Plan) -> float:
+        return sum(plan[each.name].loss / each.nothing for each in offers)
 
-    plans = [dict(zip("abc", ranks, strict=True)) for ranks in itertools.product(*([*c.ranks, None] for c in curves))]
+    plans = [dict(zip("abc", chosen, strict=True)) for chosen in itertools.product(*(each.ladder for each in offers))]
     lost = []
-    for budget in range(least_cost(curves), 90):
-        lost.append(energy_lost(allocate(curves, budget, ALLOCATIONS["energy"])))
-        best = min(energy_lost(plan) for plan in plans if plan_cost(curves, plan) <= budget)
+    for budget in range(least_cost(offers), 90):
+        lost.append(energy_lost(allocate(offers, budget, ALLOCATIONS["energy"])))
+        best = min(energy_lost(plan) for plan in plans if plan_cost(offers, plan) <= budget)
         assert lost[-1] <= best + 0.09, "a knapsack is solved on its convex hull, and here lacks no more than this"
     assert lost == sorted(lost, reverse=True)
 
 
 def test_fixed_rank_leaves_dense_what_it_would_enlarge() -> None:
-    curves = [curve("small", (8, 8), 0.1), curve("large", (64, 64), 0.1)]
-    assert fixed_rank(curves, 10) == {"small": None, "large": 10}
+    offers = [offer("small", (8, 8), 0.1), offer("large", (64, 64), 0.1)]
+    assert ranks_of(of_grade(offers, 10)) == {"small": None, "large": 10}
 
 
 def test_ranks_are_multiples() -> None:
-    curves = [curve("a", (64, 64), 0.1, multiple=8), curve("b", (256, 64), 0.2, multiple=8)]
+    offers = [offer("a", (64, 64), 0.1, multiple=8), offer("b", (256, 64), 0.2, multiple=8)]
     for allocation in ALLOCATIONS.values():
-        plan = allocate(curves, 9_000, allocation)
+        plan = ranks_of(allocate(offers, 9_000, allocation))
         assert all(rank is None or rank % 8 == 0 for rank in plan.values())
 
 
 def test_what_cannot_be_reached_says_what_can() -> None:
-    curves = [curve("a", (8, 8), 0.1), curve("b", (16, 8), 0.1)]
+    offers = [offer("a", (8, 8), 0.1), offer("b", (16, 8), 0.1)]
     with pytest.raises(TargetError, match="smallest ranks need 40"):
-        allocate(curves, 39, ALLOCATIONS["energy"])
+        allocate(offers, 39, ALLOCATIONS["energy"])
 
 
 def test_a_zero_layer_gets_the_smallest_rank() -> None:
-    curves = [curve("zero", (16, 16), 0.1, scale=0.0), curve("b", (16, 16), 0.01)]
-    plan = allocate(curves, 32 * 4, ALLOCATIONS["energy"])
-    assert plan["zero"] == 1
+    offers = [offer("zero", (16, 16), 0.1, scale=0.0), offer("b", (16, 16), 0.01)]
+    assert ranks_of(allocate(offers, 32 * 4, ALLOCATIONS["energy"]))["zero"] == 1

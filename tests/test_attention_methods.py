@@ -15,16 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import vitshrink
-from vitshrink.compression.allocation import ALLOCATIONS
-from vitshrink.compression.attentions import AttentionCompression, attentions_of
+from vitshrink.compression.attentions import attentions_of
+from vitshrink.compression.choices import Choices
+from vitshrink.compression.compressor import Compressor
 from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import CheckpointError, DependencyError, UsageError
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.export import export
-from vitshrink.methods import attention_methods, find_method
-from vitshrink.methods.attention import AttentionMethod
+from vitshrink.methods import attention_methods
 from vitshrink.methods.tensor import nearest_kronecker
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
@@ -44,22 +44,20 @@ class _Samples(list):  # type: ignore[type-arg]
     """As many as there are: all that a compression asks of its samples."""
 
 
-def compression(model: PreTrainedModel, name: str, method: str, **entries: Any) -> AttentionCompression:
+def compression(model: PreTrainedModel, name: str, method: str, **entries: Any) -> Compressor:
     """A method on a model in memory, calibrated on random inputs."""
-    found = find_method(method)
-    assert isinstance(found, AttentionMethod)
     inputs = tiny.inputs(name, 8)
     mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
     data = CalibrationData(_Samples(range(8)), [Batch(inputs, mask, [], [])])  # type: ignore[arg-type]
     config = CompressConfig("model", "out", method=method, calibration="x", **({"keep": (0.9,)} | entries))
-    return AttentionCompression(config, model, find_targets(model), found, ALLOCATIONS[found.allocation], "none", data)
+    return Choices.of(config).compressor(model, find_targets(model), torch.float32, data)
 
 
 def at_rank(model: PreTrainedModel, name: str, method: str, rank: int, **entries: Any) -> PreTrainedModel:
     job = Job(Silent())
     found = compression(model, name, method, keep=(), rank=rank, **entries)
-    factors = found.factorise_dense(job)
-    return found.build(factors, {unit.name: unit.nearest(rank) for unit in found.units()}, job).eval()
+    findings = found.learn(job)
+    return found.build(findings, {unit.name: unit.nearest(rank) for unit in found.offers()}, job).eval()
 
 
 def outputs(model: PreTrainedModel, name: str) -> Tensor:
@@ -116,14 +114,14 @@ def test_losses_fall_and_say_what_is_lost(method: str) -> None:
     name = "ViTForImageClassification"
     model = tiny.build(name)
     found = compression(model, name, method)
-    factors = found.factorise_dense(Job(Silent()))
-    for unit in found.units():
-        loss = factors.layers[unit.name].loss[[0, *unit.ranks]]
+    findings = found.learn(Job(Silent()))
+    for unit in found.offers():
+        loss = findings.layers[unit.name].loss[[0, *(each.grade for each in unit.candidates)]]
         assert (loss[:-1] >= loss[1:] - 1e-12).all()
         assert loss[-1] < 0.9 * loss[0]
     errors = []
     for place in (0, -1):
-        smaller = found.build(factors, {unit.name: unit.ranks[place] for unit in found.units()}, Job(Silent()))
+        smaller = found.build(findings, {unit.name: unit.candidates[place] for unit in found.offers()}, Job(Silent()))
         errors.append(float((outputs(smaller.eval(), name) - outputs(model, name)).square().mean()))
     # half of a random form is not positive: of that, no rank of the symmetric one is an approximation
     assert method == "cholesky" or errors[0] > errors[-1]
@@ -302,8 +300,8 @@ def test_both_orders_of_contraction_agree(form: str) -> None:
     model = tiny.build(name)
     entries = {"options": {"form": form}, "keep": (), "rank": 8}
     found = compression(model, name, "tensor", **entries)
-    factors = found.factorise_dense(Job(Silent()))
-    smaller = found.build(factors, {unit.name: unit.nearest(8) for unit in found.units()}, Job(Silent()))
+    findings = found.learn(Job(Silent()))
+    smaller = found.build(findings, {unit.name: unit.nearest(8) for unit in found.offers()}, Job(Silent()))
     projection = smaller.layers[0].attention.q_proj
     assert isinstance(projection, TensorProjection)
     x = torch.randn(2, 3, 32)
@@ -346,14 +344,14 @@ def test_a_tensor_of_few_dimensions_is_kept(form: str, blocks: int) -> None:
             kept = read_from @ read_from.T @ output @ torch.block_diag(*[written_to @ written_to.T] * 2)
             output.copy_(kept)
     found = compression(model, name, "tensor", options={"form": form, "blocks": blocks}, keep=(), rank=12)
-    factors = found.factorise_dense(Job(Silent()))
-    smaller = found.build(factors, {unit.name: 12 for unit in found.units()}, Job(Silent())).eval()
-    assert len(factors.layers) == 2 + 2 // blocks
+    findings = found.learn(Job(Silent()))
+    smaller = found.build(findings, {unit.name: unit.nearest(12) for unit in found.offers()}, Job(Silent())).eval()
+    assert len(findings.layers) == 2 + 2 // blocks
     if form == "tucker":
         torch.testing.assert_close(outputs(smaller, name), outputs(model, name), rtol=1e-3, atol=1e-3)
-    for unit in found.units():  # a train between the heads is too narrow for three projections that share nothing
+    for unit in found.offers():  # a train between the heads is too narrow for three projections that share nothing
         if form == "tucker" or unit.name.endswith(":o"):
-            loss = factors.layers[unit.name].loss
+            loss = findings.layers[unit.name].loss
             assert abs(loss[12]) < 1e-9 * loss[0]
 
 
@@ -364,12 +362,12 @@ def test_the_loss_of_an_output_tensor_is_its_error(name: str, form: str) -> None
     model = tiny.build(name)
     entries = {"options": {"form": form}, "keep": (), "rank": 8}
     found = compression(model, name, "tensor", **entries)
-    factors = found.factorise_dense(Job(Silent()))
+    findings = found.learn(Job(Silent()))
     attention = attentions_of(model, find_targets(model))[0]
-    (unit,) = [unit for unit in found.units() if unit.name == f"{attention.places['attention']}:o"]
-    rank = unit.nearest(8)
-    assert rank is not None
-    smaller = found.build(factors, {unit.name: rank}, Job(Silent())).eval()
+    (unit,) = [unit for unit in found.offers() if unit.name == f"{attention.places['attention']}:o"]
+    chosen = unit.nearest(8)
+    assert chosen.form is not None
+    smaller = found.build(findings, {unit.name: chosen}, Job(Silent())).eval()
     seen: dict[str, Tensor] = {}
     place = attention.places["output"]
     for key, each in (("dense", model), ("small", smaller)):
@@ -379,7 +377,7 @@ def test_the_loss_of_an_output_tensor_is_its_error(name: str, form: str) -> None
     there = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones(seen["dense"].shape[:2]) > 0
     error = (seen["dense"] - seen["small"])[there].double()
     torch.testing.assert_close(error.mean(0), torch.zeros(32).double(), rtol=0, atol=1e-4)
-    promised = factors.layers[unit.name].loss[rank]
+    promised = findings.layers[unit.name].loss[chosen.grade]
     torch.testing.assert_close(error.square().sum(1).mean(), promised, rtol=1e-3, atol=1e-6)
 
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitshrink.compression import layers as compression
-from vitshrink.compression.layers import Compression
+from vitshrink.compression import estimation
+from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch
 from vitshrink.errors import NumericsError, OutputError
@@ -49,9 +49,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(compression, "collect", "statistics")
-    count(compression, "collect_curvature", "statistics")
-    count(Compression, "_factorise", "factors")
+    count(estimation, "collect", "statistics")
+    count(estimation, "collect_curvature", "statistics")
+    count(LayerEstimator, "_factorise", "factors")
     return done
 
 
@@ -96,7 +96,7 @@ def test_a_second_job_computes_nothing_again_and_gives_the_same_weights(job: Job
 
 def test_a_second_job_never_runs_the_model_on_the_calibration_data(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job()
-    monkeypatch.setattr(compression, "collect_curvature", lambda *_, **__: pytest.fail("the model was run"))
+    monkeypatch.setattr(estimation, "collect_curvature", lambda *_, **__: pytest.fail("the model was run"))
     job(keep=(0.5,))
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitshrink.compression.compensation import fit_residual, shifted_bias, split_rank
+from vitshrink.compression.repairs.bias import shifted_bias
+from vitshrink.compression.repairs.residual import fit_residual, split_rank
 from vitshrink.errors import NumericsError
 from vitshrink.methods.svd import svd
 from vitshrink.methods.whitened import whitened

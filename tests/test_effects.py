@@ -8,7 +8,7 @@ from test_curvature import CLASSIFIER, Batch, batch_of, generator, weights_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.compression.rescaling import best_repair
+from vitshrink.compression.repairs.rescaling import best_repair
 from vitshrink.errors import NumericsError
 from vitshrink.methods import get_method
 from vitshrink.models.targets import find_targets

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import vitshrink
-from vitshrink.compression.sequential import compensate_residuals
+from vitshrink.compression.repairs.sequential import compensate_residuals
 from vitshrink.config.options import CompressConfig, FinetuneConfig
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.evaluation import evaluate

@@ -20,14 +20,13 @@ from typer.testing import CliRunner
 
 import vitshrink
 from vitshrink.cli.app import app
-from vitshrink.compression.allocation import Curve
 from vitshrink.compression.quantization import Quantization, quantized
 from vitshrink.config.options import CompressConfig, DataConfig, parse_quantity, quantized_bits
 from vitshrink.errors import CheckpointError, DataError, GateError, OutputError, TargetError, UsageError
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.export import export
 from vitshrink.jobs.quantize import quantize_checkpoint
-from vitshrink.methods.ranks import Storage
+from vitshrink.methods.ranks import Storage, break_even_rank
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.loading import load_dense
@@ -285,16 +284,18 @@ def test_bytes_are_known_before_the_work(name: str, weights: str, storage: Stora
     quantization = Quantization(bits, activations, torch.float16)
     whole = quantization.file_bytes(model)
     target = next(target for target in find_targets(model) if target.role == "fc1")
-    offer = quantization.in_bytes(Curve(target.name, target.shape, torch.zeros(1), storage))
-    assert offer.ranks
-    for rank in (offer.ranks[0], offer.ranks[-1]):
+    for rank in (1, break_even_rank(*target.shape, storage)):
         layer = tiny.low_rank(model.get_submodule(target.name), rank)
         if storage == "gauge":
             up, down = layer.factors()
             layer = LowRankLinear.from_factors(up, down, layer.bias, dtype=torch.float32, pivot=0)
         small = copy.deepcopy(model)
         replace_layers(small, {target.name: layer})
-        assert quantization.file_bytes(small) == whole - offer.cost(None) + offer.cost(rank) < whole
+        dense, low_rank = (
+            quantization.dense_bytes(target.shape),
+            quantization.low_rank_bytes(target.shape, rank, storage),
+        )
+        assert quantization.file_bytes(small) == whole - dense + low_rank
 
 
 @pytest.mark.parametrize(("weights", "size"), [("int8", "52kB"), ("int4", "50kB")])

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vitshrink.compression import layers as module
-from vitshrink.compression.shrinking import Choices, Shrinking
+from vitshrink.compression import estimation as module
+from vitshrink.compression.choices import Choices
+from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import Preprocessor
 from vitshrink.data.opening import open_data, read_calibration
@@ -28,20 +29,21 @@ def test_ranks_go_by_the_measurement_that_brings_the_outputs_closest(
     choices = Choices.of(config)
     shrinking = Shrinking.of(choices, source.model, source.source_dtype)
     compression = choices.compressor(source.model, shrinking.targets, source.source_dtype, calibration)
+    assert isinstance(compression.estimator, module.LayerEstimator)
     budget = shrinking.sizes[0].budget
-    first = compression.factorise_dense(job)
+    first = compression.learn(job)
     plan = compression.plan(first, budget)
 
     def lacks() -> float:
         refined = compression.refine(first, plan, job)
-        size = compression.size(first, plan)
+        size = compression.size(plan)
         model = compression.truncate(refined, compression.plan(refined, size), job)
         missing = shortfall(
             model,
-            DenseOutputs(source.model, compression._passes),
+            DenseOutputs(source.model, compression.estimator.passes),
             calibration.batches,
             seed=config.seed + 4,
-            passes=compression._passes,
+            passes=compression.estimator.passes,
         )
         return float(missing.square().mean())
 

@@ -11,8 +11,8 @@ from test_curvature import CLASSIFIER, Batch, batch_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.compression import rescaling
-from vitshrink.compression.rescaling import Repair, rescale_components
+from vitshrink.compression.repairs import rescaling
+from vitshrink.compression.repairs.rescaling import Repair, rescale_components
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.targets import find_targets
 from vitshrink.statistics.calibration import collect

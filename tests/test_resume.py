@@ -87,7 +87,8 @@ def undisturbed(
     return run
 
 
-ALL = {"batches": 4 * 5, "layers": 12 * 5}  # of the dense model, and in two rounds of each size
+ALL = {"batches": 4 * 5, "layers": 12 * 5}
+"""Of the dense model, and in two rounds of each size. Factors are not kept: they follow from statistics, quickly."""
 
 MOMENTS = {
     "while calibrating": (*BATCH, 3, {"batches": ALL["batches"] - 3}),
@@ -97,14 +98,14 @@ MOMENTS = {
         2 * PARTS + 5,
         {"batches": 20 - 2},
     ),
-    "while factorising": (*LAYER, 7, {"batches": ALL["batches"] - 4, "layers": ALL["layers"] - 7}),
-    "while measuring": ("vitshrink.compression.layers", "shared_effects", 0, {"batches": 16, "layers": 48}),
-    "in the first round": (*BATCH, 4 + 2, {"batches": 20 - 6, "layers": 48}),
-    "in the second round": (*LAYER, 12 + 12 + 5, {"batches": 8, "layers": 60 - 29}),
-    "while repairing": ("vitshrink.compression.layers", "rescale_components", 0, {"batches": 8, "layers": 24}),
-    "in the second size": (*LAYER, 12 + 24 + 12 + 1, {"batches": 0, "layers": 11}),
-    "while evaluating": ("vitshrink.jobs.session", "measure_each", 0, {"batches": 0, "layers": 0}),
-    "while writing the report": ("vitshrink.jobs.compress", "write", 1, {"batches": 0, "layers": 0}),
+    "while factorising": (*LAYER, 7, {"batches": ALL["batches"] - 4, "layers": 60}),
+    "while measuring": ("vitshrink.compression.estimation", "shared_effects", 0, {"batches": 16, "layers": 60}),
+    "in the first round": (*BATCH, 4 + 2, {"batches": 20 - 6, "layers": 60}),
+    "in the second round": (*LAYER, 12 + 12 + 5, {"batches": 8, "layers": 60}),
+    "while repairing": ("vitshrink.compression.repairs.layers", "rescale_components", 0, {"batches": 8, "layers": 48}),
+    "in the second size": (*LAYER, 12 + 24 + 12 + 1, {"batches": 0, "layers": 48}),
+    "while evaluating": ("vitshrink.jobs.session", "measure_each", 0, {"batches": 0, "layers": 36}),
+    "while writing the report": ("vitshrink.jobs.compress", "write", 1, {"batches": 0, "layers": 36}),
 }
 
 
@@ -140,7 +141,7 @@ def test_a_job_that_is_killed_again_and_again_still_goes_on(
         compress_until(entries, *place, calls)
     compress(CompressConfig.from_mapping(entries))
     assert weights(tmp_path / "out") == wanted
-    assert work["layers"] < ALL["layers"] - 40
+    assert work["batches"] <= ALL["batches"] - 5
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from vitshrink.cli.app import app
 from vitshrink.compression import search
-from vitshrink.compression.layers import Compression
+from vitshrink.compression.compressor import Compressor
 from vitshrink.config.options import CompressConfig, DataConfig, read_recipe
 from vitshrink.errors import DataError, GateError, UsageError
 from vitshrink.evaluation.quality import Fidelity
@@ -114,9 +114,9 @@ def test_a_larger_candidate_is_taken_where_storing_costs_too_much(
 ) -> None:
     monkeypatch.setattr(search, "REPAIRED", 0.0)  # what a repair gains is not spent on a smaller one
     plain = bounded(output="plain", max_kl=0.002, refine=0)
-    build, spoilt = Compression.build, []
+    build, spoilt = Compressor.build, []
 
-    def spoil_the_first(self: Compression, *arguments: Any) -> Any:
+    def spoil_the_first(self: Compressor, *arguments: Any) -> Any:
         model = build(self, *arguments)
         if not spoilt:
             spoilt.append(model)
@@ -124,7 +124,7 @@ def test_a_larger_candidate_is_taken_where_storing_costs_too_much(
                 model.classifier.weight.neg_()
         return model
 
-    monkeypatch.setattr(Compression, "build", spoil_the_first)
+    monkeypatch.setattr(Compressor, "build", spoil_the_first)
     result = bounded(output="larger", max_kl=0.002, refine=0)
     assert kept(result) > kept(plain)
     assert fidelity(result).kl <= 0.002
@@ -136,7 +136,7 @@ def test_the_dense_model_runs_once_on_each_held_out_batch(bounded: Bounded, monk
     loss = search.Search._loss
 
     def counted(self: search.Search, model: Any) -> float:
-        handle = self.compression.dense.register_forward_hook(lambda *_: runs.append(1))
+        handle = self.compressor.dense.register_forward_hook(lambda *_: runs.append(1))
         losses.append(loss(self, model))
         handle.remove()
         return losses[-1]
@@ -154,10 +154,10 @@ def test_repairs_that_come_with_storing_are_spent_on_a_smaller_model(
     total = plain.report.parameters.dense
     judged = []
 
-    def worth_a_tenth(self: search.Search, factors: Any, plan: Any) -> Any:
-        judged.append(self.compression.size(factors, plan))
+    def worth_a_tenth(self: search.Search, findings: Any, plan: Any) -> Any:
+        judged.append(self.compressor.size(plan))
         larger = min(judged[-1] + total // 10, total - 1)
-        return self._truncated(factors, self.compression.plan(factors, larger))
+        return self._truncated(findings, self.compressor.plan(findings, larger))
 
     monkeypatch.setattr(search.Search, "_stored", worth_a_tenth)
     repaired = bounded(output="repaired", max_kl=0.002, refine=0)
@@ -179,15 +179,15 @@ def test_a_bound_that_nothing_keeps_stops_the_job_with_the_best_that_was_found(
 
 def test_a_bound_missed_by_storing_names_what_was_judged(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Truncated models keep it, so that their losses would contradict the message."""
-    build = Compression.build
+    build = Compressor.build
 
-    def spoil(self: Compression, *arguments: Any) -> Any:
+    def spoil(self: Compressor, *arguments: Any) -> Any:
         model = build(self, *arguments)
         with torch.no_grad():
             model.classifier.weight.neg_()
         return model
 
-    monkeypatch.setattr(Compression, "build", spoil)
+    monkeypatch.setattr(Compressor, "build", spoil)
     with pytest.raises(GateError, match=r"keep it until they are stored, --keep [01]\.\d+, loses ") as missed:
         bounded(max_kl=0.01, refine=0)
     lost = re.search(r"loses ([\d.]+) nats as it is stored on 48", str(missed.value))
@@ -212,7 +212,7 @@ def test_a_search_without_held_out_samples_says_how_to_get_them(bounded: Bounded
 def test_a_bound_that_the_head_does_not_have_is_refused_before_any_work(
     bounded: Bounded, name: str, bound: dict[str, float], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Compression, "factorise_dense", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(Compressor, "learn", lambda *_: pytest.fail("work was done"))
     with pytest.raises(UsageError, match=said):
         bounded(name, **bound)
 
@@ -272,19 +272,19 @@ def test_a_dry_run_searches_and_writes_nothing(bounded: Bounded, tmp_path: Path)
 
 
 def test_layers_that_cannot_be_factorised_stay_dense(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
-    least = Compression.least_budget
+    least = Compressor.least_budget
     budgets = []
 
-    def spy(self: Compression, factors: Any = None) -> int:
-        if factors is None:
+    def spy(self: Compressor, findings: Any = None) -> int:
+        if findings is None:
             return least(self)
-        name = next(iter(factors.layers))
-        del factors.layers[name]
-        factors.failures[name] = "it did not converge"
-        budgets.append(least(self, factors))
+        name = next(iter(findings.layers))
+        del findings.layers[name]
+        findings.failures[name] = "it did not converge"
+        budgets.append(least(self, findings))
         return budgets[-1]
 
-    monkeypatch.setattr(Compression, "least_budget", spy)
+    monkeypatch.setattr(Compressor, "least_budget", spy)
     result = bounded(max_changed=100.0, refine=0)
     assert [layer.rank for layer in result.report.layers].count(None) == 1
     assert result.report.parameters.compressed == budgets[0]

@@ -10,7 +10,7 @@ from test_calibration import Batch, batch_of, hooks, padded, rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.sequential import compensate_residuals, refit, stages
+from vitshrink.compression.repairs.sequential import compensate_residuals, refit, stages
 from vitshrink.errors import NumericsError
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.structures.low_rank import LowRankLinear

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from test_processes import run_together, start_together
 
-from vitshrink.compression.layers import Compression, Factors
+from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.findings import Findings
 from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.jobs.compress import compress
 from vitshrink.jobs.quantize import quantize_checkpoint
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 PROGRAM = """
 import json, sys, torch
 from vitshrink.runtime import processes
-from vitshrink.compression.layers import Compression
+from vitshrink.compression.compressor import Compressor
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import VitshrinkError
 from vitshrink.jobs.compress import compress
@@ -38,11 +39,11 @@ figures.available = lambda: False
 torch.set_num_threads(1)
 processes.join("cpu")
 kept = []
-original = Compression.factorise_dense
+original = Compressor.learn
 def remember(self, job):
     kept.append(original(self, job))
     return kept[-1]
-Compression.factorise_dense = remember
+Compressor.learn = remember
 for number, entries in enumerate(json.loads(sys.argv[1])):
     try:
         compress(CompressConfig.from_mapping(entries))
@@ -83,14 +84,14 @@ def test_the_result_is_that_of_one_process(
         texts | {"method": "whitened", "samples": 6, "batch_size": 8},
         images | {"method": "qk-joint", "layers": "attention", "keep": [0.9], "samples": 12, "batch_size": 4},
     ]
-    kept: list[Factors] = []
-    original = Compression.factorise_dense
+    kept: list[Findings] = []
+    original = Compressor.learn
 
-    def remember(self: Compression, own: Job) -> Factors:
+    def remember(self: Compressor, own: Job) -> Findings:
         kept.append(original(self, own))
         return kept[-1]
 
-    monkeypatch.setattr(Compression, "factorise_dense", remember)
+    monkeypatch.setattr(Compressor, "learn", remember)
     for number, job in enumerate(jobs):
         compress(CompressConfig.from_mapping(job | {"output": str(tmp_path / f"one-{number}")}))
     (tmp_path / "taken").mkdir()

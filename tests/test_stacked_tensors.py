@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import vitshrink
+from vitshrink.compression.attention_estimation import AttentionEstimator
 from vitshrink.compression.attentions import attentions_of
+from vitshrink.compression.choices import Choices
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.errors import CheckpointError, OutputError
@@ -43,8 +45,8 @@ def stacked(compressed: Compressed, name: str = CLASSIFIER, form: str = "tucker"
 
 def in_memory(form: str = "tucker") -> PreTrainedModel:
     found = compression(tiny.build(CLASSIFIER), CLASSIFIER, "tensor", options={"form": form, "blocks": 2})
-    factors = found.factorise_dense(Job(Silent()))
-    return found.build(factors, {unit.name: unit.nearest(12) for unit in found.units()}, Job(Silent())).eval()
+    findings = found.learn(Job(Silent()))
+    return found.build(findings, {unit.name: unit.nearest(12) for unit in found.offers()}, Job(Silent())).eval()
 
 
 def attentions(model: nn.Module) -> tuple[TensorAttention, FollowingAttention]:
@@ -76,15 +78,15 @@ def test_a_stack_is_stored_once_and_reloads_with_stock_calls(compressed: Compres
 def test_the_loss_of_a_stack_is_the_error_of_each_block_on_its_own_inputs(form: str) -> None:
     model = tiny.build(CLASSIFIER)
     found = compression(model, CLASSIFIER, "tensor", options={"form": form, "blocks": 2})
-    factors = found.factorise_dense(Job(Silent()))
-    (unit,) = [unit for unit in found.units() if ":qkv" in unit.name]
-    rank = unit.nearest(12)
-    assert rank is not None
-    smaller = found.build(factors, {unit.name: rank}, Job(Silent()))
+    findings = found.learn(Job(Silent()))
+    (unit,) = [unit for unit in found.offers() if ":qkv" in unit.name]
+    chosen = unit.nearest(12)
+    assert chosen.form is not None
+    smaller = found.build(findings, {unit.name: chosen}, Job(Silent()))
     projection = attentions(smaller)[1].borrowed()
     lost = torch.zeros((), dtype=torch.float64)
     for block, attention in enumerate(attentions_of(model, find_targets(model))):
-        stats = factors.stats[attention.places["query"]]
+        stats = findings.stats[attention.places["query"]]
         layers = [model.get_submodule(attention.places[role]) for role in ("query", "key", "value")]
         weight = torch.cat([layer.weight for layer in layers]).detach().double()  # type: ignore[arg-type]
         error = weight - (projection.matrix(block) @ projection.inputs).detach().double()
@@ -92,7 +94,7 @@ def test_the_loss_of_a_stack_is_the_error_of_each_block_on_its_own_inputs(form: 
         bias = torch.cat([layer.bias for layer in layers]).detach().double()  # type: ignore[arg-type]
         own = projection.bias.view(2, -1)[block].detach().double()  # type: ignore[operator, union-attr]
         torch.testing.assert_close(own, bias + error @ stats.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(factors.layers[unit.name].loss[rank], lost, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(findings.layers[unit.name].loss[chosen.grade], lost, rtol=1e-3, atol=1e-6)
 
 
 @each_form
@@ -143,25 +145,19 @@ def test_a_stack_is_exported(compressed: Compressed, tmp_path: Path) -> None:
 @pytest.mark.parametrize("blocks", [3, 100])
 def test_what_is_left_at_the_end_is_a_stack_of_fewer(blocks: int) -> None:
     found = compression(tiny.build(CLASSIFIER), CLASSIFIER, "tensor", options={"blocks": blocks})
-    assert [unit.name.rpartition(":")[2] for unit in found.units()] == ["qkv of 2 blocks", "o", "o"]
+    assert [unit.name.rpartition(":")[2] for unit in found.offers()] == ["qkv of 2 blocks", "o", "o"]
 
 
 def test_a_block_that_is_left_out_is_in_no_stack() -> None:
     model = tiny.build(CLASSIFIER)
-    found = compression(model, CLASSIFIER, "tensor", options={"blocks": 2})
-    found = type(found)(
-        found.config,
-        model,
-        [target for target in found.targets if target.block == 1],
-        found.method,
-        found.allocation,
-        "none",
-        found.calibration,
-    )
+    whole = compression(model, CLASSIFIER, "tensor", options={"blocks": 2})
+    assert isinstance(whole.estimator, AttentionEstimator)
+    targets = [target for target in find_targets(model) if target.block == 1]
+    found = Choices.of(whole.config).compressor(model, targets, torch.float32, whole.estimator.calibration)
     smaller = found.build(
-        found.factorise_dense(Job(Silent())), {unit.name: unit.nearest(12) for unit in found.units()}, Job(Silent())
+        found.learn(Job(Silent())), {unit.name: unit.nearest(12) for unit in found.offers()}, Job(Silent())
     )
-    assert [unit.name for unit in found.units()] == ["vit.layers.1.attention:qkv", "vit.layers.1.attention:o"]
+    assert [unit.name for unit in found.offers()] == ["vit.layers.1.attention:qkv", "vit.layers.1.attention:o"]
     assert not any(isinstance(module, FollowingAttention) for module in smaller.modules())
 
 

@@ -3,7 +3,7 @@
 from vitshrink.cli import console
 from vitshrink.cli.tables import Table
 from vitshrink.compression.allocation import ALLOCATIONS
-from vitshrink.methods import attention_methods, available_methods, find_method, options_of
+from vitshrink.methods import attention_methods, available_methods, find_method
 
 
 @console.reported
@@ -16,7 +16,7 @@ def methods_command() -> None:
     console.show(table)
     console.say("\noptions (--option name=value), with their defaults:", prose=True)
     for name in [*available_methods(), *attention_methods()]:
-        if options := options_of(find_method(name)):
+        if options := find_method(name).options:
             console.say(
                 f"  {name}: {', '.join(f'{option}={default}' for option, default in options.items())}", prose=True
             )

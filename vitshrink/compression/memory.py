@@ -1,24 +1,25 @@
-"""Where statistics and factors are kept: in a cache for other jobs, or beside the output for the same one."""
+"""Where what was learned is kept: in a cache for other jobs, or beside the output for the same one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vitshrink.methods import Factorisation
+from vitshrink.compression.findings import Measured
 from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache, Key
 from vitshrink.runtime.entries import Entry
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.stats import LinearStats
 
-NAMES = {LinearStats: "statistics", Factorisation: "layers"}
+NAMES: Mapping[type[Any], str] = {LinearStats: "statistics", Measured: "losses"}
+"""What a step keeps: factors follow from the statistics, and would take several times the room of the model."""
 
 
 class Memory(Protocol):
-    """The statistics of a model and the factors that follow from them; all processes read the same."""
+    """The statistics of a model and what follows from them; all processes read the same."""
 
     def read(self, kind: type[Entry]) -> dict[str, Entry]:
-        """Nothing where it is not kept."""
+        """Nothing where it, or its kind, is not kept."""
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         """The first process writes."""
@@ -32,14 +33,17 @@ class Cached:
     keys: Mapping[Any, Key]
 
     def read(self, kind: type[Entry]) -> dict[str, Entry]:
+        if kind not in self.keys:
+            return {}
         found = self.cache.read(kind, self.keys[kind])
         # all or none: else one process would wait for work that the others do not do
         there = all(processes.gather(bool(found)))
         return found if found and there else {}
 
     def write(self, entries: Mapping[str, Entry]) -> None:
-        if entries and processes.is_main():
-            self.cache.write(self.keys[type(next(iter(entries.values())))], entries)
+        kind = _kind(entries)
+        if kind in self.keys and processes.is_main():
+            self.cache.write(self.keys[kind], entries)
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,16 @@ class Step:
     name: str
 
     def read(self, kind: type[Entry]) -> dict[str, Entry]:
-        return self.progress.entries(f"{self.name}-{NAMES[kind]}", kind)
+        return self.progress.entries(f"{self.name}-{NAMES[kind]}", kind) if kind in NAMES else {}
 
     def write(self, entries: Mapping[str, Entry]) -> None:
-        if entries:
-            self.progress.keep(f"{self.name}-{NAMES[type(next(iter(entries.values())))]}", entries)
+        if (kind := _kind(entries)) in NAMES:
+            self.progress.keep(f"{self.name}-{NAMES[kind]}", entries)
 
     def forget(self) -> None:
-        self.progress.forget(*(f"{self.name}-{part}" for part in (*NAMES.values(), "sums", "factors")))
+        self.progress.forget(*(f"{self.name}-{part}" for part in (*NAMES.values(), "sums")))
+
+
+def _kind(entries: Mapping[str, Any]) -> type[Any]:
+    """Of the entries; that of nothing, where there are none."""
+    return type(next(iter(entries.values()), None))

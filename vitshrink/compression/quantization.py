@@ -1,6 +1,5 @@
 """A model with its matrices rounded to integers, and what it takes in bytes."""
 
-import copy
 from dataclasses import dataclass
 from typing import Self
 
@@ -8,9 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.allocation import Curve, Menu
 from vitshrink.config.options import CompressConfig, quantized_bits
 from vitshrink.errors import UsageError
+from vitshrink.methods.ranks import Storage
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import HEADER_BYTES, compressed_layers, replace_layers
 from vitshrink.models.structures import structure_of
@@ -24,6 +23,7 @@ from vitshrink.models.structures.quantized import (
 )
 from vitshrink.models.structures.quantized import QuantizedSpec as Spec
 from vitshrink.models.targets import blocks_of
+from vitshrink.models.views import cast_view, view_of
 
 FACTOR_BITS = 8
 """Bits of low-rank factors: those of a layer with pivots differ too much in size for 4, measured."""
@@ -43,31 +43,31 @@ class Quantization:
         return None if config.quantize is None else cls(*quantized_bits(config.quantize, config.activations), dtype)
 
     def applied(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy of the model with integers, see ``quantized``."""
+        """A view of the model with integers, see ``quantized``."""
         return quantized(model, self.bits, self.activations, dtype=self.dtype)
 
     def file_bytes(self, model: PreTrainedModel) -> int:
         """At most so many bytes take the weight files of the model once it is rounded."""
-        rounded = self.applied(model).to(self.dtype)
+        rounded = cast_view(self.applied(model), self.dtype)
         return cost.stored_bytes(rounded) + HEADER_BYTES * len(rounded.state_dict())
 
-    def in_bytes(self, curve: Curve) -> Menu:
-        """What the ranks of a layer cost in bytes of the file, in place of numbers."""
-        m, n = curve.shape
-        costs = {}
-        for rank in curve.ranks:
-            inner = n - rank if curve.storage == "gauge" else n
-            up, down = ((m, rank), (rank, inner))
-            factors = sum(matrix_bytes(*shape, FACTOR_BITS, self.dtype.itemsize) for shape in (up, down))
-            costs[rank] = factors + 2 * HEADER_BYTES  # of the second factor and its scales
-        dense = matrix_bytes(m, n, self.bits, self.dtype.itemsize)
-        return Menu(curve.name, curve.shape, dense, costs, curve.loss, curve.multiple)
+    def low_rank_bytes(self, shape: tuple[int, int], rank: int, storage: Storage) -> int:
+        """Bytes in the file of a layer as two rounded factors, with what its second factor adds to the header."""
+        m, n = shape
+        inner = n - rank if storage == "gauge" else n
+        factors = sum(matrix_bytes(*each, FACTOR_BITS, self.dtype.itemsize) for each in ((m, rank), (rank, inner)))
+        return factors + 2 * HEADER_BYTES  # of the second factor and its scales
+
+    def dense_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes in the file of a rounded layer of full rank."""
+        return matrix_bytes(*shape, self.bits, self.dtype.itemsize)
 
 
+@torch.no_grad()
 def quantized(
     model: PreTrainedModel, bits: int, activations: Activations, *, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A copy of the model with integers in its blocks: in the linear layers, and in the factors of low-rank ones.
+    """A view of the model with integers in its blocks: in the linear layers, and in the factors of low-rank ones.
 
     Factors and word embeddings are rounded to 8 bits even where ``bits`` is 4; embeddings that are tied to the output
     not at all. Heads, norms, positions and the patch projection stay as they are, and so do output projections that
@@ -78,7 +78,7 @@ def quantized(
     """
     if any(isinstance(layer.spec, Spec | QuantizedEmbeddingSpec) for layer in compressed_layers(model).values()):
         raise UsageError("the model is quantised already: start from the one in floating point.")
-    rounded = copy.deepcopy(model).to(dtype or model.dtype)
+    rounded = cast_view(view_of(model), dtype or model.dtype)
     names = {module: name for name, module in rounded.named_modules()}
     layers: dict[str, nn.Module] = {}
     for module in blocks_of(rounded).modules():
@@ -90,4 +90,4 @@ def quantized(
     if isinstance(table, nn.Embedding) and (head is None or head.weight is not table.weight):
         layers[names[table]] = QuantizedEmbedding.from_layer(table)
     replace_layers(rounded, layers)
-    return rounded.to(model.dtype).eval()
+    return cast_view(rounded, model.dtype).eval()

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.allocation import Plan
-from vitshrink.compression.layers import Compressor, Factors
+from vitshrink.compression.candidates import Plan
+from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.findings import Findings
 from vitshrink.compression.quantization import Quantization
+from vitshrink.compression.sizes import as_integers
 from vitshrink.config.options import CompressConfig
 from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
 from vitshrink.data.opening import warn_of_bad
@@ -18,6 +20,7 @@ from vitshrink.errors import DataError, GateError, UsageError
 from vitshrink.evaluation import Masking, evaluate
 from vitshrink.evaluation.gates import percent_changed
 from vitshrink.models.families import head_of, task_of
+from vitshrink.models.views import rounded
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.statistics.calibration import to_device
@@ -29,7 +32,7 @@ RESOLUTION = 0.01
 REPAIRED = 0.95
 """Where a model as it is stored loses less than this fraction of what its truncation does, smaller ones are tried."""
 
-Make = Callable[[Factors, Plan], PreTrainedModel]
+Make = Callable[[Findings, Plan], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,12 @@ _UNFIT = {
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class Trial:
     """A size that was tried, and what it lost."""
 
     size: int
     """Parameters, or bytes of the file: what ``Compressor.size`` gives."""
-    factors: Factors
+    findings: Findings
     plan: Plan
     loss: float
     model: PreTrainedModel | None = None
@@ -89,7 +92,7 @@ class Search:
         DataError: no held-out sample, or more unusable ones than allowed.
     """
 
-    compression: Compressor
+    compressor: Compressor
     bound: Bound
     batches: Sequence[Batch]
     masking: Masking | None = None
@@ -97,11 +100,11 @@ class Search:
     """Type of the weights in the file; models are judged with weights rounded to it."""
     quantization: Quantization | None = None
     """How they are rounded further."""
-    tried: list[Candidate] = field(default_factory=list)
+    tried: list[Trial] = field(default_factory=list)
     baseline: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        dense = self.compression.dense
+        dense = self.compressor.dense
         # a masked LM is asked for its logits at a few tokens, by a hook that has to reach the model itself, and hidden
         # states are too many to keep
         self.baseline = dense if task_of(dense) in ("masked-lm", "features") else DenseOutputs(dense)
@@ -111,14 +114,14 @@ class Search:
         cls,
         samples: SampleSet | None,
         preprocessor: Preprocessor | None,
-        compression: Compressor,
+        compressor: Compressor,
         bound: Bound,
         dtype: torch.dtype,
         job: Job,
         quantization: Quantization | None = None,
     ) -> "Search":
         """A search that judges on ``samples``, which the model was not calibrated on."""
-        config = compression.config
+        config = compressor.config
         if samples is None or preprocessor is None:
             raise DataError(
                 f"{bound.flag} is judged on samples that were not calibrated on, and none is left: "
@@ -137,33 +140,33 @@ class Search:
         bad = BadSamples.of(samples, config.max_bad_samples)
         mine = replace(samples, samples=processes.share(samples.samples))  # what each loses is put together
         with job.stage("preprocess", "Reading held-out samples"):
-            device = next(compression.dense.parameters()).device
+            device = next(compressor.dense.parameters()).device
             batches = [
                 replace(batch, inputs=to_device(batch.inputs, device))
                 for batch in (preprocessor.batches(mine, config.batch_size, bad=bad) if len(mine) else [])
             ]
         warn_of_bad(bad, samples.source, job)
-        lm = task_of(compression.dense) == "masked-lm"
+        lm = task_of(compressor.dense) == "masked-lm"
         masking = Masking.from_tokenizer(preprocessor.processor, config.seed) if lm else None
-        return cls(compression, bound, batches, masking, dtype, quantization)
+        return cls(compressor, bound, batches, masking, dtype, quantization)
 
-    def smallest(self, factors: Factors, refine: int, job: Job) -> Candidate:
-        """The smallest model within the bound, from ``factors`` or those that ``refine`` re-estimations make of them.
+    def smallest(self, findings: Findings, refine: int, job: Job) -> Trial:
+        """The smallest model within the bound, from ``findings`` or those that ``refine`` re-estimations make of them.
 
         Raises:
             GateError: every size loses more; the message says what the best one does.
         """
-        least = self.compression.least_budget(factors)
-        found = self._bisect(factors, least, self.compression.whole - 1, job)
+        least = self.compressor.least_budget(findings)
+        found = self._bisect(findings, least, self.compressor.whole - 1, job)
         for number in range(refine if found is not None else 0):
             assert found is not None
-            again = self.compression.refine(found.factors, found.plan, job, f"search-{number + 1}")
+            again = self.compressor.refine(found.findings, found.plan, job, f"search-{number + 1}")
             found = self._bisect(again, least, found.size, job) or found
         kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.size)
-        missed: list[Candidate] = []
+        missed: list[Trial] = []
         for candidate in kept:
             with self._stage(job):
-                stored = self._judge(candidate.factors, candidate.plan, self._stored)
+                stored = self._judge(candidate.findings, candidate.plan, self._stored)
                 if stored.loss <= self.bound.limit:
                     return self._smaller(stored, least) if stored.loss < REPAIRED * candidate.loss else stored
             missed.append(stored)
@@ -173,24 +176,24 @@ class Search:
     def _stage(self, job: Job) -> AbstractContextManager[object]:
         return job.stage("search", f"Searching the size for {self.bound.flag} {self.bound.limit:g}")
 
-    def _bisect(self, factors: Factors, low: int, high: int, job: Job) -> Candidate | None:
+    def _bisect(self, findings: Findings, low: int, high: int, job: Job) -> Trial | None:
         """The smallest candidate from ``low`` to ``high`` within the bound; None when the largest is not."""
         with self._stage(job):
-            best = self._try(factors, high, self._truncated)
+            best = self._try(findings, high, self._truncated)
             if best is None:
                 return None
-            if (smallest := self._try(factors, low, self._truncated)) is not None:
+            if (smallest := self._try(findings, low, self._truncated)) is not None:
                 return smallest
             while high - low > self._resolution:
                 middle = (low + high) // 2
-                candidate = self._try(factors, middle, self._truncated)
+                candidate = self._try(findings, middle, self._truncated)
                 if candidate is None:
                     low = middle
                 else:
                     best, high = candidate, candidate.size
             return best
 
-    def _smaller(self, best: Candidate, low: int) -> Candidate:
+    def _smaller(self, best: Trial, low: int) -> Trial:
         """The smallest of the models below ``best`` that keep the bound as they are stored.
 
         Repairs that come with storing are not cheap, so the steps down are small first.
@@ -198,7 +201,7 @@ class Search:
         step = 2 * self._resolution
         while best.size - low > self._resolution:
             budget = max(best.size - step, (low + best.size) // 2)
-            candidate = self._try(best.factors, budget, self._stored)
+            candidate = self._try(best.findings, budget, self._stored)
             if candidate is None:
                 low = budget
             else:
@@ -208,29 +211,29 @@ class Search:
 
     @property
     def _resolution(self) -> int:
-        return int(RESOLUTION * self.compression.whole)
+        return int(RESOLUTION * self.compressor.whole)
 
-    def _truncated(self, factors: Factors, plan: Plan) -> PreTrainedModel:
-        return self.compression.truncate(factors, plan, Job(Silent()))
+    def _truncated(self, findings: Findings, plan: Plan) -> PreTrainedModel:
+        return self.compressor.truncate(findings, plan, Job(Silent()))
 
-    def _stored(self, factors: Factors, plan: Plan) -> PreTrainedModel:
+    def _stored(self, findings: Findings, plan: Plan) -> PreTrainedModel:
         """The final model: repaired, and with pivots."""
-        return self.compression.build(factors, plan, Job(Silent()))
+        return self.compressor.build(findings, plan, Job(Silent()))
 
-    def _try(self, factors: Factors, budget: int, make: Make) -> Candidate | None:
-        candidate = self._judge(factors, self.compression.plan(factors, budget), make)
+    def _try(self, findings: Findings, budget: int, make: Make) -> Trial | None:
+        candidate = self._judge(findings, self.compressor.plan(findings, budget), make)
         return candidate if candidate.loss <= self.bound.limit else None
 
-    def _judge(self, factors: Factors, plan: Plan, make: Make) -> Candidate:
-        model = make(factors, plan).to(self.dtype).float()
-        rounded = model if self.quantization is None else self.quantization.applied(model)
-        candidate = Candidate(self.compression.size(factors, plan), factors, plan, self._loss(rounded))
+    def _judge(self, findings: Findings, plan: Plan, make: Make) -> Trial:
+        model = rounded(make(findings, plan), self.dtype)
+        stored = model if self.quantization is None else self.quantization.applied(model)
+        candidate = Trial(self.compressor.size(plan), findings, plan, self._loss(stored))
         self.tried.append(candidate)  # without the model: there may be many
         return replace(candidate, model=model)
 
     def _loss(self, model: PreTrainedModel) -> float:
         """What ``model`` loses on the held-out samples, in the unit of the bound."""
-        task = task_of(self.compression.dense)
+        task = task_of(self.compressor.dense)
         evaluation = evaluate(model, self.batches, task=task, baseline=self.baseline, masking=self.masking)
         assert evaluation.fidelity is not None
         found = evaluation.fidelity
@@ -239,14 +242,14 @@ class Search:
         assert loss is not None
         return loss
 
-    def _asked(self, candidate: Candidate) -> str:
+    def _asked(self, trial: Trial) -> str:
         """The size that would have to be asked for."""
-        config = self.compression.config
+        config = self.compressor.config
         if config.counts_bytes:
-            return f"--target-size {candidate.size / 1e6:.2f}MB as {config.quantize}"
-        return f"--keep {candidate.size / self.compression.whole:.3f}"
+            return f"--target-size {trial.size / 1e6:.2f}MB{as_integers(config)}"
+        return f"--keep {trial.size / self.compressor.whole:.3f}"
 
-    def _missed(self, stored: Sequence[Candidate]) -> str:
+    def _missed(self, stored: Sequence[Trial]) -> str:
         """Of the models that were judged last: as they are stored, where truncation alone kept the bound."""
         judged = stored or self.tried
         best = min(judged, key=lambda each: (each.loss, each.size))

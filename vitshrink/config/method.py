@@ -38,6 +38,12 @@ class MethodOptions(Options):
     activations: str | None = option(
         None, "With --quantize: dynamic (int8 arithmetic, the default for int8) or none.", panel=METHOD
     )
+    forms: tuple[str, ...] = option(
+        (),
+        "A form that layers may take beside those of the method: int8 or int4. The plan mixes them by their bytes.",
+        panel=METHOD,
+        flags=("--form",),
+    )
     refine: int = option(
         2,
         "Times the curvature is estimated again on the compressed model, for every size.",
@@ -58,3 +64,9 @@ class MethodOptions(Options):
             raise UsageError("--activations says how a quantised model computes: pass --quantize int8 as well.")
         if self.quantize is not None:
             quantized_bits(self.quantize, self.activations)
+        for form in self.forms:
+            quantized_bits(form, "none")
+        if self.forms and self.quantize is not None:
+            raise UsageError(
+                "--form lets the plan choose what becomes integers, and --quantize rounds all: choose one."
+            )

@@ -120,6 +120,8 @@ class CompressConfig(
                 raise UsageError(
                     f"{flag_of(name)} is judged on held-out calibration samples: pass --calibration, not --holdout 0."
                 )
+        if self.forms:
+            self._check_forms()
         if self.rank is not None and self.rank % self.rank_multiple:
             above = self.rank + -self.rank % self.rank_multiple
             below = f"--rank {above - self.rank_multiple} or " if above > self.rank_multiple else ""
@@ -127,6 +129,16 @@ class CompressConfig(
                 f"--rank {self.rank} is no multiple of --rank-multiple {self.rank_multiple}: "
                 f"give {below}--rank {above}, or leave --rank-multiple out."
             )
+
+    def _check_forms(self) -> None:
+        in_bytes = [flag_of(name) for name in ("target_size", *BOUNDS)]
+        if not set(self.sizes) <= set(in_bytes):
+            raise UsageError(
+                f"{self.sizes[0]} counts parameters, of which --form changes no number: give one of "
+                f"{', '.join(in_bytes)}, such as --target-size 4MB."
+            )
+        if self.finetune is not None:
+            raise UsageError("--form stores integers, which --finetune does not train: leave one of them out.")
 
     @property
     def size(self) -> str:
@@ -139,9 +151,9 @@ class CompressConfig(
 
     @property
     def counts_bytes(self) -> bool:
-        """Whether ranks are chosen by the bytes of the file, because its weights are integers of several widths."""
+        """Whether a plan goes by the bytes of the file, because weights are integers of several widths."""
         asked = (getattr(self, name) for name in ("target_size", *BOUNDS))
-        return self.quantize is not None and any(size is not None for size in asked)
+        return bool(self.forms) or (self.quantize is not None and any(size is not None for size in asked))
 
     @property
     def finetune_data(self) -> DataConfig | None:

@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
-from vitshrink.compression.allocation import Plan
+from vitshrink.compression.candidates import Plan
+from vitshrink.compression.choices import Choices
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound
-from vitshrink.compression.shrinking import Choices, Shrinking, Shrunk
+from vitshrink.compression.shrinking import Shrinking, Shrunk
 from vitshrink.config.fields import plain_values
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import DataError, GateError, NumericsError, UsageError
@@ -66,7 +67,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             shrunken = shrinking.run(data.calibration, data.held_out, data.preprocessor, job, progress)
             if staging is None:
                 return [
-                    CompressionResult(None, description.planned(shrunk.factors, shrunk.plan, shrunk.job))
+                    CompressionResult(None, description.planned(shrunk.findings, shrunk.plan, shrunk.job))
                     for shrunk in shrunken
                 ]
             saved = [
@@ -182,7 +183,7 @@ def _saved(
             extra_files=extra,
             finish=None if quantization is None else quantization.applied,
         )
-    layers = description.layers(shrunk.factors, shrunk.plan)
+    layers = description.layers(shrunk.findings, shrunk.plan)
     return _Saved(written, shrunk.plan, layers, shrunk.job, part, recovery)
 
 

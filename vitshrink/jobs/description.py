@@ -1,5 +1,6 @@
 """The report of a job, built from what the job knows at its end."""
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,12 +8,11 @@ from typing import Any, Self
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
-from vitshrink.compression.allocation import Offer, Plan
-from vitshrink.compression.layers import Factors
+from vitshrink.compression.candidates import Candidate, Offer, Plan
+from vitshrink.compression.findings import Findings
 from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig, quantized_bits
 from vitshrink.data import Preprocessor
@@ -84,7 +84,7 @@ class Description:
 
     config: CompressConfig
     dense: PreTrainedModel
-    units: Sequence[Offer]
+    offers: Sequence[Offer]
     allocation: str
     compensation: str
     calibration: CalibrationData | None
@@ -96,24 +96,24 @@ class Description:
         return cls(
             shrinking.choices.config,
             shrinking.dense,
-            shrinking.units,
+            shrinking.offers,
             shrinking.allocated_by,
             shrinking.choices.compensation,
             calibration,
             preprocessor.description if preprocessor else None,
         )
 
-    def planned(self, factors: Factors, plan: Plan, job: Job) -> Report:
+    def planned(self, findings: Findings, plan: Plan, job: Job) -> Report:
         """The report of a dry run: sizes, and nothing that only a written model has."""
         total = cost.parameters(self.dense)
         before, after = self._layer_costs(plan)
         return self._report(
-            self.layers(factors, plan), plan, job, parameters=before_after(total, total - before + after)
+            self.layers(findings, plan), plan, job, parameters=before_after(total, total - before + after)
         )
 
-    def layers(self, factors: Factors, plan: Plan) -> tuple[LayerEntry, ...]:
-        """What became of each target: all that a report needs to know of the factors."""
-        return tuple(self._layer(unit, plan[unit.name], factors) for unit in self.units)
+    def layers(self, findings: Findings, plan: Plan) -> tuple[LayerEntry, ...]:
+        """What became of each site: all that a report needs to know of the findings."""
+        return tuple(self._layer(offer, plan[offer.name], findings) for offer in self.offers)
 
     def written(
         self,
@@ -159,8 +159,8 @@ class Description:
         )
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
-        before = sum(unit.cost(None) for unit in self.units)
-        return before, sum(unit.cost(plan[unit.name]) for unit in self.units)
+        before = sum(offer.kept.cost.parameters for offer in self.offers)
+        return before, sum(plan[offer.name].cost.parameters for offer in self.offers)
 
     def _fitted_to(self) -> list[str]:
         return [] if self.calibration is None else sorted(self.calibration.samples.marks)
@@ -185,18 +185,21 @@ class Description:
             **measured,
         )
 
-    def _layer(self, unit: Offer, rank: int | None, factors: Factors) -> LayerEntry:
+    def _layer(self, offer: Offer, chosen: Candidate, findings: Findings) -> LayerEntry:
+        form = chosen.form
         return LayerEntry(
-            name=unit.name,
-            shape=unit.shape,
-            rank=rank,
-            parameters=unit.cost(rank),
-            relative_error=0.0 if rank is None else _relative_error(factors.layers[unit.name].loss, rank),
-            reason=self._reason(unit, factors) if rank is None else None,
+            name=offer.name,
+            shape=offer.site.shape,
+            rank=None if form is None else form.rank,
+            form=None if form is None or form.bits is None else "integer",
+            bits=None if form is None else form.bits,
+            parameters=chosen.cost.parameters,
+            relative_error=0.0 if form is None else _relative_error(findings.layers[offer.name], chosen),
+            reason=self._reason(offer, findings) if form is None else None,
         )
 
-    def _reason(self, unit: Offer, factors: Factors) -> str:
-        return factors.failures.get(unit.name) or (
+    def _reason(self, offer: Offer, findings: Findings) -> str:
+        return findings.failures.get(offer.name) or (
             "this rank would not make the layer smaller"
             if self.config.rank is not None
             else "no smaller rank keeps the variance asked for"
@@ -222,6 +225,10 @@ def quantization_of(weights: str | None, activations: str | None) -> Quantizatio
     return None if weights is None else QuantizationRecord(weights, quantized_bits(weights, activations)[1])
 
 
-def _relative_error(loss: Tensor, rank: int) -> float:
-    """Square root of the share of the loss, in the method's own metric, that is left at this rank."""
-    return float((loss[rank] / loss[0]).sqrt()) if loss[0] > 0 else 0.0
+def _relative_error(found: Any, chosen: Candidate) -> float:
+    """Square root of the share of the loss that is left: of a rank in the method's own metric."""
+    rank = None if chosen.form is None else chosen.form.rank
+    if rank is not None:
+        return float((found.loss[rank] / found.loss[0]).sqrt()) if found.loss[0] > 0 else 0.0
+    whole = float((found.loss if found.measured is None else found.measured)[0])
+    return math.sqrt(chosen.loss / whole) if whole > 0 else 0.0

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from vitshrink.compression.choices import Choices
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound
-from vitshrink.compression.shrinking import Choices, Shrinking
+from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.fields import names_of
 from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import (
@@ -134,7 +135,7 @@ def compress(
             [judged], held_out, preprocessor, against=session.source, job=shrunk.job, labelled=False
         )
     description = Description.of(shrinking, data, preprocessor)
-    layers = description.layers(shrunk.factors, shrunk.plan)
+    layers = description.layers(shrunk.findings, shrunk.plan)
     report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement)
     return Compressed(
         moved(small, dtype=dtype),

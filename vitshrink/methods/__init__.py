@@ -3,8 +3,8 @@
 import importlib
 import pkgutil
 
-from vitshrink.methods.attention import AttentionMethod, attention_methods, find_method, options_of
-from vitshrink.methods.registry import Factorisation, Method, available_methods, get_method
+from vitshrink.methods.attention import AttentionMethod, attention_methods
+from vitshrink.methods.registry import Factorisation, LayerMethod, Method, available_methods, find_method, get_method
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -12,10 +12,10 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "AttentionMethod",
     "Factorisation",
+    "LayerMethod",
     "Method",
     "attention_methods",
     "available_methods",
     "find_method",
     "get_method",
-    "options_of",
 ]

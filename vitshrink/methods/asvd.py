@@ -9,7 +9,25 @@ from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
-@method("asvd", needs=Needs.SCALES)
+def _scales(stats: LinearStats | None, alpha: float, scaling: str) -> tuple[Tensor, Tensor]:
+    """S as a share of its largest entry, (n,), and that entry."""
+    if stats is None or stats.abs_mean is None or stats.abs_max is None:
+        raise NumericsError("asvd needs calibration statistics.")
+    scales = {"abs-mean": stats.abs_mean, "abs-max": stats.abs_max}.get(scaling)
+    if scales is None:
+        raise UsageError(f"unknown scaling {scaling!r}. Available: abs-mean, abs-max.")
+    largest = scales.max().clamp_min(1e-300)
+    return (scales / largest).clamp_min(1e-6) ** alpha, largest**alpha
+
+
+def _noise(
+    weight: Tensor, stats: LinearStats | None, *, centred: bool = False, alpha: float = 0.5, scaling: str = "abs-mean"
+) -> float:
+    S, unit = _scales(stats, alpha, scaling)
+    return weight.shape[0] * float((S * unit).square().sum())
+
+
+@method("asvd", needs=Needs.SCALES, noise=_noise)
 def asvd(
     weight: Tensor, stats: LinearStats | None, *, centred: bool = False, alpha: float = 0.5, scaling: str = "abs-mean"
 ) -> Factorisation:
@@ -19,13 +37,6 @@ def asvd(
     is then close to plain SVD. ``scaling`` is ``abs-mean`` or ``abs-max``. Dead channels get the smallest scale that
     still inverts, since nothing is known of them.
     """
-    if stats is None or stats.abs_mean is None or stats.abs_max is None:
-        raise NumericsError("asvd needs calibration statistics.")
-    scales = {"abs-mean": stats.abs_mean, "abs-max": stats.abs_max}.get(scaling)
-    if scales is None:
-        raise UsageError(f"unknown scaling {scaling!r}. Available: abs-mean, abs-max.")
-    largest = scales.max().clamp_min(1e-300)
-    S = (scales / largest).clamp_min(1e-6) ** alpha
+    S, unit = _scales(stats, alpha, scaling)
     U, values, Vh = full_svd(weight * S)
-    unit = largest**alpha
     return Factorisation.from_spectrum(U * values, Vh / S, (values * unit).square())

@@ -1,17 +1,14 @@
 """The table of methods that replace a whole attention. Like those for layers: a pure function in a file of its own."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitshrink.config.choices import choose
 from vitshrink.errors import NumericsError, UsageError
 from vitshrink.methods.ranks import Storage
-from vitshrink.methods.registry import Method, known_methods
+from vitshrink.methods.registry import Method, available_methods, enter
 from vitshrink.models.structures import Structure
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
@@ -97,30 +94,20 @@ Structures = Callable[..., dict[str, Structure]]
 """``f(dimensions, ranks by part, **options)``: what stands where at these ranks; parts that are left out stay."""
 
 
-@dataclass(frozen=True)
-class AttentionMethod:
-    """A registered method for attentions; ``factorise``, ``needs`` and the others are as those of ``Method``."""
+@dataclass(frozen=True, kw_only=True)
+class AttentionMethod(Method):
+    """A registered method for attentions."""
 
-    name: str
     factorise: Decompose
     structures: Structures
     parts: Mapping[str, tuple[str, ...]]
     """What there is to choose the rank of, and the roles it replaces."""
     ranks: Callable[..., Sequence[int]]
-    allocation: str
-    needs: Needs = Needs.COVARIANCE
-    compensation: str = "none"
-    storage: Storage = "factors"
     extra: str | None = None
     """The optional extra that it needs."""
     stacked: Mapping[str, Callable[[str, int], Structure]] = field(default_factory=dict)
     """Parts that cover as many attentions in a row as the option ``blocks`` says, and what stands in the place of the
     second and the others: made from the name of the first, and their number."""
-
-    @property
-    def summary(self) -> str:
-        """First line of the docstring."""
-        return (self.factorise.__doc__ or "").strip().splitlines()[0]
 
     def require(self, *, layers: str, storage: Storage, allocation: str) -> None:
         """Raises UsageError for what makes no sense with a method of attentions, before any work."""
@@ -134,9 +121,6 @@ class AttentionMethod:
             )
         if storage != "factors":
             raise UsageError(f"--method {self.name} has a form of its own: --storage {storage} is for linear layers.")
-
-
-_METHODS: dict[str, AttentionMethod] = {}
 
 
 def below_head_dimension(dimensions: Dimensions) -> Sequence[int]:
@@ -155,29 +139,27 @@ def attention_method(
 ) -> Callable[[Decompose], Decompose]:
     """Enter the decorated function as method ``name``."""
 
-    def enter(function: Decompose) -> Decompose:
-        if name in _METHODS or name in known_methods():
-            raise ValueError(f"two methods are called {name!r}")
-        _METHODS[name] = AttentionMethod(
-            name, function, structures, parts, ranks, allocation, extra=extra, stacked=stacked or {}
+    def entered(function: Decompose) -> Decompose:
+        enter(
+            AttentionMethod(
+                name=name,
+                factorise=function,
+                needs=Needs.COVARIANCE,
+                allocation=allocation,
+                compensation="none",
+                storage="factors",
+                structures=structures,
+                parts=parts,
+                ranks=ranks,
+                extra=extra,
+                stacked=stacked or {},
+            )
         )
         return function
 
-    return enter
+    return entered
 
 
 def attention_methods() -> list[str]:
     """Names of all registered methods for attentions."""
-    return sorted(_METHODS)
-
-
-def options_of(method: Method | AttentionMethod) -> dict[str, Any]:
-    """What ``--option`` sets, and the defaults: the arguments that are given by name."""
-    parameters = inspect.signature(method.factorise).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centred"}
-
-
-def find_method(name: str) -> Method | AttentionMethod:
-    """Look a method of either kind up. Raises UsageError with the nearest name."""
-    table: dict[str, Method | AttentionMethod] = {**known_methods(), **_METHODS}
-    return choose(name, table, "method")
+    return available_methods(AttentionMethod)

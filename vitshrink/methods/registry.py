@@ -1,7 +1,10 @@
 """The table of methods. A method is a pure function in a file of its own, entered here by its decorator."""
 
-from collections.abc import Callable, Mapping
+import inspect
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from vitshrink.config.choices import choose
 from vitshrink.errors import NumericsError
 from vitshrink.methods.ranks import Storage
 from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.stats import LinearStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,19 @@ class Factorisation:
     down: Tensor
     loss: Tensor
     measured: Tensor | None = None
+
+    def at_output(self, loss: float) -> float:
+        """A loss in the method's own metric as it would be measured at the output: as that of the rank that loses it.
+
+        Nearest in proportion; the same, where nothing was measured.
+        """
+        if self.measured is None:
+            return loss
+        known = (self.loss > 0) & (self.measured > 0)
+        if not known.any():
+            return loss
+        nearest = int((self.loss[known].log() - math.log(max(loss, 1e-300))).abs().argmin())
+        return loss * float(self.measured[known][nearest] / self.loss[known][nearest])
 
     def measured_between(self, before: "Factorisation", again: "Factorisation", share: float) -> "Factorisation":
         """With the loss that was measured of other factors of this layer ``before``, and ``again`` by ``share``.
@@ -56,13 +73,17 @@ Factorise = Callable[..., Factorisation]
 
 ``centred`` says that the bias will absorb (W − Ŵ) μ, so only what varies around the mean μ of x has to be kept."""
 
+Noise = Callable[..., float]
+"""``f(weight (m, n), stats, *, centred, **options)``: what independent errors of variance 1 in all weights lose, in the
+method's own metric."""
+
 
 @dataclass(frozen=True)
 class Method:
     """A registered method, with the allocation, compensation and storage that go with it."""
 
     name: str
-    factorise: Factorise
+    factorise: Callable[..., Any]
     needs: Needs
     allocation: str
     compensation: str
@@ -73,39 +94,72 @@ class Method:
         """First line of the docstring."""
         return (self.factorise.__doc__ or "").strip().splitlines()[0]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``--option`` sets, and the defaults: the arguments that are given by name."""
+        parameters = inspect.signature(self.factorise).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centred"}
+
+
+@dataclass(frozen=True)
+class LayerMethod(Method):
+    """A method that factorises linear layers, one by one."""
+
+    factorise: Factorise
+    noise: Noise
+
 
 _METHODS: dict[str, Method] = {}
+"""One table for the methods of every kind."""
+
+
+def enter(method: Method) -> None:
+    """Put a method into the table. Raises ValueError where another has its name."""
+    if method.name in _METHODS:
+        raise ValueError(f"two methods are called {method.name!r}")
+    _METHODS[method.name] = method
 
 
 def method(
     name: str,
     *,
     needs: Needs,
+    noise: Noise,
     allocation: str = "uniform-ratio",
     compensation: str = "none",
     storage: Storage = "factors",
 ) -> Callable[[Factorise], Factorise]:
     """Enter the decorated function as method ``name``."""
 
-    def enter(function: Factorise) -> Factorise:
-        if name in _METHODS:
-            raise ValueError(f"two methods are called {name!r}")
-        _METHODS[name] = Method(name, function, needs, allocation, compensation, storage)
+    def entered(function: Factorise) -> Factorise:
+        enter(LayerMethod(name, function, needs, allocation, compensation, storage, noise))
         return function
 
-    return enter
+    return entered
 
 
-def known_methods() -> Mapping[str, Method]:
-    """All registered methods for linear layers, by name."""
-    return _METHODS
+def available_methods(kind: type[Method] = LayerMethod) -> list[str]:
+    """Names of all registered methods of a kind: for linear layers, if none is given."""
+    return sorted(name for name, each in _METHODS.items() if isinstance(each, kind))
 
 
-def available_methods() -> list[str]:
-    """Names of all registered methods."""
-    return sorted(_METHODS)
-
-
-def get_method(name: str) -> Method:
+def find_method(name: str) -> Method:
     """Look a method up. Raises UsageError with the nearest name."""
     return choose(name, _METHODS, "method")
+
+
+def get_method(name: str) -> LayerMethod:
+    """Look a method for layers up. Raises UsageError with the nearest name."""
+    return choose(name, {key: each for key, each in _METHODS.items() if isinstance(each, LayerMethod)}, "method")
+
+
+def weight_noise(weight: Tensor, _stats: LinearStats | None, **_options: Any) -> float:
+    """Of errors that count as they are: m n."""
+    return float(weight.numel())
+
+
+def output_noise(weight: Tensor, stats: LinearStats | None, *, centred: bool, **_options: Any) -> float:
+    """Of errors that count by what they change at the layer's output: m tr C."""
+    if stats is None:
+        raise NumericsError("there are no calibration statistics.")
+    return weight.shape[0] * stats.variance(centred=centred)

@@ -68,8 +68,7 @@ def _full_row_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _permute_outputs(layer: nn.Module, order: Tensor) -> None:
-    """Sort the outputs of a dense or low-rank layer; in a pivoted one too, the output factor alone decides them."""
-    assert isinstance(layer.weight, Tensor)
-    layer.weight.copy_(layer.weight[order].clone())
-    if isinstance(layer.bias, Tensor):
-        layer.bias.copy_(layer.bias[order].clone())
+    """Sort the outputs of a layer; in a low-rank one, pivoted or not, the output factor alone decides them."""
+    for name in ("weight", "weight_scale", "bias"):
+        if isinstance(rows := getattr(layer, name, None), Tensor):
+            rows.copy_(rows[order].clone())

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from vitshrink.compression.shrinking import Choices
+from vitshrink.compression.choices import Choices
 from vitshrink.config.fields import entries_of
 from vitshrink.config.options import (
     BOUNDS,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from vitshrink.compression.shrinking import Choices
+from vitshrink.compression.choices import Choices
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import DataError, GateError, OutputError, UsageError, VitshrinkError, explanation
 from vitshrink.evaluation.gates import Gates

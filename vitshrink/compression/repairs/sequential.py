@@ -6,7 +6,8 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from vitshrink.compression.compensation import fit_residual, shifted_bias
+from vitshrink.compression.repairs.bias import shifted_bias
+from vitshrink.compression.repairs.residual import fit_residual
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target
 from vitshrink.runtime.modes import evaluating

@@ -1,14 +1,9 @@
-"""Repair after truncation: what the bias can absorb, and a residual fitted to what the rank left over."""
+"""A residual fitted to what the rank of a layer left over."""
 
 import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
-
-COMPENSATIONS = ("none", "bias", "residual", "rescale")
-
-SHIFTING = ("bias", "rescale")
-"""Those that begin by making every mean output exact."""
 
 RESIDUAL_SHARE = 0.25
 """Part of a layer's rank that is left to the learned residual."""
@@ -17,11 +12,6 @@ STEP = 0.5
 """Step of scaled gradient descent: any value below 1 converges, whatever the conditioning (arXiv 2005.08898)."""
 
 STEPS = 30
-
-
-def shifted_bias(bias: Tensor, weight: Tensor, approximation: Tensor, mean: Tensor) -> Tensor:
-    """b + (W − Ŵ) μ, (m,): the bias that makes the mean output exact."""
-    return bias + (weight - approximation) @ mean
 
 
 def split_rank(rank: int) -> tuple[int, int]:

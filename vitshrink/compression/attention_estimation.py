@@ -1,0 +1,116 @@
+"""What a method learns of attentions: statistics, and nested parts of which a rank is a slice."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.compression.attentions import Attention, AttentionSite, attentions_of, sites_of
+from vitshrink.compression.candidates import Plan
+from vitshrink.compression.estimation import DENSE, Rebuild
+from vitshrink.compression.findings import Findings
+from vitshrink.compression.memory import Step
+from vitshrink.config.options import CompressConfig
+from vitshrink.data.opening import CalibrationData
+from vitshrink.errors import NumericsError
+from vitshrink.methods.attention import ATTENTION, AttentionMethod, AttentionWeights
+from vitshrink.models.targets import Target
+from vitshrink.runtime.entries import laid_out
+from vitshrink.runtime.observer import Job
+from vitshrink.runtime.state import Progress
+from vitshrink.statistics.calibration import collect
+from vitshrink.statistics.sharing import Shared
+from vitshrink.statistics.stats import LinearStats
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionEstimator:
+    """The dense model and its calibration data. These methods look at nothing else, so that nothing is refined."""
+
+    config: CompressConfig
+    dense: PreTrainedModel
+    targets: Sequence[Target]
+    method: AttentionMethod
+    calibration: CalibrationData | None
+    progress: Progress = field(default_factory=Progress)
+
+    def learn(self, job: Job) -> Findings:
+        """Calibrate on the dense model and decompose each attention once; a rank is then a slice."""
+        if self.config.cache is not None:
+            job.warn(f"--cache keeps nothing for --method {self.method.name}.")
+        attentions = attentions_of(self.dense, self.targets)
+        findings = Findings({}, {}, self._statistics(attentions, job))
+        sites = sites_of(attentions, self.method, self.config.options)
+        with job.stage("factorise", "Factorising", len(attentions)) as advance:
+            for attention in attentions:
+                self._decompose([site for site in sites if site.attentions[0] == attention], findings, job)
+                advance(1)
+        if not findings.layers:
+            raise NumericsError("no attention could be factorised; the warnings say why.")
+        return findings
+
+    def refine(
+        self, before: Findings, _plan: Plan, _model: PreTrainedModel, _rebuilt: Rebuild, _job: Job, _step: str = ""
+    ) -> Findings:
+        """Nothing to add."""
+        return before
+
+    def resume(self, _step: str, _job: Job) -> Findings | None:
+        """There are no steps but that of the dense model."""
+        return None
+
+    def forget(self, _step: str) -> None:
+        """There is nothing to forget."""
+
+    def _statistics(self, attentions: Sequence[Attention], job: Job) -> Mapping[str, LinearStats]:
+        assert self.calibration is not None
+        memory, batches = Step(self.progress, DENSE), self.calibration.batches
+        if stats := memory.read(LinearStats):
+            return stats
+        used = [target for attention in attentions for target in attention.targets.values()]
+        course = Shared(self.progress, DENSE, next(self.dense.parameters()).device)
+        with job.stage("calibrate", "Calibrating", len(self.calibration.samples)) as advance:
+            found = collect(self.dense, used, batches, self.method.needs, course=course, on_batch=advance)
+        stats = laid_out(found)
+        memory.write(stats)
+        return stats
+
+    @torch.no_grad()
+    def _decompose(self, sites: Sequence[AttentionSite], findings: Findings, job: Job) -> None:
+        """Put what begins with one attention into the findings; where that fails it is kept, and reported."""
+        if not sites:
+            return
+        stack = max((site.attentions for site in sites), key=len)
+        first, *others = (self._weights(each, findings.stats) for each in stack)
+        options = self.config.options
+        ranks = self.method.ranks(stack[0].dimensions, **options)
+        try:
+            wanted = [site.part for site in sites]
+            parts = self.method.factorise(replace(first, following=others), ranks, wanted, **options)
+            for site in sites:
+                findings.layers[site.name] = parts[site.part].check_finite()
+        except NumericsError as error:
+            for site in sites:
+                findings.layers.pop(site.name, None)
+                findings.failures[site.name] = str(error)
+            job.warn(f"{', '.join(each.places[ATTENTION] for each in stack)} stays dense: {error}")
+
+    def _weights(self, attention: Attention, stats: Mapping[str, LinearStats]) -> AttentionWeights:
+        layers = {role: self._layer(target.name) for role, target in attention.targets.items()}
+        return AttentionWeights(
+            attention.dimensions,
+            {role: layer.weight.double() for role, layer in layers.items()},
+            {role: _bias(layer) for role, layer in layers.items()},
+            {role: stats[target.name] for role, target in attention.targets.items()},
+        )
+
+    def _layer(self, name: str) -> nn.Linear:
+        layer = self.dense.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+
+def _bias(layer: nn.Linear) -> Tensor:
+    return layer.weight.new_zeros(layer.out_features).double() if layer.bias is None else layer.bias.double()

@@ -1,0 +1,142 @@
+"""What a job asks of compression, complete: what its config leaves open is decided by the method."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel
+
+from vitshrink.compression.allocation import ALLOCATIONS
+from vitshrink.compression.attention_estimation import AttentionEstimator
+from vitshrink.compression.compressor import Compressor, Estimator, Repairs
+from vitshrink.compression.estimation import LayerEstimator
+from vitshrink.compression.forms import Maker, Material, make_form
+from vitshrink.compression.forms.attention_part import AttentionMaker
+from vitshrink.compression.forms.low_rank import LowRankMaker
+from vitshrink.compression.quantization import Quantization
+from vitshrink.compression.repairs import COMPENSATIONS
+from vitshrink.compression.repairs.layers import LayerRepairs, NoRepairs
+from vitshrink.config.choices import choose
+from vitshrink.config.options import CompressConfig
+from vitshrink.data.opening import CalibrationData
+from vitshrink.errors import UsageError
+from vitshrink.methods import AttentionMethod, LayerMethod, Method, find_method
+from vitshrink.methods.ranks import Storage
+from vitshrink.models.targets import Target
+from vitshrink.runtime import extras
+from vitshrink.runtime.state import Progress
+from vitshrink.statistics.needs import Needs
+
+ATTENTION_COMPENSATIONS = ("none",)
+"""Repairs of a model whose attentions were replaced: what a bias can absorb is part of the methods themselves."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a config asks for, complete: what it leaves open is decided by the method."""
+
+    config: CompressConfig
+    method: Method
+    allocation: str
+    compensation: str
+    storage: Storage
+
+    @classmethod
+    def of(cls, config: CompressConfig) -> Self:
+        """Raises UsageError for what can be known to make no sense before a model is loaded."""
+        method = find_method(config.method)
+        allocation = config.allocation or method.allocation
+        choose(allocation, ALLOCATIONS, "allocation")
+        repairs = ATTENTION_COMPENSATIONS if isinstance(method, AttentionMethod) else COMPENSATIONS
+        compensation = choose(config.compensation or method.compensation, {c: c for c in repairs}, "compensation")
+        choices = cls(
+            config, method, allocation, compensation, method.storage if config.storage == "auto" else config.storage
+        )
+        if choices.calibrated and config.calibration is None:
+            what = f"compensation {compensation!r}" if compensation != "none" else f"allocation {allocation!r}"
+            if method.needs is not Needs.WEIGHTS:
+                what = f"method {method.name!r}"
+            raise UsageError(
+                f"{what} needs calibration data: pass --calibration with a folder, a file, a recipe or a Hub data set "
+                "(a few hundred unlabelled samples do), or use --method svd --compensation none."
+            )
+        check_options(method, config.options)
+        if isinstance(method, AttentionMethod):
+            method.require(layers=config.layers, storage=choices.storage, allocation=allocation)
+            if config.forms:
+                raise UsageError(f"--form is for linear layers: not with --method {method.name}.")
+            if config.quantize is not None:
+                raise UsageError(f"--quantize is for linear and low-rank layers: not with --method {method.name}.")
+            if config.landmarks is not None and config.sized:
+                raise UsageError(f"--landmarks replaces attentions, as --method {method.name} does: choose one.")
+            if method.extra is not None:
+                extras.require(method.extra, f"--method {method.name}")
+        return choices
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything is learned from samples."""
+        learned = self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
+        return self.config.sized and learned
+
+    @property
+    def rounds(self) -> int:
+        """How often the job learns again from the compressed model."""
+        return self.config.refine if self.method.needs is Needs.CURVATURE else 0
+
+    def compressor(
+        self,
+        dense: PreTrainedModel,
+        targets: Sequence[Target],
+        dtype: torch.dtype,
+        calibration: CalibrationData | None = None,
+        progress: Progress | None = None,
+    ) -> Compressor:
+        """What turns ``dense`` into smaller models, stored as ``dtype``. Raises UsageError where it cannot."""
+        config, progress = self.config, progress or Progress()
+        material = self._material(dense, targets, dtype)
+        makers: list[Maker]
+        estimator: Estimator
+        repairs: Repairs
+        if isinstance(self.method, AttentionMethod):
+            makers = [AttentionMaker(material, self.method, config.rank)]
+            estimator = AttentionEstimator(config, dense, targets, self.method, calibration, progress)
+            repairs = NoRepairs()
+        else:
+            assert isinstance(self.method, LayerMethod)
+            makers = [LowRankMaker(material)]
+            makers += [make_form(name, material, self.method) for name in config.forms]
+            estimator = LayerEstimator(
+                config, dense, targets, self.method, self.compensation, material.measures, calibration, progress
+            )
+            repairs = LayerRepairs(material, estimator)
+        return Compressor(config, material, makers, estimator, repairs, ALLOCATIONS[self.allocation])
+
+    def _material(self, dense: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype) -> Material:
+        config = self.config
+        fixed = config.rank is not None or config.explained_variance is not None
+        return Material(
+            dense,
+            targets,
+            options=config.options,
+            compensation=self.compensation,
+            storage=self.storage,
+            multiple=config.rank_multiple,
+            dtype=dtype,
+            currency="bytes" if config.counts_bytes else "parameters",
+            quantization=Quantization.of(config, dtype) if config.counts_bytes else None,
+            measures=self.allocation == "measured" and not fixed,
+        )
+
+
+def check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that the method does not have, or of another kind than its default."""
+    defaults = method.options
+    for name, value in options.items():
+        if not defaults:
+            raise UsageError(f"--option {name}: method {method.name!r} has no options.")
+        default = choose(name, defaults, f"--option of method {method.name!r}:")
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds) or isinstance(value, bool) is not isinstance(default, bool):
+            raise UsageError(f"--option {name}={value}: give a value such as {name}={default}.")

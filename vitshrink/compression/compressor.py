@@ -1,0 +1,193 @@
+"""One compressor for all forms: it learns, plans over all sites at once, and builds what a plan says."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from vitshrink.compression.allocation import Allocation
+from vitshrink.compression.candidates import Candidate, Form, Offer, Plan, least_cost, plan_cost, whole_cost
+from vitshrink.compression.findings import Findings
+from vitshrink.compression.forms.registry import Maker, Material
+from vitshrink.compression.selection import choose_plan
+from vitshrink.config.options import CompressConfig
+from vitshrink.models import cost
+from vitshrink.models.checkpoint import HEADER_BYTES
+from vitshrink.models.views import own, view_of
+from vitshrink.runtime.observer import Job
+
+
+class Estimator(Protocol):
+    """What a method learns of the sites, on the dense model and on compressed ones."""
+
+    def learn(self, job: Job) -> Findings:
+        """From the dense model."""
+
+    def refine(
+        self, before: Findings, plan: Plan, model: PreTrainedModel, rebuilt: "Rebuild", job: Job, step: str = ""
+    ) -> Findings:
+        """From ``model``, compressed by ``plan``; what is done is kept as ``step``."""
+
+    def resume(self, step: str, job: Job) -> Findings | None:
+        """What an interrupted run of the job has kept of a step, if it had completed it."""
+
+    def forget(self, step: str) -> None:
+        """Keep nothing of a step that another one has overtaken."""
+
+
+class Rebuild(Protocol):
+    """The compressed model of one size, as other findings make it."""
+
+    def __call__(self, findings: Findings, /) -> PreTrainedModel: ...
+
+
+class Repairs(Protocol):
+    """What is fitted after the sites have their forms."""
+
+    def after_truncation(self, model: PreTrainedModel, plan: Plan, findings: Findings, job: Job) -> None:
+        """In place."""
+
+    def before_storing(self, model: PreTrainedModel, plan: Plan, findings: Findings, job: Job) -> None:
+        """In place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compressor:
+    """A dense model and every choice that is not the size.
+
+    Attributes:
+        makers: what offers candidates; the first is that of the method.
+    """
+
+    config: CompressConfig
+    material: Material
+    makers: Sequence[Maker]
+    estimator: Estimator
+    repairs: Repairs
+    allocation: Allocation
+
+    @property
+    def dense(self) -> PreTrainedModel:
+        return self.material.dense
+
+    def learn(self, job: Job) -> Findings:
+        """Calibrate on the dense model, once for all sizes."""
+        return self.estimator.learn(job)
+
+    def refine(self, findings: Findings, plan: Plan, job: Job, step: str = "") -> Findings:
+        """Learn again from the model compressed by ``plan``; what is done is kept as ``step``."""
+        budget = self.size(plan)
+        return self.estimator.refine(
+            findings,
+            plan,
+            self.replaced(findings, plan),
+            lambda again: self.replaced(again, self.plan(again, budget)),
+            job,
+            step,
+        )
+
+    def offers(self, findings: Findings | None = None) -> Sequence[Offer]:
+        """The candidates of every site of which something was found; without findings only their costs are told."""
+        if findings is None:
+            return self._unpriced
+        if id(findings) not in self._priced:
+            self._priced.clear()  # the findings are kept beside, so that no others get their identity
+            self._priced[id(findings)] = findings, _merged([maker.offers(findings) for maker in self.makers])
+        return self._priced[id(findings)][1]
+
+    def plan(self, findings: Findings, budget: int) -> Plan:
+        """A candidate for every site, for a budget of the whole model. Raises TargetError."""
+        offers = self.offers(findings)
+        plan = choose_plan(self.config, offers, budget - self.fixed(offers), self.allocation)
+        return plan | {offer.name: offer.kept for offer in self._unpriced if offer.name in findings.failures}
+
+    @cached_property
+    def whole(self) -> int:
+        """Size of the dense model in the currency of the job: its parameters, or the bytes of its file."""
+        material = self.material
+        if material.currency == "parameters":
+            return cost.parameters(self.dense)
+        if material.quantization is not None:
+            return material.quantization.file_bytes(self.dense)
+        return cost.parameters(self.dense) * material.itemsize + HEADER_BYTES * len(self.dense.state_dict())
+
+    def fixed(self, offers: Sequence[Offer]) -> int:
+        """What no plan changes: norms, biases, heads, and all that is not on offer."""
+        return self.whole - whole_cost(offers)
+
+    def least_budget(self, findings: Findings | None = None) -> int:
+        """The smallest budget that ``plan`` can meet; without findings, where every site has its candidates."""
+        offers = self.offers(findings)
+        return self.fixed(offers) + least_cost(offers)
+
+    def size(self, plan: Plan) -> int:
+        """Size of the whole model that ``build`` gives for ``plan``."""
+        return self.fixed(self._unpriced) + plan_cost(self._unpriced, plan)
+
+    def replaced(self, findings: Findings, plan: Plan) -> PreTrainedModel:
+        """A view of the dense model with the forms of the plan, as they are made."""
+        model = view_of(self.dense)
+        for maker, chosen in zip(self.makers, self._by_maker(plan), strict=True):
+            if chosen:
+                maker.build(model, chosen, findings)
+        return model
+
+    def truncate(self, findings: Findings, plan: Plan, job: Job) -> PreTrainedModel:
+        """The compressed model before the repairs and the form that come with storing it; a view of the dense one."""
+        model = self.replaced(findings, plan)
+        self.repairs.after_truncation(model, plan, findings, job)
+        return model
+
+    def build(self, findings: Findings, plan: Plan, job: Job) -> PreTrainedModel:
+        """The compressed model, repaired, in the form in which it is stored; it shares nothing with the dense one."""
+        model = own(self.truncate(findings, plan, job))
+        self.repairs.before_storing(model, plan, findings, job)
+        return model
+
+    @cached_property
+    def _unpriced(self) -> Sequence[Offer]:
+        return _merged([maker.offers() for maker in self.makers])
+
+    @cached_property
+    def _priced(self) -> dict[int, tuple[Findings, Sequence[Offer]]]:
+        return {}
+
+    @cached_property
+    def _offered(self) -> Sequence[Mapping[str, Set[Form | None]]]:
+        """By maker and site, the forms that it offers."""
+        return [
+            {offer.name: {each.form for each in offer.candidates} for offer in maker.offers()} for maker in self.makers
+        ]
+
+    def _by_maker(self, plan: Plan) -> list[dict[str, Form]]:
+        """What each maker has to build: the first that offers a form builds it."""
+        chosen: list[dict[str, Form]] = [{} for _ in self.makers]
+        for name, candidate in plan.items():
+            if candidate.form is not None:
+                number = next(n for n, forms in enumerate(self._offered) if candidate.form in forms.get(name, ()))
+                chosen[number][name] = candidate.form
+        return chosen
+
+
+def _merged(offers: Sequence[Sequence[Offer]]) -> list[Offer]:
+    """One offer a site, with the candidates of all makers."""
+    first, *others = offers
+    if not others:
+        return list(first)
+    more: dict[str, list[Candidate]] = {}
+    for each in others:
+        for offer in each:
+            more.setdefault(offer.name, []).extend(offer.candidates)
+    return [
+        Offer.of(
+            offer.site,
+            offer.currency,
+            offer.kept,
+            [*offer.candidates, *more.get(offer.name, ())],
+            nothing=offer.nothing,
+            most=offer.most,
+        )
+        for offer in first
+    ]

@@ -1,0 +1,308 @@
+"""What a method learns of linear layers: statistics, nested factors, and what their components do to the output."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink._version import __version__
+from vitshrink.compression.candidates import Plan
+from vitshrink.compression.findings import Findings, Measured
+from vitshrink.compression.memory import Cached, Memory, Step
+from vitshrink.compression.repairs.bias import SHIFTING
+from vitshrink.config.options import CompressConfig
+from vitshrink.data import Batch
+from vitshrink.data.opening import CalibrationData
+from vitshrink.errors import NumericsError
+from vitshrink.methods import Factorisation, LayerMethod
+from vitshrink.models.targets import Target
+from vitshrink.runtime import processes
+from vitshrink.runtime.cache import Cache
+from vitshrink.runtime.entries import laid_out, moved
+from vitshrink.runtime.observer import Job
+from vitshrink.runtime.precision import Passes, passes_in, resolve_precision
+from vitshrink.runtime.state import Progress
+from vitshrink.statistics.calibration import collect
+from vitshrink.statistics.curvature import collect_curvature
+from vitshrink.statistics.digests import data_digest, model_digest
+from vitshrink.statistics.effects import MEASURED_SAMPLES, Components, measured_loss
+from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.reference import DenseOutputs
+from vitshrink.statistics.sharing import Shared, shared_effects, shared_shortfall
+from vitshrink.statistics.stats import LinearStats
+
+SHARES_MEASURED_AGAIN = (0.0, 0.5, 1.0)
+"""Exponents of what components do in the compressed model; the rest is that of what was measured before."""
+
+DENSE = "dense"
+"""The step of a job that looks at the dense model only."""
+
+Rebuild = Callable[[Findings], PreTrainedModel]
+"""The compressed model of one size, as other findings make it."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerEstimator:
+    """The dense model, its calibration data, and what is asked of them.
+
+    Attributes:
+        measures: whether what components do to the output decides, rather than the method's own loss.
+    """
+
+    config: CompressConfig
+    dense: PreTrainedModel
+    targets: Sequence[Target]
+    method: LayerMethod
+    compensation: str
+    measures: bool
+    calibration: CalibrationData | None
+    progress: Progress = field(default_factory=Progress)
+
+    def learn(self, job: Job) -> Findings:
+        """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
+        memory = self._memory(job)
+        stats = memory.read(LinearStats)
+        if not stats:
+            stats = self._statistics(self.dense, {}, job, seed=self.config.seed, step=DENSE)
+            memory.write(stats)
+        layers = memory.read(Factorisation)
+        if layers:
+            return Findings(layers, {}, stats)
+        findings = self._factorise(stats, job)
+        if kept := memory.read(Measured):
+            return _with_measured(findings, kept)
+        findings = self._measured(self.dense, findings, job)
+        if not findings.failures:  # those are tried again, and reported again, by the next job
+            memory.write(findings.layers)
+            memory.write(_measured_of(findings))
+        return findings
+
+    def refine(
+        self, before: Findings, plan: Plan, model: PreTrainedModel, rebuilt: Rebuild, job: Job, step: str = ""
+    ) -> Findings:
+        """Estimate the statistics again on ``model``, compressed by ``plan``, and factorise for those.
+
+        What a layer must keep depends on what the others lost. The factors are those of the dense weights again. How
+        much of its budget each layer gets follows from what its components do in the dense model, in the compressed
+        one, or from the geometric mean of both: whichever gives the model that comes closest to the dense one.
+        """
+        if (finished := self.resume(step, job)) is not None:
+            return finished
+        memory = Step(self.progress, step)
+        stats = memory.read(LinearStats)
+        if not stats:
+            dense = {name: self._layer(name).weight.detach() for name, each in plan.items() if each.form is not None}
+            again = self._statistics(model, dense, job, seed=self.config.seed + 1, step=step)
+            stats = laid_out({name: before.stats[name].refined_by(again[name]) for name in again})
+            memory.write(stats)
+        measured = self._measured(model, before, job)
+        refined = self._factorise(stats, job)
+        chosen = self._best_measured(refined, before, measured, rebuilt, job)
+        chosen = replace(chosen, layers=laid_out(chosen.layers))
+        if not refined.failures:
+            memory.write(_measured_of(chosen))
+        return chosen
+
+    def resume(self, step: str, job: Job) -> Findings | None:
+        """What an interrupted run of the job has kept of a step, if it had completed it."""
+        memory = Step(self.progress, step)
+        measured = memory.read(Measured) if self.measures else {}
+        stats = memory.read(LinearStats) if measured or not self.measures else {}
+        if not stats:
+            return None
+        return _with_measured(self._factorise(stats, job), measured)
+
+    def forget(self, step: str) -> None:
+        """Keep nothing of a step that another one has overtaken."""
+        Step(self.progress, step).forget()
+
+    @property
+    def passes(self) -> Passes:
+        """The arithmetic of passes that gradients are taken through."""
+        return passes_in(next(self.dense.parameters()).device, self.config.precision)
+
+    @cached_property
+    def dense_outputs(self) -> DenseOutputs:
+        """What every candidate and every repair is compared with."""
+        return DenseOutputs(self.dense, self.passes)
+
+    def mean(self, name: str, stats: Mapping[str, LinearStats]) -> Tensor:
+        """What the bias of a layer absorbs of its inputs, (n,)."""
+        layer = self._layer(name)
+        if self.compensation in SHIFTING and layer.bias is not None:
+            return stats[name].mean
+        return torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
+
+    def _memory(self, job: Job) -> Memory:
+        """Where what follows from the dense model alone is kept."""
+        if self.config.cache is None:
+            return Step(self.progress, DENSE)
+        with job.stage("cache", "Looking into the cache"):
+            device = next(self.dense.parameters()).device
+            cache, key = Cache(Path(self.config.cache), device, job.warn), self._key(device)
+        choices = {
+            "method": self.method.name,
+            "options": dict(self.config.options),
+            "compensation": self.compensation,
+            "measured": [self.config.seed, MEASURED_SAMPLES] if self.measures else None,
+        }
+        return Cached(cache, {LinearStats: key, Factorisation: key | choices})
+
+    def _key(self, device: torch.device) -> dict[str, Any]:
+        """All that the statistics of the dense model follow from."""
+        curvature = self.method.needs is Needs.CURVATURE
+        return {
+            "vitshrink": __version__,
+            "torch": torch.__version__,
+            "device": device.type,
+            "model": model_digest(self.dense),
+            "layers": [target.name for target in self.targets],
+            "data": None if self.calibration is None else data_digest(self.calibration.batches),
+            "needs": self.method.needs.value,
+            "seed": self.config.seed if curvature else None,
+            "probes": self.config.probes if curvature else None,
+            "precision": resolve_precision(device, self.config.precision) if curvature else None,
+        }
+
+    def _layer(self, name: str) -> nn.Linear:
+        layer = self.dense.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def _statistics(
+        self, model: PreTrainedModel, dense: Mapping[str, Tensor], job: Job, *, seed: int, step: str
+    ) -> dict[str, LinearStats]:
+        """What the method needs to know of the targets of ``model``, of which those in ``dense`` are compressed."""
+        needed = self.method.needs is not Needs.WEIGHTS or self.compensation in SHIFTING
+        if self.calibration is None or not needed:
+            return {}
+        batches, samples = self.calibration.batches, len(self.calibration.samples)
+        course = Shared(self.progress, step, next(self.dense.parameters()).device)
+        with job.stage("calibrate", "Calibrating", samples) as advance:
+            if self.method.needs is not Needs.CURVATURE:
+                found = collect(model, self.targets, batches, self.method.needs, course=course, on_batch=advance)
+            else:
+                found = collect_curvature(
+                    model,
+                    self.targets,
+                    batches,
+                    weights=dense,
+                    seed=seed,
+                    probes=self.config.probes,
+                    passes=self.passes,
+                    course=course,
+                    on_batch=advance,
+                )
+        return laid_out(found)
+
+    @torch.no_grad()
+    def _measured(self, model: PreTrainedModel, findings: Findings, job: Job) -> Findings:
+        """The findings with the loss of their layers measured in ``model``, where the allocation goes by that."""
+        if not self.measures or self.calibration is None:
+            return findings
+        batches = list(_first(self.calibration.batches, MEASURED_SAMPLES))
+        components = {
+            name: Components(each.up, each.down, self.mean(name, findings.stats))
+            for name, each in findings.layers.items()
+        }
+        with job.stage("measure", "Measuring components", sum(len(batch.keys) for batch in batches)) as advance:
+            effects = shared_effects(
+                model, components, batches, seed=self.config.seed + 3, passes=self.passes, on_batch=advance
+            )
+        return _with_measured(findings, {name: Measured(measured_loss(effects.layers[name])) for name in components})
+
+    def _best_measured(
+        self, refined: Findings, before: Findings, again: Findings, rebuilt: Rebuild, job: Job
+    ) -> Findings:
+        """``refined``, with the measured losses that spend the budget best: those ``before``, ``again``, or between.
+
+        What is removed from a compressed model tells little of what it did there, and after a light cut misleads; what
+        a deep cut has left works otherwise than in the dense model.
+        """
+        if not self.measures or self.calibration is None:
+            return refined
+        batches = list(_first(self.calibration.batches, MEASURED_SAMPLES))
+        seed = self.config.seed + 4
+        candidates = []
+        with job.stage("choose", "Choosing what ranks go by", len(SHARES_MEASURED_AGAIN)) as advance:
+            for share in SHARES_MEASURED_AGAIN:
+                layers = {
+                    name: each.measured_between(before.layers[name], again.layers[name], share)
+                    if name in before.layers
+                    else each
+                    for name, each in refined.layers.items()
+                }
+                candidate = replace(refined, layers=layers)
+                model = rebuilt(candidate)
+                missing = shared_shortfall(model, self.dense_outputs, batches, seed=seed, passes=self.passes)
+                candidates.append((float(missing.square().mean()), candidate))
+                advance(1)
+        return min(candidates, key=lambda each: each[0])[1]
+
+    def _factorise(self, stats: Mapping[str, LinearStats], job: Job) -> Findings:
+        """Nested factors of every target; one whose decomposition fails is left out, kept as it is and reported.
+
+        Several processes share the layers out, and all of them get all factors.
+        """
+        with job.stage("factorise", "Factorising", len(self.targets)) as advance:
+            with processes.together():
+                mine = self._factorise_share(stats, advance)
+            findings = Findings({}, {}, stats)
+            for number, target in enumerate(self.targets):
+                found = mine.get(target.name)
+                if processes.started():
+                    found = moved(found, "cpu") if isinstance(found, Factorisation) else found
+                    found = processes.from_process(number % processes.count(), found)
+                if isinstance(found, Factorisation):
+                    findings.layers[target.name] = moved(found, self._layer(target.name).weight.device)
+                else:
+                    findings.failures[target.name] = str(found)
+                    job.warn(f"{target.name} stays dense: {found}")
+        if not findings.layers:
+            raise NumericsError("no layer could be factorised; the warnings say why.")
+        return findings
+
+    @torch.no_grad()
+    def _factorise_share(
+        self, stats: Mapping[str, LinearStats], advance: Callable[[int], None]
+    ) -> dict[str, Factorisation | str]:
+        """The factors of this process's share of the targets, or why there are none."""
+        found: dict[str, Factorisation | str] = {}
+        for target in processes.share(self.targets):
+            layer = self._layer(target.name)
+            centred = self.compensation != "none" and layer.bias is not None
+            try:
+                factors = self.method.factorise(
+                    layer.weight.double(), stats.get(target.name), centred=centred, **self.config.options
+                )
+                found |= laid_out({target.name: factors.check_finite()})
+            except NumericsError as error:
+                found[target.name] = str(error)
+            advance(processes.count())
+        return found
+
+
+def _measured_of(findings: Findings) -> dict[str, Measured]:
+    return {name: Measured(each.measured) for name, each in findings.layers.items() if each.measured is not None}
+
+
+def _with_measured(findings: Findings, measured: Mapping[str, Measured]) -> Findings:
+    layers = {
+        name: replace(each, measured=measured[name].measured) if name in measured else each
+        for name, each in findings.layers.items()
+    }
+    return replace(findings, layers=layers)
+
+
+def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
+    """As many of the batches as it takes for ``samples``."""
+    for batch in batches:
+        if samples <= 0:
+            return
+        yield batch
+        samples -= len(batch.keys)

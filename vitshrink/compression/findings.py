@@ -1,0 +1,31 @@
+"""What a job has learned of a model, before it chooses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vitshrink.statistics.stats import LinearStats
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What a method found at its sites, why sites that are missing are, and the statistics behind it.
+
+    Attributes:
+        layers: by site, a ``Factorisation`` of a layer or a ``Part`` of an attention.
+        failures: by site, why nothing was found; such a site is kept as it is.
+        stats: by layer.
+    """
+
+    layers: dict[str, Any]
+    failures: dict[str, str]
+    stats: Mapping[str, LinearStats]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What each rank of one layer loses at the output of the model, (k + 1,): all that a job keeps of its factors."""
+
+    measured: Tensor

@@ -1,0 +1,93 @@
+"""A linear layer as two factors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vitshrink.compression.candidates import Candidate, Cost, Form, Offer, Site
+from vitshrink.compression.findings import Findings
+from vitshrink.compression.forms.registry import Material
+from vitshrink.compression.repairs.bias import SHIFTING, shifted_bias
+from vitshrink.methods import Factorisation
+from vitshrink.methods.ranks import break_even_rank, dense_cost, rank_cost
+from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Two factors with ``rank`` components."""
+
+    rank: int
+
+    @property
+    def label(self) -> str:
+        return f"rank {self.rank}"
+
+    @property
+    def bits(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankMaker:
+    """Offers every rank that makes a layer smaller, from factors of which a rank is a slice."""
+
+    material: Material
+
+    def offers(self, findings: Findings | None = None) -> Sequence[Offer]:
+        return [
+            self._offer(target, None if findings is None else findings.layers[target.name])
+            for target in self.material.targets
+            if findings is None or target.name in findings.layers
+        ]
+
+    @torch.no_grad()
+    def build(self, model: PreTrainedModel, chosen: Mapping[str, Form], findings: Findings) -> None:
+        replace_layers(model, {name: self._truncated(name, form, findings) for name, form in chosen.items()})
+
+    def _offer(self, target: Target, found: Factorisation | None) -> Offer:
+        multiple, shape = self.material.multiple, target.shape
+        ranks = range(multiple, break_even_rank(*shape, self.material.storage) + 1, multiple)
+        losses = self._losses(found)
+        candidates = [
+            Candidate(LowRank(rank), self._cost(shape, rank), losses[rank] if losses else 0.0, rank) for rank in ranks
+        ]
+        return Offer.of(
+            Site(target.name, "matrix", shape),
+            self.material.currency,
+            Candidate(None, self._dense_cost(shape)),
+            candidates,
+            nothing=losses[0] if losses else 0.0,
+            most=ranks[-1] + multiple - 1 if ranks else 0,
+        )
+
+    def _losses(self, found: Factorisation | None) -> list[float]:
+        if found is None:
+            return []
+        loss = found.measured if self.material.measures and found.measured is not None else found.loss
+        losses: list[float] = loss.tolist()
+        return losses
+
+    def _cost(self, shape: tuple[int, int], rank: int) -> Cost:
+        material = self.material
+        numbers = rank_cost(*shape, rank, material.storage)
+        if material.quantization is not None:
+            return Cost(numbers, material.quantization.low_rank_bytes(shape, rank, material.storage))
+        return Cost(numbers, numbers * material.itemsize + material.header)  # of the second factor
+
+    def _dense_cost(self, shape: tuple[int, int]) -> Cost:
+        numbers, rounding = dense_cost(*shape), self.material.quantization
+        return Cost(numbers, numbers * self.material.itemsize if rounding is None else rounding.dense_bytes(shape))
+
+    def _truncated(self, name: str, form: Form, findings: Findings) -> LowRankLinear:
+        layer, rank = self.material.layer(name), form.rank
+        up, down = findings.layers[name].up[:, :rank], findings.layers[name].down[:rank]
+        bias: Tensor | None = None if layer.bias is None else layer.bias.double()
+        if bias is not None and self.material.compensation in SHIFTING:
+            bias = shifted_bias(bias, layer.weight.double(), up @ down, findings.stats[name].mean)
+        return LowRankLinear.from_factors(up, down, bias, dtype=layer.weight.dtype)

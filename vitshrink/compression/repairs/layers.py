@@ -1,0 +1,79 @@
+"""The repairs of a model whose linear layers have other forms."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from vitshrink.compression.candidates import Plan
+from vitshrink.compression.estimation import LayerEstimator
+from vitshrink.compression.findings import Findings
+from vitshrink.compression.forms.low_rank import LowRank
+from vitshrink.compression.forms.registry import Material
+from vitshrink.compression.repairs.rescaling import STEPS, rescale_components
+from vitshrink.compression.repairs.sequential import compensate_residuals
+from vitshrink.models.pivoting import fix_gauge
+from vitshrink.models.targets import blocks_of
+from vitshrink.runtime.observer import Job
+from vitshrink.statistics.sharing import shared_effects, shared_shortfall
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRepairs:
+    """What the job's compensation does to low-rank layers, and the form in which they are stored."""
+
+    material: Material
+    estimator: LayerEstimator
+
+    def after_truncation(self, model: PreTrainedModel, plan: Plan, _findings: Findings, job: Job) -> None:
+        """Fit residuals, where the job asks for that."""
+        calibration = self.estimator.calibration
+        if self.material.compensation != "residual" or calibration is None:
+            return
+        layers = {name: self.material.layer(name) for name in self._low_rank(plan)}
+        with job.stage("compensate", "Fitting residuals", len(layers)) as advance:
+            compensate_residuals(
+                model,
+                blocks_of(model),
+                self.material.targets,
+                layers,
+                calibration.batches,
+                on_layer=lambda _name: advance(1),
+            )
+
+    def before_storing(self, model: PreTrainedModel, plan: Plan, findings: Findings, job: Job) -> None:
+        """Fit gains and biases, and choose pivots, where the job asks for that."""
+        calibration, estimator = self.estimator.calibration, self.estimator
+        low_rank = self._low_rank(plan)
+        if self.material.compensation == "rescale" and calibration is not None:
+            walks = 2 * STEPS * len(calibration.samples)
+            with job.stage("compensate", "Fitting gains and biases", walks) as advance:
+                rescale_components(
+                    model,
+                    estimator.dense_outputs,
+                    low_rank,
+                    {name: estimator.mean(name, findings.stats) for name in low_rank},
+                    calibration.batches,
+                    seed=estimator.config.seed + 2,
+                    passes=estimator.passes,
+                    measure=shared_effects,
+                    lacking=shared_shortfall,
+                    on_batch=advance,
+                )
+        if self.material.storage == "gauge":
+            with job.stage("gauge", "Choosing pivots"):
+                fix_gauge(model, self.material.targets)
+
+    def _low_rank(self, plan: Plan) -> list[str]:
+        """In the order of the targets."""
+        return [target.name for target in self.material.targets if isinstance(plan[target.name].form, LowRank)]
+
+
+@dataclass(frozen=True)
+class NoRepairs:
+    """For methods whose forms are complete as they are made."""
+
+    def after_truncation(self, model: PreTrainedModel, plan: Plan, findings: Findings, job: Job) -> None:
+        """Nothing."""
+
+    def before_storing(self, model: PreTrainedModel, plan: Plan, findings: Findings, job: Job) -> None:
+        """Nothing."""

@@ -1,0 +1,73 @@
+"""The sizes that a job asks for, as budgets of the whole model."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vitshrink.compression.compressor import Compressor
+from vitshrink.config.options import CompressConfig, parse_quantity, share_of
+from vitshrink.errors import TargetError
+from vitshrink.models.checkpoint import HEADER_BYTES
+
+
+@dataclass(frozen=True)
+class Size:
+    """One requested size."""
+
+    label: str
+    """Name of the output below the given one, where there are several."""
+    budget: int
+    """Parameters of the whole model that may be stored, or bytes (``config.counts_bytes``)."""
+
+
+def as_integers(config: CompressConfig) -> str:
+    """`` as int8``, where a job rounds all weights."""
+    return "" if config.quantize is None else f" as {config.quantize}"
+
+
+def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
+    """The requested sizes as budgets of the whole model. Raises TargetError for what no rank can reach."""
+    config, total, least = compressor.config, compressor.whole, compressor.least_budget()
+    tensors = len(compressor.dense.state_dict()) + 2 * len(compressor.offers())
+    header = HEADER_BYTES * tensors
+    if config.keep:
+        sizes = [Size(f"keep-{keep}", share_of(keep, total)) for keep in config.keep]
+    elif config.target_params:
+        sizes = [Size("", parse_quantity(config.target_params, "--target-params"))]
+    elif config.target_size:
+        room = parse_quantity(config.target_size, "--target-size")
+        sizes = [Size("", room if config.counts_bytes else (room - header) // dtype.itemsize)]
+    else:
+        sizes = [Size("", total - 1)]  # asked for by rank or by quality: any size but that of the dense model
+    what = f"bytes{as_integers(config)}" if config.counts_bytes else "parameters"
+    for size in sizes:
+        if least >= total:
+            raise TargetError(
+                f"no layer gets smaller at a rank that is a multiple of {config.rank_multiple}: "
+                "give a smaller --rank-multiple."
+            )
+        if size.budget >= total:
+            raise TargetError(
+                f"{config.model} has only {total:,} {what}: ask for a smaller size than that"
+                + (", or run `vitshrink quantize`." if config.counts_bytes else ".")
+            )
+        if size.budget < least:
+            reachable = (
+                f"--target-size {_up(least / 1e6)}MB"
+                if config.counts_bytes
+                else f"--keep {_up(least / total)}, --target-params {least} or "
+                f"--target-size {_up((least * dtype.itemsize + header) / 1e6)}MB"
+            )
+            raise TargetError(
+                f"cannot reach {max(size.budget, 0):,} {what}: what is not factorised, and rank "
+                f"{config.rank_multiple} everywhere else, need {least:,} of {total:,}. The least to ask for is "
+                f"{reachable}."
+                + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
+            )
+    return sizes
+
+
+def _up(number: float) -> str:
+    """Rounded up to three decimals, so that what a message calls reachable is."""
+    return f"{math.ceil(number * 1000) / 1000:g}"

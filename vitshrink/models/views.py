@@ -1,0 +1,74 @@
+"""Models that share their weights: a view has modules of its own, which may be replaced, and the tensors of another."""
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def view_of(model: Model) -> Model:
+    """A model of the same modules and tensors whose modules may be replaced without a trace in ``model``.
+
+    Changing a tensor in place would change it in both: see ``own``.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    viewed = _module(model, made)
+    assert isinstance(viewed, type(model))
+    viewed.config = copy.deepcopy(model.config)
+    return viewed
+
+
+def _module(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in made:
+        twin = module.__new__(type(module))
+        twin.__dict__ = dict(module.__dict__)
+        for name, kept in module.__dict__.items():
+            if name.startswith("_") and isinstance(kept, dict | set):  # parameters, buffers, hooks
+                twin.__dict__[name] = copy.copy(kept)
+        made[module] = twin
+        twin._modules = {name: None if each is None else _module(each, made) for name, each in module._modules.items()}
+    return made[module]
+
+
+@torch.no_grad()
+def own(model: Module) -> Module:
+    """Give a view, or a module of one, tensors of its own, in place; tied ones stay tied."""
+    return _changed(model, Tensor.clone)
+
+
+@torch.no_grad()
+def cast_view(model: Model, dtype: torch.dtype) -> Model:
+    """Give a view floating-point tensors of a type, in place; those that have it stay shared."""
+    return _changed(model, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def rounded(model: Model, dtype: torch.dtype) -> Model:
+    """A view with its floating-point tensors rounded to ``dtype``, and back in their type; in place."""
+    return cast_view(cast_view(model, dtype), model.dtype)
+
+
+def _changed(model: Module, change: Callable[[Tensor], Tensor]) -> Module:
+    changed: dict[int, Tensor] = {}  # by identity, so that what is tied stays so
+    kept: list[Tensor] = []  # as long as identities count, nothing else may get one of them
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in changed:
+                    bare = tensor.detach()
+                    found = change(bare)
+                    if found is bare:
+                        found = tensor
+                    elif isinstance(tensor, nn.Parameter):
+                        found = nn.Parameter(found, requires_grad=tensor.requires_grad)
+                    kept.append(tensor)
+                    changed[id(tensor)] = found
+                tensors[name] = changed[id(tensor)]  # type: ignore[assignment]
+    return model
