@@ -25,7 +25,7 @@ from vitshrink.errors import DataError
 from vitshrink.evaluation.quality import Disagreement
 from vitshrink.report import Report, drawing, figures, headline, summary_rows
 from vitshrink.report.making import Environment
-from vitshrink.report.summary import prepared
+from vitshrink.report.wording import prepared
 from vitshrink.runtime.records import plain
 
 PLACES = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
@@ -382,12 +382,12 @@ def test_the_headline_says_no_more_than_was_measured(report: Report, said: str) 
     ],
 )
 def test_counts_have_three_digits(value: float | None, text: str) -> None:
-    assert reports.summary.count(value) == text
+    assert reports.wording.count(value) == text
 
 
 def test_small_figures_are_not_rounded_to_zero() -> None:
-    assert reports.summary.number(0.0001) == "<0.001"
-    assert reports.summary.number(0) == "0.000"
+    assert reports.wording.number(0.0001) == "<0.001"
+    assert reports.wording.number(0) == "0.000"
 
 
 @every_kind

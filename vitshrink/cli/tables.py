@@ -6,17 +6,8 @@ from dataclasses import dataclass, field, replace
 from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.evaluate import Assessment
 from vitshrink.report import Report, summary_rows
-from vitshrink.report.summary import (
-    UNKNOWN,
-    accuracy_rows,
-    count,
-    latency_rows,
-    number,
-    p_value,
-    percent,
-    prepared,
-    size,
-)
+from vitshrink.report.summary import accuracy_rows, latency_rows
+from vitshrink.report.wording import UNKNOWN, count, number, p_value, percent, prepared, size
 
 
 @dataclass

@@ -17,8 +17,9 @@ from vitshrink.report.render import (
     write_comparison,
     write_text,
 )
-from vitshrink.report.summary import Row, headline, size, summary_rows
+from vitshrink.report.summary import Row, headline, summary_rows
 from vitshrink.report.thumbnails import with_thumbnails
+from vitshrink.report.wording import size
 
 __all__ = [
     "BeforeAfter",

@@ -13,7 +13,7 @@ from vitshrink.errors import OutputError
 from vitshrink.evaluation.quality import EvaluationRecord, Fidelity
 from vitshrink.report.costs import BeforeAfter, Timings
 from vitshrink.report.record import Report
-from vitshrink.report.summary import prepared
+from vitshrink.report.wording import prepared
 from vitshrink.runtime.locks import require_locks, wait_for_lock
 
 COLUMNS = (

@@ -8,7 +8,8 @@ from vitshrink.evaluation.quality import Evaluation
 from vitshrink.report.drawing import COLOURS, INK, available, canvas, svg
 from vitshrink.report.making import LayerEntry
 from vitshrink.report.record import Report
-from vitshrink.report.summary import metric_name, percent
+from vitshrink.report.summary import metric_name
+from vitshrink.report.wording import percent
 
 ONE_SIZE = 0.005
 """Fractions kept that differ by less are those of one size: methods do not hit a size exactly."""

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from vitshrink.config.names import shown_text
 from vitshrink.errors import OutputError
 from vitshrink.evaluation.quality import Evaluation, Fidelity
-from vitshrink.report import figures, summary
+from vitshrink.report import figures, summary, wording
 from vitshrink.report.record import FILE_NAME, Report
 from vitshrink.report.thumbnails import SHOWN
 from vitshrink.runtime.records import plain
@@ -135,8 +135,8 @@ def comparison_columns(reports: Sequence[Report]) -> dict[str, list[str]]:
     evaluations = [report.evaluation for report in reports]
     name = next((summary.metric_name(each) for each in evaluations if each is not None and each.metric), "accuracy")
     lines = [_line(report, name) for report in reports]
-    columns = {column: [line.get(column, summary.UNKNOWN) for line in lines] for column in _columns(name)}
-    return {column: texts for column, texts in columns.items() if set(texts) != {summary.UNKNOWN}}
+    columns = {column: [line.get(column, wording.UNKNOWN) for line in lines] for column in _columns(name)}
+    return {column: texts for column, texts in columns.items() if set(texts) != {wording.UNKNOWN}}
 
 
 def _columns(metric: str) -> list[str]:
@@ -151,11 +151,11 @@ def _line(report: Report, metric: str) -> dict[str, str]:
     cells = {
         "model": summary.model_name(report),
         "method": _method(report),
-        "kept": summary.percent(report.parameters.kept),
-        "parameters": summary.count(report.parameters.compressed),
-        "files": summary.size(report.bytes and report.bytes.compressed),
-        "MACs": summary.count(report.macs and report.macs.compressed),
-        "latency": summary.duration(latency and latency.median),
+        "kept": wording.percent(report.parameters.kept),
+        "parameters": wording.count(report.parameters.compressed),
+        "files": wording.size(report.bytes and report.bytes.compressed),
+        "MACs": wording.count(report.macs and report.macs.compressed),
+        "latency": wording.duration(latency and latency.median),
     }
     return cells if report.evaluation is None else cells | _quality(report.evaluation, metric)
 
@@ -163,16 +163,16 @@ def _line(report: Report, metric: str) -> dict[str, str]:
 def _quality(evaluation: Evaluation, metric: str) -> dict[str, str]:
     fidelity, difference, own = evaluation.fidelity or Fidelity(), evaluation.difference, evaluation.metric
     cells = {
-        "agreement": summary.percent(fidelity.agreement),
-        "KL": summary.number(fidelity.kl),
-        "relative error": summary.number(fidelity.relative_error),
-        "cosine": summary.number(fidelity.feature_cosine),
+        "agreement": wording.percent(fidelity.agreement),
+        "KL": wording.number(fidelity.kl),
+        "relative error": wording.number(fidelity.relative_error),
+        "cosine": wording.number(fidelity.feature_cosine),
     }
     for column, quality in ((f"dense {metric}", evaluation.dense), (metric, evaluation.compressed)):
-        cells[column] = summary.score(own, quality and quality.score(own))
+        cells[column] = wording.score(own, quality and quality.score(own))
     if difference is not None:
         cells["real"] = "yes" if difference.significant else "no"
-        cells["change"] = summary.UNKNOWN if difference.drop is None else summary.signed(own, -difference.drop)
+        cells["change"] = wording.UNKNOWN if difference.drop is None else wording.signed(own, -difference.drop)
     return cells
 
 
@@ -213,8 +213,9 @@ def _environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("count", "size", "percent", "duration", "number", "plain", "prepared", "base_name"):
-        environment.filters[name] = getattr(summary, name)
+    for show in (wording.count, wording.size, wording.percent, wording.duration, wording.number, wording.plain):
+        environment.filters[show.__name__] = show
+    environment.filters |= {"prepared": wording.prepared, "base_name": summary.base_name}
     environment.filters["cell"] = plain_markdown
     environment.filters["entries"] = lambda record: plain(record).items()
     environment.filters["code"] = _code
