@@ -72,7 +72,8 @@ def inspect_command(
     job = Job(console.TerminalObserver(quiet=as_json))
     with job.stage("load", "Loading the model"):
         source = load_dense(model, offline=offline, warn=job.warn)
-        dense = source.model.to(find_device(device))
+        dense = source.model
+        dense.to(find_device(device))  # type: ignore[arg-type] # wrapped, as mypy sees it
     targets = find_targets(dense, layers=layers, include=include or (), exclude=exclude or ())
     stats: dict[str, LinearStats] = {}
     batches: list[Batch] = []

@@ -90,4 +90,5 @@ def quantized(
     if isinstance(table, nn.Embedding) and (head is None or head.weight is not table.weight):
         layers[names[table]] = QuantizedEmbedding.from_layer(table)
     replace_layers(rounded, layers)
-    return cast_view(rounded, model.dtype).eval()
+    cast_view(rounded, model.dtype).eval()
+    return rounded

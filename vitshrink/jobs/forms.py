@@ -153,7 +153,8 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
             linear.bias.copy_(layer.bias)
         dense.set_submodule(name, linear, strict=True)
     del dense.config.quantization_config
-    return dense.eval()
+    dense.eval()
+    return dense
 
 
 def trace_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ def task_of(model: PreTrainedModel) -> Task:
 
 def head_of(model: PreTrainedModel) -> Head:
     """What the outputs of a model mean. Raises CheckpointError when its class is not supported."""
-    return head_for(task_of(model), model.config, int(model.config.num_labels))
+    return head_for(task_of(model), model.config, model.config.num_labels or 0)
 
 
 def family_named(model_type: str, architecture: str, where: str) -> Family:

@@ -12,13 +12,13 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vitshrink._version import __version__
@@ -40,7 +40,7 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 
 @register_quantization_config(QUANT_METHOD)
-class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class VitshrinkConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed checkpoint: which modules are replaced, and by what.
 
     Args:
@@ -71,7 +71,7 @@ class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise CheckpointError("the quantization_config of the checkpoint lists no layers: it is damaged.")
         for entry in layers.values():
             read(entry)
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment] # theirs are a closed enumeration
         self.format_version = format_version
         self.vitshrink_version = vitshrink_version
         self.transformers_version = transformers_version
@@ -80,7 +80,7 @@ class VitshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(QUANT_METHOD)
-class VitshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
+class VitshrinkQuantizer(HfQuantizer):
     """Puts empty structures where the config lists them, before the weights are read."""
 
     quantization_config: VitshrinkConfig
@@ -130,7 +130,9 @@ class VitshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
         return None, {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        model.is_quantized = False  # the layers are plain floating point: .half(), .float() and training all work
+        vars(model)["is_quantized"] = (
+            False  # the layers are plain floating point: .half(), .float() and training all work
+        )
         return model
 
 
@@ -160,6 +162,8 @@ def list_structures(model: PreTrainedModel, metadata: Mapping[str, Any] | None =
         if metadata is None:
             metadata = getattr(getattr(model.config, "quantization_config", None), "metadata", {})
         model.config.quantization_config = VitshrinkConfig(layers, metadata=dict(metadata))
-        model.hf_quantizer = VitshrinkQuantizer(model.config.quantization_config)  # asked when the model is saved
+        vars(model)["hf_quantizer"] = VitshrinkQuantizer(
+            model.config.quantization_config
+        )  # asked when the model is saved
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vitshrink.config.names import is_portable, unportable
 from vitshrink.errors import CheckpointError

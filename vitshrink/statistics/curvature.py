@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.families import head_of, task_of
@@ -46,17 +47,19 @@ def random_functional(
     """
     head = head_of(model)
     if task_of(model) == "masked-lm":
-        logits: Tensor = outputs.logits
+        logits: Tensor = outputs["logits"]
         texts, positions = _tokens(_masks(logits, batch), generator)
         at_tokens = head.probe(logits[texts, positions], generator)
         zeros = at_tokens.new_zeros(logits.shape[0])
         index = texts.to(logits.device)
-        return lambda outputs: zeros.index_add(0, index, (outputs.logits[texts, positions].float() * at_tokens).sum(-1))
+        return lambda outputs: zeros.index_add(
+            0, index, (outputs["logits"][texts, positions].float() * at_tokens).sum(-1)
+        )
 
     def rows(outputs: ModelOutput) -> Tensor:
         if head is FEATURES:
-            return feature_rows(outputs.last_hidden_state, batch.mask)
-        logits: Tensor = outputs.logits
+            return feature_rows(outputs["last_hidden_state"], batch.mask)
+        logits: Tensor = outputs["logits"]
         return logits.float()
 
     probe = head.probe(rows(outputs), generator)
@@ -185,7 +188,7 @@ class CurvatureCollector:
 
     def _weight(self, target: Target) -> Tensor:
         """The dense one, (m, n)."""
-        weight = self.weights.get(target.name)
+        weight: Any = self.weights.get(target.name)
         if weight is None:
             weight = self.model.get_submodule(target.name).weight
         assert isinstance(weight, Tensor)
