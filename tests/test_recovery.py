@@ -118,6 +118,7 @@ def test_every_architecture_comes_nearer_to_its_dense_model_and_keeps_its_size(
         {"reversible": True, "gamma": 0.125, "momentum": True},
         {"bdia": True, "decatt": 0.1},
         {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "decatt": 0.1},
         {"accumulation": 2, "train": "factors"},
         {"views": 2, "features": 1.0},
         {"augment": False, "precision": "bf16"},

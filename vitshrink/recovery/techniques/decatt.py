@@ -3,7 +3,7 @@
 Bhattacharyya et al., "DeCAtt: Efficient Vision Transformers with Decorrelated Attention Heads", CVPR Workshops 2023.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,13 +20,13 @@ class HeadOutputs:
 
     def __init__(self, heads: int) -> None:
         self.heads = heads
-        self.layers: list[Tensor] = []
-        """(batch, tokens, heads × head width) of each block."""
+        self.layers: dict[int, Tensor] = {}
+        """(batch, tokens, heads × head width) by block; a backward pass that recomputes activations gives them anew."""
 
     def correlation(self, mask: Tensor | None) -> Tensor:
         """The mean of ``head_correlation`` over the layers of the last pass, which is then forgotten."""
-        layers, self.layers = self.layers, []
-        return torch.stack([head_correlation(layer, self.heads, mask) for layer in layers]).mean()
+        layers, self.layers = self.layers, {}
+        return torch.stack([head_correlation(layers[index], self.heads, mask) for index in sorted(layers)]).mean()
 
 
 def head_correlation(outputs: Tensor, heads: int, mask: Tensor | None) -> Tensor:
@@ -57,12 +57,16 @@ def observed_heads(model: PreTrainedModel) -> Iterator[HeadOutputs]:
     """Inside, every pass in training mode leaves the outputs of its attention heads, as the output projection reads."""
     found = HeadOutputs(model.config.num_attention_heads)
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled():
-            found.layers.append(inputs[0])
+    def keep(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if torch.is_grad_enabled():
+                found.layers[index] = inputs[0]
+
+        return hook
 
     path = family_of(model).modules["output"]
-    handles = [block.get_submodule(path).register_forward_pre_hook(hook) for block in blocks_of(model)]
+    outputs = [block.get_submodule(path) for block in blocks_of(model)]
+    handles = [output.register_forward_pre_hook(keep(index)) for index, output in enumerate(outputs)]
     try:
         yield found
     finally:
