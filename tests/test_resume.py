@@ -88,7 +88,8 @@ def undisturbed(
 
 
 ALL = {"batches": 4 * 5, "layers": 12 * 5}
-"""Of the dense model, and in two rounds of each size. Factors are not kept: they follow from statistics, quickly."""
+"""Of the dense model, and in two rounds of each size. Factors are not kept: they follow from statistics, quickly.
+Those of the dense model are not needed once the last size was refined."""
 
 MOMENTS = {
     "while calibrating": (*BATCH, 3, {"batches": ALL["batches"] - 3}),
@@ -103,9 +104,9 @@ MOMENTS = {
     "in the first round": (*BATCH, 4 + 2, {"batches": 20 - 6, "layers": 60}),
     "in the second round": (*LAYER, 12 + 12 + 5, {"batches": 8, "layers": 60}),
     "while repairing": ("vitshrink.compression.repairs.layers", "rescale_components", 0, {"batches": 8, "layers": 48}),
-    "in the second size": (*LAYER, 12 + 24 + 12 + 1, {"batches": 0, "layers": 48}),
-    "while evaluating": ("vitshrink.jobs.session", "measure_each", 0, {"batches": 0, "layers": 36}),
-    "while writing the report": ("vitshrink.jobs.compress", "write", 1, {"batches": 0, "layers": 36}),
+    "in the second size": (*LAYER, 12 + 24 + 12 + 1, {"batches": 0, "layers": 36}),
+    "while evaluating": ("vitshrink.jobs.session", "measure_each", 0, {"batches": 0, "layers": 24}),
+    "while writing the report": ("vitshrink.jobs.compress", "write", 1, {"batches": 0, "layers": 24}),
 }
 
 

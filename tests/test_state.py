@@ -118,7 +118,6 @@ def weighed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], int
     return lambda: most
 
 
-@pytest.mark.xfail(reason="factors are kept beside the statistics that they follow from")
 def test_the_state_of_a_job_stays_below_twice_the_model(
     weighed: Callable[[], int], flat_images: Path, tmp_path: Path
 ) -> None:

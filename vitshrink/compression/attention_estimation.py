@@ -61,6 +61,10 @@ class AttentionEstimator:
         """There are no steps but that of the dense model."""
         return None
 
+    def kept(self, _step: str) -> bool:
+        """There are no steps but that of the dense model."""
+        return False
+
     def forget(self, _step: str) -> None:
         """There is nothing to forget."""
 

@@ -33,6 +33,9 @@ class Estimator(Protocol):
     def resume(self, step: str, job: Job) -> Findings | None:
         """What an interrupted run of the job has kept of a step, if it had completed it."""
 
+    def kept(self, step: str) -> bool:
+        """Whether an interrupted run of the job has completed a step."""
+
     def forget(self, step: str) -> None:
         """Keep nothing of a step that another one has overtaken."""
 

@@ -117,6 +117,10 @@ class LayerEstimator:
             return None
         return _with_measured(self._factorise(stats, job), measured)
 
+    def kept(self, step: str) -> bool:
+        """Whether an interrupted run of the job has completed a step."""
+        return Step(self.progress, step).has(Measured if self.measures else LinearStats)
+
     def forget(self, step: str) -> None:
         """Keep nothing of a step that another one has overtaken."""
         Step(self.progress, step).forget()

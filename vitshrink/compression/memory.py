@@ -60,6 +60,9 @@ class Step:
         if (kind := _kind(entries)) in NAMES:
             self.progress.keep(f"{self.name}-{NAMES[kind]}", entries)
 
+    def has(self, kind: type[Any]) -> bool:
+        return self.progress.has(f"{self.name}-{NAMES[kind]}")
+
     def forget(self) -> None:
         self.progress.forget(*(f"{self.name}-{part}" for part in (*NAMES.values(), "sums")))
 

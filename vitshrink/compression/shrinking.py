@@ -1,7 +1,8 @@
 """A job on a model in memory, to which loading, saving and measuring are added elsewhere: one smaller model a size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Self
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.candidates import Offer, Plan
 from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
@@ -119,18 +121,20 @@ class Shrinking:
         if self.bound is not None:
             quantization = Quantization.of(config, self.dtype)
             search = Search.on(held_out, preprocessor, compressor, self.bound, self.dtype, job, quantization)
-        first = compressor.learn(job)
+        first = cache(partial(compressor.learn, job))
         refine = self.choices.rounds
         if refine and config.dry_run:
             job.warn("a dry run does not refine: the ranks of the job itself may differ a little.")
             refine = 0
+        if search is not None or not _overtaken(compressor, self.sizes[-1], refine):
+            first()
         for size in self.sizes:
             branch = job.branch()
             if search is not None:
-                found = search.smallest(first, refine, branch)
+                found = search.smallest(first(), refine, branch)
                 yield Shrunk(found.findings, found.plan, found.model, branch)
                 continue
-            findings = _refined(compressor, first, size, refine, branch)
+            findings = _refined(compressor, first, size, refine, branch, last=size is self.sizes[-1])
             plan = compressor.plan(findings, size.budget)
             model = None if config.dry_run else self._finished(compressor.build(findings, plan, branch))
             yield Shrunk(findings, plan, model, branch)
@@ -142,16 +146,30 @@ class Shrinking:
         return model
 
 
-def _refined(compressor: Compressor, first: Findings, size: Size, rounds: int, job: Job) -> Findings:
-    """The findings after some rounds of refinement, from the last of them that an interrupted run has kept."""
+def _refined(
+    compressor: Compressor, first: Callable[[], Findings], size: Size, rounds: int, job: Job, *, last: bool
+) -> Findings:
+    """The findings after some rounds of refinement, from the last of them that an interrupted run has kept.
+
+    Those of the dense model, ``first``, are forgotten once the ``last`` size was refined.
+    """
     if not rounds:
-        return first
-    label = size.label or "size"
-    step = f"{label}-{rounds}"
+        return first()
+    step = _step(size, rounds)
     kept = compressor.estimator.resume(step, job)
     if kept is not None:
         return kept
-    before = _refined(compressor, first, size, rounds - 1, job)
+    before = _refined(compressor, first, size, rounds - 1, job, last=last)
     findings = compressor.refine(before, compressor.plan(before, size.budget), job, step)
-    compressor.estimator.forget(f"{label}-{rounds - 1}")
+    if rounds > 1 or last:
+        compressor.estimator.forget(_step(size, rounds - 1) if rounds > 1 else DENSE)
     return findings
+
+
+def _overtaken(compressor: Compressor, last: Size, rounds: int) -> bool:
+    """Whether an interrupted run has come so far that what follows from the dense model is of no more use."""
+    return any(compressor.estimator.kept(_step(last, number)) for number in range(1, rounds + 1))
+
+
+def _step(size: Size, rounds: int) -> str:
+    return f"{size.label or 'size'}-{rounds}"

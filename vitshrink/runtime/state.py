@@ -107,6 +107,11 @@ class Progress:
         sent = {name: moved(found[name], "cpu") if name in found else None for name in names}
         return {name: moved(processes.from_main(sent[name]), self.device) for name in names}
 
+    def has(self, step: str) -> bool:
+        """Whether a step was kept; the same in every process."""
+        path = self._path(step)
+        return bool(processes.from_main(path is not None and path.exists()))
+
     def sums(self, step: str) -> dict[int, dict[str, Tensor]]:
         """Sums over the first batches, by the number of these; nothing in several processes.
 
@@ -129,12 +134,6 @@ class Progress:
             self._unsaved[step] = entries
             if self._due:
                 self._save()
-
-    def keep_part(self, step: str, entries: Mapping[str, Entry]) -> None:
-        """Save a step that is not complete, where it is time."""
-        if self._due and processes.count() == 1 and entries:
-            self._unsaved[step] = entries
-            self._save()
 
     def keep_sums(self, step: str, done: int, sums: Callable[[], dict[str, Tensor]]) -> None:
         """Save the sums over the first ``done`` batches, where it is time."""
