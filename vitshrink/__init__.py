@@ -1,23 +1,38 @@
 """vitshrink: post-training compression of ViT, DeiT and BERT checkpoints.
 
-Importing it teaches transformers to load compressed checkpoints.
+Importing it teaches transformers to load compressed checkpoints. What it offers is imported on first use, so that what
+needs no model does not wait for torch.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from vitshrink._version import __version__
-from vitshrink.models import hf_quantizer
-from vitshrink.models.checkpoint import load
+from vitshrink.models.autoload import teach_transformers
 
 if TYPE_CHECKING:
     from vitshrink.jobs.in_memory import Compressed, compress
+    from vitshrink.models import hf_quantizer
+    from vitshrink.models.checkpoint import load
 
 __all__ = ["Compressed", "__version__", "compress", "hf_quantizer", "load"]
 
+_PLACES = {
+    "Compressed": "vitshrink.jobs.in_memory",
+    "compress": "vitshrink.jobs.in_memory",
+    "load": "vitshrink.models.checkpoint",
+}
+
+teach_transformers()
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("Compressed", "compress"):  # on first use: who only loads a model need not wait for what compresses
-        from vitshrink.jobs import in_memory as api
-
-        return getattr(api, name)
+    if name == "hf_quantizer":
+        return importlib.import_module("vitshrink.models.hf_quantizer")
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'vitshrink' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,26 +12,15 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vitshrink._version import __version__
 from vitshrink.errors import CheckpointError
+from vitshrink.models.format import FORMAT_VERSION, QUANT_METHOD
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.structures.registry import Connected, connect, describe, kind_of, read, structure_of
-
-QUANT_METHOD = "vitshrink"
-FORMAT_VERSION = 1
-
-# Importing this module again (importlib.reload) must not fail: the new classes take the place of the old.
-AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
-AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
 
 
 def base_prefix(model: PreTrainedModel) -> str:
@@ -39,7 +28,6 @@ def base_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
-@register_quantization_config(QUANT_METHOD)
 class VitshrinkConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed checkpoint: which modules are replaced, and by what.
 
@@ -79,7 +67,6 @@ class VitshrinkConfig(QuantizationConfigMixin):
         self.metadata = metadata or {}
 
 
-@register_quantizer(QUANT_METHOD)
 class VitshrinkQuantizer(HfQuantizer):
     """Puts empty structures where the config lists them, before the weights are read."""
 
@@ -134,6 +121,18 @@ class VitshrinkQuantizer(HfQuantizer):
             False  # the layers are plain floating point: .half(), .float() and training all work
         )
         return model
+
+
+def register() -> None:
+    """Enter both classes into transformers' tables, in the place of whatever has their name there.
+
+    Not with its decorators, which refuse a name that is taken: this module may be imported again (importlib.reload).
+    """
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = VitshrinkConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = VitshrinkQuantizer
+
+
+register()
 
 
 def list_structures(model: PreTrainedModel, metadata: Mapping[str, Any] | None = None) -> None:

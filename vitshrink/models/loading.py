@@ -19,7 +19,7 @@ from vitshrink.errors import CheckpointError, DependencyError, UsageError, Vitsh
 from vitshrink.models.companions import Companions, companions_of
 from vitshrink.models.families import Family, Task, _supported, family_named, family_of, task_of
 from vitshrink.models.fidelity import PROBLEM_TYPES
-from vitshrink.models.hf_quantizer import QUANT_METHOD
+from vitshrink.models.format import QUANT_METHOD
 from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.models.source import WRAPPERS, Source, examine, resolve
 

@@ -19,7 +19,7 @@ from typing import Any
 from vitshrink.config.names import is_portable, unportable
 from vitshrink.errors import CheckpointError, OutputError, explanation
 from vitshrink.models.files import read_json
-from vitshrink.models.hf_quantizer import QUANT_METHOD
+from vitshrink.models.format import QUANT_METHOD
 from vitshrink.models.source import CONFIG
 from vitshrink.runtime import checksums, processes
 from vitshrink.runtime.locks import require_locks, try_lock

@@ -13,20 +13,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from vitshrink.config.names import is_portable, unportable
-from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.errors import CheckpointError
+from vitshrink.models import places
 from vitshrink.models.files import AGAIN, check_regular, first_line, listing, read_json, refuse_code
 from vitshrink.models.weights import WEIGHTS, StoredTensor, read_tensors, read_weights
 
-CONFIG = "config.json"
+CONFIG = places.CONFIG
 MODULES = "modules.json"
 STATE_DICT = "pytorch_model.bin"
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".ipynb", ".sh")
@@ -124,38 +123,13 @@ def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | No
         CheckpointError: there is no such folder or model, it is gated, or the Hub cannot be reached.
         UsageError: a revision was given for a local folder.
     """
-    path = Path(path_or_id).expanduser()
-    try:
-        is_directory, is_file = path.is_dir(), path.is_file()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
-    if is_directory:
-        if not is_portable(path):
-            raise CheckpointError(unportable(path))
-        if revision is not None:
-            raise UsageError(f"{path} is a local folder: a revision ({revision!r}) only makes sense for a Hub id.")
-        return path
-    if is_file:
-        raise CheckpointError(f"{path} is a file: give the directory that holds it and its {CONFIG}.")
-    name = str(path_or_id)
-    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1 or not name.strip():
-        raise CheckpointError(f"no such folder: {name!r}. Check the path.")
-    return _download(name, offline=offline or constants.HF_HUB_OFFLINE, revision=revision)
+    found = places.find(path_or_id, offline=offline, revision=revision)
+    return _download(str(path_or_id), revision=revision) if found is None else found
 
 
-def _download(name: str, *, offline: bool, revision: str | None) -> Path:
-    absent = f"no such folder: {name!r}, and"
-    try:
-        cached = try_to_load_from_cache(name, CONFIG, revision=revision)
-    except HFValidationError as error:
-        raise CheckpointError(f"{absent} it is not the id of a Hub model either. Check the path.") from error
-    if offline:
-        if isinstance(cached, str):
-            return Path(cached).parent
-        raise CheckpointError(
-            f"{absent} no such model in the local Hub cache, and offline mode is on. "
-            "Give a local folder, or run once with a network connection."
-        )
+def _download(name: str, *, revision: str | None) -> Path:
+    absent = places.absent(name)
+    cached = try_to_load_from_cache(name, CONFIG, revision=revision)
     try:
         files = HfApi().list_repo_files(name, revision=revision)
         modules: tuple[Module, ...] = ()
