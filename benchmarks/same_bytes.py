@@ -39,7 +39,7 @@ COMPRESS = "compress --samples 16 --holdout 8 --batch-size 8 --device cpu --cali
 """Of every job that compresses; the samples come next."""
 
 WORKER = """
-import json, os, runpy, sys
+import contextlib, importlib, json, os, runpy, sys
 sys.modules["matplotlib"] = None  # figures of reports would take half of the time
 import transformers.models.bert.modeling_bert, transformers.models.vit.modeling_vit, vitshrink
 answers, silence = os.dup(1), os.open(os.devnull, os.O_WRONLY)
@@ -51,9 +51,12 @@ def run(words, output):
     sys.argv = ["vitshrink", *words]
     runpy.run_module("vitshrink", run_name="__main__")
 try:
-    run(["methods"], silence)  # for what it imports
+    run(["methods"], silence)  # for what it imports, in older commits
 except SystemExit:
     pass
+for job in ("compress", "finetune", "quantize", "export"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"vitshrink.jobs.{job}")
 answer(os.path.dirname(vitshrink.__file__))
 for line in sys.stdin:
     words, log = json.loads(line)

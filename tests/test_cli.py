@@ -23,10 +23,11 @@ from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
+import vitshrink.jobs.compress as pipeline
 from vitshrink import __version__
-from vitshrink.cli import compress as compress_module
-from vitshrink.cli import console
+from vitshrink.cli import checks, console
 from vitshrink.cli.app import app
+from vitshrink.cli.compress import compress_command
 from vitshrink.config.options import RENAMED, CompressConfig
 from vitshrink.jobs.compress import CompressionResult
 from vitshrink.methods import available_methods
@@ -190,7 +191,7 @@ def test_a_terminal_gets_bars_that_vanish_and_colours_unless_not_wanted(
 
 
 def test_every_flag_is_an_entry_of_a_recipe_and_the_other_way_round() -> None:
-    flags = set(inspect.signature(compress_module.compress_command).parameters)
+    flags = set(inspect.signature(compress_command).parameters)
     own = {"context", "config", "csv", "quiet", "as_json", "push_to_hub", "private"}
     renamed = {"eval_data": "eval", "option": "options", "finetune_option": "finetune"} | RENAMED
     assert {renamed.get(flag, flag) for flag in flags - own} == {field.name for field in fields(CompressConfig)}
@@ -392,7 +393,8 @@ def test_whatever_happens_ends_in_a_sentence(
     def fail(*_: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(compress_module, "compress", fail)
+    monkeypatch.setattr(checks, "check_models", lambda _job: None)
+    monkeypatch.setattr(pipeline, "compress", fail)
     result = run("compress", "a", "b", "--keep", "0.5")
     assert result.exit_code == code
     assert said in result.stderr

@@ -12,9 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import vitshrink.cli.compress as command
+import vitshrink.jobs.compress as pipeline
+from vitshrink.cli import checks
 from vitshrink.cli.app import app
-from vitshrink.config.options import CompressConfig, FinetuneConfig, parse_option, parse_quantity, read_recipe, share_of
+from vitshrink.config.fields import Options, entries_of, names_of
+from vitshrink.config.job import JobOptions
+from vitshrink.config.options import (
+    CompressConfig,
+    EvalJob,
+    ExportJob,
+    FinetuneConfig,
+    FinetuneJob,
+    InspectJob,
+    QuantizeJob,
+    parse_option,
+    parse_quantity,
+    read_recipe,
+    share_of,
+)
+from vitshrink.config.size import SizeOptions
 from vitshrink.errors import UsageError
 
 
@@ -255,7 +271,9 @@ def test_the_command_line_of_a_job_asks_for_the_same_job(job: CompressConfig) ->
         return []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "compress", take)
+        patch.setattr(pipeline, "compress", take)
+        for early in ("check_methods", "check_models"):  # neither is there
+            patch.setattr(checks, early, lambda _job: None)
         result = click.testing.CliRunner().invoke(PROGRAM, [*shlex.split(job.command())[1:], "--quiet"])
     assert result.exit_code == 0, result.stderr
     assert seen == [job]
@@ -284,7 +302,9 @@ def job_of(words: list[str]) -> tuple[list[CompressConfig], str]:
         raise typer.Exit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "compress", take)
+        patch.setattr(pipeline, "compress", take)
+        for early in ("check_methods", "check_models"):  # neither is there
+            patch.setattr(checks, early, lambda _job: None)
         result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.stderr
     return seen, result.stderr
@@ -328,3 +348,61 @@ def test_an_entry_under_both_of_its_names_is_refused() -> None:
     entries = {"model": "m", "output": "o", "calibration": "c", "max_drop": 1, "max_changed": 2}
     with pytest.raises(UsageError, match=r"r\.yaml: 'max_drop' is the old name of 'max_changed', which is given too"):
         CompressConfig.from_mapping(entries, "r.yaml")
+
+
+# Groups
+
+
+UNSORTED = ("objective", "teacher", "finetune")
+"""Options that come first, under no heading."""
+
+PATHS: dict[str, Any] = {"model": "m", "output": "o"}
+
+JOBS = (CompressConfig, EvalJob, ExportJob, FinetuneConfig, FinetuneJob, InspectJob, QuantizeJob)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_option_says_what_it_is_for(job: type[Options]) -> None:
+    for entry in entries_of(job):
+        assert entry.option.help or entry.option.inlined, entry.name
+        assert entry.option.panel or entry.option.positional or len(entries_of(job)) < 10 or entry.name in UNSORTED
+
+
+def test_a_function_may_ask_for_one_group() -> None:
+    def asked(size: SizeOptions) -> list[str]:
+        return size.sizes
+
+    assert asked(config(rank=3)) == ["--rank"]
+    assert asked(SizeOptions(keep=(0.5,))) == ["--keep"]
+
+
+def test_what_makes_no_difference_to_a_result_is_said_at_the_option() -> None:
+    nothing = names_of(CompressConfig, lambda option: option.changes == "nothing")
+    report = names_of(CompressConfig, lambda option: option.changes == "report")
+    assert set(nothing) == {"output", "cache", "offline", "overwrite", "dry_run", "save_every"}
+    evaluation = {entry.name for entry in entries_of(CompressConfig) if entry.name.startswith("eval")}
+    assert set(report) == {"workers", "latency", "thumbnails"} | evaluation
+
+
+@pytest.mark.parametrize(
+    ("job", "entries", "said"),
+    [
+        (
+            QuantizeJob,
+            {"model": "m", "output": "o", "weights": "int3"},
+            "cannot be stored as 'int3'. Did you mean 'int8'",
+        ),
+        (QuantizeJob, {"model": "m", "output": "o", "batch_size": 0}, "--batch-size 0: must be at least 1"),
+        (EvalJob, {"model": "m"}, "'data', the samples, is missing"),
+        (EvalJob, {"model": "m", "data": "d", "preprocess": "tim"}, "--preprocess tim: unknown. Did you mean 'timm'"),
+        (InspectJob, {"model": "m", "max_bad_samples": -1}, "--max-bad-samples -1: must not be negative"),
+        (
+            ExportJob,
+            {"model": "m", "output": "o", "to": "onnx", "tolerance": 0},
+            "--tolerance 0.0: give a positive number",
+        ),
+    ],
+)
+def test_every_job_is_checked_like_a_compression(job: type[JobOptions], entries: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        job.from_mapping(entries)

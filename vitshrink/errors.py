@@ -18,6 +18,8 @@ class VitshrinkError(Exception):
     """Base of all: catch this one to catch everything vitshrink raises on purpose."""
 
     exit_code = 1
+    silent = False
+    """Whether somebody else says why."""
 
 
 def explanation(error: OSError) -> str:

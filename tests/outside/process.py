@@ -256,10 +256,11 @@ def preload() -> Any:
     import transformers
     import typer.rich_utils
 
+    import vitshrink.jobs.compress
     import vitshrink.jobs.evaluate
     import vitshrink.jobs.export
     import vitshrink.jobs.finetune
-    import vitshrink.jobs.inspection
+    import vitshrink.jobs.inspection.checkpoint
     import vitshrink.jobs.quantize
     import vitshrink.jobs.sweep
     import vitshrink.jobs.verify

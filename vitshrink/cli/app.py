@@ -25,7 +25,6 @@ app = typer.Typer(
     help="Make a ViT, DeiT or BERT checkpoint smaller, and measure what it cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.command("compress")(compress_command)
 app.command("eval")(evaluate_command)

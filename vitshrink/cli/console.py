@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 from rich.padding import Padding
@@ -19,10 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table as Grid
 from rich.text import Text
 
-from vitshrink.cli.tables import Table
+from vitshrink.cli.table import Table
 from vitshrink.config.names import shown, shown_data, shown_text
 from vitshrink.errors import VitshrinkError, explanation
-from vitshrink.runtime.processes import OtherProcessError
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -108,6 +106,12 @@ class TerminalObserver:
             errors.print(Text.assemble(("warning: ", "yellow"), shown_text(message)), soft_wrap=True)
 
 
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    """What says that memory is short; torch says it only where it is there."""
+    torch = sys.modules.get("torch")
+    return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+
+
 def reported(command: Command) -> Command:
     """Turn what a command raises into one sentence on stderr and an exit code; a traceback only with ``--debug``."""
 
@@ -116,17 +120,15 @@ def reported(command: Command) -> Command:
         signal.signal(signal.SIGTERM, on_sigterm)
         try:
             return command(*args, **kwargs)
-        except OtherProcessError as error:
-            if error.silent:  # the one that failed says why
-                raise typer.Exit(error.exit_code) from None
-            fail(str(error), error.exit_code)
         except VitshrinkError as error:
+            if error.silent:
+                raise typer.Exit(error.exit_code) from None
             fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             fail("interrupted; nothing was written.", INTERRUPTED)
         except Terminated:
             fail("terminated; nothing was written.", TERMINATED)
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except _out_of_memory() as error:
             fail(f"out of memory: lower --batch-size or --samples. {error}".strip(), 1)
         except typer.Exit:
             raise

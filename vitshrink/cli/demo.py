@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from vitshrink.cli import console
-from vitshrink.jobs.demo import run_demo
 
 
 @console.reported
@@ -15,4 +14,6 @@ def demo_command(
     seed: Annotated[int, typer.Option(help="Of the training and the samples.")] = 0,
 ) -> None:
     """Train a small ViT on scanned digits, compress it with every method for linear layers, and compare. Offline."""
+    from vitshrink.jobs.demo import run_demo
+
     run_demo(output, console.say, seed=seed)

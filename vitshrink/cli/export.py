@@ -1,48 +1,38 @@
 """``vitshrink export``: a checkpoint for programs that do not have vitshrink."""
 
-from typing import Annotated
+from typing import Any
 
-import typer
+from vitshrink.cli import checks, console
+from vitshrink.cli.flags import command
+from vitshrink.cli.groups import DisplayOptions
+from vitshrink.cli.table import Table
+from vitshrink.config.options import ExportJob
 
-from vitshrink.cli import console
-from vitshrink.cli.tables import Table
-from vitshrink.jobs.export import TOLERANCE, export
-from vitshrink.report import size
 
-
-@console.reported
-def export_command(
-    model: Annotated[str, typer.Argument(help="A checkpoint, dense or compressed: a directory or a Hub id.")],
-    output: Annotated[str, typer.Argument(help="The directory to write; must not exist.")],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="onnx: model.onnx for onnxruntime and others; torch: model.pt2, a torch.export program; dense: an "
-            "ordinary checkpoint, factors multiplied out (loads anywhere, no smaller)."
-        ),
-    ],
-    tolerance: Annotated[float, typer.Option(help="Largest difference from PyTorch to put up with.")] = TOLERANCE,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that vitshrink wrote.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
-) -> None:
+@command(ExportJob, DisplayOptions)
+def export_command(flags: dict[str, Any], display: DisplayOptions) -> None:
     """Write MODEL into OUTPUT in another form, compared with the model on batches of several sizes.
 
     Example: vitshrink export ./my-vit-small ./my-vit-onnx --to onnx
     """
+    job = checks.job_of(ExportJob, flags, "the command line")
+    checks.check_models(job)
+
+    from vitshrink.jobs.export import export
+    from vitshrink.report import size
+
     found = export(
-        model,
-        output,
-        to,
-        tolerance=tolerance,
-        offline=offline,
-        overwrite=overwrite,
-        observer=console.TerminalObserver(quiet=quiet or as_json),
+        job.model,
+        job.output,
+        job.to,
+        tolerance=job.tolerance,
+        offline=job.offline,
+        overwrite=job.overwrite,
+        observer=console.TerminalObserver(quiet=display.silent),
     )
-    if as_json:
+    if display.as_json:
         console.show_json(found.to_dict())
-    elif not quiet:
+    elif not display.quiet:
         sizes = ", ".join(map(str, found.batch_sizes))
         table = Table(["", found.form])
         table.add("file", str(found.directory / found.file))

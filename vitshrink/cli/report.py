@@ -6,18 +6,12 @@ from typing import Annotated
 import typer
 
 from vitshrink.cli import console
-from vitshrink.report import (
-    Report,
-    comparison_markdown,
-    render_comparison_html,
-    report_schema,
-    write_again,
-    write_text,
-)
 
 
 def _show_schema(wanted: bool) -> None:
     if wanted:
+        from vitshrink.report import report_schema
+
         console.show_json(report_schema())
         raise typer.Exit
 
@@ -36,6 +30,8 @@ def report_command(
     Rendered again are report.md and report.html. README.md, the model card, is yours: it is written only where there is
     none.
     """
+    from vitshrink.report import Report, comparison_markdown, render_comparison_html, write_again, write_text
+
     reports = [Report.read(directory) for directory in directories]
     if html is not None:
         write_text(html, render_comparison_html(reports))

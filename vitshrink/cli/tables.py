@@ -1,27 +1,14 @@
 """Tables for the terminal: aligned, with units, and no more than was asked for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from vitshrink.cli.table import Table
 from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.evaluate import Assessment
 from vitshrink.report import Report, summary_rows
 from vitshrink.report.summary import accuracy_rows, latency_rows
 from vitshrink.report.wording import UNKNOWN, count, number, p_value, percent, prepared, size
-
-
-@dataclass
-class Table:
-    """Rows of text under headings; how they are laid out depends on where they are shown."""
-
-    headings: Sequence[str]
-    caption: str | None = None
-    left: int = 1
-    """So many columns hold text and start at the left; the others hold figures and end at the right."""
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-
-    def add(self, *cells: str) -> None:
-        self.rows.append(cells)
 
 
 def plan_table(report: Report) -> Table:

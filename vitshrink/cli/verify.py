@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from vitshrink.cli import console
-from vitshrink.cli.tables import Table
+from vitshrink.cli.table import Table
 from vitshrink.errors import OutputError
-from vitshrink.jobs.verify import verify_directory
 
 
 @console.reported
@@ -22,6 +21,8 @@ def verify_command(
 
     Exits with 1 when anything differs from what was published.
     """
+    from vitshrink.jobs.verify import verify_directory
+
     checks = verify_directory(directory)
     if as_json:
         console.show_json([asdict(check) for check in checks])

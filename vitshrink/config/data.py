@@ -31,15 +31,24 @@ class ColumnOptions(Options):
     image_column: str | None = option(None, "Column of the images.", panel=DATA)
     text_column: str | None = option(None, "Column of the texts.", panel=DATA)
     text_pair_column: str | None = option(None, "Column of the second texts.", panel=DATA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions(Options):
+    """Where labels are, and which classes they name."""
+
     label_column: str | None = option(
         None,
         "Column of the labels; several with commas, one for each label or score.",
         panel=DATA,
         in_memory=False,
     )
+    class_map: str | None = option(
+        None, "File that maps class names to indices.", panel=DATA, reads=True, in_memory=False
+    )
 
 
-COLUMNS = tuple(entry.name for entry in entries_of(ColumnOptions))
+COLUMNS = (*(entry.name for entry in entries_of(ColumnOptions)), "label_column")
 
 
 def columns_of(options: Options, prefix: str = "") -> dict[str, Any]:
@@ -49,19 +58,13 @@ def columns_of(options: Options, prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions(Options):
-    """Unlabelled samples that a method learns from, and others that judge what it has made."""
+    """Unlabelled samples to learn from."""
 
     calibration: str | None = option(
         None, "Unlabelled samples: a folder, a file, a recipe or a Hub data set.", panel=DATA, in_memory=False
     )
     calibration_split: str | None = option(None, "Its split.", panel=DATA)
     samples: int = option(512, "How many to use.", panel=DATA, low=1)
-    holdout: int = option(
-        64,
-        "How many others judge --max-changed and --max-kl, and measure the fidelity without --eval.",
-        panel=DATA,
-        low=0,
-    )
 
     @property
     def calibration_data(self) -> DataConfig | None:
@@ -74,9 +77,6 @@ class CalibrationOptions(Options):
 class InputOptions(Options):
     """How samples become inputs of the model, and what becomes of those that cannot."""
 
-    class_map: str | None = option(
-        None, "File that maps class names to indices.", panel=DATA, reads=True, in_memory=False
-    )
     max_length: int | None = option(None, "Tokens of a text at most.", panel=DATA, low=1)
     max_bad_samples: int | None = option(
         None, "Unreadable samples to put up with; 1 % if not given.", panel=DATA, low=0
@@ -86,4 +86,16 @@ class InputOptions(Options):
     )
     workers: int | None = option(
         None, "Threads that decode images; one a core if not given.", panel=DATA, low=0, changes="report"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldoutOptions(Options):
+    """Samples that are kept from learning, and judge its result."""
+
+    holdout: int = option(
+        64,
+        "How many others judge --max-changed and --max-kl, and measure the fidelity without --eval.",
+        panel=DATA,
+        low=0,
     )

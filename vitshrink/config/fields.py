@@ -39,6 +39,8 @@ class Option:
     in_memory: bool = True
     """Whether it means something where ``vitshrink.compress`` takes and gives objects."""
     choices: tuple[Any, ...] = ()
+    suggested: tuple[str, ...] = ()
+    """Values to show and complete, where others know better what is wrong with another one."""
     why: str = "unknown."
     """What to say of a value that is no choice."""
     low: float | None = None
@@ -53,7 +55,7 @@ class Option:
     def allows(self, number: float) -> bool:
         """Whether a number is finite and within the bounds."""
         return (
-            math.isfinite(number)
+            (isinstance(number, int) or math.isfinite(number))
             and (self.low is None or number >= self.low)
             and (self.above is None or number > self.above)
             and (self.high is None or number <= self.high)
@@ -69,6 +71,8 @@ class Option:
             return "is a share: give a number from 0 to 1."
         if self.above is not None:
             return f"must be above {self.above}."
+        if self.low is None:
+            return "give a number."
         return "must not be negative." if self.low == 0 else f"must be at least {self.low}."
 
 
@@ -187,9 +191,14 @@ def _no_choice(value: Any, known: Option) -> str:
     return f"choose one of {', '.join(map(str, known.choices))}."
 
 
+_ENTRIES: dict[type, tuple[Entry, ...]] = {}
+
+
 def entries_of(cls: type[Options]) -> tuple[Entry, ...]:
     """The fields of a group or a job, in their order: the groups that a class inherits count from the last one on."""
-    return tuple(Entry.of(found, cls.reworded) for found in fields(cls))
+    if cls not in _ENTRIES:
+        _ENTRIES[cls] = tuple(Entry.of(found, cls.reworded) for found in fields(cls))
+    return _ENTRIES[cls]
 
 
 def names_of(cls: type[Options], wanted: Callable[[Option], bool]) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ class JobOptions(Options):
     what: ClassVar[Mapping[str, str]] = {}
     """What the entries are that a job cannot do without."""
     example: ClassVar[str] = ""
+    old_names: ClassVar[Mapping[str, str]] = {}
+    """Present names of entries by the old ones."""
 
     @classmethod
     def from_mapping(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Self:

@@ -12,6 +12,9 @@ Layers = Literal["attention", "mlp", "all"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Storage = Literal["auto", "gauge", "factors"]
 
+ALLOCATIONS = ("uniform-rank", "uniform-ratio", "energy", "loss", "measured")
+COMPENSATIONS = ("none", "bias", "residual", "rescale")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions(Options):
@@ -27,16 +30,25 @@ class MethodOptions(Options):
     """The method, what goes with it, and the form in which layers are stored."""
 
     method: str = option("curvature", "See `vitshrink methods`.", panel=METHOD)
-    allocation: str | None = option(None, "How ranks are shared out; the method's own if not given.", panel=METHOD)
-    compensation: str | None = option(None, "Repair after truncation; the method's own if not given.", panel=METHOD)
+    allocation: str | None = option(
+        None, "How ranks are shared out; the method's own if not given.", panel=METHOD, suggested=ALLOCATIONS
+    )
+    compensation: str | None = option(
+        None, "Repair after truncation; the method's own if not given.", panel=METHOD, suggested=COMPENSATIONS
+    )
     options: Mapping[str, Any] = entries("An option of the method, e.g. alpha=0.3.", panel=METHOD, flags=("--option",))
     rank_multiple: int = option(1, "Ranks are multiples of this.", panel=METHOD, low=1)
     storage: Storage = option(
         "auto", "gauge: r(m+n-r) numbers a layer; factors: r(m+n); auto: what goes with the method.", panel=METHOD
     )
-    quantize: str | None = option(None, "Store factors and dense layers as int8 or int4 as well.", panel=METHOD)
+    quantize: str | None = option(
+        None, "Store factors and dense layers as int8 or int4 as well.", panel=METHOD, suggested=("int8", "int4")
+    )
     activations: str | None = option(
-        None, "With --quantize: dynamic (int8 arithmetic, the default for int8) or none.", panel=METHOD
+        None,
+        "With --quantize: dynamic (int8 arithmetic, the default for int8) or none.",
+        panel=METHOD,
+        suggested=("dynamic", "none"),
     )
     forms: tuple[str, ...] = option(
         (),

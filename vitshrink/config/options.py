@@ -9,12 +9,14 @@ from vitshrink.config.data import (
     CalibrationOptions,
     ColumnOptions,
     DataConfig,
+    HoldoutOptions,
     InputOptions,
+    LabelOptions,
     Preprocessing,
     columns_of,
 )
 from vitshrink.config.evaluation import EvaluationOptions, SeparateEvaluationOptions
-from vitshrink.config.fields import DATA, METHOD, RECOVERY, TECHNIQUES, Entry, flag_of, option, required
+from vitshrink.config.fields import DATA, METHOD, RECOVERY, RUN, TECHNIQUES, Entry, Options, flag_of, option, required
 from vitshrink.config.job import JobOptions
 from vitshrink.config.method import LayerOptions, Layers, MethodOptions, Precision
 from vitshrink.config.quantities import parse_duration, parse_quantity, quantized_bits, share_of
@@ -24,6 +26,7 @@ from vitshrink.config.run import (
     Attention,
     AttentionOptions,
     BatchOptions,
+    NetworkOptions,
     Paths,
     ReportOptions,
     RunOptions,
@@ -46,6 +49,7 @@ __all__ = [
     "CompressConfig",
     "DataConfig",
     "EvalJob",
+    "ExportJob",
     "FinetuneConfig",
     "FinetuneJob",
     "InspectJob",
@@ -75,11 +79,14 @@ class CompressConfig(
     AttentionOptions,
     StateOptions,
     BatchOptions,
+    NetworkOptions,
     RunOptions,
     ReportOptions,
     InputOptions,
+    LabelOptions,
     ColumnOptions,
     SeparateEvaluationOptions,
+    HoldoutOptions,
     CalibrationOptions,
     TokenOptions,
     LayerOptions,
@@ -100,6 +107,7 @@ class CompressConfig(
     command_name: ClassVar = "compress"
     what: ClassVar = {"model": "the checkpoint to compress", "output": "the directory to write"}
     example: ClassVar = "vitshrink compress ./model ./small --keep 0.6"
+    old_names: ClassVar = RENAMED
     reworded: ClassVar = {
         "image_column": {"help": "Calibration column of images."},
         "text_column": {"help": "Calibration column of texts."},
@@ -181,21 +189,29 @@ class CompressConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaughtOptions(Options):
+    """Who teaches, and how."""
+
+    teacher: str | None = option(None, "The dense model: a directory or a Hub id.", reads=True)
+    finetune: FinetuneConfig = required(inlined=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneJob(
     SaveOptions,
     TypeOptions,
     AttentionOptions,
+    NetworkOptions,
     RunOptions,
     InputOptions,
+    LabelOptions,
     ColumnOptions,
     SeparateEvaluationOptions,
+    TaughtOptions,
     Paths,
     JobOptions,
 ):
     """Everything ``finetune`` needs to know; the flags are its own and those of ``FinetuneConfig``."""
-
-    teacher: str | None = option(None, "The dense model: a directory or a Hub id.", reads=True)
-    finetune: FinetuneConfig = required(inlined=True)
 
     command_name: ClassVar = "finetune"
     what: ClassVar = {"model": "the compressed checkpoint", "output": "the directory to write"}
@@ -222,8 +238,10 @@ class FinetuneJob(
 class QuantizeJob(
     SaveOptions,
     BatchOptions,
+    NetworkOptions,
     RunOptions,
     InputOptions,
+    LabelOptions,
     ColumnOptions,
     EvaluationOptions,
     Paths,
@@ -231,9 +249,12 @@ class QuantizeJob(
 ):
     """Everything ``quantize`` needs to know."""
 
-    weights: str = option("int8", "int8, or int4 in groups of 32.", choices=("int8", "int4"), panel=METHOD)
+    weights: str = option("int8", "int8, or int4 in groups of 32.", panel=METHOD, suggested=("int8", "int4"))
     activations: str | None = option(
-        None, "dynamic: int8 arithmetic (the default for int8); none: weights only, no faster.", panel=METHOD
+        None,
+        "dynamic: int8 arithmetic (the default for int8); none: weights only, no faster.",
+        panel=METHOD,
+        suggested=("dynamic", "none"),
     )
     baseline: str | None = option(None, "What to compare with; MODEL itself if not given.", panel=DATA, reads=True)
 
@@ -253,8 +274,8 @@ class QuantizeJob(
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalJob(BatchOptions, RunOptions, TokenOptions, InputOptions, ColumnOptions, JobOptions):
-    """Everything ``eval`` needs to know, but the bounds, which are ``GateOptions``."""
+class MeasuredOptions(Options):
+    """A model and the samples that it is measured on."""
 
     model: str = required(
         "A checkpoint, dense or compressed: a directory or a Hub id; or an exported .onnx file.",
@@ -268,7 +289,23 @@ class EvalJob(BatchOptions, RunOptions, TokenOptions, InputOptions, ColumnOption
     labels: str | None = option(
         None, "File with the classes of a flat folder of images: `image class` lines.", panel=DATA
     )
-    latency: tuple[int, ...] = option((), "Time a batch of this size; repeat it for several.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalJob(
+    BatchOptions,
+    NetworkOptions,
+    RunOptions,
+    TokenOptions,
+    InputOptions,
+    LabelOptions,
+    ColumnOptions,
+    MeasuredOptions,
+    JobOptions,
+):
+    """Everything ``eval`` needs to know, but the bounds, which are ``GateOptions``."""
+
+    latency: tuple[int, ...] = option((), "Time a batch of this size; repeat it for several.", panel=RUN, low=1)
 
     command_name: ClassVar = "eval"
     what: ClassVar = {"model": "the checkpoint", "data": "the samples"}
@@ -287,7 +324,9 @@ class EvalJob(BatchOptions, RunOptions, TokenOptions, InputOptions, ColumnOption
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectJob(BatchOptions, RunOptions, LayerOptions, InputOptions, ColumnOptions, CalibrationOptions, JobOptions):
+class InspectJob(
+    BatchOptions, NetworkOptions, RunOptions, LayerOptions, InputOptions, ColumnOptions, CalibrationOptions, JobOptions
+):
     """Everything ``inspect`` needs to know."""
 
     model: str = required("A dense checkpoint: a directory or a Hub id.", positional=True, reads=True)
@@ -299,5 +338,30 @@ class InspectJob(BatchOptions, RunOptions, LayerOptions, InputOptions, ColumnOpt
     reworded: ClassVar = {
         "calibration": {"help": "Samples that weight the spectra."},
         "seed": {"help": "Of the samples, if a recipe does not say."},
-        "holdout": {"hidden": True},
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
+    """Everything ``export`` needs to know."""
+
+    to: str = required(
+        "onnx: model.onnx for onnxruntime and others; torch: model.pt2, a torch.export program; dense: an ordinary "
+        "checkpoint, factors multiplied out (loads anywhere, no smaller).",
+        suggested=("onnx", "torch", "dense"),
+    )
+    tolerance: float = option(
+        1e-4,
+        "Largest difference from PyTorch to put up with.",
+        above=0,
+        wanted="give a positive number such as 0.0001.",
+    )
+
+    command_name: ClassVar = "export"
+    what: ClassVar = {
+        "model": "the checkpoint",
+        "output": "the directory to write",
+        "to": "the form: onnx, torch or dense",
+    }
+    example: ClassVar = "vitshrink export ./small ./onnx --to onnx"
+    reworded: ClassVar = {"model": {"help": A_CHECKPOINT}}

@@ -26,6 +26,12 @@ class RunOptions(Options):
 
     seed: int = option(0, "Of the choice of samples.", panel=RUN)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …", panel=RUN, in_memory=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(Options):
+    """Whether the network may be used."""
+
     offline: bool = option(False, "Never use the network.", panel=RUN, changes="nothing")
 
 

@@ -16,7 +16,9 @@ class TokenOptions(Options):
     )
     token_budget: int | None = option(None, "Patches of an image, with --tokens mixed.", panel=TOKENS, low=1)
     token_levels: int = option(2, "Sizes of patches, each twice as wide as the one before.", panel=TOKENS, low=1)
-    token_scorer: str = option("blur", "What decides on a split: blur or features.", panel=TOKENS)
+    token_scorer: str = option(
+        "blur", "What decides on a split: blur or features.", panel=TOKENS, suggested=("blur", "features")
+    )
     resolution: int | None = option(
         None,
         "Pixels of an image, if not the model's; positions are interpolated.",
@@ -27,7 +29,9 @@ class TokenOptions(Options):
     landmarks: int | None = option(
         None, "Landmarks of every attention map, which are then of low rank (ViT and DeiT).", panel=TOKENS, low=1
     )
-    landmark_form: str = option("pooled", "What such a map is: pooled or nystrom.", panel=TOKENS)
+    landmark_form: str = option(
+        "pooled", "What such a map is: pooled or nystrom.", panel=TOKENS, suggested=("pooled", "nystrom")
+    )
 
     @property
     def approximations(self) -> list[str]:

@@ -26,7 +26,7 @@ class CompressedConfig:
         from vitshrink.models import hf_quantizer
 
         hf_quantizer.register()
-        return hf_quantizer.VitshrinkConfig.from_dict(entries, **more)
+        return hf_quantizer.VitshrinkConfig.from_dict(entries, **more)  # type: ignore[no-untyped-call]
 
 
 class _Finder(MetaPathFinder):
