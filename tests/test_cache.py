@@ -245,7 +245,7 @@ def test_a_file_from_before_a_field_was_added_is_not_read(
     monkeypatch.setattr("vitshrink.runtime.cache.fields", lambda kind: [f for f in fields(kind) if f.name != "abs_max"])
     result = job()
     assert work == ["statistics"]  # the factors have no such field
-    assert result.report.warnings == []
+    assert not result.report.warnings
 
 
 # Entries and digests
