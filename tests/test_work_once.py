@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers import PreTrainedModel
 
@@ -17,7 +18,7 @@ from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.jobs.export import export
 from vitshrink.jobs.finetune import finetune_checkpoint
 from vitshrink.jobs.quantize import quantize_checkpoint
-from vitshrink.models import source
+from vitshrink.models import source, views
 from vitshrink.report import figures
 
 CLASSIFIER = "ViTForImageClassification"
@@ -32,6 +33,7 @@ class Seen:
         self.read = Counter[str]()
         self.copies = 0
         self._watch(source, "_examine", lambda directory: self.examined.update([self._role(directory)]))
+        self._watch(views, "_changed", lambda model, change: self._copied(model if change is torch.Tensor.clone else 0))
         self._watch(copy, "deepcopy", self._copied)
         load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
@@ -41,16 +43,16 @@ class Seen:
 
         monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
 
-    def _watch(self, owner: Any, name: str, note: Callable[[Any], object]) -> None:
+    def _watch(self, owner: Any, name: str, note: Callable[..., object]) -> None:
         original = getattr(owner, name)
 
-        def watched(first: Any, *arguments: Any, **options: Any) -> Any:
-            note(first)
-            return original(first, *arguments, **options)
+        def watched(*arguments: Any, **options: Any) -> Any:
+            note(*arguments)
+            return original(*arguments, **options)
 
         self.monkeypatch.setattr(owner, name, watched)
 
-    def _copied(self, what: object) -> None:
+    def _copied(self, what: object, *_memo: object) -> None:
         self.copies += isinstance(what, PreTrainedModel)
 
     def _role(self, directory: Path) -> str:
@@ -72,13 +74,19 @@ def small(compressed: Callable[..., CompressionResult]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("keep", "more"), [((0.8,), {}), ((0.8, 0.7), {}), ((0.8,), {"quantize": "int8", "dtype": "float16"})]
+    ("keep", "more"),
+    [
+        ((0.8,), {}),
+        ((0.8, 0.7), {}),
+        ((0.8,), {"method": "curvature"}),
+        ((0.8,), {"quantize": "int8", "dtype": "float16"}),
+    ],
 )
 def test_compress(
     keep: tuple[float, ...], more: dict[str, Any], vit_directory: Path, learned_images: Path, seen: Seen
 ) -> None:
-    entries = {"method": "whitened", "calibration": str(learned_images), "samples": 8, "holdout": 4}
-    compress(CompressConfig(str(vit_directory), str(seen.output), keep=keep, **entries, **more))
+    entries = {"method": "whitened", "calibration": str(learned_images), "samples": 8, "holdout": 4} | more
+    compress(CompressConfig(str(vit_directory), str(seen.output), keep=keep, **entries))
     outputs = [f"output keep-{each}" for each in keep] if len(keep) > 1 else ["output ."]
     assert seen.examined == seen.read == Counter([str(vit_directory), *outputs])
     assert seen.copies <= 2 * len(keep)

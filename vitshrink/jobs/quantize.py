@@ -74,7 +74,8 @@ def quantize_checkpoint(
     with published(Path(output), session, needed, overwrite=overwrite) as staging:
         with job.stage("quantize", "Quantising, saving and verifying"):
             rounded = partial(quantized, bits=bits, activations=treated, dtype=source.source_dtype)
-            written = write_result(source.model, staging, session, finish=rounded)
+            # the source stays as it is: it may be the baseline
+            written = write_result(source.model, staging, session, finish=rounded, in_place=False)
         dense = session.baseline or source
         moved(dense.model, session.device)
         evaluation = None
