@@ -12,15 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
-import fsspec  # type: ignore[import-untyped]
-
 from vitshrink.data.columns import LABEL_COLUMNS, Columns, class_names, find_columns, typed_labels
-from vitshrink.data.images import ImageSource, read_image_bytes
+from vitshrink.data.hub_samples import PARALLEL_READS, stored_samples, streamed_samples, undecoded, with_bytes
 from vitshrink.data.recipes import Kind, recipe_names, suggestion
 from vitshrink.data.samples import LabelsAre, Sample, SampleSet
 from vitshrink.errors import DataError, explanation
@@ -28,8 +26,6 @@ from vitshrink.errors import DataError, explanation
 SHUFFLE_BUFFER = 1000
 """Streamed rows from which the next is drawn, besides a shuffled order of the shards: about 110 MB of ImageNet."""
 
-PARALLEL_READS = 16
-"""Images of a Hub repository that holds them as single files are fetched so many at a time."""
 
 SHARD_FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 
@@ -115,19 +111,19 @@ def open_saved(address: Address, kind: Kind, wanted: Columns) -> SampleSet:
             found = found[address.split]
         elif address.split is not None:
             raise DataError(f"{address.path} is one data set without splits: leave the split {address.split!r} out.")
-    return _sample_set(address, kind, wanted, _undecoded(found))
+    return _sample_set(address, kind, wanted, undecoded(found))
 
 
 def open_dataset(dataset: Any, kind: Kind, wanted: Columns) -> SampleSet:
     """Samples of a ``datasets.Dataset`` in memory, without labels. Raises DataError for columns that cannot be told."""
     labels = {name for names in LABEL_COLUMNS for name in names} - {wanted.image, wanted.text, wanted.text_pair}
     dataset = dataset.with_format(None).remove_columns([name for name in dataset.column_names if name in labels])
-    return _sample_set(Address("the data set in memory"), kind, wanted, _undecoded(dataset))
+    return _sample_set(Address("the data set in memory"), kind, wanted, undecoded(dataset))
 
 
 def _sample_set(address: Address, kind: Kind, wanted: Columns, dataset: Any) -> SampleSet:
     columns, label_names, labels_are = _schema(address, kind, dataset.features, wanted)
-    samples = _stored_samples(dataset, columns)
+    samples = stored_samples(dataset, columns)
     if columns.labelled and (label_names is None or columns.several):  # known by value, as in tables
         where = f"{address}: {columns.place}"
         labels, labels_are = typed_labels(where, [sample.label for sample in samples], columns.several)
@@ -170,7 +166,7 @@ class _Split:
         for total in ("splits", "download_size", "dataset_size", "size_in_bytes"):
             setattr(builder.info, total, None)
         builder.download_and_prepare(verification_mode="no_checks")
-        return _undecoded(builder.as_dataset(split=split))
+        return undecoded(builder.as_dataset(split=split))
 
 
 def _builder(address: Address, cache: Path | None = None) -> Any:
@@ -202,7 +198,7 @@ def _downloaded_before(address: Address) -> Any:
     with _offline_mode():
         for cache in (_split_cache(address), None) if address.split else ():
             with suppress(Exception):  # whatever is wrong with one cache, the data are not to be had from it
-                return _undecoded(load_dataset(address.path, address.config, split=address.split, cache_dir=cache))
+                return undecoded(load_dataset(address.path, address.config, split=address.split, cache_dir=cache))
     hint = "" if address.split else f" Offline, the split has to be named as well, as in {address}:train."
     raise DataError(
         f"{address} is not a local path, and offline there is no earlier download of it: pass a local folder or file, "
@@ -220,7 +216,7 @@ class _HubSamples(Sequence[Sample]):
     @cached_property
     def _all(self) -> list[Sample]:
         with _explained(self._split.address):
-            return _stored_samples(self._split.download(), self._columns)
+            return stored_samples(self._split.download(), self._columns)
 
     def __len__(self) -> int:
         return len(self._all)
@@ -237,69 +233,10 @@ class _HubSamples(Sequence[Sample]):
         shuffled = self._split.stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         with _explained(self._split.address), ThreadPoolExecutor(PARALLEL_READS) as pool:
             end = None if count is None else skip + count
-            samples = list(islice(_streamed_samples(shuffled, self._columns), skip, end))
+            samples = list(islice(streamed_samples(shuffled, self._columns), skip, end))
             if self._columns.image is None:
                 return samples
-            return list(pool.map(_with_bytes, samples))
-
-
-def _stored_samples(dataset: Any, columns: Columns) -> list[Sample]:
-    def column(name: str | None) -> list[Any]:
-        return [None] * len(dataset) if name is None else list(dataset[name])
-
-    images: list[ImageSource | None] = [None] * len(dataset)
-    if columns.image is not None:
-        encoded = dataset.select_columns([columns.image])
-        images = [partial(_fetch, encoded, columns.image, row) for row in range(len(dataset))]
-    labels = map(_hashable, columns.labels(column))
-    rows = zip(images, column(columns.text), column(columns.text_pair), labels, strict=True)
-    samples = (Sample(f"row {number}", *row) for number, row in enumerate(rows, start=1))
-    return [sample for sample in samples if not _is_spacing(sample, columns)]
-
-
-def _streamed_samples(stream: Any, columns: Columns) -> Iterator[Sample]:
-    for number, row in enumerate(stream, start=1):
-        image = None if columns.image is None else partial(_encoded, row[columns.image])
-        text, pair = (None if name is None else row[name] for name in (columns.text, columns.text_pair))
-        (label,) = columns.labels(lambda name, row=row: [None if name is None else row[name]])  # type: ignore[misc]
-        sample = Sample(f"streamed row {number}", image, text, pair, _hashable(label))
-        if not _is_spacing(sample, columns):
-            yield sample
-
-
-def _hashable(label: Any) -> Any:
-    return tuple(label) if isinstance(label, list) else label
-
-
-def _with_bytes(sample: Sample) -> Sample:
-    return sample if sample.image is None else replace(sample, image=read_image_bytes(sample.image))
-
-
-def _is_spacing(sample: Sample, columns: Columns) -> bool:
-    """Blank rows of running text (as in WikiText) separate paragraphs; with labels they would be broken samples."""
-    return columns.text is not None and not columns.labelled and not (sample.text or "").strip()
-
-
-def _fetch(dataset: Any, column: str, row: int) -> bytes:
-    return _encoded(dataset[row][column])
-
-
-def _encoded(value: Any) -> bytes:
-    """The bytes of an undecoded image: in a struct, where its path leads (here or on the Hub), or as they are."""
-    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
-    if content is None and path is not None:
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
-    return content or b""  # an empty image is counted and named where it is decoded
-
-
-def _undecoded(dataset: Any) -> Any:
-    from datasets import Image
-
-    for name, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-    return dataset
+            return list(pool.map(with_bytes, samples))
 
 
 def _schema(

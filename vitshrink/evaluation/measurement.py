@@ -148,11 +148,7 @@ def measure_each(
                 on_batch=ticks,
             )
     if processes.count() > 1:
-        shares = processes.gather((bad.reasons, cut.samples))
-        reasons = {key: why for share in shares for key, why in share[0].items()}
-        bad.reasons = {sample.key: reasons[sample.key] for sample in samples.samples if sample.key in reasons}
-        cut.samples = sum(share[1] for share in shares)
-        bad.check(samples)
+        _gather(bad, cut, samples)
     warn_of_bad(bad, samples.source, job)
     cut.warn(preprocessor, job)
     if label_of is not None and _num_labels(models[0]) > 1:
@@ -164,6 +160,15 @@ def measure_each(
         Measurement(evaluation, samples, samples.source, fingerprint, rule, bad, pooling, similarity)
         for evaluation in evaluations
     ]
+
+
+def _gather(bad: BadSamples, cut: Cut, samples: SampleSet) -> None:
+    """Put together what the processes met in their shares, in place. Raises DataError for too many bad samples."""
+    shares = processes.gather((bad.reasons, cut.samples))
+    reasons = {key: why for share in shares for key, why in share[0].items()}
+    bad.reasons = {sample.key: reasons[sample.key] for sample in samples.samples if sample.key in reasons}
+    cut.samples = sum(share[1] for share in shares)
+    bad.check(samples)
 
 
 def has_pairs(samples: SampleSet) -> bool:

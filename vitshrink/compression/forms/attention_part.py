@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.attentions import Attention, AttentionSite, attentions_of, sites_of
 from vitshrink.compression.candidates import Candidate, Cost, Form, Offer, Site
 from vitshrink.compression.findings import Findings
+from vitshrink.compression.forms.low_rank import LowRank
 from vitshrink.compression.forms.registry import Material
 from vitshrink.errors import UsageError
 from vitshrink.methods.attention import ATTENTION, AttentionMethod
@@ -23,18 +24,8 @@ from vitshrink.models.views import own
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPart:
+class AttentionPart(LowRank):
     """The part of its site at this rank."""
-
-    rank: int
-
-    @property
-    def label(self) -> str:
-        return f"rank {self.rank}"
-
-    @property
-    def bits(self) -> None:
-        return None
 
 
 @dataclass(frozen=True, eq=False)
