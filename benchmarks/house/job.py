@@ -81,6 +81,22 @@ class Watch:
             made(model, *arguments, **options)
 
         PreTrainedModel.__init__ = init
+        self._watch_views()
+
+    def _watch_views(self) -> None:
+        """Where the tree has views of models: one is copied whole when it gets tensors of its own."""
+        try:
+            from vitshrink.models import views
+        except ImportError:
+            return
+        owned = views.own
+
+        def own(module: Any) -> Any:
+            if type(module).__name__ == CLASS:
+                self._note("copy of the model")
+            return owned(module)
+
+        views.own = own
 
     def _audited(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.started:

@@ -112,14 +112,13 @@ def measure_each(
         _remark(embedding, baseline_embedding or embedding, job)
     label_of, rule = labels_of(models[0], samples, task, class_map) if labelled else (None, None)
     mine = replace(samples, samples=processes.share(samples.samples))
-    total = len(samples) * (2 if pairs else 1)
 
     def read(part: SampleSet) -> Iterable[Batch]:
         if not len(part):  # more processes than samples
             return []
         return cut.counted(preprocessor.batches(part, batch_size, bad=bad, workers=workers))
 
-    with job.stage("evaluate", "Evaluating", total) as advance:
+    with job.stage("evaluate", "Evaluating", len(samples) * (1 + pairs)) as advance:
         ticks = _scaled(advance, processes.count())
         if pairs:
             evaluations = evaluate_pairs(
