@@ -356,7 +356,7 @@ def test_each_of_several_reports_times_its_own_stages(vit_directory: Path, tmp_p
     assert (
         first.report.warnings
         == second.report.warnings
-        == ["the result is not evaluated: pass --eval or --calibration."]
+        == ("the result is not evaluated: pass --eval or --calibration.",)
     )
 
 

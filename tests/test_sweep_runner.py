@@ -44,12 +44,13 @@ def ready(tmp_path: Path) -> Path:
     directory = tmp_path / "ready"
     directory.mkdir()
     half = {"dense": 100, "compressed": 50, "kept": 0.5}
+    timing = dict.fromkeys(("lower_quartile", "upper_quartile", "throughput", "batch_size", "repeats", "threads"), 1)
     report = {
         **dict.fromkeys(("vitshrink", "model", "task", "method", "allocation", "compensation"), "x"),
         **dict.fromkeys(("parameters", "layers_parameters", "bytes"), half),
         "layers": [],
-        "evaluation": {"metric": None, "fidelity": {"kl": 0.25}, "samples": 8},
-        "latency": {"dense": {"median": 2.0}, "compressed": {"median": 1.0}},
+        "evaluation": {"task": "x", "metric": None, "fidelity": {"kl": 0.25}, "samples": 8},
+        "latency": {"dense": timing | {"median": 2.0}, "compressed": timing | {"median": 1.0}},
     }
     (directory / "report.json").write_text(json.dumps(report))
     checksums.record(directory)
