@@ -308,6 +308,7 @@ JOBS: dict[str, list[Any]] = {
     "preprocess": ["timm"],
     "dtype": ["float16"],
     "method": ["asvd"],
+    "forms": [[], {"forms": ["int8"], "keep": [], "target_size": "4MB"}],
     "calibration": ["x"],
 }
 """Values of the entries that take only some texts, or belong to others."""

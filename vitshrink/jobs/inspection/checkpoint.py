@@ -14,7 +14,7 @@ from vitshrink.jobs.inspection.activations import sample_activations
 from vitshrink.jobs.inspection.layers import LayerInspection, inspect_layers
 from vitshrink.jobs.inspection.page import check_available, write_figures
 from vitshrink.jobs.inspection.spectra import layer_spectra
-from vitshrink.models.loading import LoadedModel, load_dense
+from vitshrink.models.loading import LoadedModel, load_dense, moved
 from vitshrink.models.publication import check_writable
 from vitshrink.models.targets import Target, find_targets
 from vitshrink.report.summary import base_name
@@ -66,8 +66,7 @@ def inspect_checkpoint(config: InspectJob, figures: Path | None = None, observer
     job = Job(observer or Silent())
     with job.stage("load", "Loading the model"):
         source = load_dense(config.model, offline=config.offline, warn=job.warn)
-        dense = source.model
-        dense.to(find_device(config.device))  # type: ignore[arg-type] # wrapped, as mypy sees it
+        dense = moved(source.model, find_device(config.device))
     targets = find_targets(dense, layers=config.layers, include=config.include, exclude=config.exclude)
     data = _calibration(config, source, job)
     stats: dict[str, LinearStats] = {}
