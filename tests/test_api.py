@@ -1,9 +1,10 @@
 """``vitshrink.compress`` on models in memory: what it takes, what it gives back, what it leaves alone."""
 
+import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ def bert(bert_directory: Path) -> PreTrainedModel:
 
 
 @pytest.fixture
-def images(flat_images: Path) -> list[Image.Image]:
-    return [Image.open(file) for file in sorted(flat_images.iterdir())]
+def images(flat_images: Path) -> Iterator[list[Image.Image]]:
+    """Files that nobody has read yet."""
+    with contextlib.ExitStack() as opened:
+        yield [opened.enter_context(Image.open(file)) for file in sorted(flat_images.iterdir())]
 
 
 @pytest.fixture

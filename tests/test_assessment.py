@@ -192,7 +192,7 @@ def test_figures_are_appended_to_a_table(
     file = tmp_path / "results.csv"
     for flags in ((vit_directory,), (small, "--baseline", vit_directory, "--latency", "2")):
         assert run(*flags, "--data", learned_images, "--csv", file, "--json")[0] == 0
-    alone, compared = list(csv.DictReader(file.open()))
+    alone, compared = list(csv.DictReader(file.read_text().splitlines()))
     assert float(alone["score"]) == 0.85
     assert (alone["baseline"], alone["drop"], alone["kl"]) == ("", "", "")
     assert float(compared["dense_score"]) == 0.85
@@ -245,7 +245,8 @@ def test_the_tokens_and_landmarks_of_a_run_are_named_whoever_asked_for_them(
         document = json.loads(stdout)
         assert (document["tokens"], document["landmarks"]) == (tokens, landmarks)
     budget, windows = str((tokens or {}).get("budget", "")), str((landmarks or {}).get("landmarks", ""))
-    assert [(row["token_budget"], row["landmarks"]) for row in csv.DictReader(file.open())] == [(budget, windows)] * 2
+    rows = csv.DictReader(file.read_text().splitlines())
+    assert [(row["token_budget"], row["landmarks"]) for row in rows] == [(budget, windows)] * 2
     shown = " ".join(run(vit_directory, "--data", learned_images, *flags)[1].split())
     assert all(words in shown for words in said)
     assert said or ("tokens:" not in shown and "attention maps:" not in shown)

@@ -241,7 +241,8 @@ def test_the_picture_of_a_quadtree_shows_patches_that_tile_the_image(
         "148 tokens: 148 patches, 16 of them large",
         "76 tokens: 76 patches, 40 of them large",
     ]
-    assert Image.open(tmp_path / "tree.png").size == (3 * 224 + 2 * 8, 224)
+    with Image.open(tmp_path / "tree.png") as picture:
+        assert picture.size == (3 * 224 + 2 * 8, 224)
     patches = quadtree.leaves(quadtree.generated(), MixedTokens(61))
     assert {side for _, _, side in patches} == {16, 32}
     covered = np.zeros((224, 224), int)

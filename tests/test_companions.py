@@ -88,7 +88,9 @@ def test_the_folders_of_all_modules_belong_to_the_checkpoint_and_the_rest_is_nam
     assert found.left == LEFT
 
 
-@pytest.mark.parametrize("job", ["compress", "quantize", "finetune", "dense", "onnx", "torch"])
+@pytest.mark.parametrize(
+    "job", ["compress", "quantize", "finetune", "dense", pytest.param("onnx", marks=pytest.mark.slow), "torch"]
+)
 def test_every_job_takes_them_along_and_says_what_it_left(
     job: str, encoder: Path, text_file: Path, tmp_path: Path
 ) -> None:

