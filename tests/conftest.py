@@ -11,6 +11,9 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="vitshrink-tests-")
 # for the processes that tests start: this code, and one thread, as below
 os.environ["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in Path(__file__).resolve().parents[:2])
 os.environ["OMP_NUM_THREADS"] = "1"
+# readline, where it is loaded, tells the processes of pytest-xdist of a terminal that they do not have
+os.environ.pop("COLUMNS", None)
+os.environ.pop("LINES", None)
 
 from collections.abc import Callable
 from typing import Any

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vitshrink
-from vitshrink.statistics import stats
+from vitshrink.statistics import algebra
 from vitshrink.statistics.algebra import roots, square_roots
 from vitshrink.statistics.stats import LinearStats, Moments, gram_of
 
@@ -39,7 +39,7 @@ def test_the_roots_of_a_matrix_give_it_back_also_where_it_is_singular(rank: int)
 def test_a_matrix_far_from_singular_needs_no_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = gram_of(torch.randn(90, 6, dtype=torch.float64))
     symmetric = square_roots(matrix)[0]
-    monkeypatch.setattr(stats, "eigh", None)
+    monkeypatch.setattr(algebra, "eigh", None)
     root, inverse = roots(matrix)
     torch.testing.assert_close(root.T @ root, symmetric @ symmetric)
     torch.testing.assert_close(inverse @ root, torch.eye(6, dtype=torch.float64))
@@ -61,6 +61,7 @@ def test_refined_statistics_have_the_new_inputs_and_the_mean_of_both_gradients(e
     assert getattr(refined, other.pop()) is None
 
 
+@pytest.mark.filterwarnings("ignore:vitshrink.* is now:FutureWarning")  # old places are imported too
 def test_what_holds_tensors_is_compared_by_identity() -> None:
     """``==`` on tensors gives tensors, of which none is true or false."""
     for module in pkgutil.walk_packages(vitshrink.__path__, "vitshrink."):

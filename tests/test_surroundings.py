@@ -96,6 +96,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path, **streams: Any)
         monkeypatch.setattr(sys, name, stream)
     with pytest.raises(SystemExit) as end:
         main()
+    for stream in (sys.stdout, sys.stderr):
+        if stream.name == os.devnull:  # opened in the place of a closed one until the process ends
+            stream.close()
     monkeypatch.undo()
     return int(end.value.code or 0)
 
