@@ -108,6 +108,7 @@ def test_texts_are_no_longer_cut_into_chunks(
         ({"add_cross_attention": True}, "has add_cross_attention"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'.*'absolute'"),
         ({"hidden_act": "nope"}, "hidden_act 'nope', which is none of gelu"),
+        ({"hidden_act": []}, r"hidden_act \[\], which is none of gelu"),
         ({"problem_type": "nope"}, "problem_type 'nope', which is none of regression, "),
         ({"layer_norm_eps": "1e-6"}, "'layer_norm_eps' expected float, got str"),
         ({"type_vocab_size": 0}, "token_type_embeddings.weight .*holds nothing"),

@@ -220,7 +220,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             "computes 'absolute': the outputs would not be those that the model was trained for."
         )
     for entry, known in (("hidden_act", ACT2FN), ("problem_type", PROBLEM_TYPES)):
-        if (value := config.get(entry)) is not None and value not in known:
+        if (value := config.get(entry)) is not None and value not in list(known):  # may be of any type
             raise CheckpointError(f"{where} has {entry} {value!r}, which is none of {', '.join(known)}.")
     for entry in ("image_size", "patch_size"):
         if isinstance(value := config.get(entry), list | tuple) and len(value) != 2:
