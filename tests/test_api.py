@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 import vitshrink
 from vitshrink.config.fields import names_of
 from vitshrink.config.options import CompressConfig
-from vitshrink.data.memory import ReadyBatches
+from vitshrink.data.given import ReadyBatches
 from vitshrink.errors import CheckpointError, DataError, OutputError, TargetError, UsageError
 from vitshrink.jobs.compress import CompressionResult
 from vitshrink.models import cost

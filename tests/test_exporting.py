@@ -18,7 +18,7 @@ from vitshrink.cli.app import app
 from vitshrink.config.options import DataConfig
 from vitshrink.errors import CheckpointError, DependencyError, OutputError, UsageError
 from vitshrink.jobs import export as exporting
-from vitshrink.jobs import forms
+from vitshrink.jobs import export_forms as forms
 from vitshrink.jobs.compress import CompressionResult
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.jobs.export import Export, export

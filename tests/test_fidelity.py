@@ -20,7 +20,7 @@ from vitshrink.models.fidelity import (
 )
 from vitshrink.recovery.answers import Reader
 from vitshrink.recovery.objectives import Distillation, Supervision
-from vitshrink.recovery.samples import TrainingBatch
+from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.statistics.curvature import random_functional
 
 HEADS = {"softmax": SOFTMAX, "bernoulli": BERNOULLI, "regression": REGRESSION, "features": FEATURES}

@@ -26,8 +26,8 @@ from vitshrink.jobs.inspection.activations import sample_activations
 from vitshrink.models import checkpoint, cost
 from vitshrink.models.targets import blocks_of, find_targets
 from vitshrink.recovery import Material, recover
-from vitshrink.recovery.samples import TrainingBatch
 from vitshrink.recovery.techniques.augmentation import Augmentation
+from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.report import figures
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.runtime.seeds import generator_of

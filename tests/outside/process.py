@@ -260,7 +260,7 @@ def preload() -> Any:
     import vitshrink.jobs.evaluate
     import vitshrink.jobs.export
     import vitshrink.jobs.finetune
-    import vitshrink.jobs.inspection.checkpoint
+    import vitshrink.jobs.inspection.job
     import vitshrink.jobs.quantize
     import vitshrink.jobs.sweep
     import vitshrink.jobs.verify

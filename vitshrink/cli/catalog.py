@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vitshrink.config.choices import choose
+from vitshrink.config.choosing import choose
 from vitshrink.config.method import COMPENSATIONS
 from vitshrink.errors import UsageError
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from vitshrink.cli import catalog
-from vitshrink.config.choices import choose
+from vitshrink.config.choosing import choose
 from vitshrink.config.job import JobOptions
 from vitshrink.config.method import ALLOCATIONS
 from vitshrink.config.options import CompressConfig

@@ -86,7 +86,7 @@ def _run(
 
 
 def _show(results: "Sequence[CompressionResult]", job: CompressConfig, display: DisplayOptions) -> None:
-    from vitshrink.cli.tables import plan_table, results_table
+    from vitshrink.cli.rendering import plan_table, results_table
 
     if display.as_json:
         documents = [result.report.to_dict() for result in results]

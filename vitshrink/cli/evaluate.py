@@ -27,7 +27,7 @@ def evaluate_command(
     largest = None if bounds.max_size is None else parse_quantity(bounds.max_size, "--max-size")
     checks.check_models(job)
 
-    from vitshrink.cli.tables import evaluation_table
+    from vitshrink.cli.rendering import evaluation_table
     from vitshrink.evaluation.gates import Gates
     from vitshrink.report import append_rows
 

@@ -18,7 +18,7 @@ def finetune_command(flags: dict[str, Any], recipe: RecipeOptions, display: Disp
     job = checks.job_of(FinetuneJob, (read_recipe(recipe.config) if recipe.config else {}) | flags, where)
     checks.check_models(job)
 
-    from vitshrink.cli.tables import results_table
+    from vitshrink.cli.rendering import results_table
     from vitshrink.jobs.finetune import finetune_checkpoint
     from vitshrink.runtime import processes
 

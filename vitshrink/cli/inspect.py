@@ -10,7 +10,7 @@ from vitshrink.cli.table import Table
 from vitshrink.config.options import InspectJob
 
 if TYPE_CHECKING:
-    from vitshrink.jobs.inspection.checkpoint import Inspection
+    from vitshrink.jobs.inspection.job import Inspection
 
 
 @command(InspectJob, FigureOptions, JsonOptions)
@@ -22,7 +22,7 @@ def inspect_command(flags: dict[str, Any], figures: FigureOptions, display: Json
     job = checks.job_of(InspectJob, flags, "the command line")
     checks.check_models(job)
 
-    from vitshrink.jobs.inspection.checkpoint import inspect_checkpoint
+    from vitshrink.jobs.inspection.job import inspect_checkpoint
 
     found = inspect_checkpoint(job, figures.figures, console.TerminalObserver(quiet=display.as_json))
     if display.as_json:
@@ -35,7 +35,7 @@ def inspect_command(flags: dict[str, Any], figures: FigureOptions, display: Json
 
 def _table(found: "Inspection") -> Table:
     from vitshrink.jobs.inspection import rank_at
-    from vitshrink.jobs.inspection.checkpoint import FRACTIONS
+    from vitshrink.jobs.inspection.job import FRACTIONS
 
     kind = "activation-weighted" if found.weighted else "plain"
     table = Table(

@@ -21,7 +21,7 @@ def quantize_command(flags: dict[str, Any], display: DisplayOptions) -> None:
     job = checks.job_of(QuantizeJob, flags, "the command line")
     checks.check_models(job)
 
-    from vitshrink.cli.tables import results_table
+    from vitshrink.cli.rendering import results_table
     from vitshrink.runtime import processes
 
     processes.join(job.device)

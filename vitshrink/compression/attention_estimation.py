@@ -11,7 +11,7 @@ from vitshrink.compression.attentions import Attention, AttentionSite, attention
 from vitshrink.compression.candidates import Plan
 from vitshrink.compression.estimation import DENSE, Rebuild
 from vitshrink.compression.findings import Findings
-from vitshrink.compression.memory import Step
+from vitshrink.compression.keeping import Step
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError

@@ -17,7 +17,7 @@ from vitshrink.compression.forms.low_rank import LowRankMaker
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.repairs import COMPENSATIONS
 from vitshrink.compression.repairs.layers import LayerRepairs, NoRepairs
-from vitshrink.config.choices import choose
+from vitshrink.config.choosing import choose
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import UsageError

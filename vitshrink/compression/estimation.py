@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
 from vitshrink.compression.findings import Findings, Measured
-from vitshrink.compression.memory import Cached, Memory, Step
+from vitshrink.compression.keeping import Cached, Memory, Step
 from vitshrink.compression.repairs.bias import SHIFTING
 from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
 from vitshrink.data.batches import BadSamples, Batch
+from vitshrink.data.given import ReadyBatches
 from vitshrink.data.image_encoder import ImageEncoder
-from vitshrink.data.memory import ReadyBatches
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import SampleSet
 from vitshrink.data.text_encoder import TextEncoder

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vitshrink.errors import DataError, UsageError, VitshrinkError
-from vitshrink.evaluation.columns import (
+from vitshrink.evaluation.masking import Masking
+from vitshrink.evaluation.quality import Accuracy, Evaluation
+from vitshrink.evaluation.rows import (
     Batch,
     Columns,
     LabelOf,
@@ -26,8 +28,6 @@ from vitshrink.evaluation.columns import (
     pair_columns,
     sentence_step,
 )
-from vitshrink.evaluation.masking import Masking
-from vitshrink.evaluation.quality import Accuracy, Evaluation
 from vitshrink.evaluation.scores import summarise
 from vitshrink.models import cost
 from vitshrink.models.sentences import MEAN, Embedding

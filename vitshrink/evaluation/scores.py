@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vitshrink.errors import DataError
 from vitshrink.evaluation import metrics
-from vitshrink.evaluation.columns import Columns
 from vitshrink.evaluation.quality import (
     Accuracy,
     ClassScore,
@@ -19,6 +18,7 @@ from vitshrink.evaluation.quality import (
     Interval,
     LabelScores,
 )
+from vitshrink.evaluation.rows import Columns
 from vitshrink.models.fidelity import REGRESSION
 
 SIGNIFICANCE = 0.05

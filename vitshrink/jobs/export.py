@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
-from vitshrink.config.choices import choose
+from vitshrink.config.choosing import choose
 from vitshrink.errors import OutputError, UsageError
-from vitshrink.jobs.forms import FORMS, Form, Run, outputs_of, quiet, trace_inputs
+from vitshrink.jobs.export_forms import FORMS, Form, Run, outputs_of, quiet, trace_inputs
 from vitshrink.jobs.result import published
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitshrink.config.choices import choose
+from vitshrink.config.choosing import choose
 from vitshrink.errors import NumericsError
 from vitshrink.methods.ranks import Storage
 from vitshrink.statistics.needs import Needs

@@ -3,8 +3,8 @@
 from vitshrink.recovery.checkpoints import clear_state
 from vitshrink.recovery.checks import check
 from vitshrink.recovery.material import Material, open_material
+from vitshrink.recovery.outcome import Recovery
 from vitshrink.recovery.recover import recover
 from vitshrink.recovery.splitting import held_out_count
-from vitshrink.recovery.summary import Recovery
 
 __all__ = ["Material", "Recovery", "check", "clear_state", "held_out_count", "open_material", "recover"]

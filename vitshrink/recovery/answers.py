@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.models.families import Task, task_of
 from vitshrink.models.fidelity import feature_rows
-from vitshrink.recovery.samples import TrainingBatch
+from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.statistics.reference import Kept
 
 CACHE_BYTES = 2**30

@@ -14,8 +14,8 @@ from vitshrink.models.fidelity import REGRESSION, Head
 from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.answers import Reader, Teacher
 from vitshrink.recovery.objectives import Distillation, Objective, Term
-from vitshrink.recovery.samples import TrainingBatch, TrainingSet
 from vitshrink.recovery.techniques.augmentation import Augmentation
+from vitshrink.recovery.training_set import TrainingBatch, TrainingSet
 from vitshrink.runtime.modes import evaluating
 
 HELD_OUT = -1

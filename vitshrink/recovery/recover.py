@@ -16,10 +16,10 @@ from vitshrink.recovery.aim import Aim
 from vitshrink.recovery.checkpoints import Checkpoints, identity_of
 from vitshrink.recovery.checks import check
 from vitshrink.recovery.material import Material
+from vitshrink.recovery.outcome import Recovery, warn_without_gain
 from vitshrink.recovery.preparation import Prepared, prepared
 from vitshrink.recovery.progress import Progress
 from vitshrink.recovery.splitting import read_and_split
-from vitshrink.recovery.summary import Recovery, warn_without_gain
 from vitshrink.recovery.techniques.applied import applied
 from vitshrink.recovery.techniques.blockwise import reconstruct
 from vitshrink.recovery.techniques.factors import whole_factors

@@ -8,7 +8,7 @@ from vitshrink.config.options import FinetuneConfig
 from vitshrink.data import Preprocessor
 from vitshrink.errors import DataError
 from vitshrink.recovery.material import Material
-from vitshrink.recovery.samples import TrainingSet
+from vitshrink.recovery.training_set import TrainingSet
 from vitshrink.runtime.observer import Job
 
 LEAST_HELD_OUT = 8

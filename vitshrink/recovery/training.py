@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitshrink.recovery.checkpoints import Checkpoints
 from vitshrink.recovery.progress import Progress
-from vitshrink.recovery.samples import TrainingBatch
+from vitshrink.recovery.training_set import TrainingBatch
 
 GRADIENT_NORM = 1.0
 """Longer gradients are shortened to this."""

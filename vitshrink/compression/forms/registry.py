@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.candidates import Currency, Form, Offer
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.quantization import Quantization
-from vitshrink.config.choices import choose
+from vitshrink.config.choosing import choose
 from vitshrink.methods import LayerMethod
 from vitshrink.methods.ranks import Storage
 from vitshrink.models.checkpoint import HEADER_BYTES

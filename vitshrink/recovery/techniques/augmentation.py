@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.data import Preprocessor
 from vitshrink.models.families import task_of
-from vitshrink.recovery.samples import TrainingBatch
+from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.runtime.seeds import generator_of
 
 MIXING = 0.5

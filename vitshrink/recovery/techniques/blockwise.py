@@ -15,9 +15,9 @@ from vitshrink.models.geometry import sides
 from vitshrink.models.structures.following import borrowed_parameters
 from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.preparation import Prepared
-from vitshrink.recovery.samples import TrainingBatch
 from vitshrink.recovery.splitting import Split
 from vitshrink.recovery.techniques.hidden import unexplained
+from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.runtime.modes import evaluating
 from vitshrink.runtime.observer import Job
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
