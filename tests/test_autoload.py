@@ -54,12 +54,15 @@ def run(script: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(order, marks=[pytest.mark.slow] * (order != "vitshrink first")) for order in ORDERS]
+)
 def test_compressed_checkpoints_load(order: str) -> None:
     done = run(ORDERS[order])
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_without_vitshrink_loading_fails() -> None:
     done = run(LOAD)
     assert done.returncode != 0
