@@ -287,6 +287,7 @@ def test_tensor_forms_reload_within_their_budget(compressed: Compressed, form: s
     assert torch.equal(outputs(model, name), outputs(vitshrink.load(result.directory), name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["tucker", "tt"])
 def test_tensor_forms_are_exported(compressed: Compressed, form: str, tmp_path: Path) -> None:
     """For batches of any size, on which the cheaper order of contraction depends."""

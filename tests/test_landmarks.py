@@ -144,6 +144,7 @@ def test_landmarks_save_copy_cast_train_and_show_their_maps(compressed: Compress
         assert torch.isfinite(half(inputs["pixel_values"].bfloat16()).logits).all()
 
 
+@pytest.mark.slow
 @each_form
 def test_landmarks_are_exported(compressed: Compressed, form: str, tmp_path: Path) -> None:
     directory = compressed(CLASSIFIER, landmarks=4, landmark_form=form, rank=None).directory

@@ -328,7 +328,7 @@ def test_a_bound_holds_for_the_integers(
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("form", ["torch", "dense"])
+@pytest.mark.parametrize("form", [pytest.param("torch", marks=pytest.mark.slow), "dense"])
 def test_a_quantised_model_is_exported(bert_directory: Path, tmp_path: Path, form: str) -> None:
     quantize_checkpoint(str(bert_directory), str(tmp_path / "int8"))
     found = export(str(tmp_path / "int8"), str(tmp_path / "out"), form, tolerance=0.05)
@@ -349,6 +349,7 @@ def test_onnx_keeps_the_integers(bert_directory: Path, tmp_path: Path) -> None:
     assert products == (12 if quantized_module._exact_on_this_cpu() else 0)
 
 
+@pytest.mark.slow
 def test_four_bits_are_exported_without_a_difference(vit_directory: Path, tmp_path: Path) -> None:
     quantize_checkpoint(str(vit_directory), str(tmp_path / "small"), weights="int4")
     found = export(str(tmp_path / "small"), str(tmp_path / "out"), "onnx")

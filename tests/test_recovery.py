@@ -127,7 +127,9 @@ def test_every_architecture_comes_nearer_to_its_dense_model_and_keeps_its_size(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", pytest.param("BertForSequenceClassification", marks=pytest.mark.slow)]
+)
 def test_every_technique_trains(
     train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]], name: str, settings: dict[str, Any]
 ) -> None:
@@ -304,6 +306,7 @@ def test_numbers_that_are_not_finite_take_training_back_to_the_last_good_state(
     assert recovery.after == recovery.before
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(
     train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
     tmp_path: Path,
@@ -333,6 +336,7 @@ def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(
     assert (Path(checkpoints) / "state").is_dir(), "nothing is lost before the model is saved"
 
 
+@pytest.mark.slow
 def test_a_training_killed_after_it_went_back_goes_on_from_there(
     train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
     tmp_path: Path,
