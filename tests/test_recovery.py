@@ -306,7 +306,6 @@ def test_numbers_that_are_not_finite_take_training_back_to_the_last_good_state(
     assert recovery.after == recovery.before
 
 
-@pytest.mark.slow
 def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(
     train: Callable[..., tuple[PreTrainedModel, PreTrainedModel, Recovery]],
     tmp_path: Path,
