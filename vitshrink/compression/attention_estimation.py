@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 
 from vitshrink.compression.attentions import Attention, AttentionSite, attentions_of, sites_of
 from vitshrink.compression.candidates import Plan
-from vitshrink.compression.estimation import DENSE, Rebuild
-from vitshrink.compression.findings import Findings
+from vitshrink.compression.estimation import DENSE
+from vitshrink.compression.findings import Findings, Rebuild
 from vitshrink.compression.keeping import Step
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
 from vitshrink.methods.attention import ATTENTION, AttentionMethod, AttentionWeights
-from vitshrink.models.targets import Target
+from vitshrink.models.targets import Target, linear_of
 from vitshrink.runtime.entries import laid_out
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.state import Progress
@@ -102,18 +102,13 @@ class AttentionEstimator:
             job.warn(f"{', '.join(each.places[ATTENTION] for each in stack)} stays dense: {error}")
 
     def _weights(self, attention: Attention, stats: Mapping[str, LinearStats]) -> AttentionWeights:
-        layers = {role: self._layer(target.name) for role, target in attention.targets.items()}
+        layers = {role: linear_of(self.dense, target.name) for role, target in attention.targets.items()}
         return AttentionWeights(
             attention.dimensions,
             {role: layer.weight.double() for role, layer in layers.items()},
             {role: _bias(layer) for role, layer in layers.items()},
             {role: stats[target.name] for role, target in attention.targets.items()},
         )
-
-    def _layer(self, name: str) -> nn.Linear:
-        layer = self.dense.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        return layer
 
 
 def _bias(layer: nn.Linear) -> Tensor:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.compression.allocation import Allocation
 from vitshrink.compression.candidates import Candidate, Form, Offer, Plan, least_cost, plan_cost, whole_cost
-from vitshrink.compression.findings import Findings
+from vitshrink.compression.findings import Findings, Rebuild
 from vitshrink.compression.forms.registry import Maker, Material
 from vitshrink.compression.selection import choose_plan
 from vitshrink.config.options import CompressConfig
@@ -26,7 +26,7 @@ class Estimator(Protocol):
         """From the dense model."""
 
     def refine(
-        self, before: Findings, plan: Plan, model: PreTrainedModel, rebuilt: "Rebuild", job: Job, step: str = ""
+        self, before: Findings, plan: Plan, model: PreTrainedModel, rebuilt: Rebuild, job: Job, step: str = ""
     ) -> Findings:
         """From ``model``, compressed by ``plan``; what is done is kept as ``step``."""
 
@@ -38,12 +38,6 @@ class Estimator(Protocol):
 
     def forget(self, step: str) -> None:
         """Keep nothing of a step that another one has overtaken."""
-
-
-class Rebuild(Protocol):
-    """The compressed model of one size, as other findings make it."""
-
-    def __call__(self, findings: Findings, /) -> PreTrainedModel: ...
 
 
 class Repairs(Protocol):
@@ -151,7 +145,12 @@ class Compressor:
 
     @cached_property
     def _unpriced(self) -> Sequence[Offer]:
-        return _merged([maker.offers() for maker in self.makers])
+        return _merged(self._costs)
+
+    @cached_property
+    def _costs(self) -> Sequence[Sequence[Offer]]:
+        """By maker, its offers without losses."""
+        return [maker.offers() for maker in self.makers]
 
     @cached_property
     def _priced(self) -> dict[int, tuple[Findings, Sequence[Offer]]]:
@@ -160,9 +159,7 @@ class Compressor:
     @cached_property
     def _offered(self) -> Sequence[Mapping[str, Set[Form | None]]]:
         """By maker and site, the forms that it offers."""
-        return [
-            {offer.name: {each.form for each in offer.candidates} for offer in maker.offers()} for maker in self.makers
-        ]
+        return [{offer.name: {each.form for each in offer.candidates} for offer in offers} for offers in self._costs]
 
     def _by_maker(self, plan: Plan) -> list[dict[str, Form]]:
         """What each maker has to build: the first that offers a form builds it."""

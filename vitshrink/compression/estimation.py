@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
-from vitshrink.compression.findings import Findings, Measured
+from vitshrink.compression.findings import Findings, Measured, Rebuild
 from vitshrink.compression.keeping import Cached, Memory, Step
 from vitshrink.compression.repairs.bias import SHIFTING
 from vitshrink.config.options import CompressConfig
@@ -20,7 +20,7 @@ from vitshrink.data import Batch
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
 from vitshrink.methods import Factorisation, LayerMethod
-from vitshrink.models.targets import Target
+from vitshrink.models.targets import Target, linear_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.entries import laid_out, moved
@@ -41,9 +41,6 @@ SHARES_MEASURED_AGAIN = (0.0, 0.5, 1.0)
 
 DENSE = "dense"
 """The step of a job that looks at the dense model only."""
-
-Rebuild = Callable[[Findings], PreTrainedModel]
-"""The compressed model of one size, as other findings make it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +93,11 @@ class LayerEstimator:
         memory = Step(self.progress, step)
         stats = memory.read(LinearStats)
         if not stats:
-            dense = {name: self._layer(name).weight.detach() for name, each in plan.items() if each.form is not None}
+            dense = {
+                name: linear_of(self.dense, name).weight.detach()
+                for name, each in plan.items()
+                if each.form is not None
+            }
             again = self._statistics(model, dense, job, seed=self.config.seed + 1, step=step)
             stats = laid_out({name: before.stats[name].refined_by(again[name]) for name in again})
             memory.write(stats)
@@ -137,7 +138,7 @@ class LayerEstimator:
 
     def mean(self, name: str, stats: Mapping[str, LinearStats]) -> Tensor:
         """What the bias of a layer absorbs of its inputs, (n,)."""
-        layer = self._layer(name)
+        layer = linear_of(self.dense, name)
         if self.compensation in SHIFTING and layer.bias is not None:
             return stats[name].mean
         return torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
@@ -172,11 +173,6 @@ class LayerEstimator:
             "probes": self.config.probes if curvature else None,
             "precision": resolve_precision(device, self.config.precision) if curvature else None,
         }
-
-    def _layer(self, name: str) -> nn.Linear:
-        layer = self.dense.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        return layer
 
     def _statistics(
         self, model: PreTrainedModel, dense: Mapping[str, Tensor], job: Job, *, seed: int, step: str
@@ -263,7 +259,7 @@ class LayerEstimator:
                     found = moved(found, "cpu") if isinstance(found, Factorisation) else found
                     found = processes.from_process(number % processes.count(), found)
                 if isinstance(found, Factorisation):
-                    findings.layers[target.name] = moved(found, self._layer(target.name).weight.device)
+                    findings.layers[target.name] = moved(found, linear_of(self.dense, target.name).weight.device)
                 else:
                     findings.failures[target.name] = str(found)
                     job.warn(f"{target.name} stays dense: {found}")
@@ -278,7 +274,7 @@ class LayerEstimator:
         """The factors of this process's share of the targets, or why there are none."""
         found: dict[str, Factorisation | str] = {}
         for target in processes.share(self.targets):
-            layer = self._layer(target.name)
+            layer = linear_of(self.dense, target.name)
             centred = self.compensation != "none" and layer.bias is not None
             try:
                 factors = self.method.factorise(

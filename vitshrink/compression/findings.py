@@ -1,10 +1,11 @@
 """What a job has learned of a model, before it chooses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vitshrink.statistics.stats import LinearStats
 
@@ -22,6 +23,10 @@ class Findings:
     layers: dict[str, Any]
     failures: dict[str, str]
     stats: Mapping[str, LinearStats]
+
+
+Rebuild = Callable[[Findings], PreTrainedModel]
+"""The compressed model of one size, as other findings make it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,13 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """The dense linear layer of this name."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 def find_targets(
     model: PreTrainedModel,
     *,

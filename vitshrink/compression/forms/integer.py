@@ -13,8 +13,7 @@ from vitshrink.compression.forms.registry import Material, form_maker
 from vitshrink.compression.repairs.bias import SHIFTING, shifted_bias
 from vitshrink.config.options import quantized_bits
 from vitshrink.methods import Factorisation, LayerMethod
-from vitshrink.methods.ranks import dense_cost
-from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.checkpoint import HEADER_BYTES, replace_layers
 from vitshrink.models.structures.quantized import Activations, QuantizedLinear, matrix_bytes
 from vitshrink.models.targets import Target
 
@@ -62,14 +61,14 @@ class IntegerMaker:
         replace_layers(model, {name: self._repaired(name, findings) for name in chosen})
 
     def _offer(self, target: Target, findings: Findings | None) -> Offer:
-        numbers, itemsize = dense_cost(*target.shape), self.material.itemsize
-        nbytes = matrix_bytes(*target.shape, self.form.bits, itemsize) + self.material.header  # of the scales
+        kept = self.material.dense_cost(target.shape)
+        nbytes = matrix_bytes(*target.shape, self.form.bits, self.material.itemsize) + HEADER_BYTES  # of the scales
         loss = 0.0 if findings is None else self._loss(target, findings)
         return Offer.of(
             Site(target.name, "matrix", target.shape),
             self.material.currency,
-            Candidate(None, Cost(numbers, numbers * itemsize)),
-            [Candidate(self.form, Cost(numbers, nbytes), loss)],
+            Candidate(None, kept),
+            [Candidate(self.form, Cost(kept.parameters, nbytes), loss)],
         )
 
     @torch.no_grad()

@@ -12,8 +12,8 @@ from vitshrink.compression.findings import Findings
 from vitshrink.compression.forms.registry import Material
 from vitshrink.compression.repairs.bias import SHIFTING, shifted_bias
 from vitshrink.methods import Factorisation
-from vitshrink.methods.ranks import break_even_rank, dense_cost, rank_cost
-from vitshrink.models.checkpoint import replace_layers
+from vitshrink.methods.ranks import break_even_rank, rank_cost
+from vitshrink.models.checkpoint import HEADER_BYTES, replace_layers
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target
 
@@ -60,7 +60,7 @@ class LowRankMaker:
         return Offer.of(
             Site(target.name, "matrix", shape),
             self.material.currency,
-            Candidate(None, self._dense_cost(shape)),
+            Candidate(None, self.material.dense_cost(shape)),
             candidates,
             nothing=losses[0] if losses else 0.0,
             most=ranks[-1] + multiple - 1 if ranks else 0,
@@ -78,11 +78,7 @@ class LowRankMaker:
         numbers = rank_cost(*shape, rank, material.storage)
         if material.quantization is not None:
             return Cost(numbers, material.quantization.low_rank_bytes(shape, rank, material.storage))
-        return Cost(numbers, numbers * material.itemsize + material.header)  # of the second factor
-
-    def _dense_cost(self, shape: tuple[int, int]) -> Cost:
-        numbers, rounding = dense_cost(*shape), self.material.quantization
-        return Cost(numbers, numbers * self.material.itemsize if rounding is None else rounding.dense_bytes(shape))
+        return Cost(numbers, numbers * material.itemsize + HEADER_BYTES)  # of the second factor
 
     def _truncated(self, name: str, form: Form, findings: Findings) -> LowRankLinear:
         layer, rank = self.material.layer(name), form.rank

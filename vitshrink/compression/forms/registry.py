@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.candidates import Currency, Form, Offer
+from vitshrink.compression.candidates import Cost, Currency, Form, Offer
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.quantization import Quantization
 from vitshrink.config.choosing import choose
 from vitshrink.methods import LayerMethod
-from vitshrink.methods.ranks import Storage
-from vitshrink.models.checkpoint import HEADER_BYTES
-from vitshrink.models.targets import Target
+from vitshrink.methods.ranks import Storage, dense_cost
+from vitshrink.models.targets import Target, linear_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +48,14 @@ class Material:
         """Bytes of a stored number."""
         return self.dtype.itemsize
 
-    @cached_property
-    def header(self) -> int:
-        """Bytes that the file needs for a tensor beside its numbers."""
-        return HEADER_BYTES
+    def dense_cost(self, shape: tuple[int, int]) -> Cost:
+        """Of a layer that is kept as it is, or only rounded in the end."""
+        numbers, rounding = dense_cost(*shape), self.quantization
+        return Cost(numbers, numbers * self.itemsize if rounding is None else rounding.dense_bytes(shape))
 
     def layer(self, name: str) -> nn.Linear:
         """The dense layer of this name."""
-        layer = self.dense.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        return layer
+        return linear_of(self.dense, name)
 
 
 class Maker(Protocol):
