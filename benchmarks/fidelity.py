@@ -8,7 +8,6 @@ column ``keep`` is what to pass to ``vitshrink compress --keep`` for the same si
 """
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from baselines import FeatureErrorSearch, fisher_weighted
+from remembered import ReadOnce, Remembered
 from tables import mean_and_deviation, print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.findings import Findings
 from vitshrink.config.options import CompressConfig, DataConfig, Precision
-from vitshrink.data import Batch, Preprocessor, SampleSet, overlap
+from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.data.opening import CalibrationData, open_data, read_calibration
 from vitshrink.errors import TargetError, VitshrinkError
 from vitshrink.evaluation import Evaluation
@@ -114,42 +114,6 @@ ENTRIES: dict[str, Entry] = {
     "curvature-float32-passes": Entry("curvature", precision="no"),
 }
 PEERS = ["svd", "asvd", "fwsvd", "svd-llm", "whitened-energy", "mixed-rank", "curvature"]
-
-
-class Remembered(nn.Module):
-    """The dense model, which computes the outputs for a batch once and gives the same ones ever after."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        self.outputs: dict[str, Any] = {}
-
-    def forward(self, **inputs: Tensor) -> Any:
-        digest = hashlib.sha256()
-        for tensor in inputs.values():
-            digest.update(tensor.contiguous().cpu().numpy().data)
-        key = digest.hexdigest()
-        if key not in self.outputs:
-            self.outputs[key] = self.model(**inputs)
-        return self.outputs[key]
-
-
-@dataclass
-class ReadOnce:
-    """A preprocessor that keeps the batches of the samples it has read."""
-
-    preprocessor: Preprocessor
-    kept: dict[str, list[Batch]] = field(default_factory=dict)
-
-    @property
-    def processor(self) -> Any:
-        return self.preprocessor.processor
-
-    def batches(self, samples: SampleSet, batch_size: int, **options: Any) -> Iterator[Batch]:
-        key = samples.fingerprint()
-        if key not in self.kept:
-            self.kept[key] = list(self.preprocessor.batches(samples, batch_size, **options))
-        yield from self.kept[key]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Size against quality, as a picture of the tables that ``fidelity.py`` prints.
+"""Size against quality: a picture of the tables that ``fidelity.py`` prints, and one for ``bytes.py``.
 
 python benchmarks/fidelity.py --model MODEL ... > table.md
 python benchmarks/picture.py table.md --output picture.svg
@@ -7,13 +7,18 @@ python benchmarks/picture.py table.md --output picture.svg
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 FRACTION = "fraction"
 OURS = "curvature"
+OUR_BYTES = "ours"
 
 
 def read_curves(lines: Iterable[str]) -> tuple[str, dict[str, list[tuple[float, float]]], float | None]:
@@ -40,8 +45,7 @@ def draw(lines: Iterable[str], output: Path) -> None:
     score, curves, dense = read_curves(lines)
     if not curves:
         raise ValueError("no row of a table of fidelity.py in it")
-    plt.rcParams["svg.hashsalt"] = "vitshrink"  # the same table gives the same bytes
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = _canvas(7, 4)
     for method, points in curves.items():
         ours = method.startswith(OURS)
         whole = [] if dense is None else [(1.0, dense)]  # what every method begins with
@@ -52,8 +56,49 @@ def draw(lines: Iterable[str], output: Path) -> None:
     axes.set_xlabel("kept of the weights of the encoder")
     axes.set_ylabel(score)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    _save(figure, output)
+
+
+def byte_curves(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """(megabytes, KL in nats) of each family in the results of ``bytes.py``; a model that loses nothing is left out."""
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for name, row in rows.items():
+        seeds = row.get("seeds", [])
+        kl = mean(figures.get("kl", 0.0) for figures in seeds) if seeds else 0.0
+        if kl > 0:
+            curves[name.partition(":")[0]].append((max(figures["bytes"] for figures in seeds) / 1e6, kl))
+    return {family: sorted(points) for family, points in curves.items()}
+
+
+def draw_bytes(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
+    """Bytes against KL, a curve a family. Raises ValueError where there is no row with a divergence."""
+    curves = byte_curves(rows)
+    if not curves:
+        raise ValueError("no row with a divergence to draw")
+    figure, axes = _canvas(9, 5)
+    peers = [family for family in curves if not family.startswith(OUR_BYTES)]
+    for family, points in curves.items():
+        ours = family not in peers
+        color = None if ours else plt.get_cmap("tab20")(peers.index(family) % 20)
+        dashed = "--" if ours and family != OUR_BYTES else "-"
+        shown = {"label": family, "color": "black" if ours else color, "linestyle": dashed, "zorder": 2 + ours}
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=3 if ours else 1.2, **shown)
+    axes.set_xlabel("megabytes of the file")
+    axes.set_ylabel("KL(dense ‖ variant), nats")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, output)
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    plt.rcParams["svg.hashsalt"] = "vitshrink"  # the same table gives the same bytes
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, output: Path) -> None:
     figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
     plt.close(figure)
 

@@ -32,10 +32,10 @@ def _processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def print_head(columns: Sequence[str]) -> None:
-    """The first column is text, the others are figures."""
+def print_head(columns: Sequence[str], texts: int = 1) -> None:
+    """The first columns are text, the others are figures."""
     print("| " + " | ".join(columns) + " |")
-    print("| --- |" + " ---: |" * (len(columns) - 1), flush=True)
+    print("|" + " --- |" * texts + " ---: |" * (len(columns) - texts), flush=True)
 
 
 def print_row(cells: Sequence[str]) -> None:

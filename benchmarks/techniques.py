@@ -10,7 +10,6 @@ Every row is a job of ``vitshrink compress``, written, read again and measured a
 
 import argparse
 import hashlib
-import json
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import Results
 from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -75,46 +75,16 @@ def techniques(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
-@dataclass
-class Results:
-    """The file that keeps the figures, and the circumstances that they share."""
-
-    file: Path | None
-    circumstances: dict[str, Any]
-    rows: dict[str, dict[str, Any]]
-
-    @classmethod
-    def of(cls, file: Path | None, circumstances: dict[str, Any] | None) -> "Results":
-        if file is None or not file.exists():
-            if circumstances is None:
-                raise SystemExit("--model, --calibration and --eval say what to run; there are no --results yet.")
-            return cls(file, circumstances, {})
-        document = json.loads(file.read_text(encoding="utf-8"))
-        there = document["circumstances"]
-        if circumstances is not None and there != circumstances:
-            different = sorted(name for name in there if there[name] != circumstances.get(name))
-            raise SystemExit(f"{file} has figures of other circumstances ({', '.join(different)}): take another file.")
-        return cls(file, there, document["rows"])
-
-    def add(self, name: str, figures: dict[str, Any]) -> None:
-        self.rows[name] = figures
-        if self.file is not None:
-            beside = self.file.with_suffix(".tmp")
-            beside.write_text(json.dumps({"circumstances": self.circumstances, "rows": self.rows}, indent=1) + "\n")
-            beside.replace(self.file)
-
-    def show(self) -> None:
-        known = dict(self.circumstances)
-        resolution = known.pop("resolution")
-        where = "" if resolution is None else f" at {resolution} pixels"
-        print_circumstances(f"Techniques on {known.pop('model')}{where}", **known)
-        shown = (
-            len(COLUMNS) if any(name.endswith(RECOVERED) for name in self.rows) else COLUMNS.index("top-1 recovered")
-        )
-        print_head(COLUMNS[:shown])
-        for name in self.rows:
-            if not name.endswith(RECOVERED):
-                print_row(cells(name, self.rows[name], self.rows.get(name + RECOVERED))[:shown])
+def show(results: Results) -> None:
+    known = dict(results.circumstances)
+    resolution = known.pop("resolution")
+    where = "" if resolution is None else f" at {resolution} pixels"
+    print_circumstances(f"Techniques on {known.pop('model')}{where}", **known)
+    shown = len(COLUMNS) if any(name.endswith(RECOVERED) for name in results.rows) else COLUMNS.index("top-1 recovered")
+    print_head(COLUMNS[:shown])
+    for name in results.rows:
+        if not name.endswith(RECOVERED):
+            print_row(cells(name, results.rows[name], results.rows.get(name + RECOVERED))[:shown])
 
 
 RECOVERED = ", recovered"
@@ -271,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="MINUTES", help="begin no row later")
     given = parser.parse_args(arguments)
     if not (given.model and given.calibration and given.eval):
-        Results.of(given.results, None).show()
+        show(Results.of(given.results, None))
         return
     results = Results.of(given.results, circumstances(given))
     rows = techniques(given)
@@ -286,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (not given.only or any(text in name for text in given.only)) and not any(text in name for text in given.skip)
     }
     Bench.of(given, results).run(chosen)
-    results.show()
+    show(results)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vitshrink.models.structures.tokens import MixedTokens
@@ -40,7 +41,18 @@ def rows(output: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "script",
-    ["evaluation", "fidelity", "speed", "quantisation", "export", "techniques", "recovery", "quadtree", "same_bytes"],
+    [
+        "bytes",
+        "evaluation",
+        "fidelity",
+        "speed",
+        "quantisation",
+        "export",
+        "techniques",
+        "recovery",
+        "quadtree",
+        "same_bytes",
+    ],
 )
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -170,6 +182,79 @@ def test_every_combination_with_integers_is_a_row(
     )
     assert all(-1e-6 <= float(row[head.index("KL")]) < 5 for row in body)
     assert float(body[0][head.index("KL")]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+def test_bytes_and_divergence_stand_side_by_side(
+    name: str,
+    benchmark: Benchmark,
+    checkpoint: Callable[[str], Path],
+    flat_images: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table, data = benchmark("bytes"), flat_images if name.startswith("ViT") else text_file
+    model, results, picture = checkpoint(name), tmp_path / "results.json", tmp_path / "picture.svg"
+    given = f"--model {model} --calibration {data} --eval {data} --samples 8 --offline --results {results}".split()
+    table.main([*given, "--sizes", "1kB", "--rows", "floats", "nearest", "GPTQ, groups of 32*", "low rank: *"])
+    printed = capsys.readouterr().out
+    head, *body = rows(printed)
+    assert "\nlow rank: 1kB: skipped, " in printed
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    nbytes = {name: int(row["bytes"].replace(",", "")) for name, row in cells.items()}
+    kl = {name: float(row["KL"]) for name, row in cells.items()}
+    assert kl["float32"] == 0
+    assert nbytes["float16"] < 0.6 * nbytes["float32"]
+    order = [f"GPTQ, groups of 32: {bits} bits" for bits in (2, 3, 4, 8)]
+    assert sorted(order, key=nbytes.__getitem__) == sorted(order, key=kl.__getitem__, reverse=True) == order
+    assert nbytes["GPTQ, groups of 32, rest int8: 4 bits"] < nbytes["GPTQ, groups of 32: 4 bits"] < nbytes["float16"]
+
+    table.main([*given, "--sizes", "1kB", "--rows", "floats", "--again", "float16", "--picture", str(picture)])
+    printed = capsys.readouterr()
+    assert "float16 …" in printed.err
+    assert "float32 …" not in printed.err
+    assert rows(printed.out)[1][1:] == body[0][1:]
+    table.main(["--results", str(results), "--picture", str(tmp_path / "again.svg")])
+    assert capsys.readouterr().out == printed.out
+    assert picture.read_bytes() == (tmp_path / "again.svg").read_bytes()
+
+
+def test_codes_are_packed_without_gaps_and_stand_for_the_nearest_weights(benchmark: Benchmark) -> None:
+    packed = benchmark("peers.packed")
+    weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4, 8):
+        matrix = packed.rounded(weight, bits, 32)
+        tensors = matrix.tensors("weight")
+        assert {name: each.numel() for name, each in tensors.items()} == {
+            "weight.codes": 4 * 50 * bits // 8,
+            "weight.scales": 4 * 2,
+            "weight.zeros": 4 * 2 * bits // 8,
+        }
+        assert tensors["weight.scales"].dtype == torch.float16
+        step = matrix.spread(matrix.scales).float()
+        inside = (matrix.codes > 0) & (matrix.codes < 2**bits - 1)
+        assert ((matrix.dense() - weight).abs() <= 0.5001 * step)[inside].all()
+    codes = matrix.codes
+    assert torch.equal(packed.pack(codes, 8), codes.flatten())
+    assert packed.pack(torch.tensor([1, 2, 3, 0, 3], dtype=torch.uint8), 2).tolist() == [0b00111001, 0b11]
+
+
+def test_gptq_loses_less_at_the_outputs_than_rounding_to_nearest(benchmark: Benchmark) -> None:
+    gptq, packed = benchmark("peers.gptq"), benchmark("peers.packed")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 96, generator=generator)
+    inputs = torch.randn(500, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    hessian = (inputs.T @ inputs / 500).double()
+
+    def loss(matrix: Any) -> float:
+        difference = (matrix.dense() - weight).double()
+        return float((difference @ hessian * difference).sum())
+
+    for ordered in (True, False):
+        recipe = gptq.Recipe(3, 32, activation_order=ordered)
+        assert loss(gptq.quantize_matrix(weight, hessian, recipe)) < 0.6 * loss(packed.rounded(weight, 3, 32))
 
 
 @pytest.mark.slow
