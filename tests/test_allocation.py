@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vitshrink.compression.allocation import ALLOCATIONS, allocate, explained_variance, of_grade
 from vitshrink.compression.candidates import Candidate, Cost, Offer, Plan, Site, least_cost, plan_cost, whole_cost
-from vitshrink.compression.forms.integer import Integer
+from vitshrink.compression.forms.coded import Integers
 from vitshrink.compression.forms.low_rank import LowRank
 from vitshrink.errors import TargetError
 from vitshrink.methods.ranks import Storage, break_even_rank, rank_cost
@@ -100,7 +100,7 @@ def test_ranks_that_make_nothing_smaller_are_not_on_offer() -> None:
 def test_of_two_candidates_of_one_cost_the_better_is_on_offer_and_what_a_cheaper_one_beats_is_not() -> None:
     kept = Candidate(None, Cost(100, 400))
     good, same, worse, dear = (
-        Candidate(Integer(bits, "none"), Cost(100, nbytes), loss)
+        Candidate(Integers(0, bits), Cost(100, nbytes), loss)
         for bits, nbytes, loss in ((8, 100, 0.1), (8, 100, 0.2), (8, 120, 0.3), (8, 400, 0.0))
     )
     found = Offer.of(Site("a", "matrix", (10, 10)), "bytes", kept, [worse, same, dear, good])
@@ -111,14 +111,14 @@ def test_a_site_takes_the_form_that_loses_least_for_its_cost() -> None:
     """Two levers under one loss: integers where the spectrum is flat, ranks where it is steep."""
     small = 256
     integers = [
-        Candidate(Integer(8, "none"), Cost(16 * small, 0), 2.0),
-        Candidate(Integer(4, "none"), Cost(8 * small, 0), 9.0),
+        Candidate(Integers(0, 8), Cost(16 * small, 0), 2.0),
+        Candidate(Integers(0, 4), Cost(8 * small, 0), 9.0),
     ]
     flat, steep = offer("flat", (128, 128), 0.0, others=integers), offer("steep", (128, 128), 3.0, others=integers)
     plan = allocate([flat, steep], 16 * small + 2 * small, ALLOCATIONS["loss"])
-    assert plan["flat"].form == Integer(8, "none")
+    assert plan["flat"].form == Integers(0, 8)
     assert isinstance(plan["steep"].form, LowRank)
-    assert allocate([flat, steep], 9 * small, ALLOCATIONS["loss"])["flat"].form == Integer(4, "none")
+    assert allocate([flat, steep], 9 * small, ALLOCATIONS["loss"])["flat"].form == Integers(0, 4)
 
 
 @settings(max_examples=60, deadline=None)

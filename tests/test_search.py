@@ -36,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bounded(checkpoint: Callable[[str], Path], photos: Path, tmp_path: Path) -> Callable[..., CompressionResult]:
     def job(name: str = CLASSIFIER, output: str = "out", **entries: Any) -> CompressionResult:
-        entries = {"calibration": str(photos), "samples": 48, "holdout": 48} | entries
+        entries = {"calibration": str(photos), "samples": 48, "holdout": 48, "forms": "rank"} | entries
         (result,) = compress(CompressConfig(str(checkpoint(name)), str(tmp_path / output), **entries))
         return result
 

@@ -308,7 +308,8 @@ JOBS: dict[str, list[Any]] = {
     "preprocess": ["timm"],
     "dtype": ["float16"],
     "method": ["asvd"],
-    "forms": [[], {"forms": ["int8"], "keep": [], "target_size": "4MB"}],
+    "forms": ["auto", {"forms": "bits", "keep": [], "target_size": "4MB"}],
+    "bits": [3.5, {"bits": 4.5}],
     "calibration": ["x"],
 }
 """Values of the entries that take only some texts, or belong to others."""

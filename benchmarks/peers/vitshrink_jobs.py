@@ -11,7 +11,7 @@ from vitshrink.jobs.compress import compress
 from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.models.loading import load_dense
 
-OURS: dict[str, Any] = {"forms": ("int8", "int4")}
+OURS: dict[str, Any] = {"forms": "bits"}
 """What lets all forms compete for the bytes."""
 
 RECOVERY_MINUTES = 5

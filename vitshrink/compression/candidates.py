@@ -25,8 +25,8 @@ class Form(Protocol):
         """None for a form that has none."""
 
     @property
-    def bits(self) -> int | None:
-        """Of a weight, where it is an integer."""
+    def bits(self) -> float | None:
+        """Of a weight on average, where it is an integer."""
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,21 @@ from vitshrink.compression.allocation import ALLOCATIONS
 from vitshrink.compression.attention_estimation import AttentionEstimator
 from vitshrink.compression.compressor import Compressor, Estimator, Repairs
 from vitshrink.compression.estimation import LayerEstimator
-from vitshrink.compression.forms import Maker, Material, make_form
+from vitshrink.compression.forms import Maker, Material
 from vitshrink.compression.forms.attention_part import AttentionMaker
+from vitshrink.compression.forms.coded import CodedMaker
 from vitshrink.compression.forms.low_rank import LowRankMaker
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.repairs import COMPENSATIONS
 from vitshrink.compression.repairs.layers import LayerRepairs, NoRepairs
+from vitshrink.compression.sensitivity_estimation import SensitivityEstimator
 from vitshrink.config.choosing import choose
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import UsageError
 from vitshrink.methods import AttentionMethod, LayerMethod, Method, find_method
 from vitshrink.methods.ranks import Storage
-from vitshrink.models.targets import Target
+from vitshrink.models.targets import Target, find_outside
 from vitshrink.runtime import extras
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.needs import Needs
@@ -46,10 +48,14 @@ class Choices:
     def of(cls, config: CompressConfig) -> Self:
         """Raises UsageError for what can be known to make no sense before a model is loaded."""
         method = find_method(config.method)
-        allocation = config.allocation or method.allocation
+        allocation = config.allocation or ("loss" if config.stores == "bits" else method.allocation)
         choose(allocation, ALLOCATIONS, "allocation")
         repairs = ATTENTION_COMPENSATIONS if isinstance(method, AttentionMethod) else COMPENSATIONS
-        compensation = choose(config.compensation or method.compensation, {c: c for c in repairs}, "compensation")
+        compensation = choose(
+            config.compensation or ("bias" if config.stores == "bits" else method.compensation),
+            {c: c for c in repairs},
+            "compensation",
+        )
         choices = cls(
             config, method, allocation, compensation, method.storage if config.storage == "auto" else config.storage
         )
@@ -64,8 +70,6 @@ class Choices:
         check_options(method, config.options)
         if isinstance(method, AttentionMethod):
             method.require(layers=config.layers, storage=choices.storage, allocation=allocation)
-            if config.forms:
-                raise UsageError(f"--form is for linear layers: not with --method {method.name}.")
             if config.quantize is not None:
                 raise UsageError(f"--quantize is for linear and low-rank layers: not with --method {method.name}.")
             if config.landmarks is not None and config.sized:
@@ -83,6 +87,8 @@ class Choices:
     @property
     def rounds(self) -> int:
         """How often the job learns again from the compressed model."""
+        if self.config.stores == "bits":
+            return 0
         return self.config.refine if self.method.needs is Needs.CURVATURE else 0
 
     def compressor(
@@ -99,14 +105,20 @@ class Choices:
         makers: list[Maker]
         estimator: Estimator
         repairs: Repairs
-        if isinstance(self.method, AttentionMethod):
+        if config.stores == "bits":
+            sites = [target.name for target in targets]
+            if config.layers == "all" and not config.include:
+                sites += find_outside(dense, exclude=config.exclude)
+            makers = [CodedMaker(material, sites)]
+            estimator = SensitivityEstimator(config, dense, sites, calibration, progress)
+            repairs = NoRepairs()
+        elif isinstance(self.method, AttentionMethod):
             makers = [AttentionMaker(material, self.method, config.rank)]
             estimator = AttentionEstimator(config, dense, targets, self.method, calibration, progress)
             repairs = NoRepairs()
         else:
             assert isinstance(self.method, LayerMethod)
             makers = [LowRankMaker(material)]
-            makers += [make_form(name, material, self.method) for name in config.forms]
             estimator = LayerEstimator(
                 config, dense, targets, self.method, self.compensation, material.measures, calibration, progress
             )

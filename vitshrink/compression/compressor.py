@@ -1,6 +1,6 @@
 """One compressor for all forms: it learns, plans over all sites at once, and builds what a plan says."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -156,17 +156,12 @@ class Compressor:
     def _priced(self) -> dict[int, tuple[Findings, Sequence[Offer]]]:
         return {}
 
-    @cached_property
-    def _offered(self) -> Sequence[Mapping[str, Set[Form | None]]]:
-        """By maker and site, the forms that it offers."""
-        return [{offer.name: {each.form for each in offer.candidates} for offer in offers} for offers in self._costs]
-
     def _by_maker(self, plan: Plan) -> list[dict[str, Form]]:
-        """What each maker has to build: the first that offers a form builds it."""
+        """What each maker has to build."""
         chosen: list[dict[str, Form]] = [{} for _ in self.makers]
         for name, candidate in plan.items():
             if candidate.form is not None:
-                number = next(n for n, forms in enumerate(self._offered) if candidate.form in forms.get(name, ()))
+                number = next(n for n, maker in enumerate(self.makers) if maker.makes(candidate.form))
                 chosen[number][name] = candidate.form
         return chosen
 

@@ -7,22 +7,20 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.statistics.stats import LinearStats
-
 
 @dataclass(frozen=True, eq=False)
 class Findings:
     """What a method found at its sites, why sites that are missing are, and the statistics behind it.
 
     Attributes:
-        layers: by site, a ``Factorisation`` of a layer or a ``Part`` of an attention.
+        layers: by site, a ``Factorisation`` of a layer, a ``Part`` of an attention, or the ``Metric`` of a matrix.
         failures: by site, why nothing was found; such a site is kept as it is.
         stats: by layer.
     """
 
     layers: dict[str, Any]
     failures: dict[str, str]
-    stats: Mapping[str, LinearStats]
+    stats: Mapping[str, Any]
 
 
 Rebuild = Callable[[Findings], PreTrainedModel]

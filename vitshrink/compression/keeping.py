@@ -9,9 +9,10 @@ from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache, Key
 from vitshrink.runtime.entries import Entry
 from vitshrink.runtime.state import Progress
+from vitshrink.statistics.sensitivity import Sensitivity
 from vitshrink.statistics.stats import LinearStats
 
-NAMES: Mapping[type[Any], str] = {LinearStats: "statistics", Measured: "losses"}
+NAMES: Mapping[type[Any], str] = {LinearStats: "statistics", Sensitivity: "sensitivities", Measured: "losses"}
 """What a step keeps: factors follow from the statistics, and would take several times the room of the model."""
 
 

@@ -13,6 +13,7 @@ from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
+from vitshrink.compression.fitting import fitted
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
@@ -135,6 +136,10 @@ class Shrinking:
                 yield Shrunk(found.findings, found.plan, found.model, branch)
                 continue
             findings = _refined(compressor, first, size, refine, branch, last=size is self.sizes[-1])
+            if config.stores == "bits" and not config.dry_run:
+                plan, model = fitted(compressor, findings, size.budget, branch)
+                yield Shrunk(findings, plan, self._finished(model), branch)
+                continue
             plan = compressor.plan(findings, size.budget)
             model = None if config.dry_run else self._finished(compressor.build(findings, plan, branch))
             yield Shrunk(findings, plan, model, branch)

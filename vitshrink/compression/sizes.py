@@ -31,7 +31,10 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
     config, total, least = compressor.config, compressor.whole, compressor.least_budget()
     tensors = len(compressor.dense.state_dict()) + 2 * len(compressor.offers())
     header = HEADER_BYTES * tensors
-    if config.keep:
+    if config.bits is not None:
+        numbers = sum(offer.kept.cost.parameters for offer in compressor.offers())
+        sizes = [Size("", compressor.fixed(compressor.offers()) + int(config.bits * numbers / 8))]
+    elif config.keep:
         sizes = [Size(f"keep-{keep}", share_of(keep, total)) for keep in config.keep]
     elif config.target_params:
         sizes = [Size("", parse_quantity(config.target_params, "--target-params"))]

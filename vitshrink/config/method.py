@@ -11,6 +11,7 @@ from vitshrink.errors import UsageError
 Layers = Literal["attention", "mlp", "all"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Storage = Literal["auto", "gauge", "factors"]
+Forms = Literal["auto", "bits", "rank"]
 
 ALLOCATIONS = ("uniform-rank", "uniform-ratio", "energy", "loss", "measured")
 COMPENSATIONS = ("none", "bias", "residual", "rescale")
@@ -50,11 +51,11 @@ class MethodOptions(Options):
         panel=METHOD,
         suggested=("dynamic", "none"),
     )
-    forms: tuple[str, ...] = option(
-        (),
-        "A form that layers may take beside those of the method: int8 or int4. The plan mixes them by their bytes.",
+    forms: Forms = option(
+        "auto",
+        "What layers may become. bits: integers of any fineness; rank: two factors; auto: bits for a size in bytes or "
+        "a bound, unless options of ranks are given.",
         panel=METHOD,
-        flags=("--form",),
     )
     refine: int = option(
         2,
@@ -76,9 +77,3 @@ class MethodOptions(Options):
             raise UsageError("--activations says how a quantised model computes: pass --quantize int8 as well.")
         if self.quantize is not None:
             quantized_bits(self.quantize, self.activations)
-        for form in self.forms:
-            quantized_bits(form, "none")
-        if self.forms and self.quantize is not None:
-            raise UsageError(
-                "--form lets the plan choose what becomes integers, and --quantize rounds all: choose one."
-            )

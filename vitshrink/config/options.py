@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from vitshrink.config.data import (
     CalibrationOptions,
@@ -16,7 +16,19 @@ from vitshrink.config.data import (
     columns_of,
 )
 from vitshrink.config.evaluation import EvaluationOptions, SeparateEvaluationOptions
-from vitshrink.config.fields import DATA, METHOD, RECOVERY, RUN, TECHNIQUES, Entry, Options, flag_of, option, required
+from vitshrink.config.fields import (
+    DATA,
+    METHOD,
+    RECOVERY,
+    RUN,
+    TECHNIQUES,
+    Entry,
+    Options,
+    entries_of,
+    flag_of,
+    option,
+    required,
+)
 from vitshrink.config.job import JobOptions
 from vitshrink.config.method import LayerOptions, Layers, MethodOptions, Precision
 from vitshrink.config.quantities import parse_duration, parse_quantity, quantized_bits, share_of
@@ -67,6 +79,9 @@ __all__ = [
     "share_of",
     "warn_of_old_name",
 ]
+
+RANKS_ONLY = ("allocation", "compensation", "options", "rank_multiple", "storage", "quantize", "refine", "probes")
+"""What only ranks have: who gives one of these does not ask for integers."""
 
 A_CHECKPOINT = "A checkpoint, dense or compressed: a directory or a Hub id."
 
@@ -128,8 +143,10 @@ class CompressConfig(
                 raise UsageError(
                     f"{flag_of(name)} is judged on held-out calibration samples: pass --calibration, not --holdout 0."
                 )
-        if self.forms:
-            self._check_forms()
+        if self.stores == "bits":
+            self._check_bits()
+        elif self.bits is not None:
+            raise UsageError("--bits is for integers: leave --forms rank, and what belongs to ranks, out.")
         if self.rank is not None and self.rank % self.rank_multiple:
             above = self.rank + -self.rank % self.rank_multiple
             below = f"--rank {above - self.rank_multiple} or " if above > self.rank_multiple else ""
@@ -138,15 +155,22 @@ class CompressConfig(
                 f"give {below}--rank {above}, or leave --rank-multiple out."
             )
 
-    def _check_forms(self) -> None:
-        in_bytes = [flag_of(name) for name in ("target_size", *BOUNDS)]
-        if not set(self.sizes) <= set(in_bytes):
+    def _check_bits(self) -> None:
+        if self.calibration is None:
             raise UsageError(
-                f"{self.sizes[0]} counts parameters, of which --form changes no number: give one of "
-                f"{', '.join(in_bytes)}, such as --target-size 4MB."
+                "integers go by what the outputs say of a few hundred samples: pass --calibration, or run "
+                "`vitshrink quantize`, which rounds to the nearest without any."
             )
-        if self.finetune is not None:
-            raise UsageError("--form stores integers, which --finetune does not train: leave one of them out.")
+        ranks = [flag_of(name) for name in RANKS_ONLY if getattr(self, name) != _DEFAULTS[name]]
+        if ranks or self.method != "curvature":
+            raise UsageError(
+                f"--forms bits has no ranks: leave {(ranks or ['--method'])[0]} out, or pass --forms rank."
+            )
+        if set(self.sizes) & {"--rank", "--explained-variance", "--target-params"}:
+            raise UsageError(
+                f"{self.sizes[0]} counts ranks or parameters, of which integers change no number: give one of "
+                "--target-size, --bits, --keep (of the bytes in float16) or a bound, such as --target-size 4MB."
+            )
 
     @property
     def size(self) -> str:
@@ -158,10 +182,24 @@ class CompressConfig(
         )
 
     @property
+    def stores(self) -> Literal["bits", "rank"]:
+        """What ``forms`` comes to: bits where bytes or a loss are asked for, and nothing that only ranks have."""
+        if self.forms != "auto":
+            return self.forms
+        in_bytes = any(getattr(self, name) is not None for name in ("target_size", "bits", *BOUNDS))
+        classical = self.method != "curvature" or any(getattr(self, name) != _DEFAULTS[name] for name in RANKS_ONLY)
+        return "bits" if in_bytes and self.calibration is not None and not classical else "rank"
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """The type of what is stored as floating point; None is that of the source."""
+        return self.dtype or ("float16" if self.stores == "bits" else None)
+
+    @property
     def counts_bytes(self) -> bool:
         """Whether a plan goes by the bytes of the file, because weights are integers of several widths."""
         asked = (getattr(self, name) for name in ("target_size", *BOUNDS))
-        return bool(self.forms) or (self.quantize is not None and any(size is not None for size in asked))
+        return self.stores == "bits" or (self.quantize is not None and any(size is not None for size in asked))
 
     @property
     def finetune_data(self) -> DataConfig | None:
@@ -186,6 +224,9 @@ class CompressConfig(
     def always_said(self, entry: Entry) -> bool:
         """A data recipe has defaults of its own."""
         return entry.name in ("samples", "seed") and bool(re.search(r"\.ya?ml(:|$)", self.calibration or ""))
+
+
+_DEFAULTS = {entry.name: entry.default for entry in entries_of(CompressConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)

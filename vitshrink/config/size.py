@@ -14,11 +14,11 @@ BOUNDS = ("max_changed", "max_kl", "max_error")
 class SizeOptions(Options):
     """Exactly one size.
 
-    ``keep`` (fractions of the whole model's parameters; several give several outputs), ``target_params``,
-    ``target_size``, ``rank``, ``explained_variance`` (the share that every layer keeps of its energy in the method's
-    metric), or the smallest that keeps a bound on held-out calibration samples: ``max_changed``, percent of the
-    predictions, which differ from the dense model's, ``max_kl``, nats, or, for scores and features, ``max_error``, the
-    squared error as a share of their spread.
+    ``keep`` (fractions of the whole model's parameters, or, of integers, of its bytes in float16; several give several
+    outputs), ``target_params``, ``target_size``, ``bits`` (of a weight, on average), ``rank``, ``explained_variance``
+    (the share that every layer keeps of its energy in the method's metric), or the smallest that keeps a bound on
+    held-out calibration samples: ``max_changed``, percent of the predictions, which differ from the dense model's,
+    ``max_kl``, nats, or, for scores and features, ``max_error``, the squared error as a share of their spread.
     """
 
     keep: tuple[float, ...] = option(
@@ -31,6 +31,14 @@ class SizeOptions(Options):
     )
     target_params: str | None = option(None, "Parameters of the result, e.g. 22M.", panel=SIZE)
     target_size: str | None = option(None, "Bytes of the weight files, e.g. 90MB.", panel=SIZE)
+    bits: float | None = option(
+        None,
+        "Bits that a weight takes on average, in what is rounded, e.g. 3.5.",
+        panel=SIZE,
+        above=0,
+        below=16,
+        wanted="give the bits a weight may take on average, above 0 and below 16.",
+    )
     rank: int | None = option(None, "One rank for every layer.", panel=SIZE, low=1)
     explained_variance: float | None = option(
         None,

@@ -56,7 +56,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     session = Session.open(config.model, Settings.of(config), job, allow_compressed=False)
     session.source.companions.tell(job)
     dense = moved(session.source.model, session.device)
-    shrinking = Shrinking.of(choices, dense, session.dtype(config.dtype))
+    shrinking = Shrinking.of(choices, dense, session.dtype(config.stored_dtype))
     parts = [size.label for size in shrinking.sizes] if len(shrinking.sizes) > 1 else []
     with _staging(config, session, shrinking, parts) as staging:
         with processes.together():
@@ -169,7 +169,7 @@ def _saved(
     """Train one size where that is asked for, and write it."""
     assert shrunk.model is not None
     recovery = _recover(config, shrunk.model, session, data, part, progress, shrunk.job)
-    dtype = session.dtype(config.dtype)
+    dtype = session.dtype(config.stored_dtype)
     quantization = Quantization.of(config, dtype)
     extra = {"recipe.yaml": config.to_yaml()}
     if config.resolution is not None and data.preprocessor is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Candidate, Offer, Plan
 from vitshrink.compression.findings import Findings
+from vitshrink.compression.rounding import Metric
 from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig, quantized_bits
 from vitshrink.data import Preprocessor
@@ -25,6 +26,7 @@ from vitshrink.recovery import Recovery
 from vitshrink.report import Report, before_after, with_thumbnails
 from vitshrink.report.costs import LatencyRecord, Timings
 from vitshrink.report.making import (
+    CODED,
     BlockError,
     CalibrationRecord,
     Environment,
@@ -191,7 +193,7 @@ class Description:
             name=offer.name,
             shape=offer.site.shape,
             rank=None if form is None else form.rank,
-            form=None if form is None or form.bits is None else "integer",
+            form=None if form is None or form.bits is None else CODED,
             bits=None if form is None else form.bits,
             parameters=chosen.cost.parameters,
             relative_error=0.0 if form is None else _relative_error(findings.layers[offer.name], chosen),
@@ -225,8 +227,10 @@ def quantization_of(weights: str | None, activations: str | None) -> Quantizatio
     return None if weights is None else QuantizationRecord(weights, quantized_bits(weights, activations)[1])
 
 
-def _relative_error(found: Any, chosen: Candidate) -> float:
+def _relative_error(found: Any, chosen: Candidate) -> float | None:
     """Square root of the share of the loss that is left: of a rank in the method's own metric."""
+    if isinstance(found, Metric):
+        return None
     rank = None if chosen.form is None else chosen.form.rank
     if rank is not None:
         return float((found.loss[rank] / found.loss[0]).sqrt()) if found.loss[0] > 0 else 0.0

@@ -118,7 +118,7 @@ def compress(
         job.warn(note)
     origin = _origin(dense, config, job)
     session = Session(Settings.of(config), job, model.device, held(dense, model.dtype, origin))
-    dtype = session.dtype(config.dtype)
+    dtype = session.dtype(config.stored_dtype)
     shrinking = Shrinking.of(chosen, dense, dtype)
     preprocessor, data, held_out = _data(session, origin, calibration, processor, config, calibrated=chosen.calibrated)
     (shrunk,) = shrinking.run(data, held_out, preprocessor, job)

@@ -1,5 +1,6 @@
 """What a model costs: numbers stored, bytes, multiplications, time and memory."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitshrink.errors import VitshrinkError
+from vitshrink.models.structures.coded import Coded
 from vitshrink.models.structures.quantized import QuantizedLinear
 from vitshrink.runtime.modes import evaluating
 
@@ -27,7 +29,10 @@ def _numbers(parameter: Tensor) -> int:
 
 
 def _padding(model: nn.Module) -> int:
-    return sum(module.padding for module in model.modules() if isinstance(module, QuantizedLinear))
+    """Numbers that stand for no weight, less weights that are no numbers of their own."""
+    padding = sum(module.padding for module in model.modules() if isinstance(module, QuantizedLinear))
+    coded = [module for module in model.modules() if isinstance(module, Coded)]
+    return padding - sum(math.prod(module.dense_shape) - module.weight.numel() for module in coded)
 
 
 def layers_parameters(model: nn.Module, names: Iterable[str]) -> int:

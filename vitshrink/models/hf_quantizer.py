@@ -33,6 +33,7 @@ class VitshrinkConfig(QuantizationConfigMixin):
 
     Args:
         layers: module name relative to the base model -> its structure, see ``structures``.
+        head: the same for modules outside the base model, by their whole names; the base model opens without them.
         metadata: anything JSON about how the checkpoint came about; not needed to load it.
 
     Raises CheckpointError for an entry this version cannot read.
@@ -42,6 +43,7 @@ class VitshrinkConfig(QuantizationConfigMixin):
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         *,
+        head: dict[str, dict[str, Any]] | None = None,
         metadata: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         format_version: int = FORMAT_VERSION,
@@ -57,13 +59,15 @@ class VitshrinkConfig(QuantizationConfigMixin):
             )
         if not isinstance(layers, dict):
             raise CheckpointError("the quantization_config of the checkpoint lists no layers: it is damaged.")
-        for entry in layers.values():
+        for entry in [*layers.values(), *(head or {}).values()]:
             read(entry)
         self.quant_method = quant_method  # type: ignore[assignment] # theirs are a closed enumeration
         self.format_version = format_version
         self.vitshrink_version = vitshrink_version
         self.transformers_version = transformers_version
         self.layers = layers
+        if head:
+            self.head = head
         self.metadata = metadata or {}
 
 
@@ -80,16 +84,19 @@ class VitshrinkQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         prefix = base_prefix(model)
-        for name, entry in sorted(self.quantization_config.layers.items()):  # a module before what lies in it
-            module = dict(model.named_modules()).get(prefix + name)
+        entries = {prefix + name: entry for name, entry in self.quantization_config.layers.items()}
+        if prefix:
+            entries |= getattr(self.quantization_config, "head", {})
+        for name, entry in sorted(entries.items()):  # a module before what lies in it
+            module = dict(model.named_modules()).get(name)
             structure = read(entry)
             if module is None or not structure.fits(module):
                 found = "no such module" if module is None else f"a {type(module).__name__} there"
                 raise CheckpointError(
-                    f"the checkpoint lists a {kind_of(entry)} module {name!r}; {type(model).__name__} has {found}. "
-                    + self._why_missing(name, model)
+                    f"the checkpoint lists a {kind_of(entry)} module {name.removeprefix(prefix)!r}; "
+                    f"{type(model).__name__} has {found}. " + self._why_missing(name, model)
                 )
-            model.set_submodule(prefix + name, structure.build(module))
+            model.set_submodule(name, structure.build(module))
         connect(model.base_model)
 
     def _why_missing(self, name: str, model: PreTrainedModel) -> str:
@@ -142,9 +149,13 @@ def list_structures(model: PreTrainedModel, metadata: Mapping[str, Any] | None =
     """
     prefix = base_prefix(model)
     layers: dict[str, dict[str, Any]] = {}
+    head: dict[str, dict[str, Any]] = {}
     for name, layer in model.named_modules():
         found = structure_of(layer)
         if found is None:
+            continue
+        if not name.startswith(prefix) and not isinstance(layer, LowRankLinear):
+            head[name] = describe(found)
             continue
         if not name.startswith(prefix):
             raise CheckpointError(f"{name} is outside the base model ({prefix}): it cannot be stored as low-rank.")
@@ -157,10 +168,10 @@ def list_structures(model: PreTrainedModel, metadata: Mapping[str, Any] | None =
                 "again. Keep the blocks up to the last one that shares a tensor."
             )
         layers[name.removeprefix(prefix)] = describe(found)
-    if layers:
+    if layers or head:
         if metadata is None:
             metadata = getattr(getattr(model.config, "quantization_config", None), "metadata", {})
-        model.config.quantization_config = VitshrinkConfig(layers, metadata=dict(metadata))
+        model.config.quantization_config = VitshrinkConfig(layers, head=head, metadata=dict(metadata))
         vars(model)["hf_quantizer"] = VitshrinkQuantizer(
             model.config.quantization_config
         )  # asked when the model is saved

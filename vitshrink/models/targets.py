@@ -1,6 +1,7 @@
 """The blocks of a model, and its linear layers that may be factorised."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -75,6 +76,29 @@ def find_targets(
     if not kept:
         raise UsageError("no layer is left to factorise: the exclude expressions match every included layer.")
     return [target for target in targets if target.name in kept]
+
+
+FEWEST_WEIGHTS = 4096
+"""Of a matrix outside the blocks that is worth another form: below, what describes it takes as much."""
+
+
+def find_outside(model: PreTrainedModel, *, exclude: Sequence[str] = ()) -> list[str]:
+    """The embeddings, patch projections and linear layers outside the blocks that may be rounded, by name.
+
+    None that is small, that shares its matrix with another, or whose name one of the expressions ``exclude`` is in.
+    """
+    blocks = set(blocks_of(model).modules())
+    kinds = (nn.Linear, nn.Embedding, nn.Conv2d)
+    modules = {name: module for name, module in model.named_modules() if type(module) in kinds and module not in blocks}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, module in modules.items()
+        if module.weight.numel() >= FEWEST_WEIGHTS
+        and uses[id(module.weight)] == 1
+        and not any(re.search(pattern, name) for pattern in exclude)
+        and (not isinstance(module, nn.Conv2d) or (module.groups == 1 and module.padding_mode == "zeros"))
+    ]
 
 
 def _block_targets(model: PreTrainedModel) -> Iterator[Target]:

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from vitshrink.runtime.records import IfSet
 
-DENSE, LOW_RANK, INTEGER = "dense", "low-rank", "integer"
+DENSE, LOW_RANK, INTEGER, CODED = "dense", "low-rank", "integer", "coded"
 """Forms in which a layer may be stored."""
 
 
@@ -23,8 +23,9 @@ class LayerEntry:
     rank: int | None = None
     """Rank of its factors; None where there are none."""
     form: IfSet[str] = None
-    """How it is stored: ``dense``, ``low-rank`` or ``integer``; left out where the rank says it."""
-    bits: IfSet[int] = None
+    """How it is stored: ``dense``, ``low-rank``, ``integer`` (of one width) or ``coded`` (of any); left out where the
+    rank says it."""
+    bits: IfSet[float] = None
     """Bits of an integer weight; left out where the weights are floating-point numbers."""
     parameters: int
     """Numbers stored, bias left out."""
@@ -60,9 +61,10 @@ class LayerEntry:
         """Its rank, its integers or both: ``24``, ``int8``, ``24, int4``; or ``dense``, or the name of its form."""
         if self.dense:
             return DENSE
-        parts = [] if self.form in (None, LOW_RANK, INTEGER) else [str(self.form)]
+        parts = [] if self.form in (None, LOW_RANK, INTEGER, CODED) else [str(self.form)]
         parts += [] if self.rank is None else [str(self.rank)]
-        parts += [] if self.bits is None else [f"int{self.bits}"]
+        if self.bits is not None:
+            parts.append(f"int{self.bits:g}" if self.form == INTEGER else f"{self.bits:.1f} bits")
         return ", ".join(parts) or str(self.form)
 
 

@@ -70,6 +70,9 @@ class AttentionMaker:
             if findings is None or site.name in findings.layers
         ]
 
+    def makes(self, form: Form) -> bool:
+        return isinstance(form, AttentionPart)
+
     @torch.no_grad()
     def build(self, model: PreTrainedModel, chosen: Mapping[str, Form], findings: Findings) -> None:
         ranks = {site: rank for site in self._sites if site.name in chosen and (rank := chosen[site.name].rank)}

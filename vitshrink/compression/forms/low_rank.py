@@ -46,6 +46,9 @@ class LowRankMaker:
             if findings is None or target.name in findings.layers
         ]
 
+    def makes(self, form: Form) -> bool:
+        return isinstance(form, LowRank)
+
     @torch.no_grad()
     def build(self, model: PreTrainedModel, chosen: Mapping[str, Form], findings: Findings) -> None:
         replace_layers(model, {name: self._truncated(name, form, findings) for name, form in chosen.items()})

@@ -1,6 +1,6 @@
-"""What a maker of candidates is, what it works with, and the table of forms that a job may ask for by name."""
+"""What a maker of candidates is, and what it works with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from vitshrink.compression.candidates import Cost, Currency, Form, Offer
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.quantization import Quantization
-from vitshrink.config.choosing import choose
-from vitshrink.methods import LayerMethod
 from vitshrink.methods.ranks import Storage, dense_cost
 from vitshrink.models.targets import Target, linear_of
 
@@ -64,39 +62,11 @@ class Maker(Protocol):
     def offers(self, findings: Findings | None = None) -> Sequence[Offer]:
         """One offer a site, for every site of which something was found; without findings costs only are told."""
 
+    def makes(self, form: Form) -> bool:
+        """Whether forms of this kind are its own."""
+
     def build(self, model: PreTrainedModel, chosen: Mapping[str, Form], findings: Findings) -> None:
         """Put the chosen forms, by site, into ``model``, a view of the dense one.
 
         Tensors that ``model`` shares with the dense model must not be changed.
         """
-
-
-MakeForm = Callable[[Material, LayerMethod], Maker]
-_FORMS: dict[str, MakeForm] = {}
-
-
-def form_maker(*names: str) -> Callable[[Callable[[str, Material, LayerMethod], Maker]], Any]:
-    """Enter the decorated ``f(name, material, method)`` as what makes the forms of these names."""
-
-    def enter(make: Callable[[str, Material, LayerMethod], Maker]) -> Callable[[str, Material, LayerMethod], Maker]:
-        for name in names:
-            if name in _FORMS:
-                raise ValueError(f"two forms are called {name!r}")
-            _FORMS[name] = _named(make, name)
-        return make
-
-    return enter
-
-
-def _named(make: Callable[[str, Material, LayerMethod], Maker], name: str) -> MakeForm:
-    return lambda material, method: make(name, material, method)
-
-
-def known_forms() -> list[str]:
-    """The forms that a job may ask for beside those of its method."""
-    return sorted(_FORMS)
-
-
-def make_form(name: str, material: Material, method: LayerMethod) -> Maker:
-    """The maker of a form. Raises UsageError for a name that is not known."""
-    return choose(name, _FORMS, "form")(material, method)

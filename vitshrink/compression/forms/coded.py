@@ -1,0 +1,137 @@
+"""A linear layer, an embedding or the patch projection as entropy-coded integers of any fineness."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.compression.candidates import Candidate, Cost, Form, Kind, Offer, Site
+from vitshrink.compression.findings import Findings
+from vitshrink.compression.forms.registry import Material
+from vitshrink.compression.rounding import LARGEST, Metric, at_each, entropy, rounded
+from vitshrink.models.checkpoint import HEADER_BYTES, replace_layers
+from vitshrink.models.codes import STEPS
+from vitshrink.models.structures.coded import Coded
+
+LEVELS_A_BIT = 4
+"""Levels of fineness between one bit a weight and the next."""
+
+FEWEST, MOST = 0.1, 10.0
+"""Bits a weight that are on offer."""
+
+CODING = 1.02
+"""What Huffman's code takes, of the entropy of all integers of a matrix."""
+
+ROWS = 48
+"""Rows of a matrix, about, from which bits and losses of its candidates are estimated."""
+
+GAUSSIAN = 2.05
+"""Bits that the entropy of a normal variable in units of its deviation has above their logarithm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """At δ = 2^(-level / 4), which comes to about ``bits`` a weight."""
+
+    level: int
+    bits: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.bits:.1f} bits"
+
+    @property
+    def rank(self) -> None:
+        return None
+
+    @property
+    def fineness(self) -> float:
+        return fineness_of(self.level)
+
+
+def fineness_of(level: float) -> float:
+    """δ of a level."""
+    return float(2 ** (-level / LEVELS_A_BIT))
+
+
+@dataclass(frozen=True, eq=False)
+class CodedMaker:
+    """Offers every matrix of ``sites`` in steps of a quarter of a bit."""
+
+    material: Material
+    sites: Sequence[str]
+    _made: dict[tuple[str, int], tuple[Metric, nn.Module]] = field(default_factory=dict)
+
+    def offers(self, findings: Findings | None = None) -> Sequence[Offer]:
+        return [
+            self._offer(name, None if findings is None else findings.layers[name])
+            for name in self.sites
+            if findings is None or name in findings.layers
+        ]
+
+    def makes(self, form: Form) -> bool:
+        return isinstance(form, Integers)
+
+    @torch.no_grad()
+    def build(self, model: PreTrainedModel, chosen: Mapping[str, Form], findings: Findings) -> None:
+        replace_layers(model, {name: self._coded(name, form, findings) for name, form in chosen.items()})
+
+    def _coded(self, name: str, form: Form, findings: Findings) -> nn.Module:
+        assert isinstance(form, Integers)
+        metric = findings.layers[name]
+        known = self._made.get((name, form.level))
+        if known is None or known[0] is not metric:
+            known = self._made[name, form.level] = metric, self._rounded(name, form, findings)
+        return copy.deepcopy(known[1])  # a model gets modules of its own
+
+    def _rounded(self, name: str, form: Integers, findings: Findings) -> nn.Module:
+        module = self.material.dense.get_submodule(name)
+        found = rounded(matrix_of(module), findings.layers[name], form.fineness)
+        made = Coded.from_codes(module, found.rows, found.codes)
+        mean = findings.stats[name].mean
+        bias = module.bias if isinstance(module, nn.Linear | nn.Conv2d) else None
+        if bias is not None and mean is not None:
+            made.bias = nn.Parameter(
+                (bias.double() + found.errors.double() @ mean).to(bias.dtype), requires_grad=bias.requires_grad
+            )
+        return made
+
+    @torch.no_grad()
+    def _offer(self, name: str, metric: Metric | None) -> Offer:
+        module = self.material.dense.get_submodule(name)
+        weight = matrix_of(module)
+        numbers, shape = weight.numel(), (weight.shape[0], weight.shape[1])
+        kept = Candidate(None, Cost(numbers, numbers * self.material.itemsize))
+        kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "matrix"
+        overhead = STEPS.itemsize * sum(shape) + HEADER_BYTES
+        estimates = [(0, FEWEST, 0.0)] if metric is None else _estimates(weight, metric)
+        candidates = [
+            Candidate(Integers(level, round(bits, 2)), Cost(numbers, int(CODING * bits * numbers / 8) + overhead), loss)
+            for level, bits, loss in estimates
+        ]
+        nothing = 0.0 if metric is None else metric.loss(weight.double())
+        return Offer.of(Site(name, kind, shape), self.material.currency, kept, candidates, nothing=nothing)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The matrix of a linear layer, a table or a convolution, (m, n)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().flatten(1)
+
+
+def _estimates(weight: Tensor, metric: Metric) -> Iterator[tuple[int, float, float]]:
+    """(level, bits a weight, loss), from coarse to fine, from evenly spaced rows: each is rounded by itself."""
+    every = max(1, weight.shape[0] // ROWS)
+    some, part = weight[::every], Metric(metric.weights[::every], metric.lower)
+    share = some.shape[0] / weight.shape[0]
+    size = (some.float() / (part.rows[:, None] * part.columns)).square().mean().clamp_min(1e-30).sqrt()
+    first = int(LEVELS_A_BIT * (1 - GAUSSIAN - float(size.log2()))) - 2 * LEVELS_A_BIT
+    levels = [first + number for number in range(int(LEVELS_A_BIT * (MOST + 2)))]
+    for level, (integers, errors) in zip(levels, at_each(some, part, map(fineness_of, levels)), strict=True):
+        bits = entropy(integers)
+        if FEWEST <= bits <= MOST and integers.abs().max() < LARGEST:
+            yield level, bits, part.loss(errors) / share

@@ -1,0 +1,82 @@
+"""What a job learns of matrices that it rounds: how much errors in them cost at the output of the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from vitshrink.compression.candidates import Plan
+from vitshrink.compression.estimation import DENSE
+from vitshrink.compression.findings import Findings, Rebuild
+from vitshrink.compression.keeping import Step
+from vitshrink.compression.rounding import Metric
+from vitshrink.config.options import CompressConfig
+from vitshrink.data.opening import CalibrationData
+from vitshrink.errors import NumericsError
+from vitshrink.runtime.entries import laid_out
+from vitshrink.runtime.observer import Job
+from vitshrink.runtime.precision import passes_in
+from vitshrink.runtime.state import Progress
+from vitshrink.statistics.sensitivity import Sensitivity, collect_sensitivity
+from vitshrink.statistics.sharing import Shared
+
+
+@dataclass(frozen=True, eq=False)
+class SensitivityEstimator:
+    """The dense model, its calibration data, and the matrices that may be rounded."""
+
+    config: CompressConfig
+    dense: PreTrainedModel
+    sites: Sequence[str]
+    calibration: CalibrationData | None
+    progress: Progress = field(default_factory=Progress)
+
+    def learn(self, job: Job) -> Findings:
+        """One walk over the calibration data, from which every fineness follows."""
+        memory = Step(self.progress, DENSE)
+        found = memory.read(Sensitivity)
+        if not found:
+            found = self._collected(job)
+            memory.write(found)
+        findings = Findings({}, {}, found)
+        with job.stage("factorise", "Factorising", len(self.sites)) as advance:
+            for name in self.sites:
+                try:
+                    findings.layers[name] = Metric.of(found[name])
+                except NumericsError as error:
+                    findings.failures[name] = str(error)
+                    job.warn(f"{name} stays dense: {error}")
+                advance(1)
+        if not findings.layers:
+            raise NumericsError("no layer could be rounded; the warnings say why.")
+        return findings
+
+    def refine(
+        self, before: Findings, plan: Plan, model: PreTrainedModel, rebuilt: Rebuild, job: Job, step: str = ""
+    ) -> Findings:
+        """Never asked for: ``Choices.rounds`` is 0 for integers, and so of the three below."""
+        raise NotImplementedError
+
+    def resume(self, step: str, job: Job) -> Findings | None:
+        raise NotImplementedError
+
+    def kept(self, step: str) -> bool:
+        raise NotImplementedError
+
+    def forget(self, step: str) -> None:
+        raise NotImplementedError
+
+    def _collected(self, job: Job) -> dict[str, Sensitivity]:
+        assert self.calibration is not None
+        device = next(self.dense.parameters()).device
+        with job.stage("calibrate", "Calibrating", len(self.calibration.samples)) as advance:
+            found = collect_sensitivity(
+                self.dense,
+                self.sites,
+                self.calibration.batches,
+                seed=self.config.seed,
+                passes=passes_in(device, self.config.precision),
+                course=Shared(self.progress, DENSE, device),
+                on_batch=advance,
+            )
+        return laid_out(found)

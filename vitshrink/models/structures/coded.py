@@ -1,0 +1,187 @@
+"""Linear layers, embeddings and patch projections whose matrix is stored as entropy-coded integers, see ``codes``.
+
+``weight`` holds the steps of the rows, in floating point and trainable; ``codes`` the rest, as bytes. The shape of
+``weight`` is what stops transformers without vitshrink from loading it.
+
+The matrix is decoded when it is first used, and then kept in one of three ways, see ``hold``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitshrink.models.codes import Codes, Memory, decode, encode
+from vitshrink.models.structures.quantized import dynamic_product
+from vitshrink.models.structures.registry import read_entry, structure
+
+
+@structure("coded")
+@dataclass(frozen=True)
+class CodedSpec:
+    """``bytes``: the length of the stream."""
+
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bytes": self.bytes}
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> Self:
+        """Raises CheckpointError when the entry is not one that this version writes."""
+        return cls(**read_entry(entry, ("bytes",)))
+
+    def fits(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
+
+    def build(self, module: nn.Module) -> "Coded":
+        """An empty module in the place of a dense one, of its kind."""
+        made: type[Coded] = next(cls for kind, cls in _KINDS.items() if isinstance(module, kind))
+        return made(module, self)
+
+
+class Coded(nn.Module):
+    """What the three kinds have in common."""
+
+    codes: Tensor
+    bias: Tensor | None
+
+    def __init__(self, like: nn.Module, spec: CodedSpec) -> None:
+        """``like`` a dense module, of which everything but the matrix is kept; the matrix is left empty."""
+        super().__init__()
+        weight = like.weight
+        assert isinstance(weight, Tensor)
+        self.spec = spec
+        self.dense_shape = tuple(weight.shape)
+        self.memory: Memory = "float"
+        self._kept: Tensor | Codes | None = None
+        empty = weight.new_empty(self.matrix_shape[0])
+        self.weight = nn.Parameter(empty, requires_grad=weight.requires_grad)
+        self.register_buffer("codes", torch.empty(spec.bytes, dtype=torch.uint8, device=weight.device))
+        if not isinstance(like, nn.Embedding):
+            self.register_parameter("bias", like.get_parameter("bias") if like.bias is not None else None)
+
+    @classmethod
+    @torch.no_grad()
+    def from_codes(cls, like: nn.Module, rows: Tensor, codes: Codes) -> "Coded":
+        """``like`` with these integers and steps in the place of its matrix."""
+        stream = encode(codes)
+        made = CodedSpec(len(stream)).build(like)
+        made.weight.copy_(rows)
+        made.codes.copy_(stream)
+        return made
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the stored matrix: of a convolution all inputs of an output in one row."""
+        rows = self.dense_shape[0]
+        return rows, torch.Size(self.dense_shape).numel() // rows
+
+    def hold(self, memory: Memory) -> None:
+        """How the matrix is held from now on."""
+        self.memory, self._kept = memory, None
+
+    def decoded(self) -> Codes:
+        """The integers and the steps of columns. Raises CheckpointError for a damaged stream."""
+        return decode(self.codes, self.matrix_shape)
+
+    def dense_weight(self) -> Tensor:
+        """The tensor that the dense module would have, in the type of the steps."""
+        return self.decoded().scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
+
+    def matrix(self) -> Tensor:
+        """``dense_weight``, decoded once where it is held so."""
+        if self.memory != "float" or (self.weight.requires_grad and torch.is_grad_enabled()):
+            return self._integers().scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
+        if not isinstance(self._kept, Tensor):
+            self._kept = self.dense_weight().detach()
+        return self._kept
+
+    def _integers(self) -> Codes:
+        """Decoded once, where integers are held, or steps are trained."""
+        if self.memory == "stream":
+            return self.decoded()
+        if not isinstance(self._kept, Codes):
+            self._kept = self.decoded()
+        return self._kept
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._kept = None  # of another device or type, or of steps that change
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        shape = ", ".join(map(str, self.dense_shape))
+        return f"{shape}, bits={8 * self.spec.bytes / torch.Size(self.dense_shape).numel():.2f}"
+
+
+class CodedLinear(Coded):
+    """y = W x + b."""
+
+    def __init__(self, like: nn.Linear, spec: CodedSpec) -> None:
+        super().__init__(like, spec)
+        self.in_features, self.out_features = like.in_features, like.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.memory != "integers" or self.training:
+            return F.linear(x, self.matrix(), self.bias)
+        codes = self._integers()
+        scaled = (x * codes.columns).reshape(-1, self.in_features)
+        if codes.integers.dtype == torch.int8:
+            y = dynamic_product(scaled, codes.integers, self.weight, self.bias)
+        else:
+            y = F.linear(scaled, codes.integers.to(x.dtype)) * self.weight
+            y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class CodedEmbedding(Coded):
+    """Rows by number."""
+
+    def __init__(self, like: nn.Embedding, spec: CodedSpec) -> None:
+        super().__init__(like, spec)
+        self.num_embeddings, self.embedding_dim = like.num_embeddings, like.embedding_dim
+        self.padding_idx = like.padding_idx
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.memory != "integers":
+            return F.embedding(tokens, self.matrix())
+        codes = self._integers()
+        rows = codes.integers[tokens].float() * codes.columns * self.weight[tokens].float()[..., None]
+        return rows.to(self.weight.dtype)
+
+
+class CodedConv2d(Coded):
+    """A convolution of which a kernel is a row."""
+
+    def __init__(self, like: nn.Conv2d, spec: CodedSpec) -> None:
+        super().__init__(like, spec)
+        self.settings: Any = (like.stride, like.padding, like.dilation, like.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.matrix(), self.bias, *self.settings)
+
+
+_KINDS: dict[type[nn.Module], type[Coded]] = {
+    nn.Linear: CodedLinear,
+    nn.Embedding: CodedEmbedding,
+    nn.Conv2d: CodedConv2d,
+}
+
+
+def hold(model: nn.Module, memory: Memory) -> nn.Module:
+    """Hold the coded matrices of a model in one way, and return the model.
+
+    ``float``: decoded, fastest where floating point is. ``integers``: one byte a weight; linear layers multiply
+    integers, with activations rounded token by token. ``stream``: as it is stored, decoded at every use.
+    """
+    for module in model.modules():
+        if isinstance(module, Coded):
+            module.hold(memory)
+    return model

@@ -1,0 +1,196 @@
+"""What the output of a model says of errors in its matrices: linear layers, embeddings and the patch projection."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.errors import DataError, NumericsError
+from vitshrink.runtime.modes import frozen
+from vitshrink.runtime.precision import Passes
+from vitshrink.statistics.calibration import (
+    CalibrationBatch,
+    Course,
+    OnBatch,
+    accumulate,
+    named_sums,
+    one_by_one,
+    put_sums,
+    samples_of,
+    to_device,
+)
+from vitshrink.statistics.curvature import batch_generator, random_functional
+from vitshrink.statistics.stats import gram_of
+
+WEIGHTS = (0.1, 10.0)
+"""Least and most that a token counts in a covariance, of its squared gradient relative to the mean: a few tokens of
+huge gradients would leave little to estimate it from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Of one matrix (m, n), in float64: errors E cost ½ Σ_i outputs_i (E C Eᵀ)_ii, in nats for classifiers.
+
+    Attributes:
+        outputs: (m,), squared gradients at each output, summed over the tokens of a sample; of a table, of its columns.
+        mean, covariance: (n,) and (n, n), of the inputs of a layer, tokens weighted by their gradients.
+        uses: (m,), of a table: the share of each of its rows in the squared gradients.
+        tokens: how many tokens of one weight would say as much of the covariance.
+    """
+
+    outputs: Tensor
+    mean: Tensor | None = None
+    covariance: Tensor | None = None
+    uses: Tensor | None = None
+    tokens: float = 0.0
+
+
+@dataclass(eq=False)
+class SiteSums:
+    """Float64 sums over tokens."""
+
+    samples: int = 0
+    weight: float = 0.0
+    squared_weight: float = 0.0
+    outputs: Tensor | None = None
+    total: Tensor | None = None
+    gram: Tensor | None = None
+    uses: Tensor | None = None
+
+
+@dataclass(eq=False)
+class SensitivityCollector:
+    """Hooks on the modules of these names; gradients start where the model reads its inputs."""
+
+    model: PreTrainedModel
+    names: Sequence[str]
+    seed: int = 0
+    passes: Passes = nullcontext
+    sums: dict[str, SiteSums] = field(default_factory=dict)
+    _batch: int = -1
+    _samples: int = 0
+    _mask: Tensor | None = None
+
+    def run(self, number: int, batch: CalibrationBatch) -> None:
+        """One forward and one backward pass."""
+        device = next(self.model.parameters()).device
+        self._mask = None if batch.mask is None else batch.mask.to(device)
+        self._batch, self._samples = number, samples_of(batch)
+        handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.names]
+        root = self.model.get_input_embeddings()
+        handles.append(root.register_forward_hook(lambda _module, _inputs, output: _with_gradient(output)))
+        try:
+            with torch.enable_grad():
+                with self.passes():
+                    outputs = self.model(**to_device(batch.inputs, device))
+                functional = random_functional(self.model, outputs, batch, batch_generator(self.seed, number))
+                torch.autograd.backward(functional(outputs).sum())
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def state(self) -> dict[str, Tensor]:
+        return named_sums("sites", self.sums)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        put_sums("sites", state, self.sums, SiteSums)
+
+    def found(self) -> dict[str, Sensitivity]:
+        """Of every site. Raises DataError when no token came through."""
+        missing = [name for name in self.names if name not in self.sums]
+        if missing:
+            raise DataError(f"no calibration token reached {missing[0]}: is the data set empty?")
+        return {name: _sensitivity(self.sums[name]) for name in self.names}
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output = _with_gradient(output)
+            x = inputs[0].detach()
+            add = partial(self._add, name, module, x)
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+            return output
+
+        return hook
+
+    def _add(self, name: str, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+        gradient = gradient.detach()
+        sums = self.sums.setdefault(name, SiteSums())
+        if isinstance(module, nn.Conv2d):
+            x = patches(x.float(), module)
+            gradient = gradient.flatten(2).mT
+        masked = self._mask is not None and gradient.shape[:2] == self._mask.shape
+        g = (gradient[self._mask] if masked else gradient.reshape(-1, gradient.shape[-1])).float()
+        importance = g.square().sum(1)
+        power = importance.double().sum()
+        if not torch.isfinite(power):
+            raise NumericsError(
+                f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self._batch}. "
+                "Check the checkpoint and the preprocessing of that batch."
+            )
+        sums.samples += self._samples
+        sums.outputs = accumulate(sums.outputs, g.square().sum(0))
+        if isinstance(module, nn.Embedding):
+            tokens = x[self._mask] if masked else x.reshape(-1)
+            found = torch.zeros(module.num_embeddings, dtype=torch.float64, device=g.device)
+            sums.uses = accumulate(sums.uses, found.index_add_(0, tokens, importance.double()))
+            return
+        x = (x[self._mask] if masked else x.reshape(-1, x.shape[-1])).float()
+        weights = (importance / importance.mean().clamp_min(1e-30)).clamp(*WEIGHTS)
+        sums.weight += float(weights.double().sum())
+        sums.squared_weight += float(weights.double().square().sum())
+        sums.total = accumulate(sums.total, (x * weights[:, None]).sum(0))
+        sums.gram = accumulate(sums.gram, gram_of(x * weights.sqrt()[:, None]))
+
+
+def patches(x: Tensor, module: nn.Conv2d) -> Tensor:
+    """What each output of a convolution reads of images (batch, channels, height, width): (batch, outputs, n)."""
+    settings: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
+    return F.unfold(x, *settings).mT
+
+
+def _with_gradient(output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.requires_grad_()
+
+
+def _sensitivity(sums: SiteSums) -> Sensitivity:
+    assert sums.outputs is not None
+    outputs = sums.outputs / sums.samples
+    if sums.uses is not None:
+        return Sensitivity(outputs, uses=sums.uses / sums.uses.sum().clamp_min(1e-300))
+    assert sums.total is not None
+    assert sums.gram is not None
+    mean = sums.total / sums.weight
+    return Sensitivity(
+        outputs, mean, sums.gram / sums.weight - torch.outer(mean, mean), tokens=sums.weight**2 / sums.squared_weight
+    )
+
+
+def collect_sensitivity(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    batches: Sequence[CalibrationBatch],
+    *,
+    seed: int = 0,
+    passes: Passes = nullcontext,
+    course: Course = one_by_one,
+    on_batch: OnBatch = lambda _samples: None,
+) -> dict[str, Sensitivity]:
+    """Input covariances and output sensitivities of the modules of these names, without labels, in one walk.
+
+    A linear layer has the curvature of ``collect_curvature``, of which the diagonal is kept. Far means are no concern:
+    what is rounded here goes by covariances that are damped by far more than float32 loses.
+
+    Raises:
+        NumericsError: NaN or Inf; names the layer and the batch.
+        DataError: no batch at all.
+    """
+    collector = SensitivityCollector(model, names, seed, passes)
+    with frozen(model):
+        course(collector, batches, on_batch)
+    return collector.found()
