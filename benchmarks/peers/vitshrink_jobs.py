@@ -33,7 +33,7 @@ def _rounded(weights: str, material: Material, _seed: int, folder: Path) -> Buil
 @peer("low-rank")
 def low_rank(sizes: Sequence[str]) -> Iterator[Row]:
     for size in sizes:
-        yield _row("low rank", size, "factors in float16", dtype="float16")
+        yield _row("low rank", size, "factors in float16", forms="rank", dtype="float16")
     for size in sizes:
         yield _row("low rank + int8", size, "factors in int8", quantize="int8", activations="none")
 
