@@ -61,13 +61,17 @@ def draw(lines: Iterable[str], output: Path) -> None:
 
 
 def byte_curves(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """(megabytes, KL in nats) of each family in the results of ``bytes.py``; a model that loses nothing is left out."""
+    """(megabytes, KL in nats) of each family in the results of ``bytes.py``: what stands before a colon.
+
+    Rows without a colon, floats, would only stretch the axes; a model that loses nothing has no place on them.
+    """
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for name, row in rows.items():
         seeds = row.get("seeds", [])
         kl = mean(figures.get("kl", 0.0) for figures in seeds) if seeds else 0.0
-        if kl > 0:
-            curves[name.partition(":")[0]].append((max(figures["bytes"] for figures in seeds) / 1e6, kl))
+        family, colon, _ = name.partition(":")
+        if kl > 0 and colon:
+            curves[family].append((max(figures["bytes"] for figures in seeds) / 1e6, kl))
     return {family: sorted(points) for family, points in curves.items()}
 
 
