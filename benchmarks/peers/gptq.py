@@ -61,29 +61,31 @@ def gptq(_sizes: Sequence[str]) -> Iterator[Row]:
     for group in GROUPS:
         for bits in BITS:
             codes = f"{bits}-bit codes, float16 scales, {bits}-bit zeros in the blocks"
-            name, build = f"GPTQ, groups of {group}", partial(_built, shared, Recipe(bits, group))
-            yield Row(f"{name}: {bits} bits", f"{codes}; rest float16", partial(build, False))
-            yield Row(f"{name}, rest int8: {bits} bits", f"{codes}; rest int8", partial(build, True))
+            name, recipe = f"GPTQ, groups of {group}", Recipe(bits, group)
+            for rest in ("float16", "int8", "int4")[: 3 if bits <= 4 else 2]:
+                shown = name if rest == "float16" else f"{name}, rest {rest}"
+                yield Row(f"{shown}: {bits} bits", f"{codes}; rest {rest}", partial(_built, shared, recipe, rest))
             if bits < 8:
-                build = partial(_built, shared, Recipe(bits, group, activation_order=False), True)
+                build = partial(_built, shared, Recipe(bits, group, activation_order=False), "int8")
                 yield Row(f"{name}, columns as they stand, rest int8: {bits} bits", f"{codes}; rest int8", build)
 
 
-def _built(shared: Rounded, recipe: Recipe, all_matrices: bool, material: Material, seed: int, folder: Path) -> Built:
+def _built(shared: Rounded, recipe: Recipe, rest: str, material: Material, seed: int, folder: Path) -> Built:
     matrices, seconds = shared.matrices(recipe, material, seed)
     started, model = time.perf_counter(), material.source.model
-    if all_matrices:
-        matrices = others(model, matrices) | matrices
+    if rest != "float16":
+        matrices = others(model, matrices, int(rest.removeprefix("int"))) | matrices
     built, nbytes = stored(model, matrices, folder)
     return Built(built, nbytes, seconds + time.perf_counter() - started)
 
 
-def others(model: PreTrainedModel, known: dict[str, Packed]) -> dict[str, Packed]:
-    """Tables, patch projection and heads, rounded to the nearest of 8 bits, one scale a row; vectors are left."""
+def others(model: PreTrainedModel, known: dict[str, Packed], bits: int) -> dict[str, Packed]:
+    """Tables, patch projection and heads, rounded to the nearest of 8 bits a row, or fewer in groups of 32."""
     layers = (nn.Linear, nn.Conv2d, nn.Embedding)
     modules = [(name, each) for name, each in model.named_modules() if isinstance(each, layers)]
     weights = {f"{name}.weight": each.weight for name, each in modules if f"{name}.weight" not in known}
-    return {name: rounded(weight.detach().flatten(1), 8, weight[0].numel()) for name, weight in weights.items()}
+    matrices = {name: weight.detach().flatten(1) for name, weight in weights.items()}
+    return {name: rounded(each, bits, each.shape[1] if bits == 8 else 32) for name, each in matrices.items()}
 
 
 @torch.no_grad()
