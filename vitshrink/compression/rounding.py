@@ -25,7 +25,7 @@ DAMPING = 0.01
 SHRINKAGE = 0.5
 """How far sensitivities of outputs are pulled towards their mean: a few hundred samples overrate what they saw."""
 
-COLUMN_EXPONENT = 0.85
+COLUMN_EXPONENT = 0.7
 """Of M_jj in the steps of columns; with 1 those that hardly vary get steps too coarse for what was not seen."""
 
 UNSEEN = 0.05
