@@ -24,8 +24,10 @@ from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import LoadedModel
 from vitshrink.models.onnx_model import OnnxFile, onnx_bytes, onnx_numbers
 from vitshrink.models.source import CONFIG
+from vitshrink.models.structures.coded import decode_all
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.structures.quantized import QuantizedEmbedding, QuantizedLinear
+from vitshrink.models.views import view_of
 
 Form = Literal["onnx", "dense", "torch"]
 
@@ -51,7 +53,7 @@ class Written:
 def write_onnx(session: Session, staging: Path) -> Written:
     """One program of any batch size, and for texts of any length. Raises OutputError."""
     source = session.source
-    model, inputs = source.model, trace_inputs(source.model, 2)
+    model, inputs = decode_all(view_of(source.model)), trace_inputs(source.model, 2)
     names = list(outputs_of(model, inputs))
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -106,7 +108,7 @@ def write_program(session: Session, staging: Path) -> Written:
     inputs = trace_inputs(source.model, 2)
     with quiet(), torch.no_grad():
         program = torch.export.export(
-            source.model, (), dict(inputs), dynamic_shapes=_dynamic(inputs, Dim.AUTO, Dim.AUTO)
+            decode_all(view_of(source.model)), (), dict(inputs), dynamic_shapes=_dynamic(inputs, Dim.AUTO, Dim.AUTO)
         )
         torch.export.save(program, staging / PROGRAM_FILE)
         reloaded = torch.export.load(staging / PROGRAM_FILE).module()
@@ -140,7 +142,8 @@ FORMS: dict[str, Callable[[Session, Path], Written]] = {
 def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model with plain linear layers in place of the compressed ones: the same function of its inputs."""
     dense = copy.deepcopy(model)
-    for name, layer in compressed_layers(model).items():
+    decode_all(dense)
+    for name, layer in compressed_layers(dense).items():
         if isinstance(layer, QuantizedEmbedding):
             table = layer.dense_weight()
             dense.set_submodule(name, nn.Embedding(table.shape[0], table.shape[1], _weight=table), strict=True)

@@ -7,7 +7,7 @@ The matrix is decoded when it is first used, and then kept in one of three ways,
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vitshrink.models.codes import Codes, Memory, decode, encode
 from vitshrink.models.structures.quantized import dynamic_product
 from vitshrink.models.structures.registry import read_entry, structure
+
+Module = TypeVar("Module", nn.Linear, nn.Embedding, nn.Conv2d)
 
 
 @structure("coded")
@@ -56,7 +58,7 @@ class Coded(nn.Module):
         self.spec = spec
         self.dense_shape = tuple(weight.shape)
         self.memory: Memory = "float"
-        self._kept: Tensor | Codes | None = None
+        self._kept: Codes | tuple[Tensor, Tensor] | None = None
         empty = weight.new_empty(self.matrix_shape[0])
         self.weight = nn.Parameter(empty, requires_grad=weight.requires_grad)
         self.register_buffer("codes", torch.empty(spec.bytes, dtype=torch.uint8, device=weight.device))
@@ -91,13 +93,17 @@ class Coded(nn.Module):
         """The tensor that the dense module would have, in the type of the steps."""
         return self.decoded().scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
 
+    def dense(self) -> nn.Module:
+        """The dense module that this one stands for, with tensors of its own."""
+        raise NotImplementedError
+
     def matrix(self) -> Tensor:
         """``dense_weight``, decoded once where it is held so."""
         if self.memory != "float" or (self.weight.requires_grad and torch.is_grad_enabled()):
             return self._integers().scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
-        if not isinstance(self._kept, Tensor):
-            self._kept = self.dense_weight().detach()
-        return self._kept
+        if not isinstance(self._kept, tuple) or self._kept[0] is not self.weight:  # a view may get other steps
+            self._kept = self.weight, self.dense_weight().detach()
+        return self._kept[1]
 
     def _integers(self) -> Codes:
         """Decoded once, where integers are held, or steps are trained."""
@@ -128,6 +134,11 @@ class CodedLinear(Coded):
         super().__init__(like, spec)
         self.in_features, self.out_features = like.in_features, like.out_features
 
+    @torch.no_grad()
+    def dense(self) -> nn.Linear:
+        made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        return _filled(made, self)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.memory != "integers" or self.training:
             return F.linear(x, self.matrix(), self.bias)
@@ -149,6 +160,11 @@ class CodedEmbedding(Coded):
         self.num_embeddings, self.embedding_dim = like.num_embeddings, like.embedding_dim
         self.padding_idx = like.padding_idx
 
+    @torch.no_grad()
+    def dense(self) -> nn.Embedding:
+        made = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        return _filled(made, self)
+
     def forward(self, tokens: Tensor) -> Tensor:
         if self.memory != "integers":
             return F.embedding(tokens, self.matrix())
@@ -164,8 +180,33 @@ class CodedConv2d(Coded):
         super().__init__(like, spec)
         self.settings: Any = (like.stride, like.padding, like.dilation, like.groups)
 
+    @torch.no_grad()
+    def dense(self) -> nn.Conv2d:
+        outputs, inputs, *size = self.dense_shape
+        stride, padding, dilation, groups = self.settings
+        made = nn.Conv2d(
+            inputs * groups,
+            outputs,
+            (size[0], size[1]),
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=self.bias is not None,
+            device="meta",
+        )
+        return _filled(made, self)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.matrix(), self.bias, *self.settings)
+
+
+def _filled(module: Module, coded: Coded) -> Module:
+    """``module`` with what ``coded`` stands for, in its mode."""
+    module.weight = nn.Parameter(coded.dense_weight(), requires_grad=coded.weight.requires_grad)
+    if coded.bias is not None:
+        module.bias = nn.Parameter(coded.bias.detach().clone(), requires_grad=coded.bias.requires_grad)
+    return module.train(coded.training)
 
 
 _KINDS: dict[type[nn.Module], type[Coded]] = {
@@ -173,6 +214,15 @@ _KINDS: dict[type[nn.Module], type[Coded]] = {
     nn.Embedding: CodedEmbedding,
     nn.Conv2d: CodedConv2d,
 }
+
+
+@torch.no_grad()
+def decode_all(model: nn.Module) -> nn.Module:
+    """Put dense modules in the place of the coded ones, in place, and return the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Coded):
+            model.set_submodule(name, module.dense(), strict=True)
+    return model
 
 
 def hold(model: nn.Module, memory: Memory) -> nn.Module:
