@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 
+import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from vitshrink.compression.candidates import Candidate, Cost, Plan
 from vitshrink.compression.compressor import Compressor
@@ -19,9 +21,6 @@ ATTEMPTS = 6
 
 CLOSE = 0.003
 """Of the budget: what may be left of it."""
-
-NAMES = 24
-"""Bytes by which the name of a tensor in the file may be longer than in memory, above those of the source."""
 
 
 def fitted(compressor: Compressor, findings: Findings, budget: int, job: Job) -> tuple[Plan, PreTrainedModel]:
@@ -47,29 +46,30 @@ def fitted(compressor: Compressor, findings: Findings, budget: int, job: Job) ->
             f"the smallest model takes {taken:,} bytes, of which {budget:,} are allowed. The least to ask for is "
             f"--target-size {taken / 1e6 + 0.001:.3f}MB."
         )
-    return told(best[1], best[2]), best[2]
+    return told(best[1], best[2], compressor.material.dtype), best[2]
 
 
-def told(plan: Plan, model: PreTrainedModel) -> Plan:
+def told(plan: Plan, model: PreTrainedModel, dtype: torch.dtype) -> Plan:
     """``plan`` with what its matrices take in ``model``, in the place of what was predicted."""
     modules = dict(model.named_modules())
     found = dict(plan)
     for name, chosen in plan.items():
         module = modules.get(name)
         if isinstance(module, Coded) and chosen.form is not None:
-            numbers, taken = chosen.cost.parameters, module.weight.numel() * 2 + module.codes.numel()
+            numbers, taken = chosen.cost.parameters, module.weight.numel() * dtype.itemsize + module.codes.numel()
             form = replace(chosen.form, bits=round(8 * taken / numbers, 2))  # type: ignore[type-var]
             found[name] = Candidate(form, Cost(numbers, taken), chosen.loss)
     return found
 
 
 def file_bytes(model: PreTrainedModel, compressor: Compressor) -> int:
-    """Bytes of the weight file of the model, at most."""
-    dtype = compressor.material.dtype
-    stored = cast_view(view_of(model), dtype)
+    """Bytes of the weight file of the model, at most: its tensors, under the names that they have in the file."""
+    stored = cast_view(view_of(model), compressor.material.dtype)
+    different = {tensor.data_ptr(): name for name, tensor in reversed(stored.state_dict().items())}  # tied ones once
+    tensors = {name: stored.state_dict()[name] for name in different.values()}
     end, header = 0, {"__metadata__": {"format": "pt"}}
-    for name, tensor in stored.state_dict().items():
+    for name, tensor in revert_weight_conversion(stored, tensors).items():
         entry = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
-        header[name + " " * NAMES] = entry  # type: ignore[assignment]
+        header[name] = entry  # type: ignore[assignment]
         end += tensor.nbytes
     return cost.stored_bytes(stored) + len(json.dumps(header, separators=(",", ":"))) + 16

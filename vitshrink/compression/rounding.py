@@ -125,15 +125,18 @@ class Rounded:
     errors: Tensor
 
 
-def steps(metric: Metric, fineness: float) -> tuple[Tensor, Tensor]:
-    """Steps of rows and columns at δ = ``fineness``, as they are stored, both about as large; float32."""
+def steps(metric: Metric, fineness: float, kind: torch.dtype = STEPS) -> tuple[Tensor, Tensor]:
+    """Steps of rows and columns at δ = ``fineness``, as they are stored, both about as large; float32.
+
+    Those of rows may be stored as another ``kind`` of numbers.
+    """
     rows, columns = fineness * metric.rows, metric.columns
     balance = float(((columns.log().mean() - rows.log().mean()) / 2).exp())
     largest = torch.finfo(STEPS).max
     stored = [
         (each).clamp(torch.finfo(STEPS).tiny, largest).to(STEPS).float() for each in (rows * balance, columns / balance)
     ]
-    return stored[0], stored[1]
+    return stored[0].to(kind).float(), stored[1]
 
 
 def entropy(integers: Tensor) -> float:
@@ -154,9 +157,9 @@ def at_each(weight: Tensor, metric: Metric, finenesses: Iterable[float]) -> Iter
     yield from zip(integers.reshape(shape), errors.reshape(shape), strict=True)
 
 
-def rounded(weight: Tensor, metric: Metric, fineness: float) -> Rounded:
-    """``weight`` (m, n) at δ = ``fineness``."""
-    rows, columns = steps(metric, fineness)
+def rounded(weight: Tensor, metric: Metric, fineness: float, kind: torch.dtype = STEPS) -> Rounded:
+    """``weight`` (m, n) at δ = ``fineness``, with steps of rows that are stored as ``kind``."""
+    rows, columns = steps(metric, fineness, kind)
     integers, errors = _rounded(weight.float(), metric, rows, columns)
     kind = torch.int8 if integers.abs().max() < 128 else torch.int16
     return Rounded(Codes(integers.to(kind), columns), rows, errors)

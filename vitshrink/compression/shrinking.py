@@ -13,7 +13,7 @@ from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
-from vitshrink.compression.fitting import fitted
+from vitshrink.compression.fitting import fitted, told
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
@@ -70,7 +70,9 @@ class Shrinking:
         landmarks = None
         if config.landmarks is not None:
             landmarks = landmarks_of(dense, config.landmarks, config.landmark_form)
-        targets = find_targets(base, layers=config.layers, include=config.include, exclude=config.exclude)
+        targets = find_targets(
+            base, layers=config.layers, include=config.include, exclude=config.exclude, outside=config.stores == "bits"
+        )
         bound = Bound.of(config)
         if bound is not None:
             bound.require(dense)
@@ -133,7 +135,9 @@ class Shrinking:
             branch = job.branch()
             if search is not None:
                 found = search.smallest(first(), refine, branch)
-                yield Shrunk(found.findings, found.plan, found.model, branch)
+                assert found.model is not None
+                plan = told(found.plan, found.model, self.dtype)
+                yield Shrunk(found.findings, plan, found.model, branch)
                 continue
             findings = _refined(compressor, first, size, refine, branch, last=size is self.sizes[-1])
             if config.stores == "bits" and not config.dry_run:

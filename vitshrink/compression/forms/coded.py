@@ -89,7 +89,7 @@ class CodedMaker:
 
     def _rounded(self, name: str, form: Integers, findings: Findings) -> nn.Module:
         module = self.material.dense.get_submodule(name)
-        found = rounded(matrix_of(module), findings.layers[name], form.fineness)
+        found = rounded(matrix_of(module), findings.layers[name], form.fineness, self.material.dtype)
         made = Coded.from_codes(module, found.rows, found.codes)
         mean = findings.stats[name].mean
         bias = module.bias if isinstance(module, nn.Linear | nn.Conv2d) else None
