@@ -13,6 +13,7 @@ from vitshrink.methods.ranks import Storage
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import HEADER_BYTES, compressed_layers, replace_layers
 from vitshrink.models.structures import structure_of
+from vitshrink.models.structures.coded import CodedSpec
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.structures.quantized import (
     Activations,
@@ -76,7 +77,9 @@ def quantized(
 
     Raises UsageError where the model is quantised already.
     """
-    if any(isinstance(layer.spec, Spec | QuantizedEmbeddingSpec) for layer in compressed_layers(model).values()):
+    if any(
+        isinstance(layer.spec, Spec | QuantizedEmbeddingSpec | CodedSpec) for layer in compressed_layers(model).values()
+    ):
         raise UsageError("the model is quantised already: start from the one in floating point.")
     rounded = cast_view(view_of(model), dtype or model.dtype)
     names = {module: name for name, module in rounded.named_modules()}

@@ -42,7 +42,7 @@ class SensitivityEstimator:
         with job.stage("factorise", "Factorising", len(self.sites)) as advance:
             for name in self.sites:
                 try:
-                    findings.layers[name] = Metric.of(found[name])
+                    findings.layers[name] = _metric(found.get(name))
                 except NumericsError as error:
                     findings.failures[name] = str(error)
                     job.warn(f"{name} stays dense: {error}")
@@ -80,3 +80,10 @@ class SensitivityEstimator:
                 on_batch=advance,
             )
         return laid_out(found)
+
+
+def _metric(found: Sensitivity | None) -> Metric:
+    """Raises NumericsError where there is none."""
+    if found is None:
+        raise NumericsError("what the model is asked for does not depend on it.")
+    return Metric.of(found)

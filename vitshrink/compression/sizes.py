@@ -62,10 +62,14 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
                 else f"--keep {_up(least / total)}, --target-params {least} or "
                 f"--target-size {_up((least * dtype.itemsize + header) / 1e6)}MB"
             )
+            what_is_left = (
+                "what is not rounded, and a tenth of a bit for every other weight,"
+                if config.stores == "bits"
+                else f"what is not factorised, and rank {config.rank_multiple} everywhere else,"
+            )
             raise TargetError(
-                f"cannot reach {max(size.budget, 0):,} {what}: what is not factorised, and rank "
-                f"{config.rank_multiple} everywhere else, need {least:,} of {total:,}. The least to ask for is "
-                f"{reachable}."
+                f"cannot reach {max(size.budget, 0):,} {what}: {what_is_left} need {least:,} of {total:,}. "
+                f"The least to ask for is {reachable}."
                 + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
             )
     return sizes

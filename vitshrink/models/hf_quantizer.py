@@ -85,8 +85,10 @@ class VitshrinkQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         prefix = base_prefix(model)
         entries = {prefix + name: entry for name, entry in self.quantization_config.layers.items()}
-        if prefix:
-            entries |= getattr(self.quantization_config, "head", {})
+        if prefix:  # a model with another head leaves this one out, as its base does
+            modules = dict(model.named_modules())
+            head = getattr(self.quantization_config, "head", {})
+            entries |= {name: entry for name, entry in head.items() if name in modules}
         for name, entry in sorted(entries.items()):  # a module before what lies in it
             module = dict(model.named_modules()).get(name)
             structure = read(entry)

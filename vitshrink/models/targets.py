@@ -58,11 +58,13 @@ def find_targets(
     layers: Layers = "all",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    outside: bool = False,
 ) -> list[Target]:
     """The dense linear layers of the blocks that may be factorised, block by block.
 
     Embeddings, poolers, heads and tied weights are never among them. ``include`` and ``exclude`` are regular
-    expressions searched in the layers' names; with ``include``, only layers that match one of them are kept.
+    expressions searched in the layers' names; with ``include``, only layers that match one of them are kept. Where what
+    lies ``outside`` is rounded, too, ``exclude`` may name that.
 
     Raises:
         UsageError: an expression is invalid or matches nothing, or no layer is left.
@@ -72,7 +74,8 @@ def find_targets(
         raise UsageError("the model has no dense linear layer to factorise: it is already compressed.")
     names = [target.name for target in targets]
     included = _matching(names, include, "include") if include else set(names)
-    kept = included - _matching(names, exclude, "exclude")
+    others = find_outside(model) if outside and layers == "all" and not include else []
+    kept = included - _matching([*names, *others], exclude, "exclude")
     if not kept:
         raise UsageError("no layer is left to factorise: the exclude expressions match every included layer.")
     return [target for target in targets if target.name in kept]

@@ -102,11 +102,10 @@ class SensitivityCollector:
         put_sums("sites", state, self.sums, SiteSums)
 
     def found(self) -> dict[str, Sensitivity]:
-        """Of every site. Raises DataError when no token came through."""
-        missing = [name for name in self.names if name not in self.sums]
-        if missing:
-            raise DataError(f"no calibration token reached {missing[0]}: is the data set empty?")
-        return {name: _sensitivity(self.sums[name]) for name in self.names}
+        """Of every site that the output depends on. Raises DataError when no token came through."""
+        if not self.sums:
+            raise DataError("no calibration token reached the model: is the data set empty?")
+        return {name: _sensitivity(self.sums[name]) for name in self.names if name in self.sums}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -124,7 +123,8 @@ class SensitivityCollector:
         if isinstance(module, nn.Conv2d):
             x = patches(x.float(), module)
             gradient = gradient.flatten(2).mT
-        masked = self._mask is not None and gradient.shape[:2] == self._mask.shape
+        # a pooler's outputs may be as wide as the texts are long
+        masked = self._mask is not None and gradient.dim() == 3 and gradient.shape[:2] == self._mask.shape
         g = (gradient[self._mask] if masked else gradient.reshape(-1, gradient.shape[-1])).float()
         importance = g.square().sum(1)
         power = importance.double().sum()
@@ -184,7 +184,8 @@ def collect_sensitivity(
     """Input covariances and output sensitivities of the modules of these names, without labels, in one walk.
 
     A linear layer has the curvature of ``collect_curvature``, of which the diagonal is kept. Far means are no concern:
-    what is rounded here goes by covariances that are damped by far more than float32 loses.
+    what is rounded here goes by covariances that are damped by far more than float32 loses. What the output does not
+    depend on, such as a pooler where only the last hidden state is asked for, is left out.
 
     Raises:
         NumericsError: NaN or Inf; names the layer and the batch.
