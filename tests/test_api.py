@@ -358,6 +358,7 @@ def test_every_flag_has_a_place() -> None:
         reached |= ahead
         ahead = {each.module for module, each in OWN if module in ahead and each.module in FILES} - reached
     sources = [FILES[module].read_text(encoding="utf-8") for module in reached - {"vitshrink.config.options"}]
-    sources.append(inspect.getsource(CompressConfig.calibration_data.fget).replace("self.", "config."))  # type: ignore[attr-defined]
+    derived: list[Any] = [CompressConfig.calibration_data, CompressConfig.stores, CompressConfig.stored_dtype]
+    sources += [inspect.getsource(each.fget).replace("self.", "config.") for each in derived]
     read = set(re.findall(r"\bconfig\.(\w+)", "\n".join(sources)))
     assert entries - refused - read == set()

@@ -308,8 +308,8 @@ JOBS: dict[str, list[Any]] = {
     "preprocess": ["timm"],
     "dtype": ["float16"],
     "method": ["asvd"],
-    "forms": ["auto", {"forms": "bits", "keep": [], "target_size": "4MB"}],
-    "bits": [3.5, {"bits": 4.5}],
+    "forms": ["auto", {"forms": "bits", "method": "curvature", "keep": [], "target_size": "4MB"}],
+    "bits": [{"bits": 3.5, "method": "curvature"}],
     "calibration": ["x"],
 }
 """Values of the entries that take only some texts, or belong to others."""

@@ -64,7 +64,7 @@ class LayerEntry:
         parts = [] if self.form in (None, LOW_RANK, INTEGER, CODED) else [str(self.form)]
         parts += [] if self.rank is None else [str(self.rank)]
         if self.bits is not None:
-            parts.append(f"int{self.bits:g}" if self.form == INTEGER else f"{self.bits:.1f} bits")
+            parts.append(f"{self.bits:.1f} bits" if self.form == CODED else f"int{self.bits:g}")
         return ", ".join(parts) or str(self.form)
 
 
