@@ -6,9 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.fitting import file_bytes
 from vitshrink.config.options import CompressConfig, parse_quantity, share_of
 from vitshrink.errors import TargetError
 from vitshrink.models.checkpoint import HEADER_BYTES
+
+STREAM_ENTRY = 70
+"""Bytes that a stream of integers adds to the header of the file, about, beside the name of its layer."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,7 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
     tensors = len(compressor.dense.state_dict()) + 2 * len(compressor.offers())
     header = HEADER_BYTES * tensors
     if config.bits is not None:
-        numbers = sum(offer.kept.cost.parameters for offer in compressor.offers())
-        sizes = [Size("", compressor.fixed(compressor.offers()) + int(config.bits * numbers / 8))]
+        sizes = [Size("", _bytes_of(compressor, config.bits))]
     elif config.keep:
         sizes = [Size(f"keep-{keep}", share_of(keep, total)) for keep in config.keep]
     elif config.target_params:
@@ -73,6 +76,14 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
                 + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
             )
     return sizes
+
+
+def _bytes_of(compressor: Compressor, bits: float) -> int:
+    """Of the file in which a weight that is rounded takes so many bits on average."""
+    offers = compressor.offers()
+    numbers = sum(offer.kept.cost.parameters for offer in offers)
+    others = file_bytes(compressor.dense, compressor) - numbers * compressor.material.itemsize
+    return others + sum(STREAM_ENTRY + len(offer.name) for offer in offers) + int(bits * numbers / 8)
 
 
 def _up(number: float) -> str:

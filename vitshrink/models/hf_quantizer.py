@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from vitshrink._version import __version__
 from vitshrink.errors import CheckpointError
 from vitshrink.models.format import FORMAT_VERSION, QUANT_METHOD
+from vitshrink.models.structures.coded import Coded
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.structures.registry import Connected, connect, describe, kind_of, read, structure_of
 
@@ -98,7 +99,10 @@ class VitshrinkQuantizer(HfQuantizer):
                     f"the checkpoint lists a {kind_of(entry)} module {name.removeprefix(prefix)!r}; "
                     f"{type(model).__name__} has {found}. " + self._why_missing(name, model)
                 )
-            model.set_submodule(name, structure.build(module))
+            built = structure.build(module)
+            if isinstance(built, Coded):
+                built.where = name
+            model.set_submodule(name, built)
         connect(model.base_model)
 
     def _why_missing(self, name: str, model: PreTrainedModel) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitshrink.errors import CheckpointError
 from vitshrink.models.codes import Codes, Memory, decode, encode
 from vitshrink.models.structures.quantized import dynamic_product
 from vitshrink.models.structures.registry import read_entry, structure
@@ -49,6 +50,8 @@ class Coded(nn.Module):
 
     codes: Tensor
     bias: Tensor | None
+    where = "a coded matrix"
+    """Its name, where it was read from a checkpoint: for errors."""
 
     def __init__(self, like: nn.Module, spec: CodedSpec) -> None:
         """``like`` a dense module, of which everything but the matrix is kept; the matrix is left empty."""
@@ -87,7 +90,10 @@ class Coded(nn.Module):
 
     def decoded(self) -> Codes:
         """The integers and the steps of columns. Raises CheckpointError for a damaged stream."""
-        return decode(self.codes, self.matrix_shape)
+        try:
+            return decode(self.codes, self.matrix_shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from error
 
     def dense_weight(self) -> Tensor:
         """The tensor that the dense module would have, in the type of the steps."""
@@ -147,7 +153,7 @@ class CodedLinear(Coded):
         if codes.integers.dtype == torch.int8:
             y = dynamic_product(scaled, codes.integers, self.weight, self.bias)
         else:
-            y = F.linear(scaled, codes.integers.to(x.dtype)) * self.weight
+            y = F.linear(scaled, codes.integers.to(scaled.dtype)) * self.weight
             y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 

@@ -1,0 +1,162 @@
+"""Sensitivities against what autograd says of the same model, token by token."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.errors import DataError, NumericsError
+from vitshrink.statistics.curvature import batch_generator, random_functional
+from vitshrink.statistics.sensitivity import (
+    WEIGHTS,
+    Sensitivity,
+    SensitivityCollector,
+    collect_sensitivity,
+    patches,
+)
+
+VIT, BERT = "ViTForImageClassification", "BertForSequenceClassification"
+FC1 = {VIT: "vit.layers.1.mlp.fc1", BERT: "bert.encoder.layer.1.intermediate.dense"}
+PATCHES = "vit.embeddings.patch_embeddings.projection"
+WORDS = "bert.embeddings.word_embeddings"
+
+
+@dataclass
+class Batch:
+    inputs: dict[str, Tensor]
+    mask: Tensor | None = None
+
+
+def batch_of(name: str, size: int = 3, seed: int = 0, padding: int = 0) -> Batch:
+    inputs = tiny.inputs(name, size, seed)
+    if "attention_mask" not in inputs:
+        return Batch(inputs)
+    inputs = {key: F.pad(tensor, (0, padding)) for key, tensor in inputs.items()}
+    return Batch(inputs, inputs["attention_mask"].bool())
+
+
+def seen_by_autograd(model: PreTrainedModel, name: str, batch: Batch, number: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs and output gradients of one module."""
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        seen.extend((inputs[0].detach(), output))
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
+    outputs = model(**batch.inputs)
+    random_functional(model, outputs, batch, batch_generator(0, number))(outputs).sum().backward()
+    handle.remove()
+    assert seen[1].grad is not None
+    return seen[0], seen[1].grad
+
+
+def expected(x: Tensor, gradient: Tensor, samples: int) -> Sensitivity:
+    """Of tokens (tokens, n) and their gradients (tokens, m)."""
+    x, gradient = x.double(), gradient.double()
+    power = gradient.square().sum(1)
+    weights = (power / power.mean()).clamp(*WEIGHTS)[:, None]
+    mean = (x * weights).sum(0) / weights.sum()
+    covariance = ((x - mean) * weights).T @ (x - mean) / weights.sum()
+    tokens = float(weights.sum() ** 2 / weights.square().sum())
+    return Sensitivity(gradient.square().sum(0) / samples, mean, covariance, tokens=tokens)
+
+
+def close(found: Any, wanted: Any) -> bool:
+    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", [VIT, BERT])
+def test_a_layer_has_the_gradients_and_the_covariance_of_its_tokens(name: str) -> None:
+    model, batch = tiny.build(name), batch_of(name)
+    found = collect_sensitivity(model, [FC1[name]], [batch])[FC1[name]]
+    x, gradient = seen_by_autograd(model, FC1[name], batch)
+    real = torch.ones(x.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
+    wanted = expected(x[real], gradient[real], 3)
+    assert close(found.outputs, wanted.outputs)
+    assert close(found.mean, wanted.mean)
+    assert close(found.covariance, wanted.covariance)
+    assert found.tokens == pytest.approx(wanted.tokens, rel=1e-4)
+
+
+def test_a_convolution_is_the_linear_layer_of_its_patches() -> None:
+    model, batch = tiny.build(VIT), batch_of(VIT)
+    found = collect_sensitivity(model, [PATCHES], [batch])[PATCHES]
+    module = model.get_submodule(PATCHES)
+    assert isinstance(module, nn.Conv2d)
+    x, gradient = seen_by_autograd(model, PATCHES, batch)
+    read = patches(x, module)
+    assert torch.allclose(
+        F.linear(read, module.weight.flatten(1), module.bias), module(x).flatten(2).mT, rtol=1e-4, atol=1e-5
+    )
+    wanted = expected(read.flatten(0, 1), gradient.flatten(2).mT.flatten(0, 1), 3)
+    assert close(found.outputs, wanted.outputs)
+    assert close(found.covariance, wanted.covariance)
+
+
+def test_a_table_says_which_rows_are_used() -> None:
+    model, batch = tiny.build(BERT), batch_of(BERT)
+    found = collect_sensitivity(model, [WORDS], [batch])[WORDS]
+    tokens, gradient = seen_by_autograd(model, WORDS, batch)
+    power = torch.zeros(len(tiny.VOCABULARY)).index_add_(0, tokens.flatten(), gradient.square().sum(-1).flatten())
+    assert found.uses is not None
+    assert close(found.uses, (power / power.sum()).double())
+    assert close(found.outputs, gradient.square().sum((0, 1)).double() / 3)
+    assert found.uses[0] == 0, "padding is no use"
+    assert found.covariance is None
+
+
+def test_padding_does_not_count() -> None:
+    """Not even where a text is as long as the pooler is wide."""
+    model, names = tiny.build(BERT), [FC1[BERT], WORDS, "bert.pooler.dense"]
+    short, long = (
+        collect_sensitivity(model, names, [batch_of(BERT, padding=padding)])
+        for padding in (0, model.config.hidden_size - 10)
+    )
+    for name in names:
+        for field, value in vars(short[name]).items():
+            if isinstance(value, Tensor):
+                assert close(getattr(long[name], field), value), (name, field)
+
+
+def test_what_the_output_does_not_depend_on_is_left_out() -> None:
+    model = tiny.build("BertModel")
+    names = ["encoder.layer.1.intermediate.dense", "pooler.dense"]
+    assert list(collect_sensitivity(model, names, [batch_of("BertModel")])) == names[:1]
+
+
+def test_a_walk_may_be_interrupted() -> None:
+    model, names = tiny.build(BERT), [FC1[BERT], WORDS]
+    batches = [batch_of(BERT, seed=seed) for seed in range(3)]
+    whole = collect_sensitivity(model, names, batches)
+    first, second = SensitivityCollector(model, names), SensitivityCollector(model, names)
+    first.run(0, batches[0])
+    second.restore(first.state())
+    for number in (1, 2):
+        second.run(number, batches[number])
+    for name, found in second.found().items():
+        for field, value in vars(whole[name]).items():
+            same = torch.equal(getattr(found, field), value) if isinstance(value, Tensor) else True
+            assert same, (name, field)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny.build(VIT)
+    collect_sensitivity(model, [FC1[VIT], PATCHES], [batch_of(VIT)])
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_bad_batches_are_named() -> None:
+    model = tiny.build(VIT)
+    with pytest.raises(DataError, match="is the data set empty"):
+        collect_sensitivity(model, [FC1[VIT]], [])
+    with torch.no_grad():
+        model.get_submodule("vit.layers.1.mlp.fc2").weight[0, 0] = torch.inf
+    with pytest.raises(NumericsError, match="NaN or Inf"):
+        collect_sensitivity(model, [FC1[VIT]], [batch_of(VIT)])
