@@ -17,6 +17,7 @@ from vitshrink.models import checkpoint as checkpoints
 from vitshrink.models import loading as models
 from vitshrink.models.families import family_of, task_of
 from vitshrink.models.targets import blocks_of, find_targets
+from vitshrink.models.views import rounded, view_of
 
 each_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 TASKS = {
@@ -376,3 +377,11 @@ def test_real_checkpoints_load(name: str, dtype: torch.dtype, count: int, real_f
     assert loaded.source_dtype == dtype
     assert loaded.ignored == ()
     assert len(find_targets(loaded.model)) == count
+
+
+def test_a_model_that_is_rounded_to_a_type_computes_in_its_own() -> None:
+    model = tiny.build("ViTModel")
+    found = rounded(view_of(model), torch.float16)
+    assert found.dtype == model.dtype == torch.float32
+    for one, other in zip(found.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other.half().float())

@@ -50,7 +50,8 @@ def cast_view(model: Model, dtype: torch.dtype) -> Model:
 
 def rounded(model: Model, dtype: torch.dtype) -> Model:
     """A view with its floating-point tensors rounded to ``dtype``, and back in their type; in place."""
-    return cast_view(cast_view(model, dtype), model.dtype)
+    kept = model.dtype  # before the cast, which is in place
+    return cast_view(cast_view(model, dtype), kept)
 
 
 def _changed(model: Module, change: Callable[[Tensor], Tensor]) -> Module:
