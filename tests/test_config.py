@@ -16,6 +16,7 @@ import vitshrink.jobs.compress as pipeline
 from vitshrink.cli import checks
 from vitshrink.cli.app import app
 from vitshrink.config.fields import Options, entries_of, names_of
+from vitshrink.config.frontier import FrontierJob
 from vitshrink.config.job import JobOptions
 from vitshrink.config.options import (
     CompressConfig,
@@ -357,7 +358,7 @@ UNSORTED = ("objective", "teacher", "finetune")
 
 PATHS: dict[str, Any] = {"model": "m", "output": "o"}
 
-JOBS = (CompressConfig, EvalJob, ExportJob, FinetuneConfig, FinetuneJob, InspectJob, QuantizeJob)
+JOBS = (CompressConfig, EvalJob, ExportJob, FinetuneConfig, FinetuneJob, FrontierJob, InspectJob, QuantizeJob)
 
 
 @pytest.mark.parametrize("job", JOBS)

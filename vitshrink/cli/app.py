@@ -13,6 +13,7 @@ from vitshrink.cli.demo import demo_command
 from vitshrink.cli.evaluate import evaluate_command
 from vitshrink.cli.export import export_command
 from vitshrink.cli.finetune import finetune_command
+from vitshrink.cli.frontier import frontier_command
 from vitshrink.cli.inspect import inspect_command
 from vitshrink.cli.methods import methods_command
 from vitshrink.cli.quantize import quantize_command
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("compress")(compress_command)
+app.command("frontier")(frontier_command)
 app.command("eval")(evaluate_command)
 app.command("sweep")(sweep_command)
 app.command("finetune")(finetune_command)

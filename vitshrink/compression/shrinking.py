@@ -1,7 +1,7 @@
 """A job on a model in memory, to which loading, saving and measuring are added elsewhere: one smaller model a size."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Self
 
@@ -139,20 +139,26 @@ class Shrinking:
                 plan = told(found.plan, found.model, self.dtype)
                 yield Shrunk(found.findings, plan, found.model, branch)
                 continue
-            findings = _refined(compressor, first, size, refine, branch, last=size is self.sizes[-1])
-            if config.stores == "bits" and not config.dry_run:
-                plan, model = fitted(compressor, findings, size.budget, branch)
-                yield Shrunk(findings, plan, self._finished(model), branch)
-                continue
-            plan = compressor.plan(findings, size.budget)
-            model = None if config.dry_run else self._finished(compressor.build(findings, plan, branch))
-            yield Shrunk(findings, plan, model, branch)
+            small = smaller(compressor, first, size, refine, branch, last=size is self.sizes[-1])
+            yield small if small.model is None else replace(small, model=self._finished(small.model))
 
     def _finished(self, model: PreTrainedModel) -> PreTrainedModel:
         """With landmarks, where they are asked for: the last step, so that weights are fitted to the exact maps."""
         if self.landmarks is not None:
             approximate_maps(model, self.landmarks)
         return model
+
+
+def smaller(
+    compressor: Compressor, first: Callable[[], Findings], size: Size, rounds: int, job: Job, *, last: bool = False
+) -> Shrunk:
+    """The model of one size, from the findings of the dense model, ``first``, refined for it ``rounds`` times."""
+    config = compressor.config
+    findings = _refined(compressor, first, size, rounds, job, last=last)
+    if config.stores == "bits" and not config.dry_run:
+        return Shrunk(findings, *fitted(compressor, findings, size.budget, job), job)
+    plan = compressor.plan(findings, size.budget)
+    return Shrunk(findings, plan, None if config.dry_run else compressor.build(findings, plan, job), job)
 
 
 def _refined(

@@ -33,8 +33,6 @@ def as_integers(config: CompressConfig) -> str:
 def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
     """The requested sizes as budgets of the whole model. Raises TargetError for what no rank can reach."""
     config, total, least = compressor.config, compressor.whole, compressor.least_budget()
-    tensors = len(compressor.dense.state_dict()) + 2 * len(compressor.offers())
-    header = HEADER_BYTES * tensors
     if config.bits is not None:
         sizes = [Size("", _bytes_of(compressor, config.bits))]
     elif config.keep:
@@ -43,7 +41,7 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
         sizes = [Size("", parse_quantity(config.target_params, "--target-params"))]
     elif config.target_size:
         room = parse_quantity(config.target_size, "--target-size")
-        sizes = [Size("", room if config.counts_bytes else (room - header) // dtype.itemsize)]
+        sizes = [Size("", budget_of(compressor, room, dtype))]
     else:
         sizes = [Size("", total - 1)]  # asked for by rank or by quality: any size but that of the dense model
     what = f"bytes{as_integers(config)}" if config.counts_bytes else "parameters"
@@ -63,7 +61,7 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
                 f"--target-size {_up(least / 1e6)}MB"
                 if config.counts_bytes
                 else f"--keep {_up(least / total)}, --target-params {least} or "
-                f"--target-size {_up((least * dtype.itemsize + header) / 1e6)}MB"
+                f"--target-size {_up(file_of(compressor, least, dtype) / 1e6)}MB"
             )
             what_is_left = (
                 "what is not rounded, and a tenth of a bit for every other weight,"
@@ -84,6 +82,20 @@ def _bytes_of(compressor: Compressor, bits: float) -> int:
     numbers = sum(offer.kept.cost.parameters for offer in offers)
     others = file_bytes(compressor.dense, compressor) - numbers * compressor.material.itemsize
     return others + sum(STREAM_ENTRY + len(offer.name) for offer in offers) + int(bits * numbers / 8)
+
+
+def budget_of(compressor: Compressor, room: int, dtype: torch.dtype) -> int:
+    """What a model may take whose file of weights may take ``room`` bytes."""
+    return room if compressor.config.counts_bytes else (room - _header(compressor)) // dtype.itemsize
+
+
+def file_of(compressor: Compressor, budget: int, dtype: torch.dtype) -> int:
+    """Bytes of the file of weights of a model that takes ``budget``."""
+    return budget if compressor.config.counts_bytes else budget * dtype.itemsize + _header(compressor)
+
+
+def _header(compressor: Compressor) -> int:
+    return HEADER_BYTES * (len(compressor.dense.state_dict()) + 2 * len(compressor.offers()))
 
 
 def _up(number: float) -> str:

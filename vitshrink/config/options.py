@@ -31,6 +31,7 @@ from vitshrink.config.fields import (
 )
 from vitshrink.config.job import JobOptions
 from vitshrink.config.method import LayerOptions, Layers, MethodOptions, Precision
+from vitshrink.config.names import quoted
 from vitshrink.config.quantities import parse_duration, parse_quantity, quantized_bits, share_of
 from vitshrink.config.reading import RENAMED, parse_option, read_recipe, renamed, warn_of_old_name
 from vitshrink.config.run import (
@@ -137,7 +138,8 @@ class CompressConfig(
         if len(sizes) != 1 and (sizes or not others):
             given = f"{' and '.join(sizes)} were given" if sizes else "none was"
             known = ", ".join(map(flag_of, SIZES))
-            raise UsageError(f"say how small: exactly one of {known}, such as --keep 0.6; {given}.")
+            hint = "" if sizes else f" What each size would lose: `{self._survey}`."
+            raise UsageError(f"say how small: exactly one of {known}, such as --keep 0.6; {given}.{hint}")
         for name in BOUNDS:
             if getattr(self, name) is not None and (self.calibration is None or self.holdout == 0):
                 raise UsageError(
@@ -154,6 +156,11 @@ class CompressConfig(
                 f"--rank {self.rank} is no multiple of --rank-multiple {self.rank_multiple}: "
                 f"give {below}--rank {above}, or leave --rank-multiple out."
             )
+
+    @property
+    def _survey(self) -> str:
+        """The command line that shows what sizes there are."""
+        return f"vitshrink frontier {quoted(self.model)} --calibration {quoted(self.calibration or 'DATA')}"
 
     def _check_bits(self) -> None:
         if self.calibration is None:

@@ -2,6 +2,8 @@
 
 from vitshrink.report.costs import BeforeAfter, before_after
 from vitshrink.report.csv_file import append_rows, check_appendable, evaluation_columns, latency_columns, report_row
+from vitshrink.report.frontier import Frontier, Point
+from vitshrink.report.frontier_page import write_frontier
 from vitshrink.report.record import Report, report_schema
 from vitshrink.report.render import (
     comparison_markdown,
@@ -23,6 +25,8 @@ from vitshrink.report.wording import size
 
 __all__ = [
     "BeforeAfter",
+    "Frontier",
+    "Point",
     "Report",
     "Row",
     "append_rows",
@@ -47,5 +51,6 @@ __all__ = [
     "write",
     "write_again",
     "write_comparison",
+    "write_frontier",
     "write_text",
 ]

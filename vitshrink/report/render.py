@@ -14,6 +14,7 @@ from vitshrink.config.names import shown_text
 from vitshrink.errors import OutputError
 from vitshrink.evaluation.quality import Evaluation, Fidelity
 from vitshrink.report import figures, summary, wording
+from vitshrink.report.frontier import Frontier
 from vitshrink.report.record import FILE_NAME, Report
 from vitshrink.report.thumbnails import SHOWN
 from vitshrink.runtime.records import plain
@@ -97,6 +98,15 @@ def render_figures(title: str, facts: Mapping[str, Any], pictures: Sequence[tupl
     """One page of pictures, each with its heading and what it shows."""
     shown = [(heading, caption, _picture(picture)) for heading, caption, picture in pictures]
     return _page("figures.html", title=title, facts=facts, figures=shown)
+
+
+def render_frontier(
+    frontier: Frontier, headings: Sequence[str], rows: Sequence[Sequence[str]], picture: str | None
+) -> str:
+    """One page that says what sizes of a model lose, and how each is built."""
+    title = f"Sizes of {summary.base_name(frontier.model)}"
+    shown = {"frontier": frontier, "headings": headings, "rows": rows, "picture": _picture(picture)}
+    return _page("frontier.html", title=title, **shown)
 
 
 def comparison_markdown(reports: Sequence[Report]) -> str:
