@@ -1,26 +1,36 @@
 """A matrix of integers with a step for each row and each column, and the integers as a stream of compressed bytes.
 
-A weight is its integer times the step of its row and that of its column. Of what a fixed width leaves unused nothing is
-stored: the integers are compressed by Huffman's code, so that a matrix takes its entropy, any number of bits a weight.
-Columns are stored in the order of their steps, by which alike ones stand together.
+A weight is its integer times the step of its row and that of its column. An integer takes as many bits as a normal
+variable says whose deviation is the product of one of the row and one of the column: any number of bits a weight.
+A stream is a checksum; the upper bytes of the steps of columns, the deviations of columns and those of rows, all on a
+logarithmic grid; the integers. Deviations of columns go down as their steps go up: their products are stored.
 """
 
+import struct
 import zlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitshrink.errors import CheckpointError
+from vitshrink.models.entropy_coding import Reader, Source, Writer
+from vitshrink.models.normal_tables import CLASSES, FIRST, GRID
+from vitshrink.models.scales import fitted
 
 STEPS = torch.float16
 """Type of the steps in the file."""
 
-_NARROW, _WIDE = 1, 2
-"""First byte of a stream: its integers have one byte, or two, of which the upper ones follow the lower ones. They are
-stored without a sign: 0, -1, 1, -2, 2 … as 0, 1, 2, 3, 4 …"""
+_SUM = 4
+"""Bytes of the checksum."""
+
+_AT_ONCE = 1 << 20
+"""Integers that are coded in one go."""
+
+_LARGEST = 32768
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,62 +47,90 @@ class Codes:
 
 def encode(codes: Codes) -> Tensor:
     """The stream of bytes, (length,), uint8, on the CPU."""
-    steps = codes.columns.to("cpu", STEPS)
-    signed = codes.integers.cpu()[:, _order(steps)].T.numpy().astype(np.int32)
-    values = np.where(signed < 0, -2 * signed - 1, 2 * signed)  # so that small ones have no upper byte
-    planes = [values & 255, values >> 8][: _NARROW if values.max(initial=0) < 256 else _WIDE]
-    packed = b"".join(_smallest(plane.astype(np.uint8).tobytes()) for plane in planes)
-    stream = bytes([len(planes)]) + steps.numpy().astype("<f2").tobytes() + packed
-    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+    integers = codes.integers.cpu().numpy()
+    steps = codes.columns.to("cpu", STEPS).numpy().astype("<f2").view("<u2")
+    high, low = (steps >> 8).astype(np.int64), (steps & 255).astype(np.uint8)
+    rows, columns = fitted(integers)
+    writer = Writer(_lanes(*integers.shape))
+    header = b""
+    for side in (high, columns + high, rows):
+        middle = int(np.median(side))
+        number = _class_of(side - middle)
+        header += struct.pack("<hB", middle, number)
+        writer.put(side - middle, np.full(len(side), number))
+    for part in _parts(*integers.shape):
+        writer.put(integers[part].ravel(), _classes(rows[part], columns).ravel())
+    load = np.zeros(2 * writer.lanes, np.uint8)
+    loaded = min(len(low), len(load))
+    load[:loaded] = low[:loaded]
+    stream = header + low[loaded:].tobytes() + writer.stream(load.view("<u2").astype(np.uint16))
+    return torch.frombuffer(bytearray(_sum(stream, integers.shape) + stream), dtype=torch.uint8)
 
 
 def decode(stream: Tensor, shape: tuple[int, int]) -> Codes:
     """The inverse of ``encode``, on the device of the stream. Raises CheckpointError for a damaged stream."""
-    rows, columns = shape
     data = stream.cpu().contiguous().numpy().tobytes()
-    start = 1 + 2 * columns
-    if len(data) <= start or data[0] not in (_NARROW, _WIDE):
-        raise CheckpointError("a stream of integers is damaged, or was written by a newer vitshrink.")
-    steps = torch.from_numpy(np.frombuffer(data[1:start], "<f2").astype(np.float16))
-    planes, rest = [], data[start:]
-    for _ in range(data[0]):
-        plane, rest = _inflated(rest, rows * columns)
-        planes.append(np.frombuffer(plane, np.uint8).reshape(columns, rows))
-    if rest:
+    if len(data) <= _SUM or data[:_SUM] != _sum(data[_SUM:], shape):
+        raise CheckpointError("a stream of integers is damaged, or was written by another version of vitshrink.")
+    source, lanes = Source(data, _SUM), _lanes(*shape)
+    sides = [struct.unpack("<hB", source.take(3)) for _ in range(3)]
+    if any(number >= CLASSES for _, number in sides):
+        raise CheckpointError("a stream of integers is damaged: it has a class that there is not.")
+    rest = np.frombuffer(source.take(max(0, shape[1] - 2 * lanes)), np.uint8)
+    reader = Reader(source, lanes)
+    high, columns, rows = (
+        reader.take(np.full(count, number)) + middle
+        for count, (middle, number) in zip((shape[1], shape[1], shape[0]), sides, strict=True)
+    )
+    parts = [
+        _fitting(reader.take(_classes(rows[part], columns - high).ravel())).reshape(-1, shape[1])
+        for part in _parts(*shape)
+    ]
+    low = np.concatenate([reader.load().astype("<u2").view(np.uint8)[: shape[1]], rest])
+    if source.position != len(data):
         raise CheckpointError("a stream of integers is longer than its matrix: it is damaged.")
-    raw = planes[0].astype(np.int32) if len(planes) == 1 else planes[0] | planes[1].astype(np.int32) << 8
-    signed = np.where(raw & 1, -(raw >> 1) - 1, raw >> 1)
-    narrow = np.abs(signed).max(initial=0) < 128
-    values = torch.from_numpy(signed.astype(np.int8 if narrow else np.int16))
-    integers = torch.empty_like(values)
-    integers[_order(steps)] = values
-    return Codes(integers.T.contiguous().to(stream.device), steps.float().to(stream.device))
+    steps = torch.from_numpy((high << 8 | low).astype("<u2").view("<f2").astype(np.float16))
+    integers = torch.from_numpy(np.concatenate(parts))
+    if integers.abs().max() < 128 and integers.min() >= -127:
+        integers = integers.to(torch.int8)
+    return Codes(integers.to(stream.device), steps.float().to(stream.device))
 
 
-def _order(steps: Tensor) -> Tensor:
-    return steps.float().argsort(stable=True)
+def _lanes(rows: int, columns: int) -> int:
+    """So many that a stream is decoded in few steps, and so few that they cost no more than a few thousandths of it.
+
+    Two bytes for each lane, up to half as many as columns, come at no cost, see ``entropy_coding``.
+    """
+    numbers = rows * columns
+    return min(1 + numbers // 384, -(-columns // 2)) + numbers // 4096
 
 
-def _smallest(plane: bytes) -> bytes:
-    return min((_deflated(plane, strategy) for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)), key=len)
+def _parts(rows: int, columns: int) -> list[slice]:
+    """Rows that are coded at once: a million integers, for the sake of memory."""
+    size = max(1, _AT_ONCE // columns)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _deflated(plane: bytes, strategy: int) -> bytes:
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
-    return packer.compress(plane) + packer.flush()
+def _classes(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.uint8]:
+    classes: NDArray[np.uint8] = np.clip(rows[:, None] + columns, 0, CLASSES - 1).astype(np.uint8)
+    return classes
 
 
-def _inflated(data: bytes, length: int) -> tuple[bytes, bytes]:
-    """The first ``length`` bytes that ``data`` holds compressed, and what stands behind them."""
-    unpacker = zlib.decompressobj(-15)
-    try:
-        plane = unpacker.decompress(data, length)
-        plane += unpacker.decompress(unpacker.unconsumed_tail, 1) if not unpacker.eof else b""
-    except zlib.error as error:
-        raise CheckpointError(f"a stream of integers is damaged ({error}).") from error
-    if len(plane) != length or not unpacker.eof:
-        raise CheckpointError(f"a stream of integers is damaged: it does not hold {length:,} of them.")
-    return plane, unpacker.unused_data
+def _class_of(values: NDArray[np.int64]) -> int:
+    """Of integers that have one deviation."""
+    square = max(0.03, float(np.mean(np.square(values))) - 1 / 12)
+    return int(np.clip(round(GRID * np.log2(square) / 2) - FIRST, 0, CLASSES - 1))
+
+
+def _fitting(values: NDArray[np.int64]) -> NDArray[np.int16]:
+    if np.abs(values).max(initial=0) > _LARGEST:
+        raise CheckpointError("a stream of integers is damaged: one of them has more than 16 bits.")
+    return values.astype(np.int16)
+
+
+def _sum(stream: bytes, shape: tuple[int, ...]) -> bytes:
+    """Of the stream and of what it is read with."""
+    return zlib.crc32(stream, zlib.crc32(struct.pack("<2q", *shape))).to_bytes(_SUM, "little")
 
 
 Memory = Literal["float", "integers", "stream"]
