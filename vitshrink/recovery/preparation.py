@@ -66,12 +66,12 @@ def prepared(
 def _trainable(model: PreTrainedModel, config: FinetuneConfig) -> dict[str, nn.Parameter]:
     factors = set()
     for layer in compressed_layers(model).values():
-        factors |= {id(parameter) for parameter in layer.parameters() if parameter.ndim > 1}
+        factors |= {id(each) for each in layer.parameters() if each.ndim > 1 or each is layer.weight}
     for parameter in model.parameters():
         parameter.requires_grad_(config.train == "all" or id(parameter) in factors)
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
-        raise UsageError("the model has no low-rank factor to train: it is not compressed. Use train=all.")
+        raise UsageError("the model has no matrix that compression made: it is not compressed. Use train=all.")
     return found
 
 

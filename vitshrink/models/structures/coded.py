@@ -61,7 +61,9 @@ class Coded(nn.Module):
         self.spec = spec
         self.dense_shape = tuple(weight.shape)
         self.memory: Memory = "float"
-        self._kept: Codes | tuple[Tensor, Tensor] | None = None
+        self._codes: Codes | None = None
+        self._matrix: tuple[Tensor, int | None, Tensor] | None = None
+        """Dense, and the steps that it was made with, of which a view may have others, and which training changes."""
         empty = weight.new_empty(self.matrix_shape[0])
         self.weight = nn.Parameter(empty, requires_grad=weight.requires_grad)
         self.register_buffer("codes", torch.empty(spec.bytes, dtype=torch.uint8, device=weight.device))
@@ -86,7 +88,8 @@ class Coded(nn.Module):
 
     def hold(self, memory: Memory) -> None:
         """How the matrix is held from now on."""
-        self.memory, self._kept = memory, None
+        self.memory = memory
+        self._forget()
 
     def decoded(self) -> Codes:
         """The integers and the steps of columns. Raises CheckpointError for a damaged stream."""
@@ -97,7 +100,7 @@ class Coded(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The tensor that the dense module would have, in the type of the steps."""
-        return self.decoded().scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
+        return self._scaled(self._codes or self.decoded())
 
     def dense(self) -> nn.Module:
         """The dense module that this one stands for, with tensors of its own."""
@@ -106,26 +109,33 @@ class Coded(nn.Module):
     def matrix(self) -> Tensor:
         """``dense_weight``, decoded once where it is held so."""
         if self.memory != "float" or (self.weight.requires_grad and torch.is_grad_enabled()):
-            return self._integers().scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
-        if not isinstance(self._kept, tuple) or self._kept[0] is not self.weight:  # a view may get other steps
-            self._kept = self.weight, self.dense_weight().detach()
-        return self._kept[1]
+            return self._scaled(self._integers())
+        steps, version = self.weight, None if self.weight.is_inference() else self.weight._version
+        if self._matrix is None or self._matrix[0] is not steps or self._matrix[1] != version:
+            self._matrix = steps, version, self.dense_weight().detach()
+        return self._matrix[2]
+
+    def _scaled(self, codes: Codes) -> Tensor:
+        return codes.scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
 
     def _integers(self) -> Codes:
         """Decoded once, where integers are held, or steps are trained."""
         if self.memory == "stream":
             return self.decoded()
-        if not isinstance(self._kept, Codes):
-            self._kept = self.decoded()
-        return self._kept
+        if self._codes is None:
+            self._codes = self.decoded()
+        return self._codes
+
+    def _forget(self) -> None:
+        self._codes = self._matrix = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._kept = None  # of another device or type, or of steps that change
+        self._forget()  # of another device or type
         moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._kept = None
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
