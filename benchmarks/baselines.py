@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vitshrink.compression.allocation import ALLOCATIONS, allocate
 from vitshrink.compression.candidates import Candidate, Offer, Plan
 from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.estimation import LayerEstimator
@@ -17,13 +19,16 @@ from vitshrink.compression.findings import Findings
 from vitshrink.data import Batch
 from vitshrink.errors import TargetError
 from vitshrink.methods import Factorisation
-from vitshrink.models.families import task_of
+from vitshrink.models.families import head_of, task_of
+from vitshrink.models.fidelity import feature_rows
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target, blocks_of
 from vitshrink.runtime.observer import Job
 from vitshrink.statistics.algebra import full_svd
 from vitshrink.statistics.calibration import to_device
 from vitshrink.statistics.curvature import random_functional
+from vitshrink.statistics.effects import MEASURED_SAMPLES
+from vitshrink.statistics.reference import DenseOutputs
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
 
 SEARCH_SAMPLES = 64
@@ -184,6 +189,50 @@ class FeatureErrorSearch:
             else:
                 features.append(hidden.flatten(0, 1) if moving.mask is None else hidden[moving.mask])
         return torch.cat(features)
+
+
+class ScaledCurves:
+    """Rank allocation of KFAC-SVD + LEMS (2026), written from its description: no code of it may be used.
+
+    The factors are two-sided Kronecker-factored ones, and what they say of the ranks of a layer, its error curve, is
+    scaled by one measurement: the divergence of the outputs when this layer alone is cut to a tenth of its rank. The
+    least sum of scaled errors within the budget gives the ranks.
+    """
+
+    def __init__(self, compressor: Compressor, findings: Findings) -> None:
+        self.compressor = compressor
+        offers = compressor.offers(findings)
+        batches = _first(calibration_of(compressor), MEASURED_SAMPLES)
+        reference = DenseOutputs(compressor.dense)
+        kept = {offer.name: offer.kept for offer in offers}
+        self.scaled: list[Offer] = []
+        for offer in offers:
+            tenth = offer.nearest(max(1, min(offer.site.shape) // 10))
+            model = compressor.replaced(findings, kept | {offer.name: tenth})
+            scale = self._divergence(model, reference, batches) / max(tenth.loss, 1e-300)
+            candidates = [replace(each, loss=each.loss * scale) for each in offer.candidates]
+            self.scaled.append(replace(offer, candidates=candidates, nothing=offer.nothing * scale))
+
+    def plan(self, budget: int) -> Plan:
+        """Ranks for a budget of the whole model's parameters. Raises TargetError."""
+        return allocate(self.scaled, budget - self.compressor.fixed(self.scaled), ALLOCATIONS["loss"])
+
+    @torch.no_grad()
+    def _divergence(self, model: PreTrainedModel, reference: DenseOutputs, batches: Sequence[Batch]) -> float:
+        head, device = head_of(model), next(model.parameters()).device
+        found = [
+            head.divergence(_rows(reference(batch), batch), _rows(model(**to_device(batch.inputs, device)), batch))
+            for batch in batches
+        ]
+        return float(torch.cat(found).double().mean())
+
+
+def _rows(outputs: Any, batch: Batch) -> Tensor:
+    """What a head compares: the logits of samples or tokens, or the features of samples."""
+    if "logits" not in outputs:
+        return feature_rows(outputs["last_hidden_state"], batch.mask)
+    logits: Tensor = outputs["logits"].float()
+    return logits if logits.ndim == 2 or batch.mask is None else logits[batch.mask.to(logits.device)]
 
 
 def calibration_of(compressor: Compressor) -> Sequence[Batch]:

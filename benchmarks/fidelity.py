@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from baselines import FeatureErrorSearch, fisher_weighted
+from baselines import FeatureErrorSearch, ScaledCurves, fisher_weighted
 from remembered import ReadOnce, Remembered
 from tables import mean_and_deviation, print_circumstances, print_head, print_row
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ def feature_error_search(compressor: Compressor, findings: Findings) -> Callable
     return FeatureErrorSearch(compressor, findings).plan
 
 
+def scaled_curves(compressor: Compressor, findings: Findings) -> Callable[[int], Plan]:
+    return ScaledCurves(compressor, findings).plan
+
+
 @dataclass(frozen=True)
 class Entry:
     """One row a fraction. What is None is what the method, or the tool, does by itself."""
@@ -83,6 +87,17 @@ WITHOUT_TOKEN_WEIGHT = {
     "vitshrink.statistics.curvature.CurvatureCollector": partial(curvature.CurvatureCollector, token_weight=0.0)
 }
 
+KFAC_LEMS = Entry(
+    "curvature",
+    allocation="loss",
+    compensation="none",
+    storage="factors",
+    refine=0,
+    options={"shrinkage": 0.5},
+    replaced=WITHOUT_TOKEN_WEIGHT,
+    planner=scaled_curves,
+)
+
 ENTRIES: dict[str, Entry] = {
     "svd": Entry("svd"),
     "asvd": Entry("asvd"),
@@ -94,6 +109,8 @@ ENTRIES: dict[str, Entry] = {
     "whitened-loss": Entry("whitened", allocation="loss"),
     "whitened-measured": Entry("whitened", allocation="measured", compensation="rescale"),
     "mixed-rank": Entry("mixed-rank"),
+    "kfac-lems": KFAC_LEMS,
+    "kfac-lems-gauge": replace(KFAC_LEMS, compensation="bias", storage="gauge"),
     "curvature": Entry("curvature"),
     "curvature-refine-0": Entry("curvature", refine=0),
     "curvature-refine-1": Entry("curvature", refine=1),

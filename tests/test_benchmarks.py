@@ -86,6 +86,20 @@ def test_every_entry_gives_a_row_of_finite_figures(
         assert figures[5] >= 0
 
 
+def test_the_scaled_curves_plan_within_the_budget(
+    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("fidelity").main(
+        f"--model {vit_directory} --calibration {flat_images} --eval {flat_images} --samples 8 "
+        "--fractions 0.6 --methods kfac-lems kfac-lems-gauge --offline --device cpu".split()
+    )
+    head, *body = rows(capsys.readouterr().out)
+    assert [row[0] for row in body] == ["kfac-lems", "kfac-lems-gauge"]
+    for row in body:
+        assert 0.4 < float(row[head.index("came out")]) <= 0.6
+        assert float(row[head.index("kl")]) > 0
+
+
 @pytest.mark.slow
 def test_seeds_give_a_mean_and_a_deviation(
     benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
