@@ -66,7 +66,7 @@ def prepared(
 def _trainable(model: PreTrainedModel, config: FinetuneConfig) -> dict[str, nn.Parameter]:
     factors = set()
     for layer in compressed_layers(model).values():
-        factors |= {id(each) for each in layer.parameters() if each.ndim > 1 or each is layer.weight}
+        factors |= {id(each) for each in layer.parameters() if each.ndim > 1 or each is getattr(layer, "weight", None)}
     for parameter in model.parameters():
         parameter.requires_grad_(config.train == "all" or id(parameter) in factors)
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
