@@ -146,12 +146,12 @@ def test_a_matrix_is_held_as_it_is_wanted(coded: Callable[[str], Path], name: st
     model = vitshrink.load(coded(name)).float()
     expected = outputs(model, name)
     assert torch.equal(outputs(hold(model, "stream"), name), expected)  # type: ignore[arg-type]
-    assert all(module._kept is None for module in kinds(model))
+    assert all(module._codes is None and module._matrix is None for module in kinds(model))
     found = outputs(hold(model, "integers"), name)  # type: ignore[arg-type]
     assert (found - expected).norm() < 0.05 * expected.norm()
     for module in kinds(model):
-        if module._kept is not None:
-            assert module._kept.integers.nbytes <= 2 * module._kept.integers.numel()  # type: ignore[union-attr]
+        assert module._matrix is None
+        assert module._codes is None or module._codes.integers.nbytes <= 2 * module._codes.integers.numel()
     assert torch.equal(outputs(hold(model, "float"), name), expected)  # type: ignore[arg-type]
     halves = outputs(model.half(), name)
     assert (halves.float() - expected).norm() < 0.02 * expected.norm()
