@@ -145,12 +145,7 @@ class Compressor:
 
     @cached_property
     def _unpriced(self) -> Sequence[Offer]:
-        return _merged(self._costs)
-
-    @cached_property
-    def _costs(self) -> Sequence[Sequence[Offer]]:
-        """By maker, its offers without losses."""
-        return [maker.offers() for maker in self.makers]
+        return _merged([maker.offers() for maker in self.makers])
 
     @cached_property
     def _priced(self) -> dict[int, tuple[Findings, Sequence[Offer]]]:

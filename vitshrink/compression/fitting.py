@@ -65,8 +65,9 @@ def told(plan: Plan, model: PreTrainedModel, dtype: torch.dtype) -> Plan:
 def file_bytes(model: PreTrainedModel, compressor: Compressor) -> int:
     """Bytes of the weight file of the model, at most: its tensors, under the names that they have in the file."""
     stored = cast_view(view_of(model), compressor.material.dtype)
-    different = {tensor.data_ptr(): name for name, tensor in reversed(stored.state_dict().items())}  # tied ones once
-    tensors = {name: stored.state_dict()[name] for name in different.values()}
+    state = stored.state_dict()
+    different = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}  # tied ones once
+    tensors = {name: state[name] for name in different.values()}
     end, header = 0, {"__metadata__": {"format": "pt"}}
     for name, tensor in revert_weight_conversion(stored, tensors).items():
         entry = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}

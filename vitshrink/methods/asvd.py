@@ -20,14 +20,7 @@ def _scales(stats: LinearStats | None, alpha: float, scaling: str) -> tuple[Tens
     return (scales / largest).clamp_min(1e-6) ** alpha, largest**alpha
 
 
-def _noise(
-    weight: Tensor, stats: LinearStats | None, *, centred: bool = False, alpha: float = 0.5, scaling: str = "abs-mean"
-) -> float:
-    S, unit = _scales(stats, alpha, scaling)
-    return weight.shape[0] * float((S * unit).square().sum())
-
-
-@method("asvd", needs=Needs.SCALES, noise=_noise)
+@method("asvd", needs=Needs.SCALES)
 def asvd(
     weight: Tensor, stats: LinearStats | None, *, centred: bool = False, alpha: float = 0.5, scaling: str = "abs-mean"
 ) -> Factorisation:

@@ -11,16 +11,7 @@ from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
-def _noise(weight: Tensor, stats: LinearStats | None, *, centred: bool = True, shrinkage: float = 0.1) -> float:
-    """tr H tr C: shrinkage changes no trace."""
-    if stats is None:
-        raise NumericsError("curvature needs calibration statistics with gradients.")
-    return stats.gradient_power * stats.variance(centred=centred)
-
-
-@method(
-    "curvature", needs=Needs.CURVATURE, noise=_noise, allocation="measured", compensation="rescale", storage="gauge"
-)
+@method("curvature", needs=Needs.CURVATURE, allocation="measured", compensation="rescale", storage="gauge")
 def curvature(
     weight: Tensor, stats: LinearStats | None, *, centred: bool = True, shrinkage: float = 0.1
 ) -> Factorisation:

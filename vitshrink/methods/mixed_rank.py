@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from vitshrink.methods.registry import Factorisation, method, output_noise
+from vitshrink.methods.registry import Factorisation, method
 from vitshrink.methods.whitened import whitened
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
-@method("mixed-rank", needs=Needs.COVARIANCE, noise=output_noise, allocation="energy", compensation="residual")
+@method("mixed-rank", needs=Needs.COVARIANCE, allocation="energy", compensation="residual")
 def mixed_rank(weight: Tensor, stats: LinearStats | None, *, centred: bool = True) -> Factorisation:
     """Activation-aware SVD, ranks by layer energy, then a learned residual (Azizi et al. 2024, arXiv 2402.06004).
 

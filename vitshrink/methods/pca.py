@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
-from vitshrink.methods.registry import Factorisation, method, output_noise
+from vitshrink.methods.registry import Factorisation, method
 from vitshrink.statistics.algebra import RELATIVE_CUTOFF, eigh, full_svd
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
-@method("pca", needs=Needs.COVARIANCE, noise=output_noise, compensation="bias")
+@method("pca", needs=Needs.COVARIANCE, compensation="bias")
 def pca(weight: Tensor, stats: LinearStats | None, *, centred: bool = True) -> Factorisation:
     """Projection on the principal components of the layer's calibration inputs (Hotelling, 1933).
 

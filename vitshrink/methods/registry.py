@@ -1,7 +1,6 @@
 """The table of methods. A method is a pure function in a file of its own, entered here by its decorator."""
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,6 @@ from vitshrink.config.choosing import choose
 from vitshrink.errors import NumericsError
 from vitshrink.methods.ranks import Storage
 from vitshrink.statistics.needs import Needs
-from vitshrink.statistics.stats import LinearStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,19 +28,6 @@ class Factorisation:
     down: Tensor
     loss: Tensor
     measured: Tensor | None = None
-
-    def at_output(self, loss: float) -> float:
-        """A loss in the method's own metric as it would be measured at the output: as that of the rank that loses it.
-
-        Nearest in proportion; the same, where nothing was measured.
-        """
-        if self.measured is None:
-            return loss
-        known = (self.loss > 0) & (self.measured > 0)
-        if not known.any():
-            return loss
-        nearest = int((self.loss[known].log() - math.log(max(loss, 1e-300))).abs().argmin())
-        return loss * float(self.measured[known][nearest] / self.loss[known][nearest])
 
     def measured_between(self, before: "Factorisation", again: "Factorisation", share: float) -> "Factorisation":
         """With the loss that was measured of other factors of this layer ``before``, and ``again`` by ``share``.
@@ -73,10 +58,6 @@ Factorise = Callable[..., Factorisation]
 
 ``centred`` says that the bias will absorb (W − Ŵ) μ, so only what varies around the mean μ of x has to be kept."""
 
-Noise = Callable[..., float]
-"""``f(weight (m, n), stats, *, centred, **options)``: what independent errors of variance 1 in all weights lose, in the
-method's own metric."""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -106,7 +87,6 @@ class LayerMethod(Method):
     """A method that factorises linear layers, one by one."""
 
     factorise: Factorise
-    noise: Noise
 
 
 _METHODS: dict[str, Method] = {}
@@ -124,7 +104,6 @@ def method(
     name: str,
     *,
     needs: Needs,
-    noise: Noise,
     allocation: str = "uniform-ratio",
     compensation: str = "none",
     storage: Storage = "factors",
@@ -132,7 +111,7 @@ def method(
     """Enter the decorated function as method ``name``."""
 
     def entered(function: Factorise) -> Factorise:
-        enter(LayerMethod(name, function, needs, allocation, compensation, storage, noise))
+        enter(LayerMethod(name, function, needs, allocation, compensation, storage))
         return function
 
     return entered
@@ -151,15 +130,3 @@ def find_method(name: str) -> Method:
 def get_method(name: str) -> LayerMethod:
     """Look a method for layers up. Raises UsageError with the nearest name."""
     return choose(name, {key: each for key, each in _METHODS.items() if isinstance(each, LayerMethod)}, "method")
-
-
-def weight_noise(weight: Tensor, _stats: LinearStats | None, **_options: Any) -> float:
-    """Of errors that count as they are: m n."""
-    return float(weight.numel())
-
-
-def output_noise(weight: Tensor, stats: LinearStats | None, *, centred: bool, **_options: Any) -> float:
-    """Of errors that count by what they change at the layer's output: m tr C."""
-    if stats is None:
-        raise NumericsError("there are no calibration statistics.")
-    return weight.shape[0] * stats.variance(centred=centred)

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from vitshrink.methods.registry import Factorisation, method, weight_noise
+from vitshrink.methods.registry import Factorisation, method
 from vitshrink.statistics.algebra import full_svd
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
-@method("svd", needs=Needs.WEIGHTS, noise=weight_noise)
+@method("svd", needs=Needs.WEIGHTS)
 def svd(weight: Tensor, stats: LinearStats | None, *, centred: bool = False) -> Factorisation:
     """Truncated SVD of the weights alone (Eckart and Young, 1936); needs no data.
 

@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
-from vitshrink.methods.registry import Factorisation, method, output_noise
+from vitshrink.methods.registry import Factorisation, method
 from vitshrink.statistics.algebra import eigh, square_roots
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
-@method("whitened", needs=Needs.COVARIANCE, noise=output_noise, compensation="bias")
+@method("whitened", needs=Needs.COVARIANCE, compensation="bias")
 def whitened(weight: Tensor, stats: LinearStats | None, *, centred: bool = True) -> Factorisation:
     """Least output error on the calibration data (SVD-LLM, arXiv 2403.07378; affine form AFM, AAAI 2023).
 

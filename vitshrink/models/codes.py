@@ -9,7 +9,6 @@ logarithmic grid; the integers. Deviations of columns go down as their steps go 
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -131,7 +130,3 @@ def _fitting(values: NDArray[np.int64]) -> NDArray[np.int16]:
 def _sum(stream: bytes, shape: tuple[int, ...]) -> bytes:
     """Of the stream and of what it is read with."""
     return zlib.crc32(stream, zlib.crc32(struct.pack("<2q", *shape))).to_bytes(_SUM, "little")
-
-
-Memory = Literal["float", "integers", "stream"]
-"""How a matrix is held: decoded (fastest), as integers (a quarter of float32), or as it is stored (least memory)."""

@@ -15,15 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitshrink.errors import CheckpointError
-from vitshrink.models.normal_tables import CLASSES, ESCAPE, GRID, PRECISION, TOTAL, shifts, tables
+from vitshrink.models.normal_tables import CLASSES, ESCAPE, GRID, PRECISION, TOTAL, WIDER, shifts, tables
 
 Numbers = NDArray[np.int64]
 
 _LOWEST = 1 << 16
 """No state between two steps is less."""
-
-_WIDER = 8
-"""Classes from that of an escape to that of the integer it stands for."""
 
 
 @dataclass(eq=False)
@@ -152,7 +149,7 @@ def _in_lanes(values: Numbers, lanes: int) -> Numbers:
 
 
 def _wider(classes: NDArray[Any]) -> NDArray[Any]:
-    return np.minimum(classes.astype(np.int64) + _WIDER, CLASSES - 1)
+    return np.minimum(classes.astype(np.int64) + WIDER, CLASSES - 1)
 
 
 def _stored(states: NDArray[np.uint32]) -> bytes:

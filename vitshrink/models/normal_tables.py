@@ -31,7 +31,10 @@ PRECISION = 12
 TOTAL = 1 << PRECISION
 
 ESCAPE = 127
-"""Symbol for an integer that its class has no frequency for: it follows in a class eight above, four times as wide."""
+"""Symbol for an integer that its class has no frequency for: it follows in a wider class."""
+
+WIDER = 2 * GRID
+"""Classes from that of an escape to that of the integer it stands for, which is four times as wide."""
 
 REACH = 96
 """No table has an integer this large."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitshrink.models.normal_tables import CLASSES, ESCAPE, FIRST, GRID, PRECISION, TABLES, tables
+from vitshrink.models.normal_tables import CLASSES, ESCAPE, FIRST, GRID, PRECISION, TABLES, WIDER, tables
 
 _MAGNITUDES = 256
 """Larger integers are divided by a power of two before."""
@@ -63,6 +63,6 @@ def _lengths() -> NDArray[np.float32]:
             bits = 1 + made[number - GRID][(magnitudes + 1) // 2]
         made.append(bits)
     for number in reversed(range(CLASSES)):
-        wider = made[min(number + 8, CLASSES - 1)]
+        wider = made[min(number + WIDER, CLASSES - 1)]
         made[number] = np.where(np.isinf(made[number]), PRECISION + wider, made[number])
     return np.concatenate(made).astype(np.float32)

@@ -96,7 +96,6 @@ class InputSums:
     absolute: Tensor | None = None
     largest: Tensor | None = None
     gram: Tensor | None = None
-    power: float = 0.0
 
     def add(self, x: Tensor) -> None:
         magnitude, moments = x.abs(), Moments(x)
@@ -107,8 +106,6 @@ class InputSums:
         self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)
         if self.with_gram:
             self.gram = accumulate(self.gram, moments.gram())
-        else:
-            self.power += moments.power()
 
     def stats(self, output_gram: Tensor | None) -> LinearStats:
         assert self.total is not None
@@ -121,7 +118,6 @@ class InputSums:
             abs_max=self.largest,
             gram=None if self.gram is None else self.gram / self.tokens,
             output_gram=None if output_gram is None else output_gram / self.tokens,
-            power=self.power / self.tokens,
         )
 
 

@@ -88,7 +88,6 @@ class GroupSums:
     weight: float = 0.0
     total: Tensor | None = None
     gram: Tensor | None = None
-    power: float = 0.0
 
     def add(self, moments: Moments, weights: Tensor, *, with_gram: bool) -> None:
         self.tokens += len(weights)
@@ -96,8 +95,6 @@ class GroupSums:
         self.total = accumulate(self.total, moments.total())
         if with_gram:
             self.gram = accumulate(self.gram, moments.gram())
-        else:
-            self.power += moments.power()
 
 
 @dataclass(eq=False)
@@ -182,7 +179,6 @@ class CurvatureCollector:
                 gradient_gram=gradient if m <= n else None,
                 input_gradient_gram=gradient if m > n else None,
                 gradient_power=layer.power / layer.count,
-                power=group.power / group.weight,
             )
         return found
 

@@ -33,7 +33,6 @@ class LinearStats:
         gradient_gram: H = E[g gᵀ], (m, m), with g a label-free gradient at the output; where m <= n.
         input_gradient_gram: Wᵀ H W, (n, n), where m > n.
         gradient_power: tr H.
-        power: E‖x‖², where there is no ``gram`` to take it from.
     """
 
     tokens: int
@@ -45,7 +44,6 @@ class LinearStats:
     gradient_gram: Tensor | None = None
     input_gradient_gram: Tensor | None = None
     gradient_power: float = 0.0
-    power: float = 0.0
 
     def refined_by(self, again: "LinearStats") -> "LinearStats":
         """Statistics of the same layer in the compressed model: its inputs are taken over, the gradients averaged."""
@@ -73,11 +71,6 @@ class LinearStats:
         if self.gram is None:
             raise NumericsError("the input Gram of this layer was not collected.")
         return self.gram - torch.outer(self.mean, self.mean) if centred else self.gram
-
-    def variance(self, *, centred: bool) -> float:
-        """tr E[x xᵀ], less ‖μ‖² when ``centred``."""
-        power = self.power if self.gram is None else float(self.gram.trace())
-        return power - float(self.mean @ self.mean) if centred else power
 
     def output_covariance(self, weight: Tensor, *, centred: bool) -> Tensor:
         """W C Wᵀ, (m, m), without ever forming C where the outputs were collected instead."""
@@ -141,14 +134,6 @@ class Moments:
             return gram
         cross = torch.outer(self.rest_total, self.shift)
         return gram + cross + cross.T + self._weight() * torch.outer(self.shift, self.shift)
-
-    def power(self) -> float:
-        """Σ ‖x‖²."""
-        squares = self.rest.square().sum(1).double()
-        total = (squares if self.weights is None else squares * self.weights).sum()
-        if self.shift is not None:
-            total += (2 * self.rest_total + self._weight() * self.shift) @ self.shift
-        return float(total)
 
     def _weight(self) -> float:
         return float(len(self.rest) if self.weights is None else self.weights.double().sum())

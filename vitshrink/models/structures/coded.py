@@ -7,16 +7,19 @@ The matrix is decoded when it is first used, and then kept in one of three ways,
 """
 
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
-from vitshrink.models.codes import Codes, Memory, decode, encode
+from vitshrink.models.codes import Codes, decode, encode
 from vitshrink.models.structures.quantized import dynamic_product
 from vitshrink.models.structures.registry import read_entry, structure
+
+Memory = Literal["float", "integers", "stream"]
+"""How a matrix is held: decoded (fastest), as integers (a quarter of float32), or as it is stored (least memory)."""
 
 Module = TypeVar("Module", nn.Linear, nn.Embedding, nn.Conv2d)
 
