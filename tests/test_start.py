@@ -59,6 +59,7 @@ finally:
         (["eval", "./missing", "--data", "./photos"], 1, "no such folder: './missing'"),
         (["finetune", "./missing", "out"], 2, "--data is missing"),
         (["quantize", "./missing", "out", "--weights", "int3"], 2, "weights cannot be stored as 'int3'"),
+        (["frontier", "./missing"], 2, "pass --calibration"),
         (["inspect", "./missing", "--samples", "0"], 2, "--samples 0: must be at least 1"),
         (["export", "./missing", "out"], 2, "'to', the form: onnx, torch or dense, is missing"),
     ],

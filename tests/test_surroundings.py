@@ -23,6 +23,7 @@ Compressed = Callable[..., CompressionResult]
 Command = Callable[[Path], tuple[str | Path, ...]]
 
 SMALL = ("--keep", "0.8", "--method", "svd")
+FEW = ("--samples", "8", "--holdout", "0", "--points", "3")
 
 COMMANDS: dict[str, Command] = {
     "help": lambda _: ("--help",),
@@ -30,6 +31,8 @@ COMMANDS: dict[str, Command] = {
     "methods": lambda _: ("methods",),
     "inspect": lambda at: ("inspect", at / "model"),
     "inspect --json": lambda at: ("inspect", at / "model", "--json"),
+    "frontier": lambda at: ("frontier", at / "model", "--calibration", at / "photos", *FEW),
+    "frontier --json": lambda at: ("frontier", at / "model", "--calibration", at / "photos", *FEW, "--json"),
     "compress": lambda at: ("compress", at / "model", at / "out", *SMALL),
     "compress --json": lambda at: ("compress", at / "model", at / "out", *SMALL, "--json"),
     "compress --dry-run": lambda at: ("compress", at / "model", at / "out", *SMALL, "--dry-run"),

@@ -161,6 +161,11 @@ def _inspect(job: Job) -> Lines:
     return [["inspect", job.model, "--calibration", job.source, "--samples", "6", *job.data.flags]]
 
 
+def _frontier(job: Job) -> Lines:
+    few = ("--samples", "6", "--holdout", "4", "--points", "4", "--measured", "2")
+    return [["frontier", job.model, "--calibration", job.source, *few, *job.data.flags]]
+
+
 def _report(job: Job) -> Lines:
     return [_small(job), ["report", job.place.given(job.beside("small")), "--html", f"{job.out}.html"]]
 
@@ -208,6 +213,7 @@ COMMANDS: dict[str, Command] = {
     "export-dense": Command(_export("dense"), "dense", reads=False),
     "inspect": Command(lambda job: [["inspect", job.model, "--json"]], "nothing", reads=False),
     "inspect-calibrated": Command(_inspect, "nothing"),
+    "frontier": Command(_frontier, "nothing"),
     "report": Command(_report, "other", reads=False),
     "verify-of-a-dense-model": Command(lambda job: [["verify", job.model]], "nothing", reads=False, outcome="refused"),
     "sweep": Command(_sweep, "other", may_leave=True),
