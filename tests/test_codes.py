@@ -125,3 +125,15 @@ def test_a_damaged_stream_with_a_right_checksum_ends(monkeypatch: pytest.MonkeyP
             refused += 1
     assert refused > 200
     assert time.perf_counter() - started < 60
+
+
+def test_rows_may_differ_by_orders_of_magnitude() -> None:
+    """As those of word vectors do, of which some are used in every text."""
+    generator = np.random.default_rng(0)
+    deviations = np.exp2(generator.uniform(-1, 3, 4000))
+    deviations[:20] = 1500
+    integers = np.rint(generator.normal(size=(4000, 64)) * deviations[:, None]).astype(np.int16)
+    ideal = np.log2(np.maximum(deviations, 0.3) * np.sqrt(2 * np.pi * np.e)).sum() * 64 / 8
+    stream = encode(Codes(torch.from_numpy(integers), torch.ones(64)))
+    assert len(stream) < 1.06 * ideal
+    assert torch.equal(decode(stream, (4000, 64)).integers.short(), torch.from_numpy(integers))

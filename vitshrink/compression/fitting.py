@@ -40,7 +40,8 @@ def fitted(compressor: Compressor, findings: Findings, budget: int, job: Job) ->
             if 0 <= budget - taken <= CLOSE * budget or (asked < least and taken > budget):
                 break
             step = budget - taken
-            asked += step if step > 0 else int(1.05 * step) - 64
+            # a prediction that is far off is off by a factor
+            asked = asked + step if step > 0 else max(asked + int(1.05 * step) - 64, asked * budget // taken)
     if best is None:
         raise TargetError(
             f"the smallest model takes {taken:,} bytes, of which {budget:,} are allowed. The least to ask for is "

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from vitshrink.models.normal_tables import CLASSES, ESCAPE, FIRST, GRID, PRECISION, TABLES, WIDER, tables
 
 _MAGNITUDES = 256
-"""Larger integers are divided by a power of two before."""
+"""Larger integers are divided by a power of two, and their class is made narrower by as much: the rest are lower bits,
+which take the same room in every class that leaves them."""
 
 _SWEEPS = 2
 
@@ -18,14 +19,14 @@ Classes = NDArray[np.int64]
 
 def fitted(integers: NDArray[Any]) -> tuple[Classes, Classes]:
     """Classes of rows (m,) and columns (n,) of integers (m, n), which together may leave the range of classes."""
-    magnitudes = np.abs(integers.astype(np.int32))
-    halvings = max(0, int(magnitudes.max(initial=0)).bit_length() - 8)
-    magnitudes >>= halvings
-    rows, columns = _moments(magnitudes.astype(np.float32) ** 2)
+    values = np.abs(integers.astype(np.int32))
+    halvings = np.maximum(np.frexp(values.astype(np.float32))[1] - 8, 0)
+    magnitudes, narrower = values >> halvings, GRID * halvings
+    rows, columns = _moments(values.astype(np.float32) ** 2)
     for _ in range(_SWEEPS):
-        rows = rows + _better(magnitudes, rows[:, None] + columns, axis=1)
-        columns = columns + _better(magnitudes, rows[:, None] + columns, axis=0)
-    return rows, columns + GRID * halvings
+        rows = rows + _better(magnitudes, rows[:, None] + columns - narrower, axis=1)
+        columns = columns + _better(magnitudes, rows[:, None] + columns - narrower, axis=0)
+    return rows, columns
 
 
 def _moments(squares: NDArray[np.float32]) -> tuple[Classes, Classes]:
