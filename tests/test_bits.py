@@ -26,6 +26,8 @@ from vitshrink.jobs.export import export
 from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.jobs.verify import verify_directory
 from vitshrink.models.structures.coded import Coded, hold
+from vitshrink.report.summary import facts, headline
+from vitshrink.report.wording import percent
 from vitshrink.runtime.observer import Silent
 
 Compressed = Callable[..., CompressionResult]
@@ -295,3 +297,11 @@ def test_damage_is_found(coded: Callable[[str], Path], tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"vit\.layers\.0\.mlp\.fc1: .* damaged"):
         outputs(vitshrink.load(directory), VIT)
+
+
+def test_a_report_of_integers_says_what_became_smaller(compressed: Callable[..., CompressionResult]) -> None:
+    report = compressed(VIT, bits=4.0, keep=()).report
+    assert report.bytes is not None
+    assert report.coded_bits == pytest.approx(4, rel=0.1)
+    assert headline(report).startswith(f"{percent(report.bytes.kept)} of the bytes ({report.coded_bits:.2g} bits)")
+    assert facts(report)[0].answer == f"{percent(1 - report.bytes.kept)} smaller"

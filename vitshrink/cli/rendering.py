@@ -29,7 +29,9 @@ def plan_table(report: Report) -> Table:
 
 def _size(report: Report) -> str:
     kept = f"keep {report.parameters.kept:.3f}"
-    return kept if report.quantization is None else f"{kept}, {report.quantization.weights}"
+    if report.coded_bits is not None:
+        return str(report.integers)
+    return kept if report.integers is None else f"{kept}, {report.integers}"
 
 
 def results_table(reports: Sequence[Report]) -> Table:

@@ -18,7 +18,10 @@ __all__ = ["available", "error_by_layer", "rank_plan", "trade_off"]
 
 
 def rank_plan(report: Report) -> str | None:
-    """Blocks by place in the block, coloured by the fraction of the weights kept, with the rank written in."""
+    """Blocks by place in the block, coloured by the fraction of the weights kept, with the rank written in.
+
+    Of integers coloured by bits, which are written in.
+    """
     shown = [layer for layer in report.layers if layer.block is not None]
     if not shown:
         return None
@@ -29,9 +32,13 @@ def rank_plan(report: Report) -> str | None:
     colours = matplotlib.colormaps["viridis"]
     from matplotlib.patches import Rectangle
 
+    coded = report.coded_bits is not None
+    most = max(layer.bits or 0.0 for layer in shown) if coded else 1.0
+
     for layer in shown:
         x, y = blocks.index(int(layer.block or 0)), places.index(layer.place)
-        colour = (0.5, 0.5, 0.5, 0.35) if layer.dense else colours(min(layer.kept, 1.0))
+        share = (layer.bits or 0.0) / most if coded else min(layer.kept, 1.0)
+        colour = (0.5, 0.5, 0.5, 0.35) if layer.dense else colours(share)
         axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=colour, linewidth=0))
         light = not layer.dense and sum(colour[:3]) > 1.5
         ink = INK if layer.dense else "#1a1a1a" if light else "#ffffff"
@@ -44,9 +51,9 @@ def rank_plan(report: Report) -> str | None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), colours)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, most), colours)
     bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=12)
-    bar.set_label("fraction of the weights kept")
+    bar.set_label("bits a weight" if coded else "fraction of the weights kept")
     bar.outline.set_visible(False)
     return svg(figure)
 

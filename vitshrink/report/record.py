@@ -12,7 +12,14 @@ from pydantic import TypeAdapter, with_config
 from vitshrink.errors import DataError
 from vitshrink.evaluation.quality import Evaluation, EvaluationRecord
 from vitshrink.report.costs import BeforeAfter, LatencyRecord, Timings
-from vitshrink.report.making import CalibrationRecord, Environment, LayerEntry, QuantizationRecord, RecoveryRecord
+from vitshrink.report.making import (
+    CODED,
+    CalibrationRecord,
+    Environment,
+    LayerEntry,
+    QuantizationRecord,
+    RecoveryRecord,
+)
 from vitshrink.report.reading import RULES, Group, parse
 from vitshrink.runtime.records import plain
 
@@ -86,6 +93,19 @@ class Report:
     def latency_ratio(self) -> float | None:
         """Median time of a pass, as a fraction of the dense model's."""
         return None if self.latency is None else self.latency.ratio
+
+    @property
+    def integers(self) -> str | None:
+        """Of what kind the weights are, where they are integers: ``int8``, or so many ``bits`` on average."""
+        if self.quantization is not None:
+            return self.quantization.weights
+        return None if self.coded_bits is None else f"{self.coded_bits:.2g} bits"
+
+    @property
+    def coded_bits(self) -> float | None:
+        """Bits that a weight takes on average, of the integers of any fineness; None where there are none."""
+        coded = [(layer.bits or 0.0, layer.shape[0] * layer.shape[1]) for layer in self.layers if layer.form == CODED]
+        return sum(bits * count for bits, count in coded) / sum(count for _, count in coded) if coded else None
 
     def setting(self, name: str) -> Any:
         """One entry of the recipe; None where there is none."""

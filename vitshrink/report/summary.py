@@ -102,9 +102,9 @@ def facts(report: Report) -> list[Fact]:
 def headline(report: Report) -> str:
     """The same in one sentence."""
     parts = [f"{percent(report.parameters.kept)} of the parameters"]
-    if report.quantization is not None:
+    if report.integers is not None:
         kept = None if report.bytes is None else report.bytes.kept
-        parts = [f"{percent(kept)} of the bytes ({report.quantization.weights})", *parts]
+        parts = [f"{percent(kept)} of the bytes ({report.integers})", *parts]
     if report.macs is not None:
         parts.append(f"{percent(report.macs.kept)} of the operations")
     worse, real = _worse(report), _real(report)
@@ -209,7 +209,7 @@ def _quartiles(timing: Latency) -> str:
 
 def _smaller(report: Report) -> Fact:
     # integers make the file smaller, not the number of parameters
-    kept = (report.bytes if report.quantization and report.bytes else report.parameters).kept
+    kept = (report.bytes if report.integers and report.bytes else report.parameters).kept
     detail = f"{count(report.parameters.dense)} → {count(report.parameters.compressed)} parameters"
     if report.bytes is not None:
         detail += f", {size(report.bytes.dense)} → {size(report.bytes.compressed)}"
