@@ -1,15 +1,20 @@
 """Recovery of matrices that are stored as entropy-coded integers, through the public jobs."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_finetuning import run
+from transformers import PreTrainedModel
 
+import vitshrink
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.jobs.compress import CompressionResult
+from vitshrink.models.structures.coded import hold
 from vitshrink.recovery.training import Loop
 from vitshrink.report import Report
 
@@ -96,3 +101,21 @@ def test_only_what_compression_made_learns_where_that_is_asked_for(
     before, after = (load_file(each / "model.safetensors") for each in (small, tmp_path / "out"))
     changed = {name for name in before if not before[name].equal(after[name])}
     assert not any("norm" in name or name.endswith("bias") for name in changed)
+
+
+def test_what_is_judged_follows_a_fused_optimizer(small: Path) -> None:
+    model = vitshrink.load(small).float()
+    inputs = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def judged(model: PreTrainedModel) -> torch.Tensor:
+        logits: torch.Tensor = model.eval()(pixel_values=inputs).logits
+        return logits
+
+    judged(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model.train()(pixel_values=inputs).logits.square().sum().backward()
+    optimizer.step()
+    expected = copy.deepcopy(model)
+    hold(expected, "stream")
+    assert torch.equal(judged(model), judged(expected))

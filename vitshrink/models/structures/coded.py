@@ -65,8 +65,8 @@ class Coded(nn.Module):
         self.dense_shape = tuple(weight.shape)
         self.memory: Memory = "float"
         self._codes: Codes | None = None
-        self._matrix: tuple[Tensor, int | None, Tensor] | None = None
-        """Dense, and the steps that it was made with, of which a view may have others, and which training changes."""
+        self._matrix: tuple[Tensor, Tensor] | None = None
+        """The steps, of which a view may have others, and which training changes, and what they make."""
         empty = weight.new_empty(self.matrix_shape[0])
         self.weight = nn.Parameter(empty, requires_grad=weight.requires_grad)
         self.register_buffer("codes", torch.empty(spec.bytes, dtype=torch.uint8, device=weight.device))
@@ -113,10 +113,10 @@ class Coded(nn.Module):
         """``dense_weight``, decoded once where it is held so."""
         if self.memory != "float" or (self.weight.requires_grad and torch.is_grad_enabled()):
             return self._scaled(self._integers())
-        steps, version = self.weight, None if self.weight.is_inference() else self.weight._version
-        if self._matrix is None or self._matrix[0] is not steps or self._matrix[1] != version:
-            self._matrix = steps, version, self.dense_weight().detach()
-        return self._matrix[2]
+        # by value: optimizers that step many parameters in one go do not count as a change of each
+        if self._matrix is None or not torch.equal(self._matrix[0], self.weight):
+            self._matrix = self.weight.detach().clone(), self.dense_weight().detach()
+        return self._matrix[1]
 
     def _scaled(self, codes: Codes) -> Tensor:
         return codes.scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
