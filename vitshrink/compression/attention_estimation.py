@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.compression.attentions import Attention, AttentionSite, attentions_of, sites_of
-from vitshrink.compression.candidates import Plan
 from vitshrink.compression.estimation import DENSE
-from vitshrink.compression.findings import Findings, Rebuild
+from vitshrink.compression.findings import Findings
 from vitshrink.compression.keeping import Step
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
@@ -27,7 +26,7 @@ from vitshrink.statistics.stats import LinearStats
 
 @dataclass(frozen=True, eq=False)
 class AttentionEstimator:
-    """The dense model and its calibration data. These methods look at nothing else, so that nothing is refined."""
+    """The dense model and its calibration data. These methods look at nothing else."""
 
     config: CompressConfig
     dense: PreTrainedModel
@@ -50,23 +49,6 @@ class AttentionEstimator:
         if not findings.layers:
             raise NumericsError("no attention could be factorised; the warnings say why.")
         return findings
-
-    def refine(
-        self, before: Findings, _plan: Plan, _model: PreTrainedModel, _rebuilt: Rebuild, _job: Job, _step: str = ""
-    ) -> Findings:
-        """Nothing to add."""
-        return before
-
-    def resume(self, _step: str, _job: Job) -> Findings | None:
-        """There are no steps but that of the dense model."""
-        return None
-
-    def kept(self, _step: str) -> bool:
-        """There are no steps but that of the dense model."""
-        return False
-
-    def forget(self, _step: str) -> None:
-        """There is nothing to forget."""
 
     def _statistics(self, attentions: Sequence[Attention], job: Job) -> Mapping[str, LinearStats]:
         assert self.calibration is not None

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.compression.allocation import ALLOCATIONS
 from vitshrink.compression.attention_estimation import AttentionEstimator
-from vitshrink.compression.compressor import Compressor, Estimator, Repairs
+from vitshrink.compression.compressor import Compressor, Estimator, Refiner, Repairs
 from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.compression.forms import Maker, Material
 from vitshrink.compression.forms.attention_part import AttentionMaker
@@ -105,6 +105,7 @@ class Choices:
         makers: list[Maker]
         estimator: Estimator
         repairs: Repairs
+        refiner: Refiner | None = None
         if config.stores == "bits":
             sites = [target.name for target in targets]
             if config.layers == "all" and not config.include:
@@ -119,11 +120,11 @@ class Choices:
         else:
             assert isinstance(self.method, LayerMethod)
             makers = [LowRankMaker(material)]
-            estimator = LayerEstimator(
+            estimator = refiner = LayerEstimator(
                 config, dense, targets, self.method, self.compensation, material.measures, calibration, progress
             )
             repairs = LayerRepairs(material, estimator)
-        return Compressor(config, material, makers, estimator, repairs, ALLOCATIONS[self.allocation])
+        return Compressor(config, material, makers, estimator, repairs, ALLOCATIONS[self.allocation], refiner)
 
     def _material(self, dense: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype) -> Material:
         config = self.config

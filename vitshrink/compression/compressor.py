@@ -20,10 +20,14 @@ from vitshrink.runtime.observer import Job
 
 
 class Estimator(Protocol):
-    """What a method learns of the sites, on the dense model and on compressed ones."""
+    """What a method learns of the sites on the dense model."""
 
     def learn(self, job: Job) -> Findings:
         """From the dense model."""
+
+
+class Refiner(Protocol):
+    """What a method learns again on compressed models."""
 
     def refine(
         self, before: Findings, plan: Plan, model: PreTrainedModel, rebuilt: Rebuild, job: Job, step: str = ""
@@ -56,6 +60,7 @@ class Compressor:
 
     Attributes:
         makers: what offers candidates; the first is that of the method.
+        refiner: what learns again from compressed models, where anything does.
     """
 
     config: CompressConfig
@@ -64,6 +69,7 @@ class Compressor:
     estimator: Estimator
     repairs: Repairs
     allocation: Allocation
+    refiner: Refiner | None = None
 
     @property
     def dense(self) -> PreTrainedModel:
@@ -74,9 +80,11 @@ class Compressor:
         return self.estimator.learn(job)
 
     def refine(self, findings: Findings, plan: Plan, job: Job, step: str = "") -> Findings:
-        """Learn again from the model compressed by ``plan``; what is done is kept as ``step``."""
+        """Learn again from the model compressed by ``plan``, if anything does; what is done is kept as ``step``."""
+        if self.refiner is None:
+            return findings
         budget = self.size(plan)
-        return self.estimator.refine(
+        return self.refiner.refine(
             findings,
             plan,
             self.replaced(findings, plan),

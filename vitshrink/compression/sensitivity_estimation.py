@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from vitshrink.compression.candidates import Plan
 from vitshrink.compression.estimation import DENSE
-from vitshrink.compression.findings import Findings, Rebuild
+from vitshrink.compression.findings import Findings
 from vitshrink.compression.keeping import Step
 from vitshrink.compression.rounding import Metric
 from vitshrink.config.options import CompressConfig
@@ -50,21 +49,6 @@ class SensitivityEstimator:
         if not findings.layers:
             raise NumericsError("no layer could be rounded; the warnings say why.")
         return findings
-
-    def refine(
-        self, before: Findings, plan: Plan, model: PreTrainedModel, rebuilt: Rebuild, job: Job, step: str = ""
-    ) -> Findings:
-        """Never asked for: ``Choices.rounds`` is 0 for integers, and so of the three below."""
-        raise NotImplementedError
-
-    def resume(self, step: str, job: Job) -> Findings | None:
-        raise NotImplementedError
-
-    def kept(self, step: str) -> bool:
-        raise NotImplementedError
-
-    def forget(self, step: str) -> None:
-        raise NotImplementedError
 
     def _collected(self, job: Job) -> dict[str, Sensitivity]:
         assert self.calibration is not None

@@ -168,22 +168,24 @@ def _refined(
 
     Those of the dense model, ``first``, are forgotten once the ``last`` size was refined.
     """
-    if not rounds:
+    refiner = compressor.refiner
+    if not rounds or refiner is None:
         return first()
     step = _step(size, rounds)
-    kept = compressor.estimator.resume(step, job)
+    kept = refiner.resume(step, job)
     if kept is not None:
         return kept
     before = _refined(compressor, first, size, rounds - 1, job, last=last)
     findings = compressor.refine(before, compressor.plan(before, size.budget), job, step)
     if rounds > 1 or last:
-        compressor.estimator.forget(_step(size, rounds - 1) if rounds > 1 else DENSE)
+        refiner.forget(_step(size, rounds - 1) if rounds > 1 else DENSE)
     return findings
 
 
 def _overtaken(compressor: Compressor, last: Size, rounds: int) -> bool:
     """Whether an interrupted run has come so far that what follows from the dense model is of no more use."""
-    return any(compressor.estimator.kept(_step(last, number)) for number in range(1, rounds + 1))
+    refiner = compressor.refiner
+    return refiner is not None and any(refiner.kept(_step(last, number)) for number in range(1, rounds + 1))
 
 
 def _step(size: Size, rounds: int) -> str:
