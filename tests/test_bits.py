@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import vitshrink
 from vitshrink.config.options import CompressConfig
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.errors import CheckpointError, TargetError, UsageError, VitshrinkError
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.export import export
@@ -283,7 +284,7 @@ def test_what_makes_no_sense_is_explained(
 
 def test_what_is_rounded_once_is_not_rounded_again(coded: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="quantised already"):
-        quantize_checkpoint(str(coded(VIT)), str(tmp_path / "out"))
+        quantize_checkpoint(QuantizeJob(str(coded(VIT)), str(tmp_path / "out")))
     with pytest.raises(CheckpointError, match="already compressed"):
         compress(CompressConfig(str(coded(VIT)), str(tmp_path / "out"), keep=(0.5,), method="svd"))
 

@@ -25,12 +25,12 @@ from vitshrink.config.options import (
     FinetuneConfig,
     FinetuneJob,
     InspectJob,
-    QuantizeJob,
     parse_option,
     parse_quantity,
     read_recipe,
     share_of,
 )
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.config.size import SizeOptions
 from vitshrink.errors import UsageError
 

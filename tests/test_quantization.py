@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 import vitshrink
 from vitshrink.cli.app import app
 from vitshrink.compression.quantization import Quantization, quantized
-from vitshrink.config.options import CompressConfig, DataConfig, parse_quantity, quantized_bits
+from vitshrink.config.options import CompressConfig, parse_quantity, quantized_bits
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.errors import CheckpointError, DataError, GateError, OutputError, TargetError, UsageError
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.export import export
@@ -159,7 +160,9 @@ def test_a_quantised_checkpoint_reloads_with_stock_calls(
     checkpoint: Callable[[str], Path], tmp_path: Path, name: str, weights: str, activations: str | None
 ) -> None:
     source = checkpoint(name)
-    result = quantize_checkpoint(str(source), str(tmp_path / "out"), weights=weights, activations=activations)
+    result = quantize_checkpoint(
+        QuantizeJob(str(source), str(tmp_path / "out"), weights=weights, activations=activations)
+    )
     stock = getattr(transformers, name).from_pretrained(tmp_path / "out").eval()
     ours, dense = vitshrink.load(tmp_path / "out"), load_dense(source).model
     inputs = tiny.inputs(name)
@@ -179,7 +182,7 @@ def test_a_quantised_checkpoint_reloads_with_stock_calls(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_keep_their_type(tmp_path: Path, dtype: torch.dtype) -> None:
     source = tiny.write("ViTForImageClassification", tmp_path / "half", dtype=dtype)
-    quantize_checkpoint(str(source), str(tmp_path / "out"))
+    quantize_checkpoint(QuantizeJob(str(source), str(tmp_path / "out")))
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     assert model.dtype == dtype
     kinds = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
@@ -211,7 +214,7 @@ def test_compress_quantises_its_result(
     assert result.report.quantization == QuantizationRecord("int8", "dynamic")
     assert result.report.macs.compressed == plain.report.macs.compressed
     assert "stored as int8" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    afterwards = quantize_checkpoint(str(plain.directory), str(tmp_path / "later"))
+    afterwards = quantize_checkpoint(QuantizeJob(str(plain.directory), str(tmp_path / "later")))
     assert afterwards.directory is not None
     models = [vitshrink.load(directory) for directory in (tmp_path / "out", afterwards.directory)]
     assert all(torch.equal(value, models[1].state_dict()[key]) for key, value in models[0].state_dict().items())
@@ -239,7 +242,7 @@ def test_the_report_has_the_figures_of_both_models(vit_directory: Path, learned_
 
 @pytest.mark.slow
 def test_without_vitshrink_loading_fails(vit_directory: Path, tmp_path: Path) -> None:
-    quantize_checkpoint(str(vit_directory), str(tmp_path / "out"))
+    quantize_checkpoint(QuantizeJob(str(vit_directory), str(tmp_path / "out")))
     program = (
         "import sys, transformers\n"
         "try: transformers.ViTForImageClassification.from_pretrained(sys.argv[1])\n"
@@ -255,20 +258,20 @@ def test_without_vitshrink_loading_fails(vit_directory: Path, tmp_path: Path) ->
 def test_what_makes_no_sense_is_explained(vit_directory: Path, tmp_path: Path) -> None:
     source, output = str(vit_directory), str(tmp_path / "out")
     with pytest.raises(UsageError, match="int8"):
-        quantize_checkpoint(source, output, weights="int3")
+        quantize_checkpoint(QuantizeJob(source, output, weights="int3"))
     with pytest.raises(UsageError, match="floating point"):
-        quantize_checkpoint(source, output, weights="int4", activations="dynamic")
+        quantize_checkpoint(QuantizeJob(source, output, weights="int4", activations="dynamic"))
     with pytest.raises(OutputError, match="source model"):
-        quantize_checkpoint(source, source, overwrite=True)
+        quantize_checkpoint(QuantizeJob(source, source, overwrite=True))
     text = str(tiny.write("BertForMaskedLM", tmp_path / "text"))
     with pytest.raises(UsageError, match="cannot be the baseline"):
-        quantize_checkpoint(source, output, baseline=text)
+        quantize_checkpoint(QuantizeJob(source, output, baseline=text))
     with pytest.raises(DataError, match="nowhere"):
-        quantize_checkpoint(source, output, data=DataConfig("./nowhere"))
+        quantize_checkpoint(QuantizeJob(source, output, eval="./nowhere"))
     assert not Path(output).exists()
-    quantize_checkpoint(source, output)
+    quantize_checkpoint(QuantizeJob(source, output))
     with pytest.raises(UsageError, match="quantised already"):
-        quantize_checkpoint(output, str(tmp_path / "twice"))
+        quantize_checkpoint(QuantizeJob(output, str(tmp_path / "twice")))
     with pytest.raises(UsageError, match="pass --quantize"):
         CompressConfig("a", "b", keep=(0.5,), activations="none")
     for entry in ({"bits": 3, "activations": "none"}, {"bits": 8}, {"bits": 8, "activations": "none", "rank": 0}):
@@ -321,7 +324,7 @@ def test_a_bound_holds_for_the_integers(
     (result,) = compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), max_kl=bound, **entries))
     assert result.report.evaluation is not None
     assert result.report.evaluation.fidelity.kl <= bound
-    alone = quantize_checkpoint(str(vit_directory), str(tmp_path / "alone"), weights=weights)
+    alone = quantize_checkpoint(QuantizeJob(str(vit_directory), str(tmp_path / "alone"), weights=weights))
     assert result.report.bytes.compressed < alone.report.bytes.compressed
     with pytest.raises(GateError, match=f"--target-size .*MB as {weights}, loses"):
         compress(CompressConfig(str(vit_directory), str(tmp_path / "none"), max_kl=1e-9, **entries))
@@ -330,14 +333,14 @@ def test_a_bound_holds_for_the_integers(
 
 @pytest.mark.parametrize("form", [pytest.param("torch", marks=pytest.mark.slow), "dense"])
 def test_a_quantised_model_is_exported(bert_directory: Path, tmp_path: Path, form: str) -> None:
-    quantize_checkpoint(str(bert_directory), str(tmp_path / "int8"))
+    quantize_checkpoint(QuantizeJob(str(bert_directory), str(tmp_path / "int8")))
     found = export(str(tmp_path / "int8"), str(tmp_path / "out"), form, tolerance=0.05)
     assert found.difference <= (1e-5 if form == "torch" else 0.05 * found.largest)
 
 
 @pytest.mark.slow
 def test_onnx_keeps_the_integers(bert_directory: Path, tmp_path: Path) -> None:
-    quantize_checkpoint(str(bert_directory), str(tmp_path / "small"))
+    quantize_checkpoint(QuantizeJob(str(bert_directory), str(tmp_path / "small")))
     found = export(str(tmp_path / "small"), str(tmp_path / "out"), "onnx")
     assert found.rounding > 0
     assert found.difference <= max(1e-4 * max(1, found.largest), 2 * found.rounding)
@@ -351,7 +354,7 @@ def test_onnx_keeps_the_integers(bert_directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_four_bits_are_exported_without_a_difference(vit_directory: Path, tmp_path: Path) -> None:
-    quantize_checkpoint(str(vit_directory), str(tmp_path / "small"), weights="int4")
+    quantize_checkpoint(QuantizeJob(str(vit_directory), str(tmp_path / "small"), weights="int4"))
     found = export(str(tmp_path / "small"), str(tmp_path / "out"), "onnx")
     assert found.rounding == 0
     assert found.difference <= 1e-4 * max(1, found.largest)
@@ -368,7 +371,7 @@ def test_four_bits_leave_eight_to_factors() -> None:
 @pytest.mark.parametrize("method", ["heads-joint", "cholesky"])
 def test_models_with_other_attentions_are_quantised(compressed: Compressed, tmp_path: Path, method: str) -> None:
     small = compressed("ViTForImageClassification", method=method, keep=(0.85,)).directory
-    quantize_checkpoint(str(small), str(tmp_path / "out"))
+    quantize_checkpoint(QuantizeJob(str(small), str(tmp_path / "out")))
     models = [vitshrink.load(str(directory)) for directory in (small, tmp_path / "out")]
     inputs = tiny.inputs("ViTForImageClassification")
     with torch.no_grad():
@@ -382,3 +385,49 @@ def test_the_original_is_not_changed() -> None:
     quantized(model, 8, "dynamic")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not hasattr(model.config, "quantization_config")
+
+
+def test_calibration_data_give_the_integers_of_compress(
+    vit_directory: Path, learned_images: Path, tmp_path: Path
+) -> None:
+    data = ["--calibration", str(learned_images), "--samples", "12", "--holdout", "8", "--eval", str(learned_images)]
+    for command, more in (("quantize", ["--bits", "5"]), ("compress", ["--bits", "5", "--forms", "bits"])):
+        result = CliRunner().invoke(app, [command, str(vit_directory), str(tmp_path / command), *more, *data])
+        assert result.exit_code == 0, result.output
+    written = [tmp_path / command / "model.safetensors" for command in ("quantize", "compress")]
+    assert written[0].read_bytes() == written[1].read_bytes()
+    report = json.loads((tmp_path / "quantize" / "report.json").read_text(encoding="utf-8"))
+    assert report["evaluation"]["dense"]["correct"] == 34
+
+
+def test_rounding_to_the_nearest_says_that_data_would_help(vit_directory: Path, tmp_path: Path) -> None:
+    source = str(vit_directory)
+    found = {
+        rounding: quantize_checkpoint(QuantizeJob(source, str(tmp_path / rounding), rounding=rounding))
+        for rounding in ("auto", "nearest")
+    }
+    assert "--calibration" in found["auto"].report.warnings[0]
+    assert not found["nearest"].report.warnings
+    weights = [(tmp_path / rounding / "model.safetensors").read_bytes() for rounding in found]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bits", "4"], "--bits is for .* pass --calibration"),
+        (["--exclude", "fc1"], "--exclude is for .* pass --calibration"),
+        (["--rounding", "nearest", "--calibration", "x"], "--calibration is for .*leave it out"),
+        (["--rounding", "curvature", "--bits", "4"], "pass --calibration"),
+        (["--calibration", "x"], "exactly one of --target-size, --bits, .*frontier"),
+        (["--calibration", "x", "--bits", "4", "--max-kl", "1"], "--bits and --max-kl were given"),
+        (["--calibration", "x", "--bits", "4", "--weights", "int8"], "--weights is for rounding to the nearest"),
+        (["--calibration", "x", "--bits", "4", "--baseline", "y"], "--baseline is for rounding to the nearest"),
+        (["--calibration", "x", "--max-kl", "1", "--holdout", "0"], "not --holdout 0"),
+        (["--rounding", "neerest"], "Did you mean 'nearest'"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["quantize", "./nowhere", "./out", *flags])
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.output.split())), result.output

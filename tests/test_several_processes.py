@@ -18,7 +18,8 @@ from test_processes import run_together, start_together
 
 from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.findings import Findings
-from vitshrink.config.options import CompressConfig, DataConfig
+from vitshrink.config.options import CompressConfig
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.jobs.compress import compress
 from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.models.checkpoint import load, save
@@ -216,14 +217,14 @@ def test_one_process_times_and_all_train_and_know_what_went_wrong(
 
 ROUNDING = """
 import json, sys, torch
-from vitshrink.config.options import DataConfig
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.report import figures
 from vitshrink.runtime import processes
 figures.available = lambda: False
 torch.set_num_threads(1)
 processes.join("cpu")
-report = quantize_checkpoint(*sys.argv[1:3], data=DataConfig(sys.argv[3]), device="cpu").report
+report = quantize_checkpoint(QuantizeJob(*sys.argv[1:3], eval=sys.argv[3], device="cpu")).report
 print(json.dumps([report.to_dict()[entry] for entry in ("evaluation", "latency", "bytes")]))
 processes.leave()
 """
@@ -233,7 +234,7 @@ def test_integers_are_measured_together_and_written_once(
     vit_directory: Path, learned_images: Path, tmp_path: Path
 ) -> None:
     alone = quantize_checkpoint(
-        str(vit_directory), str(tmp_path / "alone"), data=DataConfig(str(learned_images)), device="cpu"
+        QuantizeJob(str(vit_directory), str(tmp_path / "alone"), eval=str(learned_images), device="cpu")
     )
     done = run_together("-c", ROUNDING, str(vit_directory), str(tmp_path / "out"), str(learned_images))
     assert [process.returncode for process in done] == [0, 0], [process.stderr for process in done]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import vitshrink
 from vitshrink.config.options import CompressConfig, DataConfig, FinetuneConfig, FinetuneJob
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.jobs.export import export
@@ -93,7 +94,9 @@ def test_compress(
 
 
 def test_quantize(small: Path, vit_directory: Path, learned_images: Path, seen: Seen) -> None:
-    quantize_checkpoint(str(small), str(seen.output), baseline=str(vit_directory), data=DataConfig(str(learned_images)))
+    quantize_checkpoint(
+        QuantizeJob(str(small), str(seen.output), baseline=str(vit_directory), eval=str(learned_images))
+    )
     assert seen.examined == seen.read == Counter([str(small), str(vit_directory), "output ."])
     assert seen.copies <= 2
 

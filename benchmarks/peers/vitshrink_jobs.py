@@ -7,6 +7,7 @@ from typing import Any
 
 from peers.registry import Built, Material, Row, peer
 from vitshrink.config.options import CompressConfig, FinetuneConfig
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.jobs.compress import compress
 from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.models.loading import load_dense
@@ -26,7 +27,9 @@ def nearest(_sizes: Sequence[str]) -> Iterator[Row]:
 
 def _rounded(weights: str, material: Material, _seed: int, folder: Path) -> Built:
     output = folder / "out"
-    quantize_checkpoint(material.model, str(output), weights=weights, activations="none", offline=True)
+    quantize_checkpoint(
+        QuantizeJob(material.model, str(output), rounding="nearest", weights=weights, activations="none", offline=True)
+    )
     return _read(output)
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -166,6 +166,14 @@ class Options:
             self.check_value(entry)
         for check in checks:
             check(self)
+
+    def given(self, names: Collection[str]) -> list[str]:
+        """The flags of those of these fields that have another value than their default."""
+        return [
+            entry.flag
+            for entry in entries_of(type(self))
+            if entry.name in names and getattr(self, entry.name) != entry.default
+        ]
 
     def check_value(self, entry: Entry) -> None:
         """Raises UsageError for a value that is no choice or out of bounds."""

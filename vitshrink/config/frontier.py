@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vitshrink.config.data import CalibrationOptions, ColumnOptions, HoldoutOptions, InputOptions
-from vitshrink.config.fields import DATA, METHOD, RUN, SIZE, entries_of, option, required
+from vitshrink.config.fields import DATA, METHOD, RUN, SIZE, option, required
 from vitshrink.config.job import JobOptions
 from vitshrink.config.method import Forms, LayerOptions
 from vitshrink.config.options import CompressConfig
@@ -63,6 +63,5 @@ class FrontierJob(
 
     def at(self, size: str) -> CompressConfig:
         """The job that builds the model of this ``--target-size``."""
-        own = {entry.name for entry in entries_of(FrontierJob)} - {"output"}
-        shared = {entry.name: getattr(self, entry.name) for entry in entries_of(CompressConfig) if entry.name in own}
-        return CompressConfig(output=f"{Path(self.model).name or 'model'}-{size}", target_size=size, **shared)
+        shared = self.shared_with(CompressConfig) | {"output": f"{Path(self.model).name or 'model'}-{size}"}
+        return CompressConfig(target_size=size, **shared)

@@ -35,6 +35,11 @@ class JobOptions(Options):
         """Every entry as plain data, so that a later version with other defaults does the same."""
         return plain_values(self)
 
+    def shared_with(self, other: type["JobOptions"]) -> dict[str, Any]:
+        """The values of what another job is told as well."""
+        own = {entry.name for entry in entries_of(type(self))}
+        return {entry.name: getattr(self, entry.name) for entry in entries_of(other) if entry.name in own}
+
     def to_yaml(self) -> str:
         """The recipe: what ``--config`` reads."""
         return write_yaml(self.to_dict())

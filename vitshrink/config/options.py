@@ -1,7 +1,7 @@
 """The jobs, each made of groups of options: frozen, checked where they are built, read from flags or YAML."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,16 +15,14 @@ from vitshrink.config.data import (
     Preprocessing,
     columns_of,
 )
-from vitshrink.config.evaluation import EvaluationOptions, SeparateEvaluationOptions
+from vitshrink.config.evaluation import SeparateEvaluationOptions
 from vitshrink.config.fields import (
     DATA,
-    METHOD,
     RECOVERY,
     RUN,
     TECHNIQUES,
     Entry,
     Options,
-    entries_of,
     flag_of,
     option,
     required,
@@ -69,7 +67,6 @@ __all__ = [
     "Layers",
     "Precision",
     "Preprocessing",
-    "QuantizeJob",
     "flag_of",
     "parse_duration",
     "parse_option",
@@ -135,11 +132,8 @@ class CompressConfig(
         sizes, others = self.sizes, self.approximations
         if others and set(map(flag_of, BOUNDS)) & set(sizes):
             raise UsageError(f"{sizes[0]} searches the size of the weights: with {others[0]} ask for a size.")
-        if len(sizes) != 1 and (sizes or not others):
-            given = f"{' and '.join(sizes)} were given" if sizes else "none was"
-            known = ", ".join(map(flag_of, SIZES))
-            hint = "" if sizes else f" What each size would lose: `{self._survey}`."
-            raise UsageError(f"say how small: exactly one of {known}, such as --keep 0.6; {given}.{hint}")
+        if sizes or not others:
+            one_size(sizes, SIZES, "--keep 0.6", survey_of(self.model, self.calibration))
         for name in BOUNDS:
             if getattr(self, name) is not None and (self.calibration is None or self.holdout == 0):
                 raise UsageError(
@@ -157,18 +151,13 @@ class CompressConfig(
                 f"give {below}--rank {above}, or leave --rank-multiple out."
             )
 
-    @property
-    def _survey(self) -> str:
-        """The command line that shows what sizes there are."""
-        return f"vitshrink frontier {quoted(self.model)} --calibration {quoted(self.calibration or 'DATA')}"
-
     def _check_bits(self) -> None:
         if self.calibration is None:
             raise UsageError(
                 "integers go by what the outputs say of a few hundred samples: pass --calibration, or run "
                 "`vitshrink quantize`, which rounds to the nearest without any."
             )
-        ranks = [flag_of(name) for name in RANKS_ONLY if getattr(self, name) != _DEFAULTS[name]]
+        ranks = self.given(RANKS_ONLY)
         if ranks or self.method != "curvature":
             raise UsageError(
                 f"--forms bits has no ranks: leave {(ranks or ['--method'])[0]} out, or pass --forms rank."
@@ -194,7 +183,7 @@ class CompressConfig(
         if self.forms != "auto":
             return self.forms
         in_bytes = any(getattr(self, name) is not None for name in ("target_size", "bits", *BOUNDS))
-        classical = self.method != "curvature" or any(getattr(self, name) != _DEFAULTS[name] for name in RANKS_ONLY)
+        classical = self.method != "curvature" or self.given(RANKS_ONLY)
         return "bits" if in_bytes and self.calibration is not None and not classical else "rank"
 
     @property
@@ -233,7 +222,18 @@ class CompressConfig(
         return entry.name in ("samples", "seed") and bool(re.search(r"\.ya?ml(:|$)", self.calibration or ""))
 
 
-_DEFAULTS = {entry.name: entry.default for entry in entries_of(CompressConfig)}
+def one_size(given: Sequence[str], known: Sequence[str], example: str, survey: str) -> None:
+    """Raises UsageError unless one flag is given, of those of the options that are known."""
+    if len(given) != 1:
+        what = f"{' and '.join(given)} were given" if given else "none was"
+        hint = "" if given else f" What each size would lose: `{survey}`."
+        flags = ", ".join(map(flag_of, known))
+        raise UsageError(f"say how small: exactly one of {flags}, such as {example}; {what}.{hint}")
+
+
+def survey_of(model: str, calibration: str | None) -> str:
+    """The command line that shows what sizes there are."""
+    return f"vitshrink frontier {quoted(model)} --calibration {quoted(calibration or 'DATA')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,45 +280,6 @@ class FinetuneJob(
         if self.finetune.data is None:
             return None
         return DataConfig(self.finetune.data, self.finetune.split, **columns_of(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeJob(
-    SaveOptions,
-    BatchOptions,
-    NetworkOptions,
-    RunOptions,
-    InputOptions,
-    LabelOptions,
-    ColumnOptions,
-    EvaluationOptions,
-    Paths,
-    JobOptions,
-):
-    """Everything ``quantize`` needs to know."""
-
-    weights: str = option("int8", "int8, or int4 in groups of 32.", panel=METHOD, suggested=("int8", "int4"))
-    activations: str | None = option(
-        None,
-        "dynamic: int8 arithmetic (the default for int8); none: weights only, no faster.",
-        panel=METHOD,
-        suggested=("dynamic", "none"),
-    )
-    baseline: str | None = option(None, "What to compare with; MODEL itself if not given.", panel=DATA, reads=True)
-
-    command_name: ClassVar = "quantize"
-    what: ClassVar = {"model": "the checkpoint", "output": "the directory to write"}
-    example: ClassVar = "vitshrink quantize ./small ./int8"
-    reworded: ClassVar = {"model": {"help": A_CHECKPOINT}, "seed": {"help": "Of the samples and the intervals."}}
-
-    def check(self) -> None:
-        quantized_bits(self.weights, self.activations)
-
-    @property
-    def eval_data(self) -> DataConfig | None:
-        if self.eval is None:
-            return None
-        return DataConfig(self.eval, self.eval_split, **columns_of(self), labels=self.eval_labels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,24 +2,14 @@
 
 from dataclasses import dataclass
 
-from vitshrink.config.fields import SIZE, Options, entries_of, flag_of, option
+from vitshrink.config.fields import SIZE, Options, entries_of, option
 from vitshrink.config.quantities import parse_quantity
 from vitshrink.errors import UsageError
 
-BOUNDS = ("max_changed", "max_kl", "max_error")
-"""The sizes that say how small by what may be lost."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(Options):
-    """Exactly one size.
-
-    ``keep`` (fractions of the whole model's parameters, or, of integers, of its bytes in float16; several give several
-    outputs), ``target_params``, ``target_size``, ``bits`` (of a weight, on average), ``rank``, ``explained_variance``
-    (the share that every layer keeps of its energy in the method's metric), or the smallest that keeps a bound on
-    held-out calibration samples: ``max_changed``, percent of the predictions, which differ from the dense model's,
-    ``max_kl``, nats, or, for scores and features, ``max_error``, the squared error as a share of their spread.
-    """
+class CountOptions(Options):
+    """Sizes in parameters; of integers, ``keep`` is a fraction of the bytes in float16."""
 
     keep: tuple[float, ...] = option(
         (),
@@ -30,6 +20,18 @@ class SizeOptions(Options):
         wanted="give the fraction of the model's parameters to keep, above 0 and below 1.",
     )
     target_params: str | None = option(None, "Parameters of the result, e.g. 22M.", panel=SIZE)
+
+    def check(self) -> None:
+        if self.target_params is not None:
+            parse_quantity(self.target_params, "--target-params")
+        if len(set(self.keep)) != len(self.keep):
+            raise UsageError("--keep: the same fraction was given twice.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BytesOptions(Options):
+    """Sizes in bytes: of the file, or of a weight."""
+
     target_size: str | None = option(None, "Bytes of the weight files, e.g. 90MB.", panel=SIZE)
     bits: float | None = option(
         None,
@@ -39,6 +41,16 @@ class SizeOptions(Options):
         below=16,
         wanted="give the bits a weight may take on average, above 0 and below 16.",
     )
+
+    def check(self) -> None:
+        if self.target_size is not None:
+            parse_quantity(self.target_size, "--target-size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSizeOptions(Options):
+    """Sizes of layers as products of two factors."""
+
     rank: int | None = option(None, "One rank for every layer.", panel=SIZE, low=1)
     explained_variance: float | None = option(
         None,
@@ -48,6 +60,12 @@ class SizeOptions(Options):
         below=1,
         wanted="give the share of its energy that every layer keeps, above 0 and below 1.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundOptions(Options):
+    """What may be lost: the smallest model that keeps a bound on held-out calibration samples."""
+
     max_changed: float | None = option(
         None,
         "The smallest model that changes at most this many percent of the predictions on held-out calibration samples "
@@ -74,22 +92,31 @@ class SizeOptions(Options):
         "--max-error 0.01.",
     )
 
+
+BOUNDS = tuple(entry.name for entry in entries_of(BoundOptions))
+"""The sizes that say how small by what may be lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(BoundOptions, RankSizeOptions, BytesOptions, CountOptions):
+    """Exactly one size.
+
+    ``keep`` (fractions of the whole model's parameters, or, of integers, of its bytes in float16; several give several
+    outputs), ``target_params``, ``target_size``, ``bits`` (of a weight, on average), ``rank``, ``explained_variance``
+    (the share that every layer keeps of its energy in the method's metric), or the smallest that keeps a bound on
+    held-out calibration samples: ``max_changed``, percent of the predictions, which differ from the dense model's,
+    ``max_kl``, nats, or, for scores and features, ``max_error``, the squared error as a share of their spread.
+    """
+
     @property
     def sizes(self) -> list[str]:
         """The flags of the sizes that are given."""
-        return [flag_of(name) for name in SIZES if getattr(self, name) not in (None, ())]
+        return self.given(SIZES)
 
     @property
     def sized(self) -> bool:
         """Whether the weights are to get smaller; fewer tokens or landmarks alone leave them as they are."""
         return bool(self.sizes)
-
-    def check(self) -> None:
-        for name in ("target_params", "target_size"):
-            if getattr(self, name) is not None:
-                parse_quantity(getattr(self, name), flag_of(name))
-        if len(set(self.keep)) != len(self.keep):
-            raise UsageError("--keep: the same fraction was given twice.")
 
 
 SIZES = tuple(entry.name for entry in entries_of(SizeOptions))

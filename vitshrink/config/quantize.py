@@ -1,0 +1,137 @@
+"""``quantize``: integers in the place of matrices, with calibration data or without."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vitshrink.config.data import (
+    COLUMNS,
+    CalibrationOptions,
+    ColumnOptions,
+    DataConfig,
+    HoldoutOptions,
+    InputOptions,
+    LabelOptions,
+    columns_of,
+)
+from vitshrink.config.evaluation import EvaluationOptions
+from vitshrink.config.fields import DATA, METHOD, Options, entries_of, option
+from vitshrink.config.job import JobOptions
+from vitshrink.config.method import LayerOptions
+from vitshrink.config.options import A_CHECKPOINT, CompressConfig, one_size, survey_of
+from vitshrink.config.quantities import quantized_bits
+from vitshrink.config.run import BatchOptions, NetworkOptions, Paths, RunOptions, SaveOptions, TypeOptions
+from vitshrink.config.size import BoundOptions, BytesOptions
+from vitshrink.errors import UsageError
+
+Rounding = Literal["auto", "curvature", "nearest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerSizeOptions(BoundOptions, BytesOptions):
+    """Sizes that integers have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureOptions(TypeOptions, HoldoutOptions, CalibrationOptions, LayerOptions, IntegerSizeOptions):
+    """What calibration data give a choice of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestOptions(Options):
+    """What rounding to the nearest has a choice of."""
+
+    weights: str | None = option(
+        None, "To the nearest of int8 (the default), or int4 in groups of 32.", panel=METHOD, suggested=("int8", "int4")
+    )
+    activations: str | None = option(
+        None,
+        "dynamic: int8 arithmetic (the default for int8); none: weights only, no faster.",
+        panel=METHOD,
+        suggested=("dynamic", "none"),
+    )
+    baseline: str | None = option(None, "What to compare with; MODEL itself if not given.", panel=DATA, reads=True)
+
+
+CURVATURE_ONLY, NEAREST_ONLY, INTEGER_SIZES = (
+    tuple(entry.name for entry in entries_of(group)) for group in (CurvatureOptions, NearestOptions, IntegerSizeOptions)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeJob(
+    SaveOptions,
+    BatchOptions,
+    NetworkOptions,
+    RunOptions,
+    InputOptions,
+    LabelOptions,
+    ColumnOptions,
+    EvaluationOptions,
+    NearestOptions,
+    CurvatureOptions,
+    Paths,
+    JobOptions,
+):
+    """Everything ``quantize`` needs to know."""
+
+    rounding: Rounding = option(
+        "auto",
+        "curvature: where errors cost least at the outputs, which calibration data tell; nearest: without any; auto: "
+        "whichever of them can be done.",
+        panel=METHOD,
+    )
+
+    command_name: ClassVar = "quantize"
+    what: ClassVar = {"model": "the checkpoint", "output": "the directory to write"}
+    example: ClassVar = "vitshrink quantize ./small ./int8"
+    reworded: ClassVar = {"model": {"help": A_CHECKPOINT}, "seed": {"help": "Of the samples and the intervals."}}
+
+    def check(self) -> None:
+        if self.rounds == "nearest":
+            self._check_nearest()
+        else:
+            self._check_curvature()
+
+    @property
+    def rounds(self) -> Literal["curvature", "nearest"]:
+        """What ``rounding`` comes to."""
+        if self.rounding != "auto":
+            return self.rounding
+        return "nearest" if self.calibration is None else "curvature"
+
+    @property
+    def could_lose_less(self) -> bool:
+        """Whether nobody chose to do without calibration data."""
+        return self.rounding == "auto" and self.calibration is None
+
+    @property
+    def eval_data(self) -> DataConfig | None:
+        if self.eval is None:
+            return None
+        return DataConfig(self.eval, self.eval_split, **columns_of(self), labels=self.eval_labels)
+
+    def compression(self) -> CompressConfig:
+        """The job that rounds by calibration data; the columns are those of both sets of samples."""
+        columns = {f"eval_{name}": getattr(self, name) for name in COLUMNS}
+        return CompressConfig(**self.shared_with(CompressConfig) | columns | {"forms": "bits"})
+
+    def _check_nearest(self) -> None:
+        if given := self.given(CURVATURE_ONLY):
+            chosen = self.rounding == "nearest"
+            how = "leave it out, or --rounding nearest" if chosen else "pass --calibration with a few hundred"
+            raise UsageError(f"{given[0]} is for rounding that goes by unlabelled samples: {how}.")
+        quantized_bits(self.weights or "int8", self.activations)
+
+    def _check_curvature(self) -> None:
+        if self.calibration is None:
+            raise UsageError(
+                "--rounding curvature goes by what the outputs say of a few hundred unlabelled samples: pass "
+                "--calibration with a folder, a file, a recipe or a Hub data set."
+            )
+        if given := self.given(NEAREST_ONLY):
+            raise UsageError(
+                f"{given[0]} is for rounding to the nearest, which reads no calibration data: leave --calibration out, "
+                f"or {given[0]}."
+            )
+        one_size(self.given(INTEGER_SIZES), INTEGER_SIZES, "--bits 4", survey_of(self.model, self.calibration))
+        self.compression()
