@@ -45,10 +45,12 @@ class Metric:
     Attributes:
         weights: h, (m,).
         lower: M, (n, n), with C = MᵀM; or its diagonal, (n,), where C has no other entries.
+        seen: whether the outputs that a model is judged by depend on the matrix.
     """
 
     weights: Tensor
     lower: Tensor
+    seen: bool = True
 
     @classmethod
     def of(cls, found: Sensitivity) -> Self:
@@ -59,6 +61,13 @@ class Metric:
             return cls((1 - UNSEEN) * uses + UNSEEN / len(uses), outputs.sqrt())
         assert found.covariance is not None
         return cls(outputs, _lower(found.covariance, found.tokens))
+
+    @classmethod
+    def unseen(cls, weight: Tensor) -> Self:
+        """Of a matrix (m, n) that no output tells anything of: all errors cost alike, in units of its deviation."""
+        m, n = weight.shape
+        power = weight.double().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return cls((1 / power).expand(m), weight.new_ones(n, dtype=torch.float64), seen=False)
 
     @property
     def diagonal(self) -> Tensor:
@@ -78,6 +87,8 @@ class Metric:
 
     def loss(self, errors: Tensor) -> float:
         """Of errors (m, n), in the unit of the output's divergence."""
+        if not self.seen:
+            return 0.0
         lower = self.lower.to(errors.dtype)
         seen = errors * lower if lower.dim() == 1 else errors @ lower.T
         return 0.5 * float((self.weights * seen.square().sum(1)).sum())

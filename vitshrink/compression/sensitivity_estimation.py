@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
+from vitshrink.compression.forms.coded import matrix_of
 from vitshrink.compression.keeping import Step
 from vitshrink.compression.rounding import Metric
 from vitshrink.config.options import CompressConfig
@@ -41,7 +42,7 @@ class SensitivityEstimator:
         with job.stage("factorise", "Factorising", len(self.sites)) as advance:
             for name in self.sites:
                 try:
-                    findings.layers[name] = _metric(found.get(name))
+                    findings.layers[name] = self._metric(name, found.get(name), job)
                 except NumericsError as error:
                     findings.failures[name] = str(error)
                     job.warn(f"{name} stays dense: {error}")
@@ -65,9 +66,9 @@ class SensitivityEstimator:
             )
         return laid_out(found)
 
-
-def _metric(found: Sensitivity | None) -> Metric:
-    """Raises NumericsError where there is none."""
-    if found is None:
-        raise NumericsError("what the model is asked for does not depend on it.")
-    return Metric.of(found)
+    def _metric(self, name: str, found: Sensitivity | None, job: Job) -> Metric:
+        """Raises NumericsError where there is none."""
+        if found is not None:
+            return Metric.of(found)
+        job.warn(f"{name}: what the model is asked for does not depend on it; it is rounded to two percent.")
+        return Metric.unseen(matrix_of(self.dense.get_submodule(name)))

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ columns differ."""
 
 ROWS = 48
 """Rows of a matrix, about, from which bits and losses of its candidates are estimated."""
+
+UNSEEN_LEVEL = 16
+"""Of a matrix that the outputs do not depend on: six bits a weight, errors of two percent."""
 
 GAUSSIAN = 2.05
 """Bits that the entropy of a normal variable in units of its deviation has above their logarithm."""
@@ -92,7 +95,8 @@ class CodedMaker:
         module = self.material.dense.get_submodule(name)
         found = rounded(matrix_of(module), findings.layers[name], form.fineness, self.material.dtype)
         made = Coded.from_codes(module, found.rows, found.codes)
-        mean = findings.stats[name].mean
+        known = findings.stats.get(name)
+        mean = None if known is None else known.mean
         bias = module.bias if isinstance(module, nn.Linear | nn.Conv2d) else None
         if bias is not None and mean is not None:
             made.bias = nn.Parameter(
@@ -127,11 +131,11 @@ def matrix_of(module: nn.Module) -> Tensor:
 def _estimates(weight: Tensor, metric: Metric) -> Iterator[tuple[int, float, float]]:
     """(level, bits a weight, loss), from coarse to fine, from evenly spaced rows: each is rounded by itself."""
     every = max(1, weight.shape[0] // ROWS)
-    some, part = weight[::every], Metric(metric.weights[::every], metric.lower)
+    some, part = weight[::every], replace(metric, weights=metric.weights[::every])
     share = some.shape[0] / weight.shape[0]
     size = (some.float() / (part.rows[:, None] * part.columns)).square().mean().clamp_min(1e-30).sqrt()
     first = int(LEVELS_A_BIT * (1 - GAUSSIAN - float(size.log2()))) - 2 * LEVELS_A_BIT
-    levels = [first + number for number in range(int(LEVELS_A_BIT * (MOST + 2)))]
+    levels = [first + number for number in range(int(LEVELS_A_BIT * (MOST + 2)))] if metric.seen else [UNSEEN_LEVEL]
     for level, (integers, errors) in zip(levels, at_each(some, part, map(fineness_of, levels)), strict=True):
         bits = entropy(integers)
         if FEWEST <= bits <= MOST and integers.abs().max() < LARGEST:
