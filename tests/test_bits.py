@@ -17,8 +17,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 import vitshrink
+from vitshrink.cli.app import app
 from vitshrink.config.options import CompressConfig
 from vitshrink.config.quantize import QuantizeJob
 from vitshrink.errors import CheckpointError, TargetError, UsageError, VitshrinkError
@@ -310,3 +312,38 @@ def test_a_report_of_integers_says_what_became_smaller(compressed: Callable[...,
     assert report.coded_bits == pytest.approx(4, rel=0.1)
     assert headline(report).startswith(f"{percent(report.bytes.kept)} of the bytes ({report.coded_bits:.2g} bits)")
     assert facts(report)[0].answer == f"{percent(1 - report.bytes.kept)} smaller"
+
+
+@pytest.mark.parametrize("command", ["compress", "quantize"])
+def test_a_bound_in_points_of_accuracy_is_kept(
+    vit_directory: Path, learned_images: Path, tmp_path: Path, command: str
+) -> None:
+    data = ["--calibration", str(learned_images), "--samples", "12", "--holdout", "24", "--latency", "1"]
+    data = data if command == "compress" else data[:-2]
+    sizes = []
+    for points in ("5", "30"):
+        output = tmp_path / points
+        result = CliRunner().invoke(
+            app, [command, str(vit_directory), str(output), "--max-accuracy-drop", points, *data]
+        )
+        assert result.exit_code == 0, result.output
+        report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+        assert 100 * report["evaluation"]["difference"]["drop"] <= float(points)
+        assert report["evaluation"]["dense"]["correct"] > 12
+        assert "coded" in (output / "config.json").read_text(encoding="utf-8")
+        sizes.append(report["bytes"]["compressed"])
+    assert sizes[1] < sizes[0]
+
+
+def test_points_of_accuracy_need_labels(
+    vit_directory: Path, checkpoint: Callable[[str], Path], flat_images: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for model, data, said in (
+        (vit_directory, flat_images, "is judged by labels, and .* has none"),
+        (checkpoint("BertModel"), text_file, "does not judge this model"),
+    ):
+        words = [str(model), str(tmp_path / "out"), "--max-accuracy-drop", "5", "--samples", "12", "--holdout", "8"]
+        result = CliRunner().invoke(app, ["compress", *words, "--calibration", str(data)])
+        assert result.exit_code != 0
+        assert re.search(said, " ".join(result.output.split())), result.output
+        assert not (tmp_path / "out").exists()

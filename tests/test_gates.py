@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vitshrink.config.options import BOUNDS
+from vitshrink.config.options import FIDELITIES
 from vitshrink.errors import GateError, UsageError
 from vitshrink.evaluation.gates import Gates
 from vitshrink.evaluation.quality import Accuracy, Difference, Evaluation, Fidelity, Interval
@@ -124,4 +124,4 @@ def test_gates_that_make_no_sense_are_named(entries: Any, said: str) -> None:
 
 
 def test_every_bound_that_chooses_a_size_is_a_gate_of_the_same_name() -> None:
-    assert set(BOUNDS) <= {entry.name for entry in fields(Gates)}
+    assert set(FIDELITIES) <= {entry.name for entry in fields(Gates)}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +19,9 @@ from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
 from vitshrink.data.opening import warn_of_bad
 from vitshrink.errors import DataError, GateError, UsageError
 from vitshrink.evaluation import Masking, evaluate
-from vitshrink.evaluation.gates import percent_changed
+from vitshrink.evaluation.gates import percent_changed, points_lost
+from vitshrink.evaluation.measurement import labels_of
+from vitshrink.evaluation.rows import LabelOf
 from vitshrink.models.families import head_of, task_of
 from vitshrink.models.views import rounded
 from vitshrink.runtime import processes
@@ -43,7 +46,7 @@ class Bound:
     limit: float
     unit: str
     figure: str
-    """Entry of the fidelity that is judged: the divergence of the head, or the agreement of predictions."""
+    """What is judged: the divergence of the head, the agreement of predictions, or the drop of the accuracy."""
 
     @classmethod
     def of(cls, config: CompressConfig) -> "Bound | None":
@@ -54,12 +57,32 @@ class Bound:
             return cls("--max-error", config.max_error, "of the spread", "relative_error")
         if config.max_changed is not None:
             return cls("--max-changed", config.max_changed, "percent of the predictions", "agreement")
+        if config.max_accuracy_drop is not None:
+            return cls("--max-accuracy-drop", config.max_accuracy_drop, "points of accuracy", "drop")
         return None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a number of samples."""
+        return self.figure in ("agreement", "drop")
+
+    def label_of(self, model: PreTrainedModel, samples: SampleSet, class_map: str | None) -> LabelOf | None:
+        """From the labels of samples to classes, where those are judged by. Raises DataError where there are none."""
+        task = task_of(model)
+        if self.figure != "drop" or task == "masked-lm":  # whose labels are the tokens
+            return None
+        found, _ = labels_of(model, samples, task, Path(class_map) if class_map else None)
+        if found is None:
+            raise DataError(
+                f"{self.flag} is judged by labels, and {samples.source} has none: pass --calibration with a folder for "
+                "each class or a --label-column, or --max-changed, which needs no labels."
+            )
+        return found
 
     def require(self, model: PreTrainedModel) -> None:
         """Raises UsageError for a model whose outputs this bound does not judge; before any work."""
         measure = head_of(model).measure
-        if self.figure == measure or (self.figure == "agreement" and measure == "kl"):
+        if self.figure == measure or (self.counts and measure == "kl"):
             return
         why, other = _UNFIT[measure]
         raise UsageError(f"{self.flag} does not judge this model, which gives {why}: pass {other}.")
@@ -100,6 +123,7 @@ class Search:
     """Type of the weights in the file; models are judged with weights rounded to it."""
     quantization: Quantization | None = None
     """How they are rounded further."""
+    label_of: LabelOf | None = None
     tried: list[Trial] = field(default_factory=list)
     baseline: nn.Module = field(init=False)
 
@@ -127,7 +151,7 @@ class Search:
                 f"{bound.flag} is judged on samples that were not calibrated on, and none is left: "
                 f"pass fewer --samples, or more data to --calibration ({config.calibration})."
             )
-        if bound.figure == "agreement" and bound.limit < 100 / len(samples):
+        if bound.counts and bound.limit < 100 / len(samples):
             job.warn(
                 f"{bound.flag} {bound.limit:g}: one of the {len(samples)} held-out samples is already "
                 f"{100 / len(samples):.2g} percent. Judge on more of them with --holdout."
@@ -137,6 +161,7 @@ class Search:
                 "the size is chosen on the samples that the figures below are from, and they flatter it: "
                 "pass --eval for independent ones."
             )
+        label_of = bound.label_of(compressor.dense, samples, config.class_map)
         bad = BadSamples.of(samples, config.max_bad_samples)
         mine = replace(samples, samples=processes.share(samples.samples))  # what each loses is put together
         with job.stage("preprocess", "Reading held-out samples"):
@@ -148,7 +173,7 @@ class Search:
         warn_of_bad(bad, samples.source, job)
         lm = task_of(compressor.dense) == "masked-lm"
         masking = Masking.from_tokenizer(preprocessor.processor, config.seed) if lm else None
-        return cls(compressor, bound, batches, masking, dtype, quantization)
+        return cls(compressor, bound, batches, masking, dtype, quantization, label_of)
 
     def smallest(self, findings: Findings, refine: int, job: Job) -> Trial:
         """The smallest model within the bound, from ``findings`` or those that ``refine`` re-estimations make of them.
@@ -234,10 +259,21 @@ class Search:
     def _loss(self, model: PreTrainedModel) -> float:
         """What ``model`` loses on the held-out samples, in the unit of the bound."""
         task = task_of(self.compressor.dense)
-        evaluation = evaluate(model, self.batches, task=task, baseline=self.baseline, masking=self.masking)
-        assert evaluation.fidelity is not None
-        found = evaluation.fidelity
-        figures = {"agreement": percent_changed(found), "kl": found.kl, "relative_error": found.relative_error}
+        found = evaluate(
+            model,
+            self.batches,
+            task=task,
+            label_of=self.label_of,
+            baseline=self.baseline,
+            masking=self.masking,
+        )
+        assert found.fidelity is not None
+        figures = {
+            "agreement": percent_changed(found.fidelity),
+            "kl": found.fidelity.kl,
+            "relative_error": found.fidelity.relative_error,
+            "drop": points_lost(found),
+        }
         loss = figures[self.bound.figure]
         assert loss is not None
         return loss

@@ -111,7 +111,7 @@ class Shrinking:
         Raises:
             NumericsError: no layer can be factorised.
             DataError: nothing is held out, and the size depends on it.
-            GateError: no size keeps within ``max_changed`` or ``max_kl``.
+            GateError: no size keeps within the bound.
         """
         config = self.choices.config
         if not config.sized:

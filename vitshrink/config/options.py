@@ -45,7 +45,7 @@ from vitshrink.config.run import (
     StateOptions,
     TypeOptions,
 )
-from vitshrink.config.size import BOUNDS, SIZES, SizeOptions
+from vitshrink.config.size import BOUNDS, FIDELITIES, SIZES, SizeOptions
 from vitshrink.config.tokens import TokenOptions
 from vitshrink.config.training import GAMMAS, FinetuneConfig
 from vitshrink.errors import UsageError
@@ -53,6 +53,7 @@ from vitshrink.errors import UsageError
 __all__ = [
     "BOUNDS",
     "DTYPES",
+    "FIDELITIES",
     "GAMMAS",
     "RENAMED",
     "SIZES",

@@ -113,6 +113,8 @@ class QuantizeJob(
     def compression(self) -> CompressConfig:
         """The job that rounds by calibration data; the columns are those of both sets of samples."""
         columns = {f"eval_{name}": getattr(self, name) for name in COLUMNS}
+        if self.max_accuracy_drop is None:  # nothing reads labels of calibration data
+            columns["label_column"] = None
         return CompressConfig(**self.shared_with(CompressConfig) | columns | {"forms": "bits"})
 
     def _check_nearest(self) -> None:

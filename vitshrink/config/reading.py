@@ -63,7 +63,8 @@ def renamed(entries: Mapping[str, Any], where: str, warn: Callable[[str], None] 
                 raise UsageError(f"{where}: {key!r} is the old name of {new!r}, which is given too: leave it out.")
             warn(
                 f"{where}: {key!r} is the old name of {new!r}, the percentage of predictions that may change: "
-                f"write {new!r} or {flag_of(new)}. The gate {old!r} of eval and sweeps is points of accuracy."
+                f"write {new!r} or {flag_of(new)}. The gate {old!r} of eval and sweeps is points of "
+                "accuracy: here --max-accuracy-drop."
             )
             found[new] = entries[key]
     return found

@@ -63,8 +63,8 @@ class RankSizeOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundOptions(Options):
-    """What may be lost: the smallest model that keeps a bound on held-out calibration samples."""
+class FidelityOptions(Options):
+    """How far the outputs may be from the dense model's: the smallest model that keeps it on held-out samples."""
 
     max_changed: float | None = option(
         None,
@@ -93,8 +93,22 @@ class BoundOptions(Options):
     )
 
 
-BOUNDS = tuple(entry.name for entry in entries_of(BoundOptions))
-"""The sizes that say how small by what may be lost."""
+@dataclass(frozen=True, kw_only=True)
+class BoundOptions(FidelityOptions):
+    """What may be lost: the smallest model that keeps a bound on held-out calibration samples."""
+
+    max_accuracy_drop: float | None = option(
+        None,
+        "The smallest model that loses at most this many points of accuracy on them, which need labels then.",
+        panel=SIZE,
+        low=0,
+        high=100,
+        wanted="give the points of accuracy that may be lost, such as --max-accuracy-drop 1.",
+    )
+
+
+FIDELITIES, BOUNDS = (tuple(entry.name for entry in entries_of(group)) for group in (FidelityOptions, BoundOptions))
+"""The sizes that say how small by what may be lost: those that need no labels, and all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +119,8 @@ class SizeOptions(BoundOptions, RankSizeOptions, BytesOptions, CountOptions):
     outputs), ``target_params``, ``target_size``, ``bits`` (of a weight, on average), ``rank``, ``explained_variance``
     (the share that every layer keeps of its energy in the method's metric), or the smallest that keeps a bound on
     held-out calibration samples: ``max_changed``, percent of the predictions, which differ from the dense model's,
-    ``max_kl``, nats, or, for scores and features, ``max_error``, the squared error as a share of their spread.
+    ``max_kl``, nats, for scores and features ``max_error``, the squared error as a share of their spread, or, where the
+    samples have labels, ``max_accuracy_drop``, points of accuracy.
     """
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from vitshrink.config.options import BOUNDS, flag_of, parse_quantity
+from vitshrink.config.options import FIDELITIES, flag_of, parse_quantity
 from vitshrink.errors import GateError, UsageError
 from vitshrink.evaluation.quality import Evaluation, Fidelity
 
@@ -91,7 +91,7 @@ class Gates:
 
     def require(self, *, baseline: str | None) -> None:
         """Raises UsageError for a bound that needs a baseline, where there is none; before any work."""
-        for name in ("max_drop", *BOUNDS, "max_latency_ratio"):
+        for name in ("max_drop", *FIDELITIES, "max_latency_ratio"):
             if getattr(self, name) is not None and baseline is None:
                 raise UsageError(f"{flag_of(name)} compares with the dense model: pass it as --baseline.")
 
@@ -147,6 +147,12 @@ class Gates:
 def percent_changed(fidelity: Fidelity) -> float | None:
     """Of the predictions, those that differ from the dense model's; None where there are none."""
     return None if fidelity.agreement is None else _percent(1 - fidelity.agreement)
+
+
+def points_lost(evaluation: Evaluation) -> float | None:
+    """Of accuracy, or of another score; 0 where the dense model has none more, and None without labels."""
+    drop = None if evaluation.difference is None else _percent(evaluation.difference.drop)
+    return None if drop is None else max(0.0, drop)
 
 
 def _percent(fraction: float | None) -> float | None:

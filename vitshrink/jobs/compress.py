@@ -47,7 +47,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     Raises:
         UsageError, TargetError: before any work where that can be known.
         CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
-        GateError: no size keeps within ``max_changed`` or ``max_kl``.
+        GateError: no size keeps within a bound.
         OtherProcessError: another process of this job has failed.
     """
     job = Job(observer or Silent())
@@ -228,7 +228,8 @@ def _measured(
     source, job, results = session.source, Job(session.job.observer), []
     measurements: Sequence[Measurement | None] = [None] * len(saved)
     if data.evaluation is not None and data.preprocessor is not None:
-        models, labelled = [each.written.model for each in saved], config.eval is not None
+        models = [each.written.model for each in saved]
+        labelled = config.eval is not None or config.max_accuracy_drop is not None
         measurements = session.measure_each(
             models, data.evaluation, data.preprocessor, against=source, job=job, labelled=labelled
         )

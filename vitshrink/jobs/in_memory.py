@@ -131,8 +131,9 @@ def compress(
     judged = moved(small if exact else copy.deepcopy(small), dtype=torch.float32)
     measurement = None
     if held_out is not None and preprocessor is not None:
+        labelled = config.max_accuracy_drop is not None
         (measurement,) = session.measure_each(
-            [judged], held_out, preprocessor, against=session.source, job=shrunk.job, labelled=False
+            [judged], held_out, preprocessor, against=session.source, job=shrunk.job, labelled=labelled
         )
     description = Description.of(shrinking, data, preprocessor)
     layers = description.layers(shrunk.findings, shrunk.plan)

@@ -14,7 +14,7 @@ from typing import Any
 from vitshrink.compression.choices import Choices
 from vitshrink.config.fields import entries_of
 from vitshrink.config.options import (
-    BOUNDS,
+    FIDELITIES,
     CompressConfig,
     flag_of,
     parse_duration,
@@ -276,7 +276,7 @@ def _require_figures(gates: Gates, config: CompressConfig, where: str) -> None:
     for name in ("min_accuracy", "max_drop"):
         if getattr(gates, name) is not None and config.eval is None:
             raise UsageError(f"{where}: {flag_of(name)} needs labelled samples: set 'eval'.")
-    for name in BOUNDS:
+    for name in FIDELITIES:
         unmeasured = config.eval is None and (config.calibration is None or config.holdout == 0)
         if getattr(gates, name) is not None and unmeasured:
             raise UsageError(f"{where}: {flag_of(name)} needs samples: set 'eval', or 'calibration' with a 'holdout'.")
