@@ -1,15 +1,15 @@
 """What every job does at its start: a model and the one it is compared with are opened once, and the data with them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
 from transformers import PreTrainedModel
 
-from vitshrink.config.job import JobOptions
-from vitshrink.config.options import DataConfig, Preprocessing
+from vitshrink.config.options import CompressConfig, DataConfig, Preprocessing
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.data.opening import open_data
 from vitshrink.errors import UsageError
@@ -42,11 +42,21 @@ class Settings:
     workers: int | None = None
 
     @classmethod
-    def of(cls, config: JobOptions) -> Self:
-        """Those of a job, as far as it has options of these names."""
-        said = {each.name: getattr(config, each.name) for each in fields(cls) if hasattr(config, each.name)}
-        class_map = said.pop("class_map", None)
-        return cls(**said, class_map=Path(class_map) if class_map else None)
+    def of(cls, config: CompressConfig | QuantizeJob) -> Self:
+        """Those of a job; one that only rounds has no attention and no resolution of its own."""
+        return cls(
+            device=config.device,
+            attention=getattr(config, "attention", cls.attention),
+            offline=config.offline,
+            resolution=getattr(config, "resolution", cls.resolution),
+            max_length=config.max_length,
+            preprocess=config.preprocess,
+            class_map=Path(config.class_map) if config.class_map else None,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_bad_samples=config.max_bad_samples,
+            workers=config.workers,
+        )
 
 
 @dataclass(frozen=True, eq=False)
