@@ -15,15 +15,19 @@ factors throughout: for time, only shapes and ranks matter.
     python benchmarks/speed.py --compile          # and under torch.compile
     python benchmarks/speed.py --layers           # single layers
     python benchmarks/speed.py --job              # the stages of vitshrink compress
+    python benchmarks/speed.py --model MODEL --load COMPRESSED    # time until the first output
 """
 
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
+import transformers
 from job import print_job, random_vit, write_images, write_random_vit
 from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
@@ -40,6 +44,7 @@ from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.cost import Latency
 from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import load_dense
+from vitshrink.models.source import examine
 from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
 from vitshrink.models.targets import find_targets
 from vitshrink.runtime.device import find_device
@@ -193,11 +198,36 @@ def _figures(taken: Latency, dense: Latency, operations: float) -> list[str]:
     ]
 
 
+def print_loading(directories: Sequence[str], args: argparse.Namespace) -> None:
+    """Of checkpoints, loaded in turn: ``from_pretrained``, and a first pass with one sample, with stock classes."""
+    kinds = [getattr(transformers, str(examine(Path(each)).config["architectures"][0])) for each in directories]
+    inputs = example_inputs(load_dense(directories[0], offline=True).model, 1)
+    taken: list[list[tuple[float, float]]] = [[] for _ in directories]
+    for repeat in range(args.repeats + 1):
+        for found, kind, directory in zip(taken, kinds, directories, strict=True):
+            started = time.perf_counter()
+            model = kind.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+            loaded = time.perf_counter()
+            with torch.no_grad():
+                model(**inputs)
+            if repeat:  # the first one imports
+                found.append((loaded - started, time.perf_counter() - started))
+    print_head(["checkpoint", "loaded after, ms", "first output after, ms", "least", "time", "least"])
+    dense = [median(total for _, total in taken[0]), min(total for _, total in taken[0])]
+    for directory, each in zip(directories, taken, strict=True):
+        loaded, total = (median(times) for times in zip(*each, strict=True))
+        least = min(times[1] for times in each)
+        figures = [loaded, total, least]
+        shares = [f"{total / dense[0]:.2f}", f"{least / dense[1]:.2f}"]
+        print_row([Path(directory).name, *(f"{1000 * figure:.0f}" for figure in figures), *shares])
+
+
 def parser() -> argparse.ArgumentParser:
     known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = known.add_mutually_exclusive_group()
     table.add_argument("--layers", action="store_true", help="single layers instead of whole models")
     table.add_argument("--job", action="store_true", help="the stages of a compress job")
+    table.add_argument("--load", nargs="+", metavar="DIR", help="how long these take to load, beside --model")
     known.add_argument("--model", help="checkpoint; without it random weights in the shapes of ViT-B/16")
     known.add_argument("--blocks", type=int, default=12, help="blocks of the random model (default: 12)")
     known.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5], metavar="F")
@@ -255,6 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 chosen = f"{args.method}, refine {args.refine}, {repairs}, keep {' '.join(map(str, args.keep))}"
                 print_circumstances("Cost of a job", **circumstances, job=chosen, samples=args.samples)
                 print_job(config)
+            return
+        if args.load:
+            if not args.model:
+                sys.exit("--load compares with a dense checkpoint: pass --model.")
+            print_circumstances("Time to load", **circumstances, repeats=args.repeats)
+            print_loading([args.model, *args.load], args)
             return
         dense = load_dense(args.model, offline=True).model if args.model else random_vit(args.blocks)
         dense.to(find_device(args.device))

@@ -295,6 +295,16 @@ def test_what_is_rounded_once_is_not_rounded_again(coded: Callable[[str], Path],
         compress(CompressConfig(str(coded(VIT)), str(tmp_path / "out"), keep=(0.5,), method="svd"))
 
 
+def test_a_loaded_model_is_decoded_whatever_is_done_with_it(
+    coded: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All matrices at once, which takes a fraction of the time; the first pass has nothing left to decode."""
+    model = transformers.AutoModelForImageClassification.from_pretrained(coded(VIT))
+    expected = outputs(transformers.AutoModelForImageClassification.from_pretrained(coded(VIT)).double(), VIT)
+    monkeypatch.setattr("vitshrink.models.structures.coded.decode", lambda *_: pytest.fail("decoded one by one"))
+    assert torch.equal(outputs(model.double(), VIT), expected)
+
+
 def test_damage_is_found(coded: Callable[[str], Path], tmp_path: Path) -> None:
     directory = tmp_path / "damaged"
     transformers.AutoModelForImageClassification.from_pretrained(coded(VIT)).save_pretrained(directory)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitshrink.errors import CheckpointError
-from vitshrink.models.codes import Codes, decode, encode
+from vitshrink.models.codes import Codes, decode, decode_each, encode
 from vitshrink.models.normal_tables import tables
 
 
@@ -90,6 +90,27 @@ def test_tables_are_the_same_everywhere() -> None:
     counts = tables().frequencies
     assert (counts.sum(1) == 4096).all()
     assert counts[11, :7].tolist() == [1569, 990, 248, 24, 1, 0, 0]
+
+
+def test_streams_are_read_side_by_side() -> None:
+    """Of all sizes, with escapes and lower bits; what is wrong with one of them says nothing of the others."""
+    shapes = [(1, 1), (3, 4), (20, 30), (200, 70), (64, 512)]
+    codes = [
+        drawn(*shape, deviation, seed=rows) for rows, shape in enumerate(shapes) for deviation in (0.3, 4.0, 900.0)
+    ]
+    streams = [(encode(each), (each.integers.shape[0], each.integers.shape[1])) for each in codes]
+    damaged = streams[7][0].clone()
+    damaged[9] ^= 1
+    found = decode_each([*streams[:7], (damaged, streams[7][1]), *streams[8:]])
+    for number, (each, read) in enumerate(zip(codes, found, strict=True)):
+        if number == 7:
+            assert isinstance(read, CheckpointError)
+            continue
+        assert isinstance(read, Codes)
+        alone = decode(*streams[number])
+        assert torch.equal(read.integers, alone.integers)
+        assert torch.equal(read.integers.short(), each.integers.short())
+        assert torch.equal(read.columns, alone.columns)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (20, 30), (192, 192)])

@@ -8,7 +8,9 @@ logarithmic grid; the integers. Deviations of columns go down as their steps go 
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitshrink.errors import CheckpointError
-from vitshrink.models.entropy_coding import Reader, Source, Writer
+from vitshrink.models.entropy_coding import Decoder, Reader, Source, Writer, decoded
 from vitshrink.models.normal_tables import CLASSES, FIRST, GRID
 from vitshrink.models.scales import fitted
 
@@ -31,6 +33,9 @@ _AT_ONCE = 1 << 20
 
 _LARGEST = 32768
 
+_FAR = 1 << 14
+"""Farther than any class."""
+
 
 @dataclass(frozen=True, eq=False)
 class Codes:
@@ -38,6 +43,9 @@ class Codes:
 
     integers: Tensor
     columns: Tensor
+
+    def to(self, device: torch.device) -> "Codes":
+        return Codes(self.integers.to(device), self.columns.to(device))
 
     def scaled(self, rows: Tensor) -> Tensor:
         """The matrix with these steps of rows (rows,): float32, (rows, columns)."""
@@ -56,7 +64,7 @@ def encode(codes: Codes) -> Tensor:
         middle = int(np.median(side))
         number = _class_of(side - middle)
         header += struct.pack("<hB", middle, number)
-        writer.put(side - middle, np.full(len(side), number))
+        writer.put(side - middle, np.full(len(side), number, np.uint8))
     for part in _parts(*integers.shape):
         writer.put(integers[part].ravel(), _classes(rows[part], columns).ravel())
     load = np.zeros(2 * writer.lanes, np.uint8)
@@ -68,6 +76,21 @@ def encode(codes: Codes) -> Tensor:
 
 def decode(stream: Tensor, shape: tuple[int, int]) -> Codes:
     """The inverse of ``encode``, on the device of the stream. Raises CheckpointError for a damaged stream."""
+    (found,) = decode_each([(stream, shape)])
+    if isinstance(found, CheckpointError):
+        raise found
+    return found
+
+
+def decode_each(streams: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Codes | CheckpointError]:
+    """The inverse of ``encode`` for streams and the shapes of their matrices, or what is wrong with them.
+
+    Small matrices are decoded many times faster together than one by one.
+    """
+    return decoded([_decoder(stream, shape) for stream, shape in streams])
+
+
+def _decoder(stream: Tensor, shape: tuple[int, int]) -> Decoder[Codes]:
     data = stream.cpu().contiguous().numpy().tobytes()
     if len(data) <= _SUM or data[:_SUM] != _sum(data[_SUM:], shape):
         raise CheckpointError("a stream of integers is damaged, or was written by another version of vitshrink.")
@@ -77,22 +100,20 @@ def decode(stream: Tensor, shape: tuple[int, int]) -> Codes:
         raise CheckpointError("a stream of integers is damaged: it has a class that there is not.")
     rest = np.frombuffer(source.take(max(0, shape[1] - 2 * lanes)), np.uint8)
     reader = Reader(source, lanes)
-    high, columns, rows = (
-        reader.take(np.full(count, number)) + middle
-        for count, (middle, number) in zip((shape[1], shape[1], shape[0]), sides, strict=True)
-    )
-    parts = [
-        _fitting(reader.take(_classes(rows[part], columns - high).ravel())).reshape(-1, shape[1])
-        for part in _parts(*shape)
-    ]
+    found = []
+    for count, (middle, number) in zip((shape[1], shape[1], shape[0]), sides, strict=True):
+        found.append(middle + (yield from reader.take(np.full(count, number, np.uint8))).astype(np.int64))
+    high, columns, rows = found
+    parts = []
+    for part in _parts(*shape):
+        values = yield from reader.take(_classes(rows[part], columns - high).ravel())
+        parts.append(_fitting(values).reshape(-1, shape[1]))
     low = np.concatenate([reader.load().astype("<u2").view(np.uint8)[: shape[1]], rest])
     if source.position != len(data):
         raise CheckpointError("a stream of integers is longer than its matrix: it is damaged.")
     steps = torch.from_numpy((high << 8 | low).astype("<u2").view("<f2").astype(np.float16))
     integers = torch.from_numpy(np.concatenate(parts))
-    if integers.abs().max() < 128 and integers.min() >= -127:
-        integers = integers.to(torch.int8)
-    return Codes(integers.to(stream.device), steps.float().to(stream.device))
+    return Codes(integers, steps.float()).to(stream.device)
 
 
 def _lanes(rows: int, columns: int) -> int:
@@ -111,7 +132,8 @@ def _parts(rows: int, columns: int) -> list[slice]:
 
 
 def _classes(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.uint8]:
-    classes: NDArray[np.uint8] = np.clip(rows[:, None] + columns, 0, CLASSES - 1).astype(np.uint8)
+    near = [np.clip(side, -_FAR, _FAR).astype(np.int16) for side in (rows, columns)]  # a quarter of the time
+    classes: NDArray[np.uint8] = np.clip(near[0][:, None] + near[1], 0, CLASSES - 1).astype(np.uint8)
     return classes
 
 
@@ -121,10 +143,12 @@ def _class_of(values: NDArray[np.int64]) -> int:
     return int(np.clip(round(GRID * np.log2(square) / 2) - FIRST, 0, CLASSES - 1))
 
 
-def _fitting(values: NDArray[np.int64]) -> NDArray[np.int16]:
-    if np.abs(values).max(initial=0) > _LARGEST:
+def _fitting(values: NDArray[np.signedinteger[Any]]) -> NDArray[np.int8 | np.int16]:
+    """As few bytes as they take. Raises CheckpointError for too many."""
+    most = int(max(values.max(initial=0), -values.min(initial=0).astype(np.int64)))
+    if most > _LARGEST:
         raise CheckpointError("a stream of integers is damaged: one of them has more than 16 bits.")
-    return values.astype(np.int16)
+    return values.astype(np.int8 if most < 128 else np.int16, copy=False)
 
 
 def _sum(stream: bytes, shape: tuple[int, ...]) -> bytes:

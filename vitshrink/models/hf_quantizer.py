@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -19,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from vitshrink._version import __version__
 from vitshrink.errors import CheckpointError
 from vitshrink.models.format import FORMAT_VERSION, QUANT_METHOD
-from vitshrink.models.structures.coded import Coded
+from vitshrink.models.structures.coded import Coded, decode_ahead
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.structures.registry import Connected, connect, describe, kind_of, read, structure_of
 
@@ -91,8 +92,7 @@ class VitshrinkQuantizer(HfQuantizer):
             head = getattr(self.quantization_config, "head", {})
             entries |= {name: entry for name, entry in head.items() if name in modules}
         for name, entry in sorted(entries.items()):  # a module before what lies in it
-            module = dict(model.named_modules()).get(name)
-            structure = read(entry)
+            module, structure = _found(model, name), read(entry)
             if module is None or not structure.fits(module):
                 found = "no such module" if module is None else f"a {type(module).__name__} there"
                 raise CheckpointError(
@@ -130,10 +130,18 @@ class VitshrinkQuantizer(HfQuantizer):
         return None, {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        decode_ahead(model)
         vars(model)["is_quantized"] = (
             False  # the layers are plain floating point: .half(), .float() and training all work
         )
         return model
+
+
+def _found(model: PreTrainedModel, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def register() -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,26 +46,27 @@ _FAR = 6
 """Deviations beyond which there is nothing, in units of a table."""
 
 
+_SHIFTS = np.maximum(np.arange(256) - (TABLES - 1) + GRID - 1, 0).astype(np.uint8) // GRID
+
+
 @dataclass(frozen=True, eq=False)
 class Tables:
     """Of all classes with a table.
 
     Attributes:
         frequencies, starts: (TABLES, 256), uint32, by symbol modulo 256; a frequency of 0 is an integer to be escaped.
-        symbols: (TABLES × TOTAL,), int8, which symbol a slot belongs to.
-        slots: (TABLES × TOTAL, 2), uint64, of that symbol the frequency, and the slot's distance from the first one.
+        slots: (TABLES × TOTAL,), uint32: which symbol a slot belongs to, 8 bits; its frequency, 12 bits; and how far
+            the slot is from its first one, 12 bits.
     """
 
     frequencies: NDArray[np.uint32]
     starts: NDArray[np.uint32]
-    symbols: NDArray[np.int8]
-    slots: NDArray[np.uint64]
+    slots: NDArray[np.uint32]
 
 
-def shifts(classes: NDArray[Any]) -> NDArray[np.int64]:
+def shifts(classes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """How many lower bits each of these classes leaves as they are."""
-    shift: NDArray[np.int64] = np.maximum(classes.astype(np.int64) - (TABLES - 1) + GRID - 1, 0) // GRID
-    return shift
+    return _SHIFTS.take(classes)
 
 
 @cache
@@ -80,10 +80,10 @@ def tables() -> Tables:
         frequencies[number, ESCAPE] = 1
     starts = (np.cumsum(frequencies, axis=1) - frequencies).astype(np.uint32)
     counts = frequencies.ravel()
-    symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), TABLES), counts).view(np.int8)
-    distance = np.tile(np.arange(TOTAL, dtype=np.uint64), TABLES) - np.repeat(starts.ravel(), counts)
-    slots = np.stack([np.repeat(counts, counts).astype(np.uint64), distance.astype(np.uint64)], axis=1)
-    return Tables(frequencies, starts, symbols, np.ascontiguousarray(slots))
+    symbols = np.tile(np.arange(256, dtype=np.uint32), TABLES)
+    distance = np.tile(np.arange(TOTAL, dtype=np.uint32), TABLES) - np.repeat(starts.ravel(), counts)
+    slots = np.repeat(symbols << 24 | counts << PRECISION, counts) | distance
+    return Tables(frequencies, starts, slots)
 
 
 def _frequencies(number: int) -> list[int]:

@@ -3,7 +3,8 @@
 ``weight`` holds the steps of the rows, in floating point and trainable; ``codes`` the rest, as bytes. The shape of
 ``weight`` is what stops transformers without vitshrink from loading it.
 
-The matrix is decoded when it is first used, and then kept in one of three ways, see ``hold``.
+The matrix is decoded when it is first used, unless it was ``decode_ahead``, and then kept in one of three ways, see
+``hold``.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
-from vitshrink.models.codes import Codes, decode, encode
+from vitshrink.models.codes import Codes, decode, decode_each, encode
 from vitshrink.models.structures.quantized import dynamic_product
 from vitshrink.models.structures.registry import read_entry, structure
 
@@ -64,6 +65,8 @@ class Coded(nn.Module):
         self.spec = spec
         self.dense_shape = tuple(weight.shape)
         self.memory: Memory = "float"
+        self._ahead: Codes | None = None
+        """What was decoded ahead, until it is used."""
         self._codes: Codes | None = None
         self._matrix: tuple[Tensor, Tensor] | None = None
         """The steps, of which a view may have others, and which training changes, and what they make."""
@@ -96,6 +99,9 @@ class Coded(nn.Module):
 
     def decoded(self) -> Codes:
         """The integers and the steps of columns. Raises CheckpointError for a damaged stream."""
+        if self._ahead is not None:
+            found, self._ahead = self._ahead, None
+            return found
         try:
             return decode(self.codes, self.matrix_shape)
         except CheckpointError as error:
@@ -130,11 +136,13 @@ class Coded(nn.Module):
         return self._codes
 
     def _forget(self) -> None:
-        self._codes = self._matrix = None
+        self._ahead = self._codes = self._matrix = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        ahead = self._ahead
         self._forget()  # of another device or type
         moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._ahead = None if ahead is None else ahead.to(self.codes.device)
         return moved
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -233,6 +241,17 @@ _KINDS: dict[type[nn.Module], type[Coded]] = {
     nn.Embedding: CodedEmbedding,
     nn.Conv2d: CodedConv2d,
 }
+
+
+def decode_ahead(model: nn.Module) -> None:
+    """Decode all matrices of a model in one go, which takes a fraction of the time that it takes at their first use.
+
+    What is damaged is left, and says so when it is used.
+    """
+    coded = [module for module in model.modules() if isinstance(module, Coded) and not module.codes.is_meta]
+    found = decode_each([(module.codes, module.matrix_shape) for module in coded])
+    for module, each in zip(coded, found, strict=True):
+        module._ahead = each if isinstance(each, Codes) else None
 
 
 @torch.no_grad()
