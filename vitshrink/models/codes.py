@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitshrink.errors import CheckpointError
-from vitshrink.models.entropy_coding import Decoder, Reader, Source, Writer, decoded
+from vitshrink.models.entropy_coding import Writer
+from vitshrink.models.entropy_decoding import Decoder, Reader, Source, decoded
 from vitshrink.models.normal_tables import CLASSES, FIRST, GRID
 from vitshrink.models.scales import fitted
 
