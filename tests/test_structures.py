@@ -18,6 +18,7 @@ from vitshrink.errors import CheckpointError
 from vitshrink.methods import attention_methods, find_method
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.maps import approximate_maps, landmarks_of
+from vitshrink.models.merged import merge_tokens
 from vitshrink.models.pivoting import fix_gauge
 from vitshrink.models.resolution import mix_tokens
 from vitshrink.models.structures import describe, read, structure, structure_of
@@ -71,6 +72,8 @@ def smaller(kind: str) -> tuple[PreTrainedModel, str]:
         approximate_maps(model, landmarks_of(model, 4, kind))
     elif kind == "mixed tokens":
         mix_tokens(model, MixedTokens(10))
+    elif kind == "merged tokens":
+        merge_tokens(model, (14, 12))
     else:
         model = quantized(model, int(kind.removeprefix("int")), "dynamic" if kind == "int8" else "none")
     return model, name
@@ -79,7 +82,7 @@ def smaller(kind: str) -> tuple[PreTrainedModel, str]:
 @pytest.mark.slow
 def test_models_are_pickled_saved_whole_and_copied(tmp_path: Path) -> None:
     """And read again by a process that imports torch alone."""
-    kinds = [*attention_methods(), "low-rank", *FORMS, "mixed tokens", "int8", "int4"]
+    kinds = [*attention_methods(), "low-rank", *FORMS, "mixed tokens", "merged tokens", "int8", "int4"]
     for number, kind in enumerate(kinds):
         model, name = smaller(kind)
         with torch.no_grad():

@@ -294,6 +294,7 @@ JOBS: dict[str, list[Any]] = {
     "quantize": ["int8", "int4"],
     "tokens": [{"tokens": "mixed", "token_budget": 9}],
     "token_budget": [{"name": "few", "tokens": "mixed", "token_budget": 9}],
+    "token_operations": [{"name": "fewer", "tokens": "merge", "token_operations": 0.6}],
     "token_levels": [{"token_levels": 3, "tokens": "mixed", "token_budget": 9}],
     "token_scorer": [{"token_scorer": "features", "tokens": "mixed", "token_budget": 9}],
     "landmarks": [{"name": "few", "landmarks": 4}, 4],

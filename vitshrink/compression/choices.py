@@ -82,7 +82,7 @@ class Choices:
     def calibrated(self) -> bool:
         """Whether anything is learned from samples."""
         learned = self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
-        return self.config.sized and learned
+        return (self.config.sized and learned) or self.config.tokens == "merge"
 
     @property
     def rounds(self) -> int:

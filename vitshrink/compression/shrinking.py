@@ -14,6 +14,7 @@ from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.fitting import fitted, told
+from vitshrink.compression.merging import kept_within, require_reachable
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
@@ -22,6 +23,7 @@ from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData
 from vitshrink.models import cost
 from vitshrink.models.maps import approximate_maps, landmarks_of
+from vitshrink.models.merged import Kept, merge_tokens
 from vitshrink.models.resolution import mix_tokens
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.tokens import MixedTokens
@@ -67,6 +69,8 @@ class Shrinking:
         if config.tokens == "mixed" and config.token_budget is not None:
             base = view_of(dense)
             mix_tokens(base, MixedTokens(config.token_budget, config.token_levels, config.token_scorer))
+        if config.token_operations is not None:
+            require_reachable(dense, config.token_operations)
         landmarks = None
         if config.landmarks is not None:
             landmarks = landmarks_of(dense, config.landmarks, config.landmark_form)
@@ -114,9 +118,10 @@ class Shrinking:
             GateError: no size keeps within the bound.
         """
         config = self.choices.config
+        kept = cache(partial(self._kept, calibration, job))
         if not config.sized:
             nothing = Findings({}, {}, {})
-            model = None if config.dry_run else self._finished(own(view_of(self.base)))
+            model = None if config.dry_run else self._finished(own(view_of(self.base)), kept)
             yield Shrunk(nothing, {}, model, job.branch())
             return
         compressor = self.choices.compressor(self.base, self.targets, self.dtype, calibration, progress)
@@ -140,13 +145,25 @@ class Shrinking:
                 yield Shrunk(found.findings, plan, found.model, branch)
                 continue
             small = smaller(compressor, first, size, refine, branch, last=size is self.sizes[-1])
-            yield small if small.model is None else replace(small, model=self._finished(small.model))
+            yield small if small.model is None else replace(small, model=self._finished(small.model, kept))
 
-    def _finished(self, model: PreTrainedModel) -> PreTrainedModel:
-        """With landmarks, where they are asked for: the last step, so that weights are fitted to the exact maps."""
+    def _finished(self, model: PreTrainedModel, kept: Callable[[], Kept | None]) -> PreTrainedModel:
+        """With landmarks or merged tokens, where they are asked for.
+
+        The last step: weights are fitted to the exact maps of all tokens.
+        """
         if self.landmarks is not None:
             approximate_maps(model, self.landmarks)
+        if (tokens := kept()) is not None:
+            merge_tokens(model, tokens)
         return model
+
+    def _kept(self, calibration: CalibrationData | None, job: Job) -> Kept | None:
+        """How many tokens each block keeps, where they are merged: measured on the dense model, for all sizes."""
+        fraction = self.choices.config.token_operations
+        if fraction is None or calibration is None:
+            return None
+        return kept_within(self.dense, calibration.batches, fraction, job)
 
 
 def smaller(

@@ -135,6 +135,12 @@ class CompressConfig(
             raise UsageError(f"{sizes[0]} searches the size of the weights: with {others[0]} ask for a size.")
         if sizes or not others:
             one_size(sizes, SIZES, "--keep 0.6", survey_of(self.model, self.calibration))
+        if self.tokens == "merge" and self.calibration is None:
+            raise UsageError(
+                "--tokens merge measures in which blocks merging costs least: pass --calibration, a few dozen samples."
+            )
+        if self.tokens == "merge" and self.attention == "flash_attention_2":
+            raise UsageError("--tokens merge needs sizes of tokens in attention: use --attention sdpa.")
         for name in BOUNDS:
             if getattr(self, name) is not None and (self.calibration is None or self.holdout == 0):
                 raise UsageError(
@@ -172,7 +178,7 @@ class CompressConfig(
     @property
     def size(self) -> str:
         """What is asked for, as a table says it: ``keep 0.5``, ``landmarks 49``."""
-        asked = {name: getattr(self, name) for name in (*SIZES, "token_budget", "landmarks")}
+        asked = {name: getattr(self, name) for name in (*SIZES, "token_budget", "token_operations", "landmarks")}
         values = {name: value if isinstance(value, tuple) else (value,) for name, value in asked.items()}
         return ", ".join(
             f"{name} {entry}" for name, entries in values.items() for entry in entries if entry is not None
@@ -327,6 +333,13 @@ class EvalJob(
             "help": "checkpoint: as it says; timm: resized and cropped as there, to compare with its figures."
         },
     }
+
+    def check(self) -> None:
+        if self.tokens == "merge":
+            raise UsageError(
+                "--tokens merge measures on samples in which blocks tokens are merged, and eval evaluates what there "
+                "is: `vitshrink compress … --tokens merge --token-operations 0.67 --calibration DATA` first."
+            )
 
     @property
     def eval_data(self) -> DataConfig:

@@ -11,13 +11,24 @@ from vitshrink.errors import UsageError
 class TokenOptions(Options):
     """What a model looks at: fewer tokens where there is no detail, attention maps of low rank, another resolution."""
 
-    tokens: Literal["all", "mixed"] = option(
-        "all", "all, or mixed: large patches where an image has no detail (ViT and DeiT).", panel=TOKENS
+    tokens: Literal["all", "mixed", "merge"] = option(
+        "all",
+        "all; mixed: large patches where an image has no detail; merge: patches that are alike become one, block by "
+        "block (ViT and DeiT).",
+        panel=TOKENS,
     )
     token_budget: int | None = option(None, "Patches of an image, with --tokens mixed.", panel=TOKENS, low=1)
     token_levels: int = option(2, "Sizes of patches, each twice as wide as the one before.", panel=TOKENS, low=1)
     token_scorer: str = option(
         "blur", "What decides on a split: blur or features.", panel=TOKENS, suggested=("blur", "features")
+    )
+    token_operations: float | None = option(
+        None,
+        "Fraction of the operations that is left, with --tokens merge.",
+        panel=TOKENS,
+        above=0,
+        below=1,
+        wanted="give the fraction of the dense model's operations, above 0 and below 1.",
     )
     resolution: int | None = option(
         None,
@@ -36,15 +47,23 @@ class TokenOptions(Options):
     @property
     def approximations(self) -> list[str]:
         """The flags of those that are given."""
-        given = {"--tokens mixed": self.token_budget, "--landmarks": self.landmarks}
+        given = {
+            "--tokens mixed": self.token_budget,
+            "--tokens merge": self.token_operations,
+            "--landmarks": self.landmarks,
+        }
         return [flag for flag, number in given.items() if number is not None]
 
     def check(self) -> None:
-        mixed = self.tokens == "mixed"
+        mixed, merged = self.tokens == "mixed", self.tokens == "merge"
         if mixed is not (self.token_budget is not None):
             raise UsageError("--tokens mixed and --token-budget, the patches of an image, go together.")
-        if mixed and self.landmarks is not None:
-            raise UsageError("--landmarks are means over a grid of patches, and --tokens mixed is no grid: choose one.")
+        if merged is not (self.token_operations is not None):
+            raise UsageError("--tokens merge and --token-operations, a fraction such as 0.67, go together.")
+        if (mixed or merged) and self.landmarks is not None:
+            raise UsageError(
+                f"--landmarks are means over a grid of patches, and --tokens {self.tokens} is no grid: choose one."
+            )
         defaults = {entry.name: entry.default for entry in entries_of(TokenOptions)}
         for name, needed, there in (
             ("token_levels", "--tokens mixed", mixed),

@@ -21,13 +21,18 @@ from vitshrink.data.opening import CalibrationData
 from vitshrink.evaluation.measurement import Measurement
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import task_of
+from vitshrink.models.families import family_of, task_of
+from vitshrink.models.hf_quantizer import base_prefix
+from vitshrink.models.structures import structure_of
+from vitshrink.models.structures.merging import MergedTokens
+from vitshrink.models.targets import blocks_of
 from vitshrink.recovery import Recovery
 from vitshrink.report import Report, before_after, with_thumbnails
 from vitshrink.report.costs import LatencyRecord, Timings
 from vitshrink.report.making import (
     CODED,
     BlockError,
+    BlockTokens,
     CalibrationRecord,
     Environment,
     LayerEntry,
@@ -60,6 +65,20 @@ def latency_record(timed: Sequence[Mapping[str, cost.Latency]]) -> LatencyRecord
         return None
     first, *others = timed
     return LatencyRecord(**first, others=tuple(Timings(**each) for each in others) or None)
+
+
+def tokens_by_block(model: PreTrainedModel) -> tuple[BlockTokens, ...] | None:
+    """What the blocks of a model read and keep, where they merge tokens; None where none does."""
+    specs = {index: structure_of(block) for index, block in enumerate(blocks_of(model))}
+    merged = {index: spec for index, spec in specs.items() if isinstance(spec, MergedTokens)}
+    if not merged:
+        return None
+    path = base_prefix(model) + family_of(model).blocks
+    macs = cost.macs_of_modules(model, example_inputs(model), [f"{path}.{index}" for index in merged])
+    return tuple(
+        BlockTokens(block=index, tokens=spec.tokens, kept=spec.kept, macs=macs[f"{path}.{index}"])
+        for index, spec in merged.items()
+    )
 
 
 def recovery_record(recovery: Recovery) -> RecoveryRecord:
@@ -153,6 +172,7 @@ class Description:
             parameters=before_after(cost.parameters(dense), cost.parameters(model)),
             bytes=before_after(*nbytes),
             macs=macs,
+            tokens=tokens_by_block(model),
             memory=memory,
             latency=latency_record(timed),
             evaluation=evaluation,

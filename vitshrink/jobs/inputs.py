@@ -12,7 +12,8 @@ from vitshrink.config.options import CompressConfig
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData, hold_out, read_calibration
 from vitshrink.jobs.session import Session
-from vitshrink.recovery import Material, check, held_out_count, open_material
+from vitshrink.models.families import task_of
+from vitshrink.recovery import Material, check, check_tokens, held_out_count, open_material
 from vitshrink.runtime.observer import Job
 
 
@@ -111,6 +112,7 @@ def _material(
         offline=config.offline,
     )
     check(base, config.finetune, dense=True, labelled=material.label_of is not None)
+    check_tokens(config.finetune, task_of(base), "merged" if config.tokens == "merge" else None)
     if config.finetune.data:
         session.warn_of_overlap(material.samples, evaluation, "are also trained on")
     return material

@@ -65,12 +65,22 @@ def macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     Half of the floating-point operations that torch counts; normalisations, activations and additions are left out,
     as usual. Pass one sample for the MACs of a sample.
     """
+    return int(_counted(model, inputs).get_total_flops()) // 2
+
+
+def macs_of_modules(model: nn.Module, inputs: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:
+    """The part of ``macs`` that each of the named modules does."""
+    counts = _counted(model, inputs).get_flop_counts()
+    return {name: sum(counts[f"{type(model).__name__}.{name}"].values()) // 2 for name in names}
+
+
+def _counted(model: nn.Module, inputs: Mapping[str, Tensor]) -> FlopCounterMode:
     # torch counts nothing for the fused attention of the CPU, so that the plain one is run; and under inference_mode
     # linear layers are not taken apart into the operations that it counts
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _product_flops})
     with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(**_on_device_of(model, inputs))
-    return int(counter.get_total_flops()) // 2
+    return counter
 
 
 def _product_flops(left: torch.Size, right: torch.Size, **_: Any) -> int:

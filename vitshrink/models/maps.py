@@ -8,7 +8,9 @@ from vitshrink.errors import UsageError
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.families import family_of
 from vitshrink.models.geometry import grid_of
+from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.landmarks import FORMS, Landmarks
+from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.models.targets import blocks_of
 
@@ -26,6 +28,8 @@ def landmarks_of(model: PreTrainedModel, landmarks: int, form: str) -> Landmarks
     embeddings = model.base_model.get_submodule("embeddings")
     if isinstance(getattr(embeddings, "spec", None), MixedTokens):
         raise UsageError("--landmarks are means over a grid of patches, and mixed tokens are no grid: use one of them.")
+    if any(isinstance(structure_of(block), MergedTokens) for block in blocks_of(model)):
+        raise UsageError("--landmarks are means over a grid of patches, which merged tokens are not: use one of them.")
     found = Landmarks(landmarks, 2 if hasattr(embeddings, "distillation_token") else 1, form)
     try:
         found.window(grid_of(model.config))

@@ -14,7 +14,10 @@ from vitshrink.models.geometry import sides
 from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.structures import fill, structure_of
 from vitshrink.models.structures.landmarks import Landmarks
+from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.structures.tokens import SCORERS, MixedTokens
+
+_NAMES = {MixedTokens: "mixed tokens", MergedTokens: "merged tokens", Landmarks: "landmarks"}
 
 
 def _embeddings(model: PreTrainedModel, flag: str) -> Any:
@@ -34,8 +37,8 @@ def set_resolution(model: PreTrainedModel, size: int) -> None:
     """
     embeddings = _embeddings(model, "--resolution")
     for spec in map(structure_of, model.modules()):
-        if isinstance(spec, MixedTokens | Landmarks):
-            what = "mixed tokens" if isinstance(spec, MixedTokens) else "landmarks"
+        if isinstance(spec, MixedTokens | MergedTokens | Landmarks):
+            what = _NAMES[type(spec)]
             raise UsageError(
                 f"--resolution {size}: the {what} of this model are chosen for {model.config.image_size} pixels. "
                 "Compress the dense model again, with --resolution."
@@ -68,8 +71,13 @@ def mix_tokens(model: PreTrainedModel, tokens: MixedTokens) -> None:
     embeddings = _embeddings(model, "--tokens mixed")
     if tokens.scorer not in SCORERS:
         raise UsageError(f"--token-scorer {tokens.scorer}: unknown. Available: {', '.join(SCORERS)}.")
-    if any(isinstance(structure_of(module), Landmarks) for module in model.modules()):
-        raise UsageError("--tokens mixed are no grid of patches, over which this model has landmarks: use one of them.")
+    for spec in map(structure_of, model.modules()):
+        if isinstance(spec, Landmarks):
+            raise UsageError(
+                "--tokens mixed are no grid of patches, over which this model has landmarks: use one of them."
+            )
+        if isinstance(spec, MergedTokens):
+            raise UsageError("--tokens mixed: this model already has other tokens than the dense one.")
     if not tokens.fits(embeddings):
         raise UsageError("--tokens mixed: this model already has other tokens than the dense one.")
     positions = embeddings.position_embeddings

@@ -5,22 +5,14 @@ from transformers import PreTrainedModel
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.errors import UsageError
 from vitshrink.models.checkpoint import compressed_layers
-from vitshrink.models.families import task_of
+from vitshrink.models.families import Task, task_of
+from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.structures.tokens import MixedTokens
 
 
 def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labelled: bool) -> None:
     """Raises UsageError for an objective that a model does not allow, or that lacks what it needs; before any work."""
-    if has_mixed_tokens(model):
-        for name in ("blockwise", "features"):
-            if getattr(config, name):
-                raise UsageError(
-                    f"--{name} compares blocks token by token, and this model has mixed tokens: leave it out."
-                )
-        if task_of(model) == "features":
-            raise UsageError(
-                "a headless model with mixed tokens cannot be trained: its tokens are not the dense one's."
-            )
+    check_tokens(config, task_of(model), tokens_kind(model))
     if config.objective == "distill":
         if not dense:
             raise UsageError("distillation learns from the dense model: pass it as --teacher.")
@@ -36,9 +28,27 @@ def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labell
         raise UsageError("--features compares with the dense model, which is not asked here: pass --distillation too.")
 
 
-def has_mixed_tokens(model: PreTrainedModel) -> bool:
-    """Whether some block of ``model`` reads tokens that are not the dense model's."""
-    return any(isinstance(layer.spec, MixedTokens) for layer in compressed_layers(model).values())
+def check_tokens(config: FinetuneConfig, task: Task, kind: str | None) -> None:
+    """Raises UsageError for what cannot be trained where tokens are "mixed" or "merged"; None are the dense model's."""
+    if kind is None:
+        return
+    for name in ("blockwise", "features"):
+        if getattr(config, name):
+            raise UsageError(
+                f"--{name} compares blocks token by token, and this model has {kind} tokens: leave it out."
+            )
+    if task == "features":
+        raise UsageError(f"a headless model with {kind} tokens cannot be trained: its tokens are not the dense one's.")
+    if kind == "merged" and (config.bdia or config.reversible):
+        raise UsageError("--bdia and --reversible need as many tokens in every block, and this model merges them.")
+
+
+def tokens_kind(model: PreTrainedModel) -> str | None:
+    """What the tokens are that some block of ``model`` reads; None where they are the dense model's."""
+    for layer in compressed_layers(model).values():
+        if isinstance(layer.spec, MixedTokens | MergedTokens):
+            return "mixed" if isinstance(layer.spec, MixedTokens) else "merged"
+    return None
 
 
 def asks_dense(config: FinetuneConfig) -> bool:

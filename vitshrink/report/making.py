@@ -13,6 +13,21 @@ DENSE, LOW_RANK, INTEGER, CODED = "dense", "low-rank", "integer", "coded"
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class BlockTokens:
+    """What one block reads and keeps of the tokens of a sample, where they are merged."""
+
+    block: int
+    """Its number, from 0."""
+    tokens: int
+    """That reach it."""
+    kept: int
+    """That its MLP sees, and that it hands on."""
+    macs: int
+    """Multiply-accumulate operations of the block, matching included."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class LayerEntry:
     """One layer, or attention, that could be compressed."""
 

@@ -14,6 +14,7 @@ from vitshrink.evaluation.quality import Evaluation, EvaluationRecord
 from vitshrink.report.costs import BeforeAfter, LatencyRecord, Timings
 from vitshrink.report.making import (
     CODED,
+    BlockTokens,
     CalibrationRecord,
     Environment,
     LayerEntry,
@@ -21,7 +22,7 @@ from vitshrink.report.making import (
     RecoveryRecord,
 )
 from vitshrink.report.reading import RULES, Group, parse
-from vitshrink.runtime.records import plain
+from vitshrink.runtime.records import IfSet, plain
 
 FILE_NAME = "report.json"
 
@@ -64,6 +65,8 @@ class Report:
     """Bytes of the weights in memory, in the type they were measured in."""
     macs: Group[BeforeAfter] = None
     """Multiply-accumulate operations of one sample."""
+    tokens: IfSet[tuple[BlockTokens, ...]] = None
+    """What the blocks read and keep, from the first that merges tokens; left out where none does."""
     latency: Group[LatencyRecord] = None
     """Time of a forward pass."""
     evaluation: EvaluationRecord | None = None

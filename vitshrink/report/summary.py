@@ -73,6 +73,10 @@ def summary_rows(report: Report) -> list[Row]:
         _size_row("Weights in memory", report.memory, size),
         _size_row("MACs a sample", report.macs, count),
     ]
+    if report.tokens:
+        tokens = [report.tokens[0].tokens, *(each.kept for each in report.tokens)]
+        merging = f"from block {report.tokens[0].block}: {' → '.join(map(str, tokens))}"
+        rows.append(Row("Tokens, block by block", str(tokens[0]), merging, ""))
     if report.recovery is not None:
         losses = f"{number(report.recovery.before)} → {number(report.recovery.after)}"
         rows.append(Row("Held-out loss before and after recovery", "", losses, ""))

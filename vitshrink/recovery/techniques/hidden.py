@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.models.targets import blocks_of
-from vitshrink.recovery.checks import asks_dense, has_mixed_tokens
+from vitshrink.recovery.checks import asks_dense, tokens_kind
 from vitshrink.recovery.objectives import Term
 
 FEATURES = 5.0
@@ -76,7 +76,7 @@ def usual_weight(model: PreTrainedModel, config: FinetuneConfig) -> float:
     """The weight of the blocks' outputs; 0 where the dense model is not asked, or its blocks give something else."""
     if config.features is not None:
         return config.features
-    comparable = asks_dense(config) and not (config.bdia or config.reversible or has_mixed_tokens(model))
+    comparable = asks_dense(config) and not (config.bdia or config.reversible or tokens_kind(model) is not None)
     return FEATURES if comparable else 0.0
 
 

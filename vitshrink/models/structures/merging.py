@@ -1,0 +1,164 @@
+"""Merged tokens: in a block the patches that are most alike become one, and what no head reads is not computed."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitshrink.errors import CheckpointError
+from vitshrink.models.structures.attention import StructuredAttention, layout_of, run_attention
+from vitshrink.models.structures.joined import Joined, join
+from vitshrink.models.structures.registry import read_entry, structure
+
+STREAMS = ("tokens", "sizes")
+"""What blocks hand on: tokens (batch, tokens, n), or the same with how many patches each stands for behind it."""
+
+
+class NormOfMerged(nn.LayerNorm):
+    """``nn.LayerNorm`` whose weight is (1, 1, n): the shape that says that this is another block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.flatten(), self.bias, self.eps)
+
+
+class Merging(Joined):
+    """A block that merges patches between its attention and its MLP (token merging, arXiv 2210.09461).
+
+    Every second patch is paired with the one of the others whose keys are most like its own; the pairs that are most
+    alike become one token, the mean weighted by sizes. A token that stands for s patches counts s times in attention.
+    How many pairs there are is given, so that shapes are the same for every image. Special tokens are left alone.
+    Where only they are kept, nothing reads the patches afterwards: then nothing is merged, and they alone ask.
+    """
+
+    spec: "MergedTokens"
+    attention: Any
+    layernorm_before: Any
+    layernorm_after: Any
+    mlp: Any
+    dropout: Any
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        spec = self.spec
+        if attention_mask is not None and not torch.compiler.is_exporting():
+            raise ValueError("tokens are merged wherever they are: an attention mask cannot be kept.")
+        if hidden_states.shape[1] != spec.tokens:
+            raise ValueError(
+                f"{hidden_states.shape[1]} tokens reach a block that merges {spec.tokens} to {spec.kept}: images need "
+                "the size that the model was compressed for, and the blocks their order."
+            )
+        x, sizes = hidden_states, None
+        if spec.reads == "sizes":
+            x, sizes = hidden_states[..., :-1], hidden_states[..., -1:]
+        attended, keys = self._attend(self.layernorm_before(x), sizes, **kwargs)
+        x = self.dropout(attended) + x[:, : attended.shape[1]]
+        if spec.special < spec.kept < spec.tokens:
+            x, sizes = merge(x, sizes, keys, spec.kept, spec.special)
+        x = self.dropout(self.mlp(self.layernorm_after(x))) + x
+        if spec.gives == "sizes":
+            x = torch.cat([x, x.new_ones(*x.shape[:2], 1) if sizes is None else sizes], -1)
+        return x
+
+    def _attend(self, x: Tensor, sizes: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The outputs of the attention for the tokens that ask, (batch, asking, n), and the keys (batch, tokens, m)."""
+        attention, spec = self.attention, self.spec
+        asking = spec.special if spec.kept == spec.special else spec.tokens
+        layout = layout_of(attention, nn.Module)
+        assert layout is not None
+        if isinstance(attention, StructuredAttention):
+            query, key, value = attention.project(x)
+            query = query[:, :, :asking]
+        else:
+            query, key, value = (
+                getattr(attention, name)(read).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+                for name, read in ((layout.query, x[:, :asking]), (layout.key, x), (layout.value, x))
+            )
+        mask = None if sizes is None else sizes.log().mT[:, None].expand(-1, 1, asking, -1)
+        output, _ = run_attention(attention, query, key, value, mask, **kwargs)
+        assert layout.output is not None
+        return getattr(attention, layout.output)(output.flatten(2)), key.transpose(1, 2).flatten(2)
+
+
+def merge(x: Tensor, sizes: Tensor | None, keys: Tensor, kept: int, special: int) -> tuple[Tensor, Tensor]:
+    """Tokens x (batch, tokens, n) and their sizes (batch, tokens, 1), ``kept`` of them, in the order they had.
+
+    ``keys`` (batch, tokens, m) say what is alike. At most every second patch goes.
+    """
+    if sizes is None:
+        sizes = x.new_ones(*x.shape[:2], 1)
+    going = x.shape[1] - kept
+    first, weighted = x[:, :special], torch.cat([x * sizes, sizes], -1)[:, special:]  # what merges adds up
+    sources, others = pair(keys[:, special:].detach(), going)
+    into = weighted.scatter_add(1, _wide(others, weighted), weighted.gather(1, _wide(sources, weighted)))
+    stays = torch.ones_like(keys[:, special:, 0], dtype=torch.uint8).scatter(1, sources, 0)
+    stays = stays.argsort(dim=1, stable=True, descending=True)[:, : kept - special]
+    into = into.gather(1, _wide(stays, into))
+    found = torch.cat([first, into[..., :-1] / into[..., -1:]], 1)
+    return found, torch.cat([sizes[:, :special], into[..., -1:]], 1)
+
+
+def pair(keys: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The most similar pairs of a patch with an even place and one with an odd place: places (batch, number) of both.
+
+    No two pairs share the first of them.
+    """
+    unit = F.normalize(keys, dim=-1)
+    likeness, nearest = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
+    best = likeness.argsort(dim=1, stable=True, descending=True)[:, :number]
+    return 2 * best, 2 * nearest.gather(1, best) + 1
+
+
+def _wide(places: Tensor, like: Tensor) -> Tensor:
+    return places[..., None].expand(-1, -1, like.shape[-1])
+
+
+@structure("merged-tokens")
+@dataclass(frozen=True)
+class MergedTokens:
+    """How many tokens a block reads, and how many of them it keeps.
+
+    Attributes:
+        tokens: that reach the block, the special ones among them.
+        kept: that its MLP sees and that it hands on; as many as are ``special`` where nothing reads the patches.
+        special: tokens before the patches.
+        reads: what the block before hands on, see ``STREAMS``.
+        gives: what this one does.
+    """
+
+    tokens: int
+    kept: int
+    special: int = 1
+    reads: str = "tokens"
+    gives: str = "tokens"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> Self:
+        choices = {"reads": STREAMS, "gives": STREAMS}
+        return cls(**read_entry(entry, ("tokens", "kept", "special"), choices=choices))
+
+    @property
+    def fewest(self) -> int:
+        """Tokens that are left when as many are merged as can be at once."""
+        return self.tokens - (self.tokens - self.special) // 2
+
+    def fits(self, module: nn.Module) -> bool:
+        norm, attention = (getattr(module, name, None) for name in ("layernorm_after", "attention"))
+        layout = layout_of(attention, nn.Module) if isinstance(attention, nn.Module) else None
+        return isinstance(norm, nn.LayerNorm) and norm.weight.dim() == 1 and layout is not None and bool(layout.output)
+
+    def build(self, module: nn.Module) -> nn.Module:
+        if not (self.kept == self.special < self.tokens or self.fewest <= self.kept <= self.tokens):
+            raise CheckpointError(
+                f"a block cannot merge {self.tokens} tokens to {self.kept}, {self.special} of them special: the "
+                "config.json is damaged."
+            )
+        join(module, Merging)
+        module.spec = self  # type: ignore[assignment]
+        norm: Any = module.layernorm_after
+        norm.__class__ = NormOfMerged
+        norm.weight = nn.Parameter(torch.empty_like(norm.weight.detach())[None, None])
+        return module
