@@ -144,7 +144,8 @@ def fitted_curve(gone: Sequence[int], losses: Sequence[float], patches: int) -> 
         free.remove(bound)
     share = torch.arange(patches + 1).double() / patches
     start, power, growth = exponents
-    return start.exp() * share.pow(power) * (growth * share).exp()
+    curve: Tensor = start.exp() * share.pow(power) * (growth * share).exp()
+    return curve
 
 
 @dataclass(frozen=True, eq=False)
