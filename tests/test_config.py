@@ -406,3 +406,13 @@ def test_what_makes_no_difference_to_a_result_is_said_at_the_option() -> None:
 def test_every_job_is_checked_like_a_compression(job: type[JobOptions], entries: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         job.from_mapping(entries)
+
+
+def test_columns_of_a_rounding_by_data_are_those_of_both_sets() -> None:
+    entries = {"model": "m", "output": "o", "calibration": "c", "bits": 4.0, "text_column": "t", "label_column": "l"}
+    found = QuantizeJob(**entries).compression()
+    assert (found.text_column, found.eval_text_column, found.eval_label_column) == ("t", "t", "l")
+    assert found.label_column is None, "calibration data need none"
+    other = QuantizeJob(**entries | {"eval_text_column": "e", "max_accuracy_drop": 1.0, "bits": None}).compression()
+    assert (other.text_column, other.eval_text_column, other.label_column) == ("t", "e", "l")
+    assert other.stores == "bits"

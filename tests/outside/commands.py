@@ -157,6 +157,10 @@ def _quantize_and_evaluate(job: Job) -> Lines:
     return [[*_quantize(job)[0], "--baseline", job.model, "--eval", job.source, *job.data.flags]]
 
 
+def _quantize_by_data(job: Job) -> Lines:
+    return [["quantize", job.model, job.out, "--bits", "6", *job.calibration(6), *job.evaluation]]
+
+
 def _inspect(job: Job) -> Lines:
     return [["inspect", job.model, "--calibration", job.source, "--samples", "6", *job.data.flags]]
 
@@ -207,6 +211,7 @@ COMMANDS: dict[str, Command] = {
     "finetune": Command(_finetune()),
     "finetune-supervised": Command(_finetune("--objective", "supervised"), only=("Classification",)),
     "quantize": Command(_quantize, reads=False),
+    "quantize-calibrated": Command(_quantize_by_data, evaluates=True, outcome="either"),
     "quantize-eval": Command(_quantize_and_evaluate, evaluates=True),
     "export-onnx": Command(_export("onnx"), "other", reads=False),
     "export-torch": Command(_export("torch"), "other", reads=False),

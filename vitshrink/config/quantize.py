@@ -13,7 +13,7 @@ from vitshrink.config.data import (
     LabelOptions,
     columns_of,
 )
-from vitshrink.config.evaluation import EvaluationOptions
+from vitshrink.config.evaluation import EvaluationColumnOptions, EvaluationOptions
 from vitshrink.config.fields import DATA, METHOD, Options, entries_of, option
 from vitshrink.config.job import JobOptions
 from vitshrink.config.method import LayerOptions
@@ -32,7 +32,9 @@ class IntegerSizeOptions(BoundOptions, BytesOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvatureOptions(TypeOptions, HoldoutOptions, CalibrationOptions, LayerOptions, IntegerSizeOptions):
+class CurvatureOptions(
+    TypeOptions, EvaluationColumnOptions, HoldoutOptions, CalibrationOptions, LayerOptions, IntegerSizeOptions
+):
     """What calibration data give a choice of."""
 
 
@@ -111,8 +113,8 @@ class QuantizeJob(
         return DataConfig(self.eval, self.eval_split, **columns_of(self), labels=self.eval_labels)
 
     def compression(self) -> CompressConfig:
-        """The job that rounds by calibration data; the columns are those of both sets of samples."""
-        columns = {f"eval_{name}": getattr(self, name) for name in COLUMNS}
+        """The job that rounds by calibration data; a column has the same name in both sets, if nothing else is said."""
+        columns = {f"eval_{name}": getattr(self, f"eval_{name}") or getattr(self, name) for name in COLUMNS}
         if self.max_accuracy_drop is None:  # nothing reads labels of calibration data
             columns["label_column"] = None
         return CompressConfig(**self.shared_with(CompressConfig) | columns | {"forms": "bits"})
