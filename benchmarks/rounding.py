@@ -9,7 +9,7 @@ two finenesses are interpolated in the logarithm of the divergence. Bytes are th
 import argparse
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -67,11 +67,16 @@ def no_shrinkage(_covariance: torch.Tensor, _tokens: float) -> float:
     return 0.0
 
 
+def not_joined(_sums: Any, _mean: torch.Tensor, outputs: torch.Tensor, covariance: torch.Tensor) -> Any:
+    return outputs, covariance
+
+
 CHANGES = {
     "as the tool does it": Change(),
     "no feedback of errors": Change(stats=without_feedback),
     "all tokens count alike": Change(sensitivity={"WEIGHTS": (1.0, 1.0)}),
     "weights of tokens not clipped": Change(sensitivity={"WEIGHTS": (0.0, math.inf)}),
+    "errors that tokens share count as others": Change(sensitivity={"joined": not_joined}),
     "one sensitivity for all outputs": Change({"SHRINKAGE": 1.0}),
     "sensitivities hardly shrunk (0.1)": Change({"SHRINKAGE": 0.1}),
     "one step for all columns": Change({"COLUMN_EXPONENT": 0.0}),
@@ -81,8 +86,8 @@ CHANGES = {
 
 
 @torch.no_grad()
-def rounded_models(dense: PreTrainedModel, stats: Stats) -> Iterator[tuple[int, PreTrainedModel]]:
-    """Bytes of the file, and the model, at every level."""
+def rounded_models(dense: PreTrainedModel, stats: Stats) -> list[tuple[int, PreTrainedModel]]:
+    """Bytes of the file, and the model, at every level, from small to large."""
     models = [copy.deepcopy(dense) for _ in LEVELS]
     modules = {name: dense.get_submodule(name) for name in stats}
     whole = cost.parameters(dense) - sum(matrix_of(module).numel() for module in modules.values())
@@ -94,7 +99,7 @@ def rounded_models(dense: PreTrainedModel, stats: Stats) -> Iterator[tuple[int, 
             bits = coded.CODING * rounding.entropy(integers) * weight.numel()
             sizes[number] += int(bits / 8) + 2 * sum(weight.shape) + HEADER_BYTES
             _put(models[number].get_submodule(name), weight - errors, errors, stats[name])
-    yield from zip(sizes, models, strict=True)
+    return sorted(zip(sizes, models, strict=True), key=lambda each: each[0])
 
 
 def _put(module: nn.Module, matrix: torch.Tensor, errors: torch.Tensor, found: Sensitivity) -> None:
@@ -104,11 +109,23 @@ def _put(module: nn.Module, matrix: torch.Tensor, errors: torch.Tensor, found: S
         bias.add_((errors.double() @ found.mean).to(bias.dtype))
 
 
-def at_sizes(found: Sequence[tuple[int, float]], sizes: Sequence[int]) -> list[float | None]:
-    """The divergence at each of ``sizes``, from those of (bytes, divergence)."""
+def at_sizes(
+    found: Sequence[tuple[int, PreTrainedModel]], sizes: Sequence[int], judge: Callable[[PreTrainedModel], float]
+) -> list[float | None]:
+    """The divergence at each of ``sizes``, between those of the models around it; only these are judged."""
+    judged: dict[int, float] = {}
+
+    def point(number: int) -> tuple[int, float]:
+        taken, model = found[number]
+        if number not in judged:
+            judged[number] = judge(model)
+        return taken, judged[number]
+
+    around = [
+        next((n for n, (low, high) in enumerate(pairwise(found)) if low[0] <= size <= high[0]), None) for size in sizes
+    ]
     return [
-        next((_between(*pair, size) for pair in pairwise(sorted(found)) if pair[0][0] <= size <= pair[1][0]), None)
-        for size in sizes
+        None if n is None else _between(point(n), point(n + 1), size) for n, size in zip(around, sizes, strict=True)
     ]
 
 
@@ -125,6 +142,7 @@ class Bench:
     calibration: Mapping[int, Sequence[Batch]]
     held_out: Sequence[Batch]
     baseline: nn.Module
+    collected: dict[tuple[int, str], Stats] = field(default_factory=dict)
 
     def figures(self, change: Change, seed: int, sizes: Sequence[int]) -> list[float | None]:
         names = [target.name for target in find_targets(self.dense)] + find_outside(self.dense)
@@ -132,9 +150,11 @@ class Bench:
             for module, values in ((rounding, change.rounding), (sensitivity, change.sensitivity)):
                 for name, value in values.items():
                     stack.enter_context(patch.object(module, name, value))
-            stats = change.stats(collect_sensitivity(self.dense, names, self.calibration[seed], seed=seed))
-            found = [(size, self._kl(model)) for size, model in rounded_models(self.dense, stats)]
-        return at_sizes(found, sizes)
+            key = seed, repr(change.sensitivity)
+            if key not in self.collected:
+                self.collected[key] = collect_sensitivity(self.dense, names, self.calibration[seed], seed=seed)
+            found = rounded_models(self.dense, change.stats(self.collected[key]))
+        return at_sizes(found, sizes, self._kl)
 
     def _kl(self, model: PreTrainedModel) -> float:
         fidelity = evaluate(model, self.held_out, task=task_of(self.dense), baseline=self.baseline).fidelity

@@ -15,7 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from vitshrink.compression.rounding import Metric
+from vitshrink.config.options import DataConfig
+from vitshrink.data import Preprocessor
+from vitshrink.data.opening import open_data
+from vitshrink.models.loading import load_dense
 from vitshrink.models.structures.tokens import MixedTokens
+from vitshrink.models.targets import find_outside, find_targets
+from vitshrink.statistics.sensitivity import collect_sensitivity
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -43,6 +50,8 @@ def rows(output: str) -> list[list[str]]:
     "script",
     [
         "bytes",
+        "rounding",
+        "low_rank",
         "evaluation",
         "fidelity",
         "speed",
@@ -254,6 +263,66 @@ def test_codes_are_packed_without_gaps_and_stand_for_the_nearest_weights(benchma
     codes = matrix.codes
     assert torch.equal(packed.pack(codes, 8), codes.flatten())
     assert packed.pack(torch.tensor([1, 2, 3, 0, 3], dtype=torch.uint8), 2).tolist() == [0b00111001, 0b11]
+
+
+def test_ranks_beside_integers_are_judged_matrix_by_matrix(
+    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark("low_rank").main(f"--model {vit_directory} --calibration {flat_images} --samples 8".split())
+    head, *body, whole = rows(capsys.readouterr().out)
+    assert head == ["matrix", "bits", "best rank beside integers", "saved", "factors alone"]
+    assert whole[-1].endswith(f"of {len(body)}")
+    assert int(whole[-1].split()[2]) == sum(float(row[-1]) < 1 for row in body)
+
+
+def test_a_low_rank_part_is_found_where_there_is_one(benchmark: Benchmark) -> None:
+    low_rank, generator = benchmark("low_rank"), torch.Generator().manual_seed(0)
+    noise = torch.randn(96, 64, generator=generator, dtype=torch.float64)
+    two = torch.randn(96, 2, generator=generator).double() @ torch.randn(2, 64, generator=generator).double()
+    metric = Metric(torch.ones(96).double(), torch.ones(64).double())
+    assert low_rank.best_part(noise, metric, 6.0).rank == 0
+    assert low_rank.best_part(noise + 4 * two, metric, 6.0).rank == 2
+    assert low_rank.factors_alone(two, metric, 6.0, 1.0) < 1e-9
+    assert low_rank.factors_alone(noise, metric, 6.0, 1.0) > 0
+
+
+def test_what_the_rounding_does_is_taken_away_step_by_step(
+    benchmark: Benchmark,
+    vit_directory: Path,
+    flat_images: Path,
+    learned_images: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = benchmark("rounding")
+    sizes = [taken for taken, _ in script.rounded_models(*_dense_and_stats(vit_directory, flat_images))][2:4]
+    script.main(
+        [
+            *f"--model {vit_directory} --calibration {flat_images} --eval {learned_images}".split(),
+            *(
+                "--samples",
+                "8",
+                "--limit",
+                "8",
+                "--seeds",
+                "0",
+                "--sizes",
+                *(f"{size}B" for size in sizes),
+                "--rows",
+                *list(script.CHANGES)[:2],
+            ),
+        ]
+    )
+    _, *body = rows(capsys.readouterr().out)
+    assert [row[0] for row in body] == list(script.CHANGES)[:2]
+    assert all(float(cell) >= 0 for row in body for cell in row[1:])
+
+
+def _dense_and_stats(model: Path, data: Path) -> tuple[Any, Any]:
+    loaded = load_dense(str(model))
+    preprocessor = Preprocessor.from_checkpoint(loaded.directory, loaded.family.modality, config=loaded.model.config)
+    samples = open_data(DataConfig(str(data)), loaded, offline=False).at_most(8, 0)
+    names = [target.name for target in find_targets(loaded.model)] + find_outside(loaded.model)
+    return loaded.model, collect_sensitivity(loaded.model, names, list(preprocessor.batches(samples, 8)))
 
 
 def test_gptq_loses_less_at_the_outputs_than_rounding_to_nearest(benchmark: Benchmark) -> None:

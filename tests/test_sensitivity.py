@@ -1,5 +1,6 @@
 """Sensitivities against what autograd says of the same model, token by token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +57,53 @@ def seen_by_autograd(model: PreTrainedModel, name: str, batch: Batch, number: in
     return seen[0], seen[1].grad
 
 
-def expected(x: Tensor, gradient: Tensor, samples: int) -> Sensitivity:
-    """Of tokens (tokens, n) and their gradients (tokens, m)."""
-    x, gradient = x.double(), gradient.double()
-    power = gradient.square().sum(1)
-    weights = (power / power.mean()).clamp(*WEIGHTS)[:, None]
-    mean = (x * weights).sum(0) / weights.sum()
-    covariance = ((x - mean) * weights).T @ (x - mean) / weights.sum()
-    tokens = float(weights.sum() ** 2 / weights.square().sum())
-    return Sensitivity(gradient.square().sum(0) / samples, mean, covariance, tokens=tokens)
+def expected(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sensitivity:
+    """Of the tokens (tokens, n) of each sample and their gradients (tokens, m)."""
+    inputs, gradients = [x.double() for x in inputs], [g.double() for g in gradients]
+    power = torch.cat(gradients).square().sum(1).mean()
+    weights = [(g.square().sum(1) / power).clamp(*WEIGHTS)[:, None] for g in gradients]
+    x, weight = torch.cat(inputs), torch.cat(weights)
+    mean = (x * weight).sum(0) / weight.sum()
+    covariance = ((x - mean) * weight).T @ (x - mean) / weight.sum()
+    means = torch.stack([(each * w).sum(0) / w.sum() for each, w in zip(inputs, weights, strict=True)])
+    shares = torch.stack([w.sum() for w in weights])[:, None] / weight.sum()
+    between = ((means - mean) * shares).T @ (means - mean)
+    alone = torch.stack([g.square().sum(0) for g in gradients]).mean(0)
+    together = torch.stack([g.sum(0).square() for g in gradients]).mean(0)
+    within, common = covariance.trace() - between.trace(), between.trace()
+    ratio = together.sum() / alone.sum()
+    return Sensitivity(
+        (within * alone + common * together) / (within + ratio * common),
+        mean,
+        covariance - between + ratio * between,
+        tokens=float(weight.sum() ** 2 / weight.square().sum()),
+    )
 
 
 def close(found: Any, wanted: Any) -> bool:
     return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("site", ["layers.0.mlp.fc1", "layers.0.attention.v_proj", "layers.1.mlp.fc1"])
+def test_a_layer_of_images_has_the_gradients_and_the_covariance_of_its_tokens(site: str) -> None:
+    model, batch, name = tiny.build(VIT), batch_of(VIT), f"vit.{site}"
+    found = collect_sensitivity(model, [name], [batch])[name]
+    wanted = expected(*seen_by_autograd(model, name, batch))
+    assert close(found.outputs, wanted.outputs)
+    assert close(found.mean, wanted.mean)
+    assert close(found.covariance, wanted.covariance)
+
+
+def test_what_moves_all_keys_of_a_sample_alike_costs_nothing() -> None:
+    """Scores of a query move by the same amount, which the softmax does not see."""
+    model, batch, name = tiny.build(VIT), batch_of(VIT, size=8), "vit.layers.0.attention.k_proj"
+    found = collect_sensitivity(model, [name], [batch])[name]
+    x, _ = seen_by_autograd(model, name, batch)
+    common = x.double().mean(1) - x.double().mean((0, 1))
+    direction = torch.linalg.svd(common).Vh[0]
+    assert found.covariance is not None
+    plain = ((x.double() - x.double().mean((0, 1))) @ direction).square().mean()
+    assert direction @ found.covariance @ direction < 0.9 * plain
 
 
 @pytest.mark.parametrize("name", [VIT, BERT])
@@ -77,7 +112,7 @@ def test_a_layer_has_the_gradients_and_the_covariance_of_its_tokens(name: str) -
     found = collect_sensitivity(model, [FC1[name]], [batch])[FC1[name]]
     x, gradient = seen_by_autograd(model, FC1[name], batch)
     real = torch.ones(x.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
-    wanted = expected(x[real], gradient[real], 3)
+    wanted = expected(*([each[kept] for each, kept in zip(all_, real, strict=True)] for all_ in (x, gradient)))
     assert close(found.outputs, wanted.outputs)
     assert close(found.mean, wanted.mean)
     assert close(found.covariance, wanted.covariance)
@@ -94,7 +129,7 @@ def test_a_convolution_is_the_linear_layer_of_its_patches() -> None:
     assert torch.allclose(
         F.linear(read, module.weight.flatten(1), module.bias), module(x).flatten(2).mT, rtol=1e-4, atol=1e-5
     )
-    wanted = expected(read.flatten(0, 1), gradient.flatten(2).mT.flatten(0, 1), 3)
+    wanted = expected(read, gradient.flatten(2).mT)
     assert close(found.outputs, wanted.outputs)
     assert close(found.covariance, wanted.covariance)
 

@@ -62,6 +62,10 @@ class SiteSums:
     total: Tensor | None = None
     gram: Tensor | None = None
     uses: Tensor | None = None
+    between: Tensor | None = None
+    """Of the means of samples, as ``gram``."""
+    together: Tensor | None = None
+    """As ``outputs``, of the gradients that the tokens of a sample have in sum."""
 
 
 @dataclass(eq=False)
@@ -142,10 +146,29 @@ class SensitivityCollector:
             return
         x = (x[self._mask] if masked else x.reshape(-1, x.shape[-1])).float()
         weights = (importance / importance.mean().clamp_min(1e-30)).clamp(*WEIGHTS)
+        weighted = x * weights[:, None]
         sums.weight += float(weights.double().sum())
         sums.squared_weight += float(weights.double().square().sum())
-        sums.total = accumulate(sums.total, (x * weights[:, None]).sum(0))
+        sums.total = accumulate(sums.total, weighted.sum(0))
         sums.gram = accumulate(sums.gram, gram_of(x * weights.sqrt()[:, None]))
+        owners = self._owners(gradient, masked)
+        totals, shares = _by_owner(weighted, owners), _by_owner(weights[:, None], owners).clamp_min(1e-30)
+        sums.between = accumulate(sums.between, gram_of(totals * shares.rsqrt()))
+        sums.together = accumulate(sums.together, _by_owner(g, owners).square().sum(0))
+
+    def _owners(self, gradient: Tensor, masked: bool) -> Tensor:
+        """The sample of each token; each token is one of its own where the first dimension has no samples."""
+        shape = gradient.shape[:-1]
+        numbers = torch.arange(shape.numel(), device=gradient.device)
+        if len(shape) == 1 or shape[0] != self._samples:
+            return numbers
+        owners = numbers.view(shape) // shape[1:].numel()
+        return owners[self._mask] if masked else owners.flatten()
+
+
+def _by_owner(rows: Tensor, owners: Tensor) -> Tensor:
+    """Rows of a sample summed."""
+    return rows.new_zeros(int(owners[-1]) + 1, rows.shape[1]).index_add_(0, owners, rows)
 
 
 def patches(x: Tensor, module: nn.Conv2d) -> Tensor:
@@ -166,9 +189,25 @@ def _sensitivity(sums: SiteSums) -> Sensitivity:
     assert sums.total is not None
     assert sums.gram is not None
     mean = sums.total / sums.weight
-    return Sensitivity(
-        outputs, mean, sums.gram / sums.weight - torch.outer(mean, mean), tokens=sums.weight**2 / sums.squared_weight
-    )
+    covariance = sums.gram / sums.weight - torch.outer(mean, mean)
+    outputs, covariance = joined(sums, mean, outputs, covariance)
+    return Sensitivity(outputs, mean, covariance, tokens=sums.weight**2 / sums.squared_weight)
+
+
+def joined(sums: SiteSums, mean: Tensor, outputs: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Both for errors that the tokens of a sample share as well as for those that they do not.
+
+    What differs between tokens counts by the squares of their gradients, and what all of a sample have in common by the
+    square of the sum of its gradients: nothing at a key, which shifts all scores alike, ten times as much at a value.
+    """
+    assert sums.between is not None
+    assert sums.together is not None
+    between, together = sums.between / sums.weight - torch.outer(mean, mean), sums.together / sums.samples
+    ratio = float(together.sum() / outputs.sum().clamp_min(1e-300))
+    common = float(between.trace())
+    own = max(float(covariance.trace()) - common, 0.0)
+    shared = (own * outputs + common * together) / max(own + ratio * common, 1e-300)
+    return shared, covariance + (ratio - 1) * between
 
 
 def collect_sensitivity(

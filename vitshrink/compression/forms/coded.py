@@ -112,10 +112,10 @@ class CodedMaker:
         kept = Candidate(None, Cost(numbers, numbers * self.material.itemsize))
         kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "matrix"
         overhead = STEPS.itemsize * sum(shape) + HEADER_BYTES
-        estimates = [(0, FEWEST, 0.0)] if metric is None else _estimates(weight, metric)
+        known = [(0, FEWEST, 0.0)] if metric is None else estimates(weight, metric)
         candidates = [
             Candidate(Integers(level, round(bits, 2)), Cost(numbers, int(CODING * bits * numbers / 8) + overhead), loss)
-            for level, bits, loss in estimates
+            for level, bits, loss in known
         ]
         nothing = 0.0 if metric is None else metric.loss(weight.double())
         return Offer.of(Site(name, kind, shape), self.material.currency, kept, candidates, nothing=nothing)
@@ -128,7 +128,7 @@ def matrix_of(module: nn.Module) -> Tensor:
     return weight.detach().flatten(1)
 
 
-def _estimates(weight: Tensor, metric: Metric) -> Iterator[tuple[int, float, float]]:
+def estimates(weight: Tensor, metric: Metric) -> Iterator[tuple[int, float, float]]:
     """(level, bits a weight, loss), from coarse to fine, from evenly spaced rows: each is rounded by itself."""
     every = max(1, weight.shape[0] // ROWS)
     some, part = weight[::every], replace(metric, weights=metric.weights[::every])
