@@ -8,6 +8,7 @@ column ``keep`` is what to pass to ``vitshrink compress --keep`` for the same si
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,10 @@ WITHOUT_TOKEN_WEIGHT = {
     "vitshrink.statistics.curvature.CurvatureCollector": partial(curvature.CurvatureCollector, token_weight=0.0)
 }
 
+WITHOUT_CLIPPING = {
+    "vitshrink.statistics.curvature.CurvatureCollector": partial(curvature.CurvatureCollector, clip=(0.0, math.inf))
+}
+
 KFAC_LEMS = Entry(
     "curvature",
     allocation="loss",
@@ -124,6 +129,7 @@ ENTRIES: dict[str, Entry] = {
     "curvature-loss": Entry("curvature", allocation="loss"),
     "curvature-bias": Entry("curvature", compensation="bias"),
     "curvature-no-bias": Entry("curvature", compensation="none"),
+    "curvature-no-clipping": Entry("curvature", replaced=WITHOUT_CLIPPING),
     "curvature-no-shrinkage": Entry("curvature", options={"shrinkage": 0.0}),
     "curvature-no-token-weight": Entry("curvature", replaced=WITHOUT_TOKEN_WEIGHT),
     "curvature-sampled-label": Entry("curvature", replaced={"vitshrink.models.fidelity.Softmax.probe": sampled_label}),

@@ -20,12 +20,19 @@ from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.fidelity import SOFTMAX
 from vitshrink.models.targets import Target, find_targets
 from vitshrink.runtime.precision import passes_in
-from vitshrink.statistics.curvature import TOKEN_WEIGHT, CurvatureCollector, collect_curvature, random_functional
+from vitshrink.statistics.curvature import (
+    TOKEN_WEIGHT,
+    CurvatureCollector,
+    clipping,
+    collect_curvature,
+    random_functional,
+)
 from vitshrink.statistics.stats import LinearStats
 
 CLASSIFIER = "ViTForImageClassification"
 CLASSES = len(tiny.IMAGE_CLASSES)
 FIRST = torch.tensor([0])
+UNBOUNDED = (0.0, float("inf"))
 
 
 @dataclass
@@ -65,6 +72,14 @@ def tokens_of(model: PreTrainedModel, batch: Batch, targets: list[Target]) -> di
     return {name: (x.detach()[real].double(), z.grad[real].double()) for name, (x, z) in seen.items()}
 
 
+def clipped(g: Tensor) -> Tensor:
+    """Gradients (tokens, m) within a tenth of their mean norm and ten times it, scaled to the power they had."""
+    norms = g.norm(dim=1)
+    allowed = norms.clamp(norms.mean() / 10, norms.mean() * 10)
+    short = g / norms.clamp_min(1e-30)[:, None] * allowed[:, None]
+    return short * (g.square().sum() / short.square().sum()).sqrt()
+
+
 def expected(
     x: Tensor, gradients: list[Tensor], g: Tensor, weight: Tensor, token_weight: float
 ) -> dict[str, Tensor | float]:
@@ -90,7 +105,8 @@ def assert_statistics(
 ) -> None:
     for target in targets:
         x, g = tokens[target.name]
-        readers = [tokens[other.name][1] for other in targets if other.input_group == target.input_group]
+        g = clipped(g)
+        readers = [clipped(tokens[other.name][1]) for other in targets if other.input_group == target.input_group]
         want = expected(x, readers, g, weights[target.name].double(), token_weight)
         stats = found[target.name]
         m, n = target.shape
@@ -183,7 +199,9 @@ def test_all_probes_together_give_the_exact_curvature(role: str, monkeypatch: py
 
     draws = iter(product([-1.0, 1.0], repeat=CLASSES))
     monkeypatch.setattr(fidelity, "signs", lambda like, _generator: torch.tensor(next(draws)).expand_as(like))
-    stats = collect_curvature(model, [target], [batch], probes=2**CLASSES)[target.name]
+    collector = CurvatureCollector(model, [target], probes=2**CLASSES, clip=UNBOUNDED)
+    collector.run(0, batch)
+    stats = collector.statistics()[target.name]
     W = layer.weight.detach().double()
     m, n = target.shape
     close(stats.input_gradient_gram if m > n else stats.gradient_gram, W.T @ H @ W if m > n else H)
@@ -224,6 +242,23 @@ def test_tokens_count_alike_where_no_gradient_weighs_them() -> None:
     collector.run(0, batch)
     tokens = tokens_of(model, batch, targets)
     assert_statistics(collector.statistics(), tokens, targets, weights_of(model, targets), token_weight=0.0)
+
+
+def test_long_and_short_gradients_are_clipped_and_their_power_stays() -> None:
+    g = torch.randn(200, 5, generator=generator())
+    g[0] *= 1e4
+    g[1] *= 1e-4
+    g[2] = 0
+    found = g * clipping(g)
+    torch.testing.assert_close(found, clipped(g))
+    assert found.square().sum() == pytest.approx(float(g.square().sum()), rel=1e-5)
+    norms = found[found.norm(dim=1) > 0].norm(dim=1)
+    assert norms.max() / norms.min() <= 100 * (1 + 1e-4)
+    assert not found[2].any()
+
+
+def test_gradients_that_are_all_nothing_stay_so() -> None:
+    assert torch.equal(torch.zeros(4, 3) * clipping(torch.zeros(4, 3)), torch.zeros(4, 3))
 
 
 def test_the_same_batch_twice_gives_the_same_statistics_of_twice_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

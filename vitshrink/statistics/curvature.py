@@ -31,6 +31,10 @@ from vitshrink.statistics.stats import LinearStats, Moments, gram_of
 TOKEN_WEIGHT = 0.7
 """Share of the gradient-weighted tokens in C; the rest counts all tokens alike, for tokens that no gradient met."""
 
+CLIP = (0.1, 10.0)
+"""Bounds of the norm of a token's gradient, in units of the mean over the tokens of a batch: a few tokens with far
+longer ones than the others would stand for all of them in C and H."""
+
 
 Functional = Callable[[ModelOutput], Tensor]
 """From the outputs of a batch to one number a sample, (batch,); linear in the logits or features."""
@@ -122,6 +126,7 @@ class CurvatureCollector:
     """Backward passes a batch."""
     passes: Passes = nullcontext
     token_weight: float = TOKEN_WEIGHT
+    clip: tuple[float, float] = CLIP
     batch: int = -1
     _mask: Tensor | None = None
     _x: dict[str, Tensor] = field(default_factory=dict)
@@ -218,8 +223,7 @@ class CurvatureCollector:
         def hook(_module: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: tuple[Tensor, ...]) -> None:
             g = self._real(grad_output[0])
             sums = self._layers.setdefault(target.name, LayerSums())
-            importance = g.square().sum(1)
-            power = float(importance.double().sum())
+            power = float(g.square().sum(1).double().sum())
             if not torch.isfinite(torch.tensor(power)):
                 raise NumericsError(
                     f"layer {target.name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
@@ -227,12 +231,15 @@ class CurvatureCollector:
                 )
             sums.power += power
             sums.count += g.shape[0]
+            scale = clipping(g, self.clip)
             side = g
             if m > n and target.name in self.weights:
                 side = g @ self.weights[target.name]
             elif m > n:
                 assert grad_input[0] is not None
                 side = self._real(grad_input[0])
+            side = side * scale
+            importance = (g * scale).square().sum(1)
             sums.gradient = accumulate(sums.gradient, gram_of(side))
             known = self._importance.get(target.name)
             self._importance[target.name] = importance if known is None else known + importance
@@ -242,13 +249,8 @@ class CurvatureCollector:
     def _sum_inputs(self) -> None:
         weights: dict[str, list[Tensor]] = {}
         for target in self.targets:
-            importance = self._importance[target.name]
-            relative = importance / importance.mean().clamp_min(1e-30)
-            weights.setdefault(target.input_group, []).append(relative)
-        mixed = {
-            group: self.token_weight * torch.stack(each).mean(0) + (1 - self.token_weight)
-            for group, each in weights.items()
-        }
+            weights.setdefault(target.input_group, []).append(self._importance[target.name])
+        mixed = {group: token_weights(each, self.token_weight) for group, each in weights.items()}
         found: dict[str, Moments] = {}
         for target in self.targets:
             group = target.input_group
@@ -267,6 +269,28 @@ class CurvatureCollector:
         self._x.clear()
         self._z.clear()
         self._importance.clear()
+
+
+def clipping(g: Tensor, bounds: tuple[float, float] = CLIP) -> Tensor:
+    """Factors (tokens, 1) that bring the norms of gradients g (tokens, m) within ``bounds``, times their mean.
+
+    Σ‖g‖² stays what it is, so that losses of different layers compare as before.
+    """
+    norms = g.norm(dim=1, keepdim=True)
+    low, high = (bound * norms.mean() for bound in bounds)
+    clipped = torch.where(norms > 0, norms.clamp(low, high), 0)
+    scale = torch.where(norms > 0, clipped / norms.clamp_min(1e-30), 1)
+    power: Tensor = norms.square().sum() / clipped.square().sum().clamp_min(1e-30)
+    return scale * power.sqrt()
+
+
+def token_weights(importance: Sequence[Tensor], share: float = TOKEN_WEIGHT) -> Tensor:
+    """Weights (tokens,) in C, from the squared gradients (tokens,) of every layer that reads the same input.
+
+    ``share`` of them goes by the squared gradient, the rest is the same for all.
+    """
+    relative = torch.stack([each / each.mean().clamp_min(1e-30) for each in importance]).mean(0)
+    return share * relative + (1 - share)
 
 
 def batch_generator(seed: int, number: int) -> torch.Generator:
