@@ -129,6 +129,7 @@ ENTRIES: dict[str, Entry] = {
     "curvature-loss": Entry("curvature", allocation="loss"),
     "curvature-bias": Entry("curvature", compensation="bias"),
     "curvature-no-bias": Entry("curvature", compensation="none"),
+    "curvature-rescale": Entry("curvature", compensation="rescale"),
     "curvature-no-clipping": Entry("curvature", replaced=WITHOUT_CLIPPING),
     "curvature-no-shrinkage": Entry("curvature", options={"shrinkage": 0.0}),
     "curvature-no-token-weight": Entry("curvature", replaced=WITHOUT_TOKEN_WEIGHT),

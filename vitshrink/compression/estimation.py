@@ -143,6 +143,11 @@ class LayerEstimator:
             return stats[name].mean
         return torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
 
+    def factorise(self, name: str, weight: Tensor, stats: LinearStats | None) -> Factorisation:
+        """Nested factors of a weight (m, n) for the layer of this name."""
+        centred = self.compensation != "none" and linear_of(self.dense, name).bias is not None
+        return self.method.factorise(weight, stats, centred=centred, **self.config.options)
+
     def _memory(self, job: Job) -> Memory:
         """Where what follows from the dense model alone is kept."""
         if self.config.cache is None:
@@ -275,11 +280,8 @@ class LayerEstimator:
         found: dict[str, Factorisation | str] = {}
         for target in processes.share(self.targets):
             layer = linear_of(self.dense, target.name)
-            centred = self.compensation != "none" and layer.bias is not None
             try:
-                factors = self.method.factorise(
-                    layer.weight.double(), stats.get(target.name), centred=centred, **self.config.options
-                )
+                factors = self.factorise(target.name, layer.weight.double(), stats.get(target.name))
                 found |= laid_out({target.name: factors.check_finite()})
             except NumericsError as error:
                 found[target.name] = str(error)

@@ -14,7 +14,7 @@ Storage = Literal["auto", "gauge", "factors"]
 Forms = Literal["auto", "bits", "rank"]
 
 ALLOCATIONS = ("uniform-rank", "uniform-ratio", "energy", "loss", "measured")
-COMPENSATIONS = ("none", "bias", "residual", "rescale")
+COMPENSATIONS = ("none", "bias", "residual", "rescale", "stream")
 
 
 @dataclass(frozen=True, kw_only=True)

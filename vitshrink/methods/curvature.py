@@ -11,7 +11,7 @@ from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
-@method("curvature", needs=Needs.CURVATURE, allocation="measured", compensation="rescale", storage="gauge")
+@method("curvature", needs=Needs.CURVATURE, allocation="measured", compensation="stream", storage="gauge")
 def curvature(
     weight: Tensor, stats: LinearStats | None, *, centred: bool = True, shrinkage: float = 0.1
 ) -> Factorisation:

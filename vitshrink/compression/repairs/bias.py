@@ -2,7 +2,10 @@
 
 from torch import Tensor
 
-SHIFTING = ("bias", "rescale")
+RESCALING = ("rescale", "stream")
+"""Repairs that end with gains and biases fitted to the outputs."""
+
+SHIFTING = ("bias", *RESCALING)
 """Repairs that begin by making every mean output exact."""
 
 

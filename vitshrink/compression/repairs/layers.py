@@ -9,8 +9,10 @@ from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.forms.low_rank import LowRank
 from vitshrink.compression.forms.registry import Material
+from vitshrink.compression.repairs.bias import RESCALING
 from vitshrink.compression.repairs.rescaling import STEPS, rescale_components
 from vitshrink.compression.repairs.sequential import compensate_residuals
+from vitshrink.compression.repairs.stream import restore_stream, writers
 from vitshrink.models.pivoting import fix_gauge
 from vitshrink.models.targets import blocks_of
 from vitshrink.runtime.observer import Job
@@ -44,7 +46,9 @@ class LayerRepairs:
         """Fit gains and biases, and choose pivots, where the job asks for that."""
         calibration, estimator = self.estimator.calibration, self.estimator
         low_rank = self._low_rank(plan)
-        if self.material.compensation == "rescale" and calibration is not None:
+        if self.material.compensation == "stream":
+            self._restore_stream(model, findings, job)
+        if self.material.compensation in RESCALING and calibration is not None:
             walks = 2 * STEPS * len(calibration.samples)
             with job.stage("compensate", "Fitting gains and biases", walks) as advance:
                 rescale_components(
@@ -62,6 +66,24 @@ class LayerRepairs:
         if self.material.storage == "gauge":
             with job.stage("gauge", "Choosing pivots"):
                 fix_gauge(model, self.material.targets)
+
+    def _restore_stream(self, model: PreTrainedModel, findings: Findings, job: Job) -> None:
+        calibration, estimator = self.estimator.calibration, self.estimator
+        layers = writers(model, self.material.targets)
+        if calibration is None or not layers:
+            return
+        with job.stage("stream", "Restoring the residual stream", len(layers)) as advance:
+            restore_stream(
+                model,
+                self.material.dense,
+                layers,
+                findings.stats,
+                estimator.factorise,
+                calibration.batches,
+                seed=estimator.config.seed + 5,
+                passes=estimator.passes,
+                on_layer=lambda _name: advance(1),
+            )
 
     def _low_rank(self, plan: Plan) -> list[str]:
         """In the order of the targets."""

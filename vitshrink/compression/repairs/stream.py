@@ -1,0 +1,237 @@
+"""What the residual stream of a compressed model lacks, put back by the layers that write to it, block by block."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.compression.repairs.bias import shifted_bias
+from vitshrink.methods import Factorisation
+from vitshrink.models.families import Family, Role, family_of
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.targets import Target, blocks_of, linear_of
+from vitshrink.runtime import processes
+from vitshrink.runtime.modes import evaluating
+from vitshrink.runtime.precision import Passes
+from vitshrink.statistics.calibration import CalibrationBatch
+from vitshrink.statistics.importance import weights_of_tokens
+from vitshrink.statistics.stats import LinearStats
+from vitshrink.statistics.walk import HiddenBatch, hidden_batches
+
+SHARE = 0.5
+"""Part of what the stream lacks that a layer is asked to add: the layers after it add to it, too."""
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Ridges to choose from, in units of the mean variance of an input."""
+
+WRITERS: tuple[Role, ...] = ("output", "fc2")
+"""The layers whose output is added to the stream, in the order in which they do it."""
+
+Factorise = Callable[[str, Tensor, LinearStats], Factorisation]
+"""Nested factors of a layer, from its name, a weight (m, n) for it, and the statistics of its inputs."""
+
+
+def writers(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
+    """The low-rank layers that can be refitted. Of one with more outputs than inputs, H is known within them only."""
+    return [
+        target
+        for target in targets
+        if target.role in WRITERS
+        and target.shape[0] <= target.shape[1]
+        and isinstance(model.get_submodule(target.name), LowRankLinear)
+        and model.get_submodule(target.name).bias is not None
+    ]
+
+
+@torch.no_grad()
+def restore_stream(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    targets: Sequence[Target],
+    stats: Mapping[str, LinearStats],
+    factorise: Factorise,
+    batches: Sequence[CalibrationBatch],
+    *,
+    seed: int = 0,
+    passes: Passes = nullcontext,
+    on_layer: Callable[[str], None] = lambda _name: None,
+) -> None:
+    """Refit the low-rank layers that write to the residual stream, in place; no rank changes.
+
+    Truncation leaves every layer with an error of its own, and the stream with the sum of them. A part of that sum
+    follows from what later layers read. With r what the stream of the compressed model lacks where a layer adds to it,
+    and x what the layer reads there, W is replaced by W + ``SHARE`` B, where B x is the ridge regression of r on x, and
+    factorised again for these inputs, at its rank. Each layer meets what those before it, already refitted, give.
+    The ridge is the one that explains most of either half of the samples by the other; none, where that is nothing.
+
+    Args:
+        dense: the model that ``model`` was made of.
+        targets: of ``model``; those that are ``writers`` are refitted.
+        stats: their statistics in the compressed model, of which H is used.
+    """
+    parts = writers(model, targets)
+    mine = processes.block(len(batches))
+    own = batches[mine.start : mine.stop]
+    family = family_of(model)
+    with processes.together():
+        weights = weights_of_tokens(model, parts, own, seed=seed, first=mine.start, passes=passes)
+        there = hidden_batches(dense, blocks_of(dense)[0], own)
+        here = hidden_batches(model, blocks_of(model)[0], own)
+    with evaluating(model, dense):
+        for index, (theirs, ours) in enumerate(zip(blocks_of(dense), blocks_of(model), strict=True)):
+            with processes.together():
+                met_there = (passage(theirs, family, batch) for batch in there)
+                wanted = [(met.stream, met.left) for met in met_there]  # what is read is large, and not needed
+            for target in (part for part in parts if part.block == index):
+                center = stats[target.name].mean
+                halves = (Lack.nothing(target.shape, center), Lack.nothing(target.shape, center))
+                with processes.together():
+                    for batch, (stream, _), weight in zip(here, wanted, weights, strict=True):
+                        met = passage(ours, family, batch, target.role)
+                        lacking = stream[target.role] - met.stream[target.role]
+                        for number, half in enumerate(halves):
+                            each = slice(number, None, 2)
+                            half.add(met.read[each], lacking[each], weight[target.name][each])
+                refit(model, dense, target, stats[target.name], factorise, [half.of_all() for half in halves])
+                on_layer(target.name)
+            with processes.together():
+                for batch in here:
+                    batch.hidden = batch.through(ours)
+            for batch, (_, left) in zip(there, wanted, strict=True):
+                batch.hidden = left
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """A batch on its way through one block."""
+
+    stream: Mapping[Role, Tensor]
+    """(batch, tokens, width) to which each of the writers adds."""
+    read: Tensor
+    """(batch, tokens, n) that the layer in question reads."""
+    left: Tensor
+    """(batch, tokens, width) that leaves the block."""
+
+
+def passage(block: nn.Module, family: Family, batch: HiddenBatch, reader: Role = "output") -> Passage:
+    """What a batch meets in a block."""
+    seen: dict[Role, tuple[Tensor, Tensor]] = {}
+
+    def see(role: Role) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[role] = inputs[0], output
+
+        return hook
+
+    with ExitStack() as stack:
+        for role in {reader, "output", "fc1"}:
+            layer = block.get_submodule(family.modules[role])
+            stack.callback(layer.register_forward_hook(see(role)).remove)
+        left = batch.through(block)
+    between = batch.hidden + seen["output"][1] if family.norm == "before" else seen["fc1"][0]
+    return Passage({"output": batch.hidden, "fc2": between}, seen[reader][0], left)
+
+
+@dataclass(frozen=True, eq=False)
+class Lack:
+    """Weighted sums over tokens: of the inputs x (n,) of a layer, less ``center``, and of what is lacking, r (m,)."""
+
+    center: Tensor
+    sums: Mapping[str, Tensor]
+    """Of the weights, (), x, (n,), r, (m,), x xᵀ, (n, n), and r xᵀ, (m, n); float64."""
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, int], center: Tensor) -> "Lack":
+        m, n = shape
+        sizes: dict[str, tuple[int, ...]] = {"weight": (), "x": (n,), "r": (m,), "xx": (n, n), "rx": (m, n)}
+        return cls(center, {name: center.new_zeros(size) for name, size in sizes.items()})
+
+    def add(self, x: Tensor, r: Tensor, weights: Tensor) -> None:
+        """Tokens x (batch, tokens, n), r (batch, tokens, m) with their weights (batch, tokens)."""
+        x, r, weights = x.flatten(0, 1) - self.center.to(x), r.flatten(0, 1), weights.flatten()[:, None]
+        weighted = x * weights
+        self.sums["weight"].add_(weights.double().sum())
+        self.sums["x"].add_(weighted.double().sum(0))
+        self.sums["r"].add_((r * weights).double().sum(0))
+        self.sums["xx"].add_((weighted.T @ x).double())
+        self.sums["rx"].add_((r.T @ weighted).double())
+
+    def of_all(self) -> "Lack":
+        """Those of all processes."""
+        if not processes.started():
+            return self
+        return Lack(self.center, {name: processes.total(each) for name, each in self.sums.items()})
+
+    def __add__(self, other: "Lack") -> "Lack":
+        return Lack(self.center, {name: each + other.sums[name] for name, each in self.sums.items()})
+
+    def __bool__(self) -> bool:
+        """Whether there was any token."""
+        return bool(self.sums["weight"] > 0)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of x, (n,), and of r, (m,)."""
+        return self.center + self.sums["x"] / self.sums["weight"], self.sums["r"] / self.sums["weight"]
+
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Of x, (n, n), and of r with x, (m, n)."""
+        x, r, xx, rx = (self.sums[name] / self.sums["weight"] for name in ("x", "r", "xx", "rx"))
+        return xx - torch.outer(x, x), rx - torch.outer(r, x)
+
+
+def refit(
+    model: nn.Module,
+    dense: nn.Module,
+    target: Target,
+    stats: LinearStats,
+    factorise: Factorise,
+    halves: Sequence[Lack],
+) -> None:
+    """Give one layer the factors and the bias with which it adds its share of what is lacking."""
+    one, other = halves
+    whole = one + other
+    if not whole:
+        return
+    kept, layer = linear_of(dense, target.name), model.get_submodule(target.name)
+    assert isinstance(layer, LowRankLinear)
+    assert layer.bias is not None
+    weight, bias = kept.weight.double(), kept.bias.double()
+    (mean, lacking), (covariance, cross) = whole.means(), whole.covariances()
+    ridge = best_ridge(one, other, stats.gradient_gram)
+    wanted = weight if ridge is None else weight + SHARE * regression(covariance, cross, ridge)
+    gram = covariance + torch.outer(mean, mean)
+    found = factorise(target.name, wanted, replace(stats, mean=mean, gram=gram, output_gram=None))
+    up, down = found.up[:, : layer.rank], found.down[: layer.rank]
+    layer.set_factors(up, down)
+    layer.bias.copy_(shifted_bias(bias + SHARE * lacking, weight, up @ down, mean))
+
+
+def best_ridge(one: Lack, other: Lack, metric: Tensor | None) -> float | None:
+    """The ridge with which either half of the samples explains most of the other; None where none explains anything.
+
+    ``metric`` (m, m) says what counts at the output, all alike if it is None.
+    """
+    least: tuple[float, float | None] = (0.0, None)
+    if not one or not other:
+        return None
+    for ridge in RIDGES:
+        error = 0.0
+        for fitted, tested in ((one, other), (other, one)):
+            B = regression(*fitted.covariances(), ridge)
+            covariance, cross = tested.covariances()
+            against = B if metric is None else metric @ B
+            error += float((against * (B @ covariance - 2 * cross)).sum())
+        if error < least[0]:
+            least = (error, ridge)
+    return least[1]
+
+
+def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """B (m, n) of the ridge regression r ≈ B x, from Cov(x) (n, n) and Cov(r, x) (m, n)."""
+    damping = ridge * covariance.diagonal().mean().clamp_min(1e-300)
+    damped = covariance + damping * torch.eye(len(covariance)).to(covariance)
+    solved: Tensor = torch.linalg.solve(damped, cross.T)
+    return solved.T
