@@ -205,24 +205,24 @@ class Trials:
         return torch.cat(found)
 
 
-def kept_within(dense: PreTrainedModel, batches: Sequence[CalibrationBatch], fraction: float, job: Job) -> Kept:
-    """How many tokens each block keeps, for a ``fraction`` of the dense model's operations.
-
-    What merging loses is measured on the first of the ``batches``.
-    """
+def measured_curves(dense: PreTrainedModel, batches: Sequence[CalibrationBatch], job: Job) -> list[Tensor]:
+    """What each block of a dense model loses by merging 0, 1, 2 … of all patches, on the first of the ``batches``."""
     with job.stage("tokens", "Measuring what merged tokens lose", len(blocks_of(dense))) as advance:
-        curves = processes.by_main(lambda: Trials(dense, _few(batches)).curves(advance))
-    return _within(dense, curves, fraction)
+        return processes.by_main(lambda: Trials(dense, _few(batches)).curves(advance))
 
 
 def require_reachable(dense: PreTrainedModel, fraction: float) -> None:
     """Raises UsageError for a model whose tokens cannot be merged, or not that much; before any work."""
     require_mergeable(dense)
     patches = tokens_of(dense) - special_tokens(dense)
-    _within(dense, [torch.zeros(patches + 1, dtype=torch.float64)] * len(blocks_of(dense)), fraction)
+    kept_within(dense, [torch.zeros(patches + 1, dtype=torch.float64)] * len(blocks_of(dense)), fraction)
 
 
-def _within(dense: PreTrainedModel, curves: Sequence[Tensor], fraction: float) -> Kept:
+def kept_within(dense: PreTrainedModel, curves: Sequence[Tensor], fraction: float) -> Kept:
+    """How many tokens each block keeps, for a ``fraction`` of the dense model's operations.
+
+    Raises UsageError where merging alone does not reach it.
+    """
     price, tokens = Operations.of(dense), tokens_of(dense)
     choices = choices_of(curves, price.block, special_tokens(dense), ends=reads_special_only(dense))
     whole = price.total(tokens, (tokens,) * len(blocks_of(dense)))

@@ -14,7 +14,7 @@ from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.fitting import fitted, told
-from vitshrink.compression.merging import kept_within, require_reachable
+from vitshrink.compression.merging import kept_within, measured_curves, require_reachable
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
@@ -163,7 +163,7 @@ class Shrinking:
         fraction = self.choices.config.token_operations
         if fraction is None or calibration is None:
             return None
-        return kept_within(self.dense, calibration.batches, fraction, job)
+        return kept_within(self.dense, measured_curves(self.dense, calibration.batches, job), fraction)
 
 
 def smaller(

@@ -116,8 +116,10 @@ class Operations:
         asking, weights = self.special if ends else tokens, self.weights
         found = asking * (weights["query"] + weights["output"]) + tokens * (weights["key"] + weights["value"])
         found += 2 * asking * tokens * self.width + kept * (weights["fc1"] + weights["fc2"])
+        if ends or kept == tokens:
+            return found
         patches = tokens - self.special
-        return found if ends or kept == tokens else found + (patches + 1) // 2 * (patches // 2) * self.width
+        return found + ((patches + 1) // 2 * (patches // 2) + self.special * tokens) * self.width
 
     def total(self, tokens: int, kept: Sequence[int]) -> int:
         """Of a model whose first block reads ``tokens``."""

@@ -26,9 +26,10 @@ class NormOfMerged(nn.LayerNorm):
 class Merging(Joined):
     """A block that merges patches between its attention and its MLP (token merging, arXiv 2210.09461).
 
-    Every second patch is paired with the one of the others whose keys are most like its own; the pairs that are most
-    alike become one token, the mean weighted by sizes. A token that stands for s patches counts s times in attention.
-    How many pairs there are is given, so that shapes are the same for every image. Special tokens are left alone.
+    Every second patch is paired with the one of the others whose keys are most like its own. The pairs that are most
+    alike, and whose first patch the special tokens attend to least, become one token, the mean weighted by sizes. A
+    token that stands for s patches counts s times in attention. How many pairs there are is given, so that shapes are
+    the same for every image. Special tokens are left alone.
     Where only they are kept, nothing reads the patches afterwards: then nothing is merged, and they alone ask.
     """
 
@@ -51,17 +52,26 @@ class Merging(Joined):
         x, sizes = hidden_states, None
         if spec.reads == "sizes":
             x, sizes = hidden_states[..., :-1], hidden_states[..., -1:]
-        attended, keys = self._attend(self.layernorm_before(x), sizes, **kwargs)
+        attended, query, key = self._attend(self.layernorm_before(x), sizes, **kwargs)
         x = self.dropout(attended) + x[:, : attended.shape[1]]
         if spec.special < spec.kept < spec.tokens:
-            x, sizes = merge(x, sizes, keys, spec.kept, spec.special)
+            sizes = x.new_ones(*x.shape[:2], 1) if sizes is None else sizes
+            weights = self._noticed(query, key, sizes)
+            pairs = pair(key.transpose(1, 2).flatten(2)[:, spec.special :].detach(), weights, spec.tokens - spec.kept)
+            x, sizes = merge(x, sizes, *pairs, spec.special)
         x = self.dropout(self.mlp(self.layernorm_after(x))) + x
         if spec.gives == "sizes":
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1) if sizes is None else sizes], -1)
         return x
 
-    def _attend(self, x: Tensor, sizes: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The outputs of the attention for the tokens that ask, (batch, asking, n), and the keys (batch, tokens, m)."""
+    def _noticed(self, query: Tensor, key: Tensor, sizes: Tensor) -> Tensor:
+        """The attention that patches get from special tokens, (batch, patches), as multiples of an equal share."""
+        special = self.spec.special
+        scores = query[:, :, :special].detach() @ key.detach().mT * self.attention.scaling + sizes.log().mT[:, None]
+        return scores.softmax(-1).mean((1, 2))[:, special:] * (self.spec.tokens - special)
+
+    def _attend(self, x: Tensor, sizes: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What the tokens that ask attend to, (batch, asking, n), and queries and keys (batch, heads, tokens, d)."""
         attention, spec = self.attention, self.spec
         asking = spec.special if spec.kept == spec.special else spec.tokens
         layout = layout_of(attention, nn.Module)
@@ -77,35 +87,33 @@ class Merging(Joined):
         mask = None if sizes is None else sizes.log().mT[:, None].expand(-1, 1, asking, -1)
         output, _ = run_attention(attention, query, key, value, mask, **kwargs)
         assert layout.output is not None
-        return getattr(attention, layout.output)(output.flatten(2)), key.transpose(1, 2).flatten(2)
+        return getattr(attention, layout.output)(output.flatten(2)), query, key
 
 
-def merge(x: Tensor, sizes: Tensor | None, keys: Tensor, kept: int, special: int) -> tuple[Tensor, Tensor]:
-    """Tokens x (batch, tokens, n) and their sizes (batch, tokens, 1), ``kept`` of them, in the order they had.
+def merge(x: Tensor, sizes: Tensor, sources: Tensor, others: Tensor, special: int) -> tuple[Tensor, Tensor]:
+    """Tokens x (batch, tokens, n) and sizes (batch, tokens, 1), the patches at ``sources`` merged into ``others``.
 
-    ``keys`` (batch, tokens, m) say what is alike. At most every second patch goes.
+    Places (batch, pairs) are counted from the first patch. Tokens keep their order.
     """
-    if sizes is None:
-        sizes = x.new_ones(*x.shape[:2], 1)
-    going = x.shape[1] - kept
-    first, weighted = x[:, :special], torch.cat([x * sizes, sizes], -1)[:, special:]  # what merges adds up
-    sources, others = pair(keys[:, special:].detach(), going)
-    into = weighted.scatter_add(1, _wide(others, weighted), weighted.gather(1, _wide(sources, weighted)))
-    stays = torch.ones_like(keys[:, special:, 0], dtype=torch.uint8).scatter(1, sources, 0)
-    stays = stays.argsort(dim=1, stable=True, descending=True)[:, : kept - special]
-    into = into.gather(1, _wide(stays, into))
-    found = torch.cat([first, into[..., :-1] / into[..., -1:]], 1)
-    return found, torch.cat([sizes[:, :special], into[..., -1:]], 1)
+    summed = torch.cat([x * sizes, sizes], -1)[:, special:]
+    summed = summed.scatter_add(1, _wide(others, summed), summed.gather(1, _wide(sources, summed)))
+    stays = torch.ones_like(summed[..., 0], dtype=torch.uint8).scatter(1, sources, 0)
+    stays = stays.argsort(dim=1, stable=True, descending=True)[:, : summed.shape[1] - sources.shape[1]]
+    summed = summed.gather(1, _wide(stays, summed))
+    found = torch.cat([x[:, :special], summed[..., :-1] / summed[..., -1:]], 1)
+    return found, torch.cat([sizes[:, :special], summed[..., -1:]], 1)
 
 
-def pair(keys: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The most similar pairs of a patch with an even place and one with an odd place: places (batch, number) of both.
+def pair(keys: Tensor, weights: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The cheapest pairs of a patch with an even place and one with an odd place: places (batch, number) of both.
 
-    No two pairs share the first of them.
+    No two pairs share the first of them. A pair costs 1 − the cosine of its ``keys`` (batch, patches, m), times 1 + the
+    weight of the first, (batch, patches).
     """
     unit = F.normalize(keys, dim=-1)
     likeness, nearest = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
-    best = likeness.argsort(dim=1, stable=True, descending=True)[:, :number]
+    costs = (1 - likeness) * (1 + weights[:, ::2])
+    best = costs.argsort(dim=1, stable=True)[:, :number]
     return 2 * best, 2 * nearest.gather(1, best) + 1
 
 

@@ -1,0 +1,154 @@
+"""What merged tokens lose, by how many are merged where: as measured losses say, and evenly, at the same operations.
+
+The weights are the dense model's. "evenly" merges as many patches in every block (token merging as its paper has it),
+and keeps all that reach the last MLP. "evenly, the rest not computed" also gives up the patches that no head reads.
+
+    python benchmarks/merging.py --model MODEL --calibration UNLABELLED --eval IMAGES
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tables import print_circumstances, print_head, print_row
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vitshrink.compression.merging import SAMPLES, kept_within, measured_curves
+from vitshrink.config.options import DataConfig
+from vitshrink.data import Preprocessor
+from vitshrink.data.opening import open_data
+from vitshrink.evaluation import evaluate
+from vitshrink.models import cost
+from vitshrink.models.example import example_inputs
+from vitshrink.models.families import task_of
+from vitshrink.models.loading import load_dense
+from vitshrink.models.merged import Kept, Operations, merge_tokens, reads_special_only, special_tokens, tokens_of
+from vitshrink.models.structures import merging
+from vitshrink.models.targets import blocks_of
+from vitshrink.models.views import view_of
+from vitshrink.runtime.device import find_device
+from vitshrink.runtime.observer import Job, Silent
+from vitshrink.statistics.reference import DenseOutputs
+
+PAIR, MERGE = merging.pair, merging.merge
+
+
+def pair_by_likeness(keys: Tensor, weights: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    return PAIR(keys, torch.zeros_like(weights), number)
+
+
+def merge_alike(x: Tensor, sizes: Tensor, sources: Tensor, others: Tensor, special: int) -> tuple[Tensor, Tensor]:
+    """Means that count every token once, whatever it stands for."""
+    merged, _ = MERGE(x, torch.ones_like(sizes), sources, others, special)
+    return merged, MERGE(x, sizes, sources, others, special)[1]
+
+
+def merge_sizeless(x: Tensor, sizes: Tensor, sources: Tensor, others: Tensor, special: int) -> tuple[Tensor, Tensor]:
+    """Tokens that later attention takes for one patch each."""
+    merged, found = MERGE(x, torch.ones_like(sizes), sources, others, special)
+    return merged, torch.ones_like(found)
+
+
+def drop(x: Tensor, sizes: Tensor, sources: Tensor, others: Tensor, special: int) -> tuple[Tensor, Tensor]:
+    """The others as they were, and as large as if they had been merged."""
+    weightless = sizes.scatter(1, special + sources[..., None], 1e-6)
+    return MERGE(x, weightless, sources, others, special)[0], MERGE(x, sizes, sources, others, special)[1]
+
+
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "as the tool does it": {},
+    "pairs by likeness alone": {"pair": pair_by_likeness},
+    "means not weighted by sizes": {"merge": merge_alike},
+    "no sizes at all": {"merge": merge_sizeless},
+    "dropped, not merged": {"merge": drop},
+}
+
+
+def evenly(dense: PreTrainedModel, fraction: float, *, ends: bool) -> Kept:
+    """As many patches less in every block as the operations ask for; what does not divide goes in the first blocks."""
+    price, tokens, special, number = (
+        Operations.of(dense),
+        tokens_of(dense),
+        special_tokens(dense),
+        len(blocks_of(dense)),
+    )
+    budget = fraction * price.total(tokens, (tokens,) * number)
+    for gone in range(number * (tokens - special)):
+        kept, left = [], tokens
+        for block in range(number):
+            left -= min(gone // number + (block < gone % number), (left - special) // 2)
+            kept.append(left)
+        if ends:
+            kept[-1] = special
+        if price.total(tokens, kept) <= budget:
+            return tuple(kept)
+    raise SystemExit(f"{fraction:g} of the operations cannot be reached")
+
+
+def schedules(dense: PreTrainedModel, curves: Sequence[Tensor], fraction: float) -> Iterator[tuple[str, Kept]]:
+    yield "evenly", evenly(dense, fraction, ends=False)
+    if reads_special_only(dense):
+        yield "evenly, the rest not computed", evenly(dense, fraction, ends=True)
+    yield "by measured losses", kept_within(dense, curves, fraction)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--limit", type=int, help="of the test samples; all if not given")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.77, 0.67, 0.5])
+    parser.add_argument("--changes", type=float, nargs="*", default=[0.5], help="fractions at which steps are changed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(arguments)
+    loaded = load_dense(args.model)
+    dense = loaded.model.to(find_device(args.device))
+    preprocessor = Preprocessor.from_checkpoint(loaded.directory, loaded.family.modality, config=dense.config)
+    unlabelled = open_data(DataConfig(args.calibration), loaded, offline=False).select(SAMPLES, args.seed)
+    curves = measured_curves(dense, list(preprocessor.batches(unlabelled, 32)), Job(Silent()))
+    test = open_data(DataConfig(args.eval), loaded, offline=False).at_most(args.limit, 0)
+    held_out, baseline = list(preprocessor.batches(test, 32)), DenseOutputs(dense)
+    whole = cost.macs(dense, example_inputs(dense))
+
+    def row(fraction: float, name: str, kept: Kept) -> None:
+        model = view_of(dense)
+        merge_tokens(model, kept)
+        fidelity = evaluate(model, held_out, task=task_of(dense), baseline=baseline).fidelity
+        assert fidelity is not None
+        figures = (
+            f"{cost.macs(model, example_inputs(dense)) / whole:.3f}",
+            f"{fidelity.kl:.4f}",
+            f"{fidelity.agreement:.3f}",
+        )
+        print_row([f"{fraction:g}", name, *figures, " ".join(map(str, kept))])
+
+    print_circumstances(
+        "Merged tokens",
+        model=args.model,
+        calibration=f"{len(unlabelled)} samples of {args.calibration}, seed {args.seed}",
+        evaluation=f"{len(test)} samples of {args.eval}",
+        figures="KL(dense ‖ merged), nats; share of the samples with the same prediction",
+    )
+    columns = ["budget", "merged", "operations", "KL", "same", "tokens kept by the blocks"]
+    print_head(columns, 2)
+    best: dict[float, Kept] = {}
+    for fraction in dict.fromkeys([*args.fractions, *args.changes]):
+        for name, kept in schedules(dense, curves, fraction):
+            row(fraction, name, kept)
+            best[fraction] = kept
+    print()
+    print_head(["budget", "changed", *columns[2:]], 2)
+    for fraction in args.changes:
+        for name, values in CHANGES.items():
+            with patch.multiple(merging, **values):
+                row(fraction, name, best[fraction])
+
+
+if __name__ == "__main__":
+    main()
