@@ -68,7 +68,8 @@ class Merging(Joined):
         """The attention that patches get from special tokens, (batch, patches), as multiples of an equal share."""
         special = self.spec.special
         scores = query[:, :, :special].detach() @ key.detach().mT * self.attention.scaling + sizes.log().mT[:, None]
-        return scores.softmax(-1).mean((1, 2))[:, special:] * (self.spec.tokens - special)
+        attention: Tensor = scores.softmax(-1).mean((1, 2))[:, special:]
+        return attention * (self.spec.tokens - special)
 
     def _attend(self, x: Tensor, sizes: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """What the tokens that ask attend to, (batch, asking, n), and queries and keys (batch, heads, tokens, d)."""
