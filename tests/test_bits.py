@@ -28,7 +28,9 @@ from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.export import export
 from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.jobs.verify import verify_directory
-from vitshrink.models.structures.coded import Coded, hold
+from vitshrink.models.resolution import set_resolution
+from vitshrink.models.structures.coded import Coded, decode_all, hold
+from vitshrink.models.views import view_of
 from vitshrink.report.summary import facts, headline
 from vitshrink.report.wording import percent
 from vitshrink.runtime.observer import Silent
@@ -357,3 +359,33 @@ def test_points_of_accuracy_need_labels(
         assert result.exit_code != 0
         assert re.search(said, " ".join(result.output.split())), result.output
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [VIT, "DeiTForImageClassificationWithTeacher"])
+def test_positions_are_coded_and_everything_still_reads_them(name: str, tmp_path: Path) -> None:
+    source = tiny.write(name, tmp_path / "m", hidden_size=64, intermediate_size=64, image_size=48, patch_size=6)
+    images = tiny.write_images(tmp_path / "images", 20)
+    config = CompressConfig(
+        str(source), str(tmp_path / "out"), calibration=str(images), samples=12, holdout=8, bits=6.0, latency=(1,)
+    )
+    compress(config)
+    shape = load_file(tmp_path / "out" / "model.safetensors")
+    (key,) = (each for each in shape if each.endswith("position_embeddings"))
+    assert shape[key].dim() == 1
+    dense = vitshrink.load(source)
+    small = getattr(transformers, name).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    wanted = dense.base_model.embeddings.position_embeddings
+    found = decode_all(view_of(small)).base_model.embeddings
+    assert type(found) is type(dense.base_model.embeddings)
+    assert 0 < (found.position_embeddings - wanted).norm() < 0.2 * wanted.norm()
+    generator = torch.Generator().manual_seed(0)
+    for side in (48, 60):
+        pixels = torch.randn(2, 3, side, side, generator=generator)
+        with torch.no_grad():
+            one, other = (each(pixels, interpolate_pos_encoding=True) for each in (small.base_model.embeddings, found))
+        assert torch.equal(one, other)
+    small.train()(pixel_values=pixels[..., :48, :48])[0].square().sum().backward()
+    assert small.base_model.embeddings.position_embeddings.grad.abs().sum() > 0
+    resized = vitshrink.load(tmp_path / "out")
+    set_resolution(resized, 60)
+    assert resized(pixel_values=pixels)[0].isfinite().all()

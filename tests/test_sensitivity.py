@@ -195,3 +195,13 @@ def test_bad_batches_are_named() -> None:
         model.get_submodule("vit.layers.1.mlp.fc2").weight[0, 0] = torch.inf
     with pytest.raises(NumericsError, match="NaN or Inf"):
         collect_sensitivity(model, [FC1[VIT]], [batch_of(VIT)])
+
+
+def test_positions_are_a_table_of_which_every_sample_uses_every_row() -> None:
+    model, batch = tiny.build(VIT), batch_of(VIT)
+    found = collect_sensitivity(model, ["vit.embeddings"], [batch])["vit.embeddings"]
+    _, gradient = seen_by_autograd(model, "vit.embeddings", batch)
+    power = gradient.double().square()
+    assert found.uses is not None
+    assert close(found.uses, power.sum((0, 2)) / power.sum())
+    assert close(found.outputs, power.sum((0, 1)) / 3)

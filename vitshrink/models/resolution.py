@@ -13,6 +13,7 @@ from vitshrink.models.families import family_of
 from vitshrink.models.geometry import sides
 from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.structures import fill, structure_of
+from vitshrink.models.structures.coded import CodedPositions
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.structures.tokens import SCORERS, MixedTokens
@@ -21,12 +22,17 @@ _NAMES = {MixedTokens: "mixed tokens", MergedTokens: "merged tokens", Landmarks:
 
 
 def _embeddings(model: PreTrainedModel, flag: str) -> Any:
+    """With positions of its own, decoded where they were not."""
     family = family_of(model)
     if family.modality != "image":
         raise UsageError(
             f"{flag} is about the patches of an image, and {type(model).__name__} ({family.model_type}) reads text."
         )
-    return model.base_model.get_submodule("embeddings")
+    found = model.base_model.get_submodule("embeddings")
+    if isinstance(found, CodedPositions):
+        found = found.dense()
+        model.base_model.set_submodule("embeddings", found)
+    return found
 
 
 @torch.no_grad()

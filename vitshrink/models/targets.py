@@ -13,6 +13,7 @@ from vitshrink.errors import CheckpointError, UsageError
 from vitshrink.models.families import Role, family_of
 from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.structures import structure_of
+from vitshrink.models.structures.coded import dense_tensor, has_positions
 
 Layers = Literal["attention", "mlp", "all"]
 
@@ -86,19 +87,23 @@ FEWEST_WEIGHTS = 4096
 
 
 def find_outside(model: PreTrainedModel, *, exclude: Sequence[str] = ()) -> list[str]:
-    """The embeddings, patch projections and linear layers outside the blocks that may be rounded, by name.
+    """The embeddings, patch projections, positions and linear layers outside the blocks that may be rounded, by name.
 
     None that is small, that shares its matrix with another, or whose name one of the expressions ``exclude`` is in.
     """
     blocks = set(blocks_of(model).modules())
     kinds = (nn.Linear, nn.Embedding, nn.Conv2d)
-    modules = {name: module for name, module in model.named_modules() if type(module) in kinds and module not in blocks}
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if (type(module) in kinds or has_positions(module)) and module not in blocks
+    }
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return [
         name
         for name, module in modules.items()
-        if module.weight.numel() >= FEWEST_WEIGHTS
-        and uses[id(module.weight)] == 1
+        if dense_tensor(module).numel() >= FEWEST_WEIGHTS
+        and uses[id(getattr(module, "weight", None))] <= 1
         and not any(re.search(pattern, name) for pattern in exclude)
         and (not isinstance(module, nn.Conv2d) or (module.groups == 1 and module.padding_mode == "zeros"))
     ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import DataError, NumericsError
+from vitshrink.models.structures.coded import has_positions
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import (
@@ -139,6 +140,9 @@ class SensitivityCollector:
             )
         sums.samples += self._samples
         sums.outputs = accumulate(sums.outputs, g.square().sum(0))
+        if has_positions(module):  # a table of which every sample uses every row
+            sums.uses = accumulate(sums.uses, importance.double().view(gradient.shape[:2]).sum(0))
+            return
         if isinstance(module, nn.Embedding):
             tokens = x[self._mask] if masked else x.reshape(-1)
             found = torch.zeros(module.num_embeddings, dtype=torch.float64, device=g.device)

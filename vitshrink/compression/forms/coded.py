@@ -14,7 +14,7 @@ from vitshrink.compression.forms.registry import Material
 from vitshrink.compression.rounding import LARGEST, Metric, at_each, entropy, rounded
 from vitshrink.models.checkpoint import HEADER_BYTES, replace_layers
 from vitshrink.models.codes import STEPS
-from vitshrink.models.structures.coded import Coded
+from vitshrink.models.structures.coded import Coded, dense_tensor, has_positions
 
 LEVELS_A_BIT = 4
 """Levels of fineness between one bit a weight and the next."""
@@ -81,7 +81,8 @@ class CodedMaker:
 
     @torch.no_grad()
     def build(self, model: PreTrainedModel, chosen: Mapping[str, Form], findings: Findings) -> None:
-        replace_layers(model, {name: self._coded(name, form, findings) for name, form in chosen.items()})
+        made = {name: self._coded(name, chosen[name], findings) for name in sorted(chosen)}  # a module before its own
+        replace_layers(model, made)
 
     def _coded(self, name: str, form: Form, findings: Findings) -> nn.Module:
         assert isinstance(form, Integers)
@@ -110,7 +111,7 @@ class CodedMaker:
         weight = matrix_of(module)
         numbers, shape = weight.numel(), (weight.shape[0], weight.shape[1])
         kept = Candidate(None, Cost(numbers, numbers * self.material.itemsize))
-        kind: Kind = "embedding" if isinstance(module, nn.Embedding) else "matrix"
+        kind: Kind = "embedding" if isinstance(module, nn.Embedding) or has_positions(module) else "matrix"
         overhead = STEPS.itemsize * sum(shape) + HEADER_BYTES
         known = [(0, FEWEST, 0.0)] if metric is None else estimates(weight, metric)
         candidates = [
@@ -122,10 +123,8 @@ class CodedMaker:
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The matrix of a linear layer, a table or a convolution, (m, n)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().flatten(1)
+    """The matrix of a linear layer, a table or a convolution, or the positions of an image model, (m, n)."""
+    return dense_tensor(module).detach().flatten(1)
 
 
 def estimates(weight: Tensor, metric: Metric) -> Iterator[tuple[int, float, float]]:

@@ -1,7 +1,7 @@
-"""Linear layers, embeddings and patch projections whose matrix is stored as entropy-coded integers, see ``codes``.
+"""Linear layers, embeddings, patch projections and positions that are stored as entropy-coded integers, see ``codes``.
 
-``weight`` holds the steps of the rows, in floating point and trainable; ``codes`` the rest, as bytes. The shape of
-``weight`` is what stops transformers without vitshrink from loading it.
+``weight``, of positions ``position_embeddings``, holds the steps of the rows, in floating point and trainable;
+``codes`` the rest, as bytes. The shape of the former stops transformers without vitshrink from loading it.
 
 The matrix is decoded when it is first used, unless it was ``decode_ahead``, and then kept in one of three ways, see
 ``hold``.
@@ -41,10 +41,12 @@ class CodedSpec:
         return cls(**read_entry(entry, ("bytes",)))
 
     def fits(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
+        return isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) or has_positions(module)
 
     def build(self, module: nn.Module) -> "Coded":
         """An empty module in the place of a dense one, of its kind."""
+        if has_positions(module):
+            return CodedPositions(module, self)
         made: type[Coded] = next(cls for kind, cls in _KINDS.items() if isinstance(module, kind))
         return made(module, self)
 
@@ -60,8 +62,7 @@ class Coded(nn.Module):
     def __init__(self, like: nn.Module, spec: CodedSpec) -> None:
         """``like`` a dense module, of which everything but the matrix is kept; the matrix is left empty."""
         super().__init__()
-        weight = like.weight
-        assert isinstance(weight, Tensor)
+        weight = dense_tensor(like)
         self.spec = spec
         self.dense_shape = tuple(weight.shape)
         self.memory: Memory = "float"
@@ -71,10 +72,13 @@ class Coded(nn.Module):
         self._matrix: tuple[Tensor, Tensor] | None = None
         """The steps, of which a view may have others, and which training changes, and what they make."""
         empty = weight.new_empty(self.matrix_shape[0])
-        self.weight = nn.Parameter(empty, requires_grad=weight.requires_grad)
+        self._put_steps(nn.Parameter(empty, requires_grad=weight.requires_grad))
         self.register_buffer("codes", torch.empty(spec.bytes, dtype=torch.uint8, device=weight.device))
-        if not isinstance(like, nn.Embedding):
+        if isinstance(like, nn.Linear | nn.Conv2d):
             self.register_parameter("bias", like.get_parameter("bias") if like.bias is not None else None)
+
+    def _put_steps(self, steps: nn.Parameter) -> None:
+        self.weight = steps
 
     @classmethod
     @torch.no_grad()
@@ -205,6 +209,7 @@ class CodedConv2d(Coded):
 
     def __init__(self, like: nn.Conv2d, spec: CodedSpec) -> None:
         super().__init__(like, spec)
+        self.kernel_size = like.kernel_size
         self.settings: Any = (like.stride, like.padding, like.dilation, like.groups)
 
     @torch.no_grad()
@@ -226,6 +231,70 @@ class CodedConv2d(Coded):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.matrix(), self.bias, *self.settings)
+
+
+class CodedPositions(Coded):
+    """The embeddings of an image model, of whose tensors the positions are coded; everything else is as it was.
+
+    ``position_embeddings`` holds the steps of positions.
+    """
+
+    def __init__(self, like: nn.Module, spec: CodedSpec) -> None:
+        super().__init__(like, spec)
+        self.dense_class = type(like)
+        for name, kept in vars(like).items():
+            vars(self).setdefault(name, kept)
+        for name, parameter in like._parameters.items():
+            if name != "position_embeddings":
+                self.register_parameter(name, parameter)
+        for name, child in like.named_children():
+            self.add_module(name, child)
+
+    def _put_steps(self, steps: nn.Parameter) -> None:
+        self.position_embeddings = steps
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        return self.position_embeddings
+
+    @torch.no_grad()
+    def dense(self) -> nn.Module:
+        positions = nn.Parameter(self.dense_weight()[None], requires_grad=self.weight.requires_grad)
+        made = self._with(positions)
+        vars(made)["_modules"] = dict(self._modules)
+        return made.train(self.training)
+
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        found: Tensor = self._with(self.matrix()[None]).forward(*inputs, **options)
+        return found
+
+    def _with(self, positions: Tensor) -> nn.Module:
+        """The dense module with these positions, and otherwise the tensors and children of this one."""
+        made = self.dense_class.__new__(self.dense_class)
+        nn.Module.__init__(made)
+        for name, kept in vars(self).items():
+            if name not in _OF_CODED:
+                vars(made).setdefault(name, kept)
+        vars(made)["_modules"] = self._modules
+        vars(made)["_parameters"] = self._parameters | {"position_embeddings": positions}
+        return made
+
+
+_OF_CODED = ("spec", "dense_shape", "dense_class", "memory", "where", "_ahead", "_codes", "_matrix")
+"""What the dense module does not have."""
+
+
+def has_positions(module: nn.Module) -> bool:
+    """Whether it is the embeddings of an image model, which add a parameter of positions (1, tokens, width)."""
+    positions = getattr(module, "position_embeddings", None)
+    return hasattr(module, "patch_embeddings") and isinstance(positions, nn.Parameter) and positions.dim() == 3
+
+
+def dense_tensor(module: nn.Module) -> Tensor:
+    """What is coded of a dense module: its weight, or the positions (tokens, width)."""
+    found = module.position_embeddings[0] if has_positions(module) else module.weight  # type: ignore[index]
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _filled(module: Module, coded: Coded) -> Module:
