@@ -67,8 +67,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def evenly(dense: PreTrainedModel, fraction: float, *, ends: bool) -> Kept:
-    """As many patches less in every block as the operations ask for; what does not divide goes in the first blocks."""
+def evenly(dense: PreTrainedModel, fraction: float, *, ends: bool) -> Kept | None:
+    """As many patches less in every block as the operations ask for, one more in the first; None out of reach."""
     price, tokens, special, number = (
         Operations.of(dense),
         tokens_of(dense),
@@ -85,13 +85,14 @@ def evenly(dense: PreTrainedModel, fraction: float, *, ends: bool) -> Kept:
             kept[-1] = special
         if price.total(tokens, kept) <= budget:
             return tuple(kept)
-    raise SystemExit(f"{fraction:g} of the operations cannot be reached")
+    return None
 
 
 def schedules(dense: PreTrainedModel, curves: Sequence[Tensor], fraction: float) -> Iterator[tuple[str, Kept]]:
-    yield "evenly", evenly(dense, fraction, ends=False)
-    if reads_special_only(dense):
-        yield "evenly, the rest not computed", evenly(dense, fraction, ends=True)
+    if (kept := evenly(dense, fraction, ends=False)) is not None:
+        yield "evenly", kept
+    if reads_special_only(dense) and (kept := evenly(dense, fraction, ends=True)) is not None:
+        yield "evenly, the rest not computed", kept
     yield "by measured losses", kept_within(dense, curves, fraction)
 
 
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_head(["budget", "changed", *columns[2:]], 2)
     for fraction in args.changes:
         for name, values in CHANGES.items():
-            with patch.multiple(merging, **values):
+            with patch.dict(vars(merging), values):
                 row(fraction, name, best[fraction])
 
 

@@ -60,6 +60,7 @@ def rows(output: str) -> list[list[str]]:
         "techniques",
         "recovery",
         "quadtree",
+        "merging",
         "same_bytes",
     ],
 )
@@ -323,6 +324,22 @@ def _dense_and_stats(model: Path, data: Path) -> tuple[Any, Any]:
     samples = open_data(DataConfig(str(data)), loaded, offline=False).at_most(8, 0)
     names = [target.name for target in find_targets(loaded.model)] + find_outside(loaded.model)
     return loaded.model, collect_sensitivity(loaded.model, names, list(preprocessor.batches(samples, 8)))
+
+
+def test_merging_is_taken_apart_step_by_step(
+    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"--model {vit_directory} --calibration {flat_images} --eval {flat_images} --limit 8"
+    benchmark("merging").main([*line.split(), "--fractions", "0.65", "--changes", "0.65", "--device", "cpu"])
+    found = rows(capsys.readouterr().out)
+    assert [row[1] for row in found[1:-6]] == [
+        "evenly, the rest not computed",
+        "by measured losses",
+    ]  # little is in reach of the other
+    assert all(float(row[2]) <= 0.65 for row in found if row[0] == "0.65")
+    unchanged, *changed = (row[3] for row in found[-5:])
+    assert unchanged == found[-7][3]
+    assert set(changed) != {unchanged}
 
 
 def test_gptq_loses_less_at_the_outputs_than_rounding_to_nearest(benchmark: Benchmark) -> None:
