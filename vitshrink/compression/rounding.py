@@ -176,6 +176,15 @@ def rounded(weight: Tensor, metric: Metric, fineness: float, kind: torch.dtype =
     return Rounded(Codes(integers.to(kind), columns), rows, errors)
 
 
+def at_steps(weight: Tensor, covariance: Tensor, tokens: float, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and errors of ``weight`` (m, n) at steps that are given, both (m, n), float32.
+
+    ``covariance`` (n, n) of its inputs, float64, says as much as so many ``tokens`` do; steps of rows (m,) and columns
+    (n,). Raises NumericsError where the covariance is not finite.
+    """
+    return _with_feedback(weight.float(), _lower(covariance, tokens), rows.float(), columns.float())
+
+
 def _rounded(W: Tensor, metric: Metric, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     if metric.lower.dim() == 2:
         return _with_feedback(W, metric.lower, rows, columns)

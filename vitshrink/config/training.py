@@ -62,6 +62,12 @@ class FinetuneConfig(Options):
         None, "Different augmentations of a sample; new ones forever if not given.", panel=TRAINING, low=1
     )
     """A limited number lets the dense model's answers be kept."""
+    rounding: int = option(
+        1,
+        "Epochs between the roundings of a block, whose integers are made anew; 0 keeps them.",
+        panel=TECHNIQUES,
+        low=0,
+    )
     blockwise: int = option(0, "Epochs of block-wise reconstruction before.", panel=TECHNIQUES, low=0)
     decatt: float = option(0.0, "Weight of the correlation of attention heads.", panel=TECHNIQUES, low=0)
     bdia: bool = option(False, "Bidirectional integration approximation.", panel=TECHNIQUES)

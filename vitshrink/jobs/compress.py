@@ -14,6 +14,7 @@ from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
 from vitshrink.compression.choices import Choices
 from vitshrink.compression.quantization import Quantization
+from vitshrink.compression.rounding import at_steps
 from vitshrink.compression.search import Bound
 from vitshrink.compression.shrinking import Shrinking, Shrunk
 from vitshrink.config.fields import plain_values
@@ -209,6 +210,7 @@ def _recover(
         data.preprocessor,
         finetune.of_size(label),
         job,
+        rounder=at_steps,
         seed=config.seed,
         attention=config.attention,
         max_bad_samples=config.max_bad_samples,

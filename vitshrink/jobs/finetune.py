@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitshrink._version import __version__
+from vitshrink.compression.rounding import at_steps
 from vitshrink.config.options import FinetuneJob
 from vitshrink.data import Preprocessor
 from vitshrink.errors import CheckpointError, DataError
@@ -57,6 +58,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
             preprocessor,
             config.finetune,
             job,
+            rounder=at_steps,
             seed=config.seed,
             attention=config.attention,
             max_bad_samples=config.max_bad_samples,

@@ -27,8 +27,8 @@ from vitshrink.runtime.entries import same_bits
 from vitshrink.runtime.state import JOB, differing, record_identity
 from vitshrink.statistics.digests import model_digest
 
-_STATE, _NEW, _OLD = "state", "state.new", "state.old"
-_PROGRESS, _BEST = "progress.json", "best.safetensors"
+_STATE, _NEW, _OLD, _ROUNDED = "state", "state.new", "state.old", "rounded"
+_PROGRESS, _BEST, _WEIGHTS = "progress.json", "best.safetensors", "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,46 @@ class Checkpoints:
                 new.rename(state)
                 shutil.rmtree(old, ignore_errors=True)
 
+    def save_rounded(self, weights: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+        """Keep a model whose integers were made anew, and what was found meanwhile: training goes on from there."""
+        new, place = self.directory / _NEW, self.directory / _ROUNDED
+        with processes.together(), self._writing():
+            if processes.is_main():
+                for each in (new, place):
+                    shutil.rmtree(each, ignore_errors=True)
+                new.mkdir(parents=True)
+                save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, new / _WEIGHTS)
+                (new / _PROGRESS).write_text(json.dumps(found), encoding="utf-8")
+                record_identity(new / JOB, self.job)
+                new.rename(place)
+
+    def load_rounded(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What ``save_rounded`` kept, or None."""
+        place = self.directory / _ROUNDED
+        if not processes.from_main(place.is_dir()):
+            return None
+        with processes.together():
+            self._require(place)
+            try:
+                self._check(place)
+                found: dict[str, Any] = json.loads((place / _PROGRESS).read_text(encoding="utf-8"))
+                return load_file(place / _WEIGHTS), found
+            except (OSError, ValueError, SafetensorError) as error:
+                raise self._unreadable(error) from error
+
+    def _check(self, state: Path) -> None:
+        """Raises UsageError for the state of another job."""
+        if different := differing(state / JOB, self.job):
+            raise UsageError(
+                f"{self.directory} holds the state of another job ({', '.join(different)} differ): "
+                "pass another --checkpoints, or remove it to start anew."
+            )
+
+    def _unreadable(self, error: Exception) -> OutputError:
+        return OutputError(
+            f"the state of training in {self.directory} cannot be read ({error}): remove it to start anew."
+        )
+
     def load(
         self, accelerator: Accelerator, progress: Progress, parameters: Mapping[str, nn.Parameter]
     ) -> dict[str, Tensor] | None:
@@ -111,11 +151,7 @@ class Checkpoints:
     ) -> dict[str, Tensor]:
         try:
             saved = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
-            if different := differing(state / JOB, self.job):
-                raise UsageError(
-                    f"{self.directory} holds the state of another job ({', '.join(different)} differ): "
-                    "pass another --checkpoints, or remove it to start anew."
-                )
+            self._check(state)
             others = load_file(state / _BEST, device=str(accelerator.device))
             accelerator.load_state(str(state))
             best = {name: each.detach().clone() for name, each in parameters.items()} | others
@@ -124,15 +160,13 @@ class Checkpoints:
                 if name in known:
                     setattr(progress, name, value)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
-            raise OutputError(
-                f"the state of training in {self.directory} cannot be read ({error}): remove it to start anew."
-            ) from error
+            raise self._unreadable(error) from error
         return best
 
 
 def clear_state(directory: Path) -> None:
     """Remove the state of a job that is done, and the directory where nothing else is in it."""
-    for name in (_STATE, _NEW, _OLD):
+    for name in (_STATE, _NEW, _OLD, _ROUNDED):
         shutil.rmtree(directory / name, ignore_errors=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()

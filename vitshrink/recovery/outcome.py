@@ -28,7 +28,7 @@ class Recovery:
     settings: Mapping[str, Any]
     history: list[dict[str, Any]]
     blocks: list[dict[str, float]]
-    """Relative errors ``before`` and ``after`` of every block, where blocks were reconstructed first."""
+    """Relative errors ``before`` and ``after`` of every block that was rounded anew or reconstructed first."""
     familiar: bool
     """Whether the held-out samples had been calibrated on or trained on before: other views of them judged then."""
     fitted_to: frozenset[str]
@@ -41,6 +41,7 @@ class Recovery:
         material: Material,
         split: Split,
         progress: Progress,
+        before: float,
         ended: str,
         settings: Mapping[str, Any],
         blocks: list[dict[str, float]],
@@ -48,7 +49,7 @@ class Recovery:
         """``settings`` are those that the config leaves open."""
         return cls(
             objective=config.objective,
-            before=progress.start,
+            before=before,
             after=progress.best,
             best_step=progress.best_step,
             ended=ended,
@@ -63,9 +64,8 @@ class Recovery:
         )
 
 
-def warn_without_gain(progress: Progress, job: Job, *, familiar: bool) -> None:
-    """Say so where no state was better than the compressed model."""
-    before = progress.start
+def warn_without_gain(progress: Progress, job: Job, before: float, *, familiar: bool) -> None:
+    """Say so where no state was better than the compressed model, which had the held-out loss ``before``."""
     if progress.best < before:
         return
     flattered = "The compression was fitted to them, which flatters it: add samples that it has not seen. "

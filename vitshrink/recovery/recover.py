@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from vitshrink.recovery.material import Material
 from vitshrink.recovery.outcome import Recovery, warn_without_gain
 from vitshrink.recovery.preparation import Prepared, prepared
 from vitshrink.recovery.progress import Progress
-from vitshrink.recovery.splitting import read_and_split
+from vitshrink.recovery.splitting import Split, read_and_split
 from vitshrink.recovery.techniques.applied import applied
 from vitshrink.recovery.techniques.blockwise import reconstruct
 from vitshrink.recovery.techniques.factors import whole_factors
+from vitshrink.recovery.techniques.rounding import Rounder, Rounding, round_anew, roundable, take_over, weights_of
 from vitshrink.recovery.training import Loop, steps_an_epoch
 from vitshrink.runtime.observer import Job
 from vitshrink.statistics.digests import model_digest
@@ -46,6 +48,7 @@ def recover(
     config: FinetuneConfig,
     job: Job,
     *,
+    rounder: Rounder | None = None,
     seed: int = 0,
     attention: str = "sdpa",
     max_bad_samples: int | None = None,
@@ -58,6 +61,7 @@ def recover(
 
     Args:
         dense: the model that was compressed; None where only labels count.
+        rounder: makes integers, those of the blocks anew before training; None keeps them.
 
     Raises:
         UsageError: an objective that this model or these data do not allow, or the checkpoints of another job.
@@ -71,20 +75,47 @@ def recover(
         aim = Aim.of(ready, dense, split, preprocessor, config, seed)
         identity = partial(identity_of, start, dense, material, preprocessor, config, seed, ready.accelerator)
         loop = _loop(ready, aim, config, identity, job)
+        rounded = Rounding()
+        if rounder is not None and dense is not None and roundable(model, dense, config):
+            rounded = _rounded(ready, loop, dense, split, config, rounder, job, seed)
         resumed = _begin(loop, config, job)
         features = aim.features(loop.progress.start)
-        blocks = []
+        blocks = list(rounded.blocks)
         if config.blockwise and dense is not None and not resumed:
-            blocks = reconstruct(ready, dense, split, config, job)
+            blocks += reconstruct(ready, dense, split, config, job)
             loop.judge()
         with applied(model, dense, config, features=features, attention=attention) as terms:
             criterion = aim.criterion(terms, dense_anew=bool(features and dense is not None))
             with job.stage("finetune", f"Recovering ({config.objective})", 100) as advance:
                 ended = loop.run(criterion, _in_percent(advance))
         settings = loop.settings() | {"features": features}
-    warn_without_gain(loop.progress, job, familiar=split.familiar)
+    before = loop.progress.start if rounded.before is None else rounded.before
+    warn_without_gain(loop.progress, job, before, familiar=split.familiar)
     warn_of_bad(split.data.bad, material.samples.source, job)
-    return Recovery.of(config, material, split, loop.progress, ended, settings, blocks)
+    return Recovery.of(config, material, split, loop.progress, before, ended, settings, blocks)
+
+
+def _rounded(
+    ready: Prepared,
+    loop: Loop,
+    dense: PreTrainedModel,
+    split: Split,
+    config: FinetuneConfig,
+    rounder: Rounder,
+    job: Job,
+    seed: int,
+) -> Rounding:
+    """Make the integers of the blocks anew, or take them over from a training that was killed; its time counts."""
+    kept = None if loop.checkpoints is None else loop.checkpoints.load_rounded()
+    if kept is not None:
+        take_over(ready.model, kept[0])
+        found = Rounding(**kept[1])
+    else:
+        found = round_anew(ready, dense, split, config, rounder, loop.held_out_losses, job, seed=seed)
+        if loop.checkpoints is not None:
+            loop.checkpoints.save_rounded(weights_of(ready.model), asdict(found))
+    loop.progress.elapsed = found.seconds
+    return found
 
 
 def _loop(ready: Prepared, aim: Aim, config: FinetuneConfig, identity: Identity, job: Job) -> Loop:

@@ -90,6 +90,14 @@ class Coded(nn.Module):
         made.codes.copy_(stream)
         return made
 
+    @torch.no_grad()
+    def take(self, rows: Tensor, stream: Tensor) -> None:
+        """These steps of rows (rows,), and a stream of any length, in the place of its own."""
+        self.spec = CodedSpec(len(stream))
+        self.weight.copy_(rows)
+        self.codes = stream.to(self.codes.device)
+        self._forget()
+
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the stored matrix: of a convolution all inputs of an output in one row."""

@@ -44,10 +44,8 @@ def reconstruct(
             [batch.to(ready.accelerator.device) for batch in split.data.batches(indices, config.batch_size)]
             for indices in (split.training, split.held_out)
         )
-        batches = batches[: max(1, _fitting(dense, batches))]
-        training, judging = (
-            _Streams.of(model, dense, each, ready.accelerator.autocast) for each in (batches, held_out)
-        )
+        batches = batches_that_fit(dense, batches)
+        training, judging = (Streams.of(model, dense, each, ready.accelerator.autocast) for each in (batches, held_out))
         # what several blocks read cannot be fitted to the first of them
         shared = {id(parameter) for parameter in borrowed_parameters(model)}
         trainable = {id(parameter) for parameter in ready.parameters.values()} - shared
@@ -65,7 +63,7 @@ def reconstruct(
 
 
 @dataclass(eq=False)
-class _Streams:
+class Streams:
     """The hidden states of the same batches on their way through two models."""
 
     own: Sequence[HiddenBatch]
@@ -73,6 +71,8 @@ class _Streams:
     autocast: Callable[[], AbstractContextManager[Any]]
     wanted: Sequence[Tensor] = ()
     """(batch, tokens, width) of each batch: what the dense block gives."""
+    weights: Tensor | None = None
+    """(tokens, width): what errors count at each place; all alike where it is None."""
 
     @classmethod
     def of(
@@ -85,21 +85,23 @@ class _Streams:
         own, others = (hidden_batches(each, blocks_of(each)[0], batches) for each in (model, dense))
         return cls(own, others, autocast)
 
-    def aim_at(self, dense_block: nn.Module) -> None:
+    def aim_at(self, dense_block: nn.Module, weights: Tensor | None = None) -> None:
         """Run the dense block."""
-        self.wanted = self._through(dense_block, self.dense)
+        self.wanted, self.weights = self._through(dense_block, self.dense), weights
 
     def loss(self, block: nn.Module, position: int) -> Tensor:
         """The relative squared error (), of one batch."""
         with self.autocast():
             output = self.own[position].through(block)
-        return unexplained(output, self.wanted[position], self.own[position].mask)
+        return unexplained(output, self.wanted[position], self.own[position].mask, self.weights)
 
     @torch.no_grad()
     def error(self, block: nn.Module) -> float:
         """The mean relative squared error of all batches."""
         outputs = self._through(block, self.own)
-        errors = [unexplained(o, w, b.mask) for o, w, b in zip(outputs, self.wanted, self.own, strict=True)]
+        errors = [
+            unexplained(o, w, b.mask, self.weights) for o, w, b in zip(outputs, self.wanted, self.own, strict=True)
+        ]
         return torch.stack(errors).mean().item()
 
     def pass_on(self, block: nn.Module) -> None:
@@ -116,7 +118,7 @@ class _Streams:
 
 
 def _fit(
-    block: nn.Module, learning: Sequence[nn.Parameter], training: _Streams, judging: _Streams, epochs: int
+    block: nn.Module, learning: Sequence[nn.Parameter], training: Streams, judging: Streams, epochs: int
 ) -> tuple[float, float]:
     """Train one block, and leave it in its best state; returns its held-out error before and after."""
     before = best = judging.error(block)
@@ -141,8 +143,8 @@ def _fit(
     return before, best
 
 
-def _fitting(model: PreTrainedModel, batches: Sequence[TrainingBatch]) -> int:
-    """How many of the batches' hidden states fit into memory, for three copies of them."""
+def batches_that_fit(model: PreTrainedModel, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+    """As many of the batches as there is memory for three copies of their hidden states, and one at least."""
     room, width = MEMORY, model.config.hidden_size
     for count, batch in enumerate(batches):
         pixels = batch.inputs.get("pixel_values")
@@ -153,5 +155,5 @@ def _fitting(model: PreTrainedModel, batches: Sequence[TrainingBatch]) -> int:
         )
         room -= 3 * 4 * tokens * width
         if room < 0:
-            return count
-    return len(batches)
+            return batches[: max(1, count)]
+    return batches

@@ -39,12 +39,17 @@ class BlockOutputs:
         return torch.stack(errors).mean()
 
 
-def unexplained(output: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-    """Squared error over the variance of what is wanted, (batch, tokens, width) both, at the real tokens; ()."""
+def unexplained(output: Tensor, wanted: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
+    """Squared error over the variance of what is wanted, (batch, tokens, width) both, at the real tokens; ().
+
+    Errors count by the ``weights`` (tokens, width) of their places, of mean 1.
+    """
+    errors, wanted = (output.float() - wanted.float()).square(), wanted.float()
+    if weights is not None:
+        errors = errors * weights[: errors.shape[1]]
     if mask is not None:
-        output, wanted = output[mask], wanted[mask]
-    wanted = wanted.float()
-    return (output.float() - wanted).square().mean() / wanted.var().clamp_min(1e-12)
+        errors, wanted = errors[mask], wanted[mask]
+    return errors.mean() / wanted.var().clamp_min(1e-12)
 
 
 @contextmanager
