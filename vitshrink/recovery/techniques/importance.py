@@ -1,4 +1,4 @@
-"""What errors of the outputs of each block cost at the model's output, by their place among tokens and channels."""
+"""What errors of the outputs of each block cost, by their place, and the inputs of layers as they count by it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,3 +94,39 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
         return b
     length = max(a.shape[-1], b.shape[-1])
     return F.pad(a, (0, length - a.shape[-1])) + F.pad(b, (0, length - b.shape[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a layer reads: covariance (n, n) and mean (n,), float64, and how many tokens of one weight say as much."""
+
+    covariance: Tensor
+    mean: Tensor
+    tokens: float
+
+
+class InputSums:
+    """Over weighted tokens, float64."""
+
+    def __init__(self) -> None:
+        self.gram: Tensor | None = None
+        self.total = self.weight = self.squared = torch.zeros(())
+
+    def add(self, x: Tensor, mask: Tensor | None, tokens: Tensor) -> None:
+        """``x`` (batch, tokens, n); ``tokens``: what each place counts."""
+        weights = tokens[: x.shape[1]].expand(x.shape[:2])
+        x, weights = (x.flatten(0, 1), weights.flatten()) if mask is None else (x[mask], weights[mask])
+        weighted = x.float() * weights[:, None]
+        gram, total = (x.float().T @ weighted).double(), weighted.sum(0).double()
+        if self.gram is None:
+            self.gram, self.total = gram, total
+        else:
+            self.gram, self.total = self.gram + gram, self.total + total
+        self.weight = self.weight.to(weights) + weights.sum()
+        self.squared = self.squared.to(weights) + weights.square().sum()
+
+    def found(self) -> Inputs:
+        assert self.gram is not None
+        mean = self.total / self.weight
+        covariance = self.gram / self.weight - torch.outer(mean, mean)
+        return Inputs(covariance, mean, float(self.weight**2 / self.squared))

@@ -26,7 +26,7 @@ from vitshrink.recovery.checks import has_mixed_tokens
 from vitshrink.recovery.preparation import Prepared
 from vitshrink.recovery.splitting import Split
 from vitshrink.recovery.techniques.blockwise import Streams, batches_that_fit
-from vitshrink.recovery.techniques.importance import Importance, importance_of
+from vitshrink.recovery.techniques.importance import Importance, Inputs, InputSums, importance_of
 from vitshrink.runtime.modes import evaluating
 from vitshrink.runtime.observer import Job
 
@@ -57,6 +57,8 @@ class Block:
     dense: nn.Module
     groups: Sequence[Sequence[str]]
     """Paths relative to the block."""
+    first: Sequence[str]
+    """Those that read what the block is given."""
     learning: Sequence[nn.Parameter]
     """What learns beside its matrices."""
 
@@ -137,7 +139,7 @@ def _each(
     seed: int,
 ) -> list[dict[str, float]]:
     """Round block by block; one that gets worse on the held-out samples is put back."""
-    model, began, longest = ready.model, perf_counter(), 0.0
+    model, began, slowest = ready.model, perf_counter(), 0.0
     batches, held_out = (
         [batch.to(ready.accelerator.device) for batch in split.data.batches(indices, config.batch_size)]
         for indices in (split.training, split.held_out)
@@ -147,6 +149,7 @@ def _each(
     with job.stage("rounding", "Rounding blocks anew", len(blocks_of(model))) as advance, evaluating(model, dense):
         longest = max(0 if each.mask is None else each.mask.shape[1] for each in (*batches, *held_out))
         importance = importance_of(dense, batches[: max(1, SAMPLES // config.batch_size)], seed, longest)
+        generator = torch.Generator().manual_seed(seed)  # what is drawn later is the same after a kill
         training, judging = (Streams.of(model, dense, each, ready.accelerator.autocast) for each in (batches, held_out))
         for block in _blocks(ready, dense):
             started = perf_counter()
@@ -154,13 +157,13 @@ def _each(
                 streams.aim_at(block.dense, importance.weights(block.index))
             if block.groups:
                 before = judging.error(block.module)
-                after = _Attempt(block, training, judging, importance, rounder, config.rounding).run(before)
+                after = _Attempt(block, training, judging, importance, rounder, config.rounding, generator).run(before)
                 history.append({"block": block.index, "before": before, "after": after})
             for streams in (training, judging):
                 streams.pass_on(block.module)
             advance(1)
-            longest = max(longest, perf_counter() - started)
-            if config.minutes is not None and _mean(ready, perf_counter() - began + longest) > _most(config.minutes):
+            slowest = max(slowest, perf_counter() - started)
+            if config.minutes is not None and _mean(ready, perf_counter() - began + slowest) > _most(config.minutes):
                 break
     return history
 
@@ -183,7 +186,8 @@ def _blocks(ready: Prepared, dense: PreTrainedModel) -> Iterator[Block]:
         groups = _groups(model, module, other)
         matrices = {id(module.get_submodule(path).weight) for group in groups for path in group}
         learning = [each for each in module.parameters() if id(each) in trainable - matrices]
-        yield Block(index, module, other, groups, learning)
+        first = [family_of(model).modules[role] for role in GROUPS[0]]
+        yield Block(index, module, other, groups, first, learning)
 
 
 def _groups(model: PreTrainedModel, block: nn.Module, dense: nn.Module) -> list[list[str]]:
@@ -213,6 +217,7 @@ class _Attempt:
     importance: Importance
     rounder: Rounder
     epochs: int
+    generator: torch.Generator
 
     def run(self, before: float) -> float:
         """Round the block, or leave it as it was where that was no worse; returns its held-out error."""
@@ -223,12 +228,11 @@ class _Attempt:
         for path, layer in loose.items():
             block.module.set_submodule(path, layer, strict=True)
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        self._learn(loose)
         for group in block.groups:
-            covariance, mean, tokens = self._inputs(group[0])
-            for path in group:
-                found[path] = self._round(coded[path], loose.pop(path), covariance, mean, tokens)
             self._learn(loose)
+            inputs = self._inputs(group[0])
+            for path in group:
+                found[path] = self._round(coded[path], loose.pop(path), inputs)
         after = self.judging.error(block.module)
         for path, layer in coded.items():
             block.module.set_submodule(path, layer, strict=True)
@@ -244,11 +248,13 @@ class _Attempt:
     def _learn(self, loose: dict[str, nn.Linear]) -> None:
         """Train what is still in floating point, on the dense block's output."""
         learning = [*self.block.learning, *(layer.weight for layer in loose.values())]
-        optimizer = torch.optim.AdamW([{"params": learning}], lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
         batches = len(self.training.own)
         steps = self.epochs * batches
-        for epoch in range(self.epochs if learning else 0):
-            for number, position in enumerate(torch.randperm(batches).tolist(), epoch * batches):
+        for epoch in range(self.epochs):
+            for number, position in enumerate(
+                torch.randperm(batches, generator=self.generator).tolist(), epoch * batches
+            ):
                 for group in optimizer.param_groups:
                     group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * number / steps))
                 self.training.loss(self.block.module, position).backward()  # type: ignore[no-untyped-call]
@@ -257,15 +263,15 @@ class _Attempt:
                 optimizer.zero_grad()
 
     @torch.no_grad()
-    def _inputs(self, path: str) -> tuple[Tensor, Tensor, float]:
-        """Covariance (n, n) and mean (n,) of what a layer reads, tokens weighted, and how many tokens say as much."""
-        sums = _Moments()
+    def _inputs(self, path: str) -> Inputs:
+        """What a layer reads."""
+        sums = InputSums()
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             sums.add(inputs[0], batch.mask, tokens)
 
-        # what reads queries, keys and values is what the block before gave
-        tokens = self.importance.tokens(self.block.index - (path in self.block.groups[0]))
+        # queries, keys and values read what the block before gave
+        tokens = self.importance.tokens(self.block.index - (path in self.block.first))
         handle = self.block.layer(path).register_forward_pre_hook(add)
         count = 0
         try:
@@ -280,27 +286,24 @@ class _Attempt:
         return sums.found()
 
     @torch.no_grad()
-    def _round(
-        self, coded: CodedLinear, layer: nn.Linear, covariance: Tensor, mean: Tensor, tokens: float
-    ) -> tuple[Tensor, Tensor]:
+    def _round(self, coded: CodedLinear, layer: nn.Linear, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Put integers into a layer in floating point, its bias making up for their mean error; steps and stream."""
         columns, weight = coded.decoded().columns, layer.weight.detach()
         rows = coded.weight.detach().float()
         for _ in range(MOST_TRIES):
-            integers, errors = self.rounder(weight, covariance, tokens, rows, columns)
+            integers, errors = self.rounder(weight, inputs.covariance, inputs.tokens, rows, columns)
             kind = torch.int8 if integers.abs().max() < 128 else torch.int16
             stream = encode(Codes(integers.to(kind), columns))
             if len(stream) <= coded.spec.bytes:
                 break
             rows = rows * 2 ** (1.2 * 8 * (len(stream) - coded.spec.bytes) / weight.numel() + 1e-3)
         else:
-            integers, stream = coded.decoded().integers, coded.codes
-            rows = coded.weight.detach().float()
+            rows, stream = coded.weight.detach().float(), coded.codes
             errors = weight - coded.dense_weight()
         layer.weight.copy_(weight - errors)
         layer.weight.requires_grad_(False)
         if layer.bias is not None and any(layer.bias is each for each in self.block.learning):
-            layer.bias.add_((errors.double() @ mean).to(layer.bias.dtype))
+            layer.bias.add_((errors.double() @ inputs.mean).to(layer.bias.dtype))
         return rows, stream
 
 
@@ -315,29 +318,3 @@ def _dense_layer(block: Block, path: str, coded: CodedLinear) -> nn.Linear:
         with torch.no_grad():
             coded.bias.copy_(dense.bias)
     return made.train(coded.training)
-
-
-class _Moments:
-    """Sums over weighted tokens, float64."""
-
-    def __init__(self) -> None:
-        self.gram: Tensor | None = None
-        self.total = self.weight = self.squared = torch.zeros(())
-
-    def add(self, x: Tensor, mask: Tensor | None, tokens: Tensor) -> None:
-        """``x`` (batch, tokens, n); ``tokens``: what each place counts."""
-        weights = tokens[: x.shape[1]].expand(x.shape[:2])
-        x, weights = (x.flatten(0, 1), weights.flatten()) if mask is None else (x[mask], weights[mask])
-        weighted = x.float() * weights[:, None]
-        gram, total = (x.float().T @ weighted).double(), weighted.sum(0).double()
-        if self.gram is None:
-            self.gram, self.total = gram, total
-        else:
-            self.gram, self.total = self.gram + gram, self.total + total
-        self.weight = self.weight.to(weights) + weights.sum()
-        self.squared = self.squared.to(weights) + weights.square().sum()
-
-    def found(self) -> tuple[Tensor, Tensor, float]:
-        assert self.gram is not None
-        mean = self.total / self.weight
-        return self.gram / self.weight - torch.outer(mean, mean), mean, float(self.weight**2 / self.squared)
