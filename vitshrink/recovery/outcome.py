@@ -8,6 +8,7 @@ from vitshrink.config.options import FinetuneConfig
 from vitshrink.recovery.material import Material
 from vitshrink.recovery.progress import Progress
 from vitshrink.recovery.splitting import Split
+from vitshrink.recovery.techniques.rounding import Rounding
 from vitshrink.runtime.observer import Job
 
 
@@ -41,7 +42,7 @@ class Recovery:
         material: Material,
         split: Split,
         progress: Progress,
-        before: float,
+        rounded: Rounding,
         ended: str,
         settings: Mapping[str, Any],
         blocks: list[dict[str, float]],
@@ -49,13 +50,13 @@ class Recovery:
         """``settings`` are those that the config leaves open."""
         return cls(
             objective=config.objective,
-            before=before,
+            before=progress.start if rounded.before is None else rounded.before,
             after=progress.best,
             best_step=progress.best_step,
             ended=ended,
             samples=len(split.training),
             held_out=len(split.held_out),
-            seconds=progress.elapsed,
+            seconds=progress.elapsed + rounded.seconds,
             settings=asdict(config) | dict(settings),
             history=progress.history,
             blocks=blocks,
@@ -64,8 +65,9 @@ class Recovery:
         )
 
 
-def warn_without_gain(progress: Progress, job: Job, before: float, *, familiar: bool) -> None:
-    """Say so where no state was better than the compressed model, which had the held-out loss ``before``."""
+def warn_without_gain(progress: Progress, job: Job, rounded: float | None, *, familiar: bool) -> None:
+    """Say so where no state was better than the compressed model; ``rounded``: its loss, if it was rounded anew."""
+    before = progress.start if rounded is None else rounded
     if progress.best < before:
         return
     flattered = "The compression was fitted to them, which flatters it: add samples that it has not seen. "

@@ -89,10 +89,9 @@ def recover(
             with job.stage("finetune", f"Recovering ({config.objective})", 100) as advance:
                 ended = loop.run(criterion, _in_percent(advance))
         settings = loop.settings() | {"features": features}
-    before = loop.progress.start if rounded.before is None else rounded.before
-    warn_without_gain(loop.progress, job, before, familiar=split.familiar)
+    warn_without_gain(loop.progress, job, rounded.before, familiar=split.familiar)
     warn_of_bad(split.data.bad, material.samples.source, job)
-    return Recovery.of(config, material, split, loop.progress, before, ended, settings, blocks)
+    return Recovery.of(config, material, split, loop.progress, rounded, ended, settings, blocks)
 
 
 def _rounded(
@@ -105,7 +104,7 @@ def _rounded(
     job: Job,
     seed: int,
 ) -> Rounding:
-    """Make the integers of the blocks anew, or take them over from a training that was killed; its time counts."""
+    """Make the integers of the blocks anew, or take over those of a killed job; training has the time that is left."""
     kept = None if loop.checkpoints is None else loop.checkpoints.load_rounded()
     if kept is not None:
         take_over(ready.model, kept[0])
@@ -114,7 +113,8 @@ def _rounded(
         found = round_anew(ready, dense, split, config, rounder, loop.held_out_losses, job, seed=seed)
         if loop.checkpoints is not None:
             loop.checkpoints.save_rounded(weights_of(ready.model), asdict(found))
-    loop.progress.elapsed = found.seconds
+    if loop.progress.seconds is not None:
+        loop.progress.seconds = max(1.0, loop.progress.seconds - found.seconds)
     return found
 
 

@@ -22,7 +22,7 @@ from vitshrink.models.families import Role, family_of
 from vitshrink.models.structures.coded import Coded, CodedLinear
 from vitshrink.models.structures.following import borrowed_parameters
 from vitshrink.models.targets import blocks_of
-from vitshrink.recovery.checks import has_mixed_tokens
+from vitshrink.recovery.checks import tokens_kind
 from vitshrink.recovery.preparation import Prepared
 from vitshrink.recovery.splitting import Split
 from vitshrink.recovery.techniques.blockwise import Streams, batches_that_fit
@@ -74,7 +74,7 @@ class Block:
 
 def roundable(model: PreTrainedModel, dense: PreTrainedModel | None, config: FinetuneConfig) -> bool:
     """Whether there are integers in the blocks that can be made anew."""
-    if config.rounding == 0 or config.objective != "distill" or dense is None or has_mixed_tokens(model):
+    if config.rounding == 0 or config.objective != "distill" or dense is None or tokens_kind(model) is not None:
         return False
     return any(_groups(model, *blocks) for blocks in zip(blocks_of(model), blocks_of(dense), strict=False))
 
