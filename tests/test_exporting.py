@@ -24,6 +24,7 @@ from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.jobs.export import Export, export
 from vitshrink.jobs.session import Session
 from vitshrink.models.onnx_model import load_onnx
+from vitshrink.models.openvino_model import open_ir
 
 Compressed = Callable[..., CompressionResult]
 MODELS = (
@@ -192,13 +193,36 @@ def test_a_difference_is_not_published(
     export(str(small("ViTForImageClassification")), str(tmp_path / "out"), "torch", tolerance=0.1)
 
 
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+def test_openvino_gives_the_outputs_of_the_model(small: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    pytest.importorskip("openvino", exc_type=ImportError)
+    found = export(str(small(name)), str(tmp_path / "out"), "openvino")
+    assert {"model.xml", "model.bin", "config.json"} <= {file.name for file in found.directory.iterdir()}
+    assert not (found.directory / "model.onnx").exists()
+    assert found.bytes == sum((found.directory / file).stat().st_size for file in ("model.xml", "model.bin"))
+    model, opened = vitshrink.load(small(name)), open_ir(found.directory / found.file)
+    inputs = tiny.inputs(name, 5)  # of another length than any that it was compared with
+    inputs |= {} if name.startswith("ViT") else {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+    (logits,) = opened.run(None, {name: inputs[name].numpy() for name in opened.inputs})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_damaged_ir_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", exc_type=ImportError)
+    (tmp_path / "model.xml").write_text("not a model")
+    with pytest.raises(CheckpointError, match=r"model\.xml cannot be opened by OpenVINO"):
+        open_ir(tmp_path / "model.xml")
+
+
+@pytest.mark.parametrize(("package", "form"), [("onnxscript", "onnx"), ("openvino", "openvino")])
 def test_a_missing_package_is_named_before_the_work(
-    small: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, form: str, small: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(exporting, "Session", None)
-    with pytest.raises(DependencyError, match=r'onnxscript.*pip install "vitshrink\[onnx\]"'):
-        export(str(small("ViTForImageClassification")), str(tmp_path / "out"), "onnx")
+    with pytest.raises(DependencyError, match=rf'{package}.*pip install "vitshrink\[{form}\]"'):
+        export(str(small("ViTForImageClassification")), str(tmp_path / "out"), form)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,11 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peers.registry import Built, Material, Row, peer
 from vitshrink.jobs.export_forms import quiet, trace_inputs
-from vitshrink.models.onnx_model import OnnxFile, OnnxModel
+from vitshrink.models.onnx_model import OnnxModel
+from vitshrink.models.openvino_model import IR_FILE, ir_bytes, open_ir
 
 LEARNED: Mapping[str, Mapping[str, bool]] = {
     "AWQ": {"awq": True},
@@ -18,9 +17,6 @@ LEARNED: Mapping[str, Mapping[str, bool]] = {
     "GPTQ, scale estimation": {"gptq": True, "scale_estimation": True},
 }
 """What it offers for 4 bits and samples."""
-
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-"""So that stored weights are judged, and no half precision of a CPU."""
 
 
 @peer("nncf", "nncf", "openvino")
@@ -90,18 +86,7 @@ def _read_back(material: Material, model: Any, folder: Path) -> Built:
     """Written, read and compiled, so that the file is judged."""
     import openvino
 
-    file = folder / "model.xml"
+    file = folder / IR_FILE
     openvino.save_model(model, file)
-    nbytes = sum(file.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin"))
-    core = openvino.Core()
-    options = EXACT | {"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
-    compiled = core.compile_model(file, "CPU", options)
-    outputs = [output.get_any_name() for output in compiled.outputs]
-
-    def run(_wanted: None, feed: dict[str, Any]) -> list[Any]:
-        answers = compiled(feed)
-        return [answers[name].copy() for name in outputs]
-
-    opened = OnnxFile(file, run, {each.get_any_name(): "" for each in compiled.inputs}, outputs)
     dense = material.source.model
-    return Built(OnnxModel(opened, dense.config, type(dense).__name__).eval(), nbytes)
+    return Built(OnnxModel(open_ir(file), dense.config, type(dense).__name__).eval(), ir_bytes(file))

@@ -369,9 +369,9 @@ class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
     """Everything ``export`` needs to know."""
 
     to: str = required(
-        "onnx: model.onnx for onnxruntime and others; torch: model.pt2, a torch.export program; dense: an ordinary "
-        "checkpoint, factors multiplied out (loads anywhere, no smaller).",
-        suggested=("onnx", "torch", "dense"),
+        "onnx: model.onnx for onnxruntime and others; openvino: model.xml and model.bin; torch: model.pt2, a "
+        "torch.export program; dense: an ordinary checkpoint, factors multiplied out (loads anywhere, no smaller).",
+        suggested=("onnx", "openvino", "torch", "dense"),
     )
     tolerance: float = option(
         1e-4,
@@ -384,7 +384,7 @@ class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
     what: ClassVar = {
         "model": "the checkpoint",
         "output": "the directory to write",
-        "to": "the form: onnx, torch or dense",
+        "to": "the form: onnx, openvino, torch or dense",
     }
     example: ClassVar = "vitshrink export ./small ./onnx --to onnx"
     reworded: ClassVar = {"model": {"help": A_CHECKPOINT}}

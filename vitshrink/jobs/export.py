@@ -18,7 +18,7 @@ from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
 from vitshrink.models.publication import EXPORT
 from vitshrink.models.structures.quantized import QuantizedLinear
-from vitshrink.runtime.extras import require
+from vitshrink.runtime.extras import EXTRAS, require
 from vitshrink.runtime.observer import Job, Observer, Silent
 
 TOLERANCE = 1e-4
@@ -66,7 +66,8 @@ def export(
     overwrite: bool = False,
     observer: Observer | None = None,
 ) -> Export:
-    """Write ``model`` into the directory ``output``: as ONNX, as a dense checkpoint, or as a torch.export program.
+    """Write ``model`` into the directory ``output``: as ONNX, as an OpenVINO IR, as a dense
+    checkpoint, or as a torch.export program. Low-rank layers lose their pivots, see ``models.plain``.
 
     Batches of any size, and texts of any length that the model can take, may be given to the result. It is compared
     with the model on random inputs of several sizes before it is published.
@@ -80,9 +81,9 @@ def export(
     write = choose(form, FORMS, "form")
     if not 0 < tolerance < float("inf"):
         raise UsageError(f"--tolerance {tolerance}: give a positive number such as {TOLERANCE:g}.")
-    if form == "onnx":
-        require("onnx", "--to onnx")
-    if Path(output).suffix in (".onnx", ".pt2"):
+    if form in EXTRAS:
+        require(form, f"--to {form}")
+    if Path(output).suffix in (".onnx", ".xml", ".pt2"):
         raise UsageError(f"{output}: give a directory; the configuration and processor files go beside the weights.")
     job = Job(observer or Silent())
     session = Session.open(model, Settings(device="cpu", offline=offline), job)

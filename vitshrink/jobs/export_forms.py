@@ -1,4 +1,4 @@
-"""The forms in which a checkpoint runs without vitshrink: as ONNX, as a dense checkpoint, as a torch.export program."""
+"""The forms in which a checkpoint runs without vitshrink: ONNX, OpenVINO, a dense checkpoint, a torch program."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -23,13 +24,14 @@ from vitshrink.models.checkpoint import compressed_layers
 from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import LoadedModel
 from vitshrink.models.onnx_model import OnnxFile, onnx_bytes, onnx_numbers
+from vitshrink.models.openvino_model import IR_FILE, convert, ir_bytes, open_ir
+from vitshrink.models.plain import plain_view
 from vitshrink.models.source import CONFIG
 from vitshrink.models.structures.coded import decode_all
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.structures.quantized import QuantizedEmbedding, QuantizedLinear
-from vitshrink.models.views import view_of
 
-Form = Literal["onnx", "dense", "torch"]
+Form = Literal["onnx", "openvino", "dense", "torch"]
 
 ONNX_FILE = "model.onnx"
 PROGRAM_FILE = "model.pt2"
@@ -52,8 +54,23 @@ class Written:
 
 def write_onnx(session: Session, staging: Path) -> Written:
     """One program of any batch size, and for texts of any length. Raises OutputError."""
-    source = session.source
-    model, inputs = decode_all(view_of(source.model)), trace_inputs(source.model, 2)
+    file = _traced(session.source, staging)
+    _write_companions(session.source, staging)
+    return Written(ONNX_FILE, _running(OnnxFile.open(file)), onnx_numbers(file), onnx_bytes(file))
+
+
+def write_openvino(session: Session, staging: Path) -> Written:
+    """The same as an OpenVINO IR, which computes in float32. Raises OutputError."""
+    with TemporaryDirectory() as folder, quiet():
+        traced = _traced(session.source, Path(folder))
+        numbers, file = onnx_numbers(traced), convert(traced, staging)
+    _write_companions(session.source, staging)
+    return Written(IR_FILE, _running(open_ir(file)), numbers, ir_bytes(file))
+
+
+def _traced(source: LoadedModel, directory: Path) -> Path:
+    """Write an ONNX file without pivots into a directory."""
+    model, inputs = plain_view(source.model), trace_inputs(source.model, 2)
     names = list(outputs_of(model, inputs))
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -73,15 +90,16 @@ def write_onnx(session: Session, staging: Path) -> Written:
             # of a small model
             for key in [key for key in node.metadata_props if key != "namespace"]:
                 del node.metadata_props[key]
-        program.save(staging / ONNX_FILE)
-    _write_companions(source, staging)
-    opened = OnnxFile.open(staging / ONNX_FILE)
+        program.save(directory / ONNX_FILE)
+    return directory / ONNX_FILE
 
+
+def _running(opened: OnnxFile) -> Run:
     def run(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         values = opened.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
         return dict(zip(opened.outputs, map(torch.from_numpy, values), strict=True))
 
-    return Written(ONNX_FILE, run, onnx_numbers(opened.path), onnx_bytes(opened.path))
+    return run
 
 
 def _missing_operators() -> dict[Any, Callable[..., Any]]:
@@ -105,16 +123,14 @@ def _missing_operators() -> dict[Any, Callable[..., Any]]:
 def write_program(session: Session, staging: Path) -> Written:
     """What torch.export.load reads. Raises OutputError."""
     source = session.source
-    inputs = trace_inputs(source.model, 2)
+    model, inputs = plain_view(source.model), trace_inputs(source.model, 2)
     with quiet(), torch.no_grad():
-        program = torch.export.export(
-            decode_all(view_of(source.model)), (), dict(inputs), dynamic_shapes=_dynamic(inputs, Dim.AUTO, Dim.AUTO)
-        )
+        program = torch.export.export(model, (), dict(inputs), dynamic_shapes=_dynamic(inputs, Dim.AUTO, Dim.AUTO))
         torch.export.save(program, staging / PROGRAM_FILE)
         reloaded = torch.export.load(staging / PROGRAM_FILE).module()
     _write_companions(source, staging)
     size = (staging / PROGRAM_FILE).stat().st_size
-    return Written(PROGRAM_FILE, lambda batch: outputs_of(reloaded, batch), cost.parameters(source.model), size)
+    return Written(PROGRAM_FILE, lambda batch: outputs_of(reloaded, batch), cost.parameters(model), size)
 
 
 def write_dense(session: Session, staging: Path) -> Written:
@@ -133,6 +149,7 @@ def write_dense(session: Session, staging: Path) -> Written:
 
 FORMS: dict[str, Callable[[Session, Path], Written]] = {
     "onnx": write_onnx,
+    "openvino": write_openvino,
     "dense": write_dense,
     "torch": write_program,
 }

@@ -7,6 +7,7 @@ from vitshrink.errors import DependencyError
 EXTRAS = {
     "tensor": ("tensorly",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
 }
 """The packages behind the optional extras of the same names in pyproject.toml."""
 
