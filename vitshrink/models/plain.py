@@ -32,7 +32,7 @@ def plain(layer: LowRankLinear) -> LowRankLinear | nn.Linear:
         return LowRankLinear.from_factors(*balanced(up, down), layer.bias, dtype=dtype).train(layer.training)
     dense = nn.Linear(inputs, outputs, bias=False, device="meta")
     dense.weight = nn.Parameter((up @ down).to(dtype))
-    dense.bias = layer.bias
+    dense.register_parameter("bias", layer.bias)
     return dense.train(layer.training)
 
 
