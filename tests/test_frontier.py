@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from vitshrink.cli.app import app
 from vitshrink.report import figures
-from vitshrink.report.frontier import knee_of
+from vitshrink.report.frontier import Frontier, Point, knee_of
 
 FEW = ("--samples", "16", "--holdout", "8", "--points", "7", "--measured", "3")
 Survey = Callable[..., Result]
@@ -163,11 +164,13 @@ def test_a_mistake_is_one_sentence(survey: Survey, flags: tuple[str, ...], code:
     assert "Traceback" not in result.output
 
 
-def test_a_curve_without_a_knee_says_so(vit_directory: Path, flat_images: Path) -> None:
-    result = run("frontier", vit_directory, "--calibration", flat_images, *FEW)
-    assert result.exit_code == 0, result.stderr
-    assert "; no knee, which would be the predicted point" in result.stdout
-    assert result.stdout.count("vitshrink compress") == 3
+def test_the_knee_is_told_or_that_there_is_none() -> None:
+    points = tuple(Point(f"{size}MB", size * 10**6, 8.0, 1 / size, "", knee=size == 2) for size in (1, 2, 3))
+    facts = ("1", "model", "data", 16, 8, 0, "bits", "kl", 100, 400)
+    found = Frontier(*facts, points, "the point that is asked for", {}, ())
+    assert found.remarks.endswith("; knee: 2MB, the point that is asked for")
+    without = replace(found, points=points[::2])
+    assert without.remarks.endswith("; no knee, which would be the point that is asked for")
 
 
 def test_samples_are_asked_for(vit_directory: Path) -> None:
