@@ -37,31 +37,35 @@ PAIR, MERGE = merging.pair, merging.merge
 
 
 def pair_by_likeness(keys: Tensor, weights: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    return PAIR(keys, torch.zeros_like(weights), number)
+    return PAIR(keys, torch.ones_like(weights), number)
 
 
-def merge_alike(x: Tensor, sizes: Tensor, sources: Tensor, others: Tensor, special: int) -> tuple[Tensor, Tensor]:
+def merge_by_size(x: Tensor, sizes: Tensor, weights: Tensor, sources: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Means weighted by how many patches a token stands for."""
+    return MERGE(x, sizes, sizes[:, -weights.shape[1] :, 0], sources, others)
+
+
+def merge_alike(x: Tensor, sizes: Tensor, weights: Tensor, sources: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Means that count every token once, whatever it stands for."""
-    merged, _ = MERGE(x, torch.ones_like(sizes), sources, others, special)
-    return merged, MERGE(x, sizes, sources, others, special)[1]
+    return MERGE(x, sizes, torch.ones_like(weights), sources, others)
 
 
-def merge_sizeless(x: Tensor, sizes: Tensor, sources: Tensor, others: Tensor, special: int) -> tuple[Tensor, Tensor]:
+def merge_sizeless(x: Tensor, sizes: Tensor, weights: Tensor, sources: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens that later attention takes for one patch each."""
-    merged, found = MERGE(x, torch.ones_like(sizes), sources, others, special)
+    merged, found = MERGE(x, sizes, weights, sources, others)
     return merged, torch.ones_like(found)
 
 
-def drop(x: Tensor, sizes: Tensor, sources: Tensor, others: Tensor, special: int) -> tuple[Tensor, Tensor]:
+def drop(x: Tensor, sizes: Tensor, weights: Tensor, sources: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """The others as they were, and as large as if they had been merged."""
-    weightless = sizes.scatter(1, special + sources[..., None], 1e-6)
-    return MERGE(x, weightless, sources, others, special)[0], MERGE(x, sizes, sources, others, special)[1]
+    return MERGE(x, sizes, weights.scatter(1, sources, 1e-6), sources, others)
 
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "as the tool does it": {},
     "pairs by likeness alone": {"pair": pair_by_likeness},
-    "means not weighted by sizes": {"merge": merge_alike},
+    "means weighted by sizes": {"merge": merge_by_size},
+    "means not weighted": {"merge": merge_alike},
     "no sizes at all": {"merge": merge_sizeless},
     "dropped, not merged": {"merge": drop},
 }

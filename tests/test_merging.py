@@ -55,16 +55,17 @@ def logits(model: nn.Module, pixels: Tensor) -> Tensor:
 
 def test_the_most_similar_are_paired() -> None:
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.1, 0.9], [0.9, 0.2], [0.5, 0.5]]])
-    sources, others = pair(keys, torch.zeros(1, 5), 2)
+    sources, others = pair(keys, torch.ones(1, 5), 2)
     assert (sources.tolist(), others.tolist()) == ([[2, 0]], [[1, 3]])
-    noticed = torch.tensor([[0.0, 9.0, 100.0, 9.0, 0.0]])  # only the first of a pair counts
+    noticed = torch.tensor([[1.0, 9.0, 100.0, 9.0, 1.0]])  # only the first of a pair counts
     assert pair(keys, noticed, 1)[0].tolist() == [[0]]
 
 
-def test_merged_tokens_are_means_weighted_by_sizes_in_their_order() -> None:
+def test_merged_tokens_are_weighted_means_in_their_order() -> None:
     x = torch.tensor([[[7.0], [1.0], [2.0], [3.0], [4.0]]])
     sizes = torch.tensor([[[1.0], [1.0], [3.0], [1.0], [1.0]]])
-    found, standing = merge(x, sizes, torch.tensor([[0]]), torch.tensor([[1]]), special=1)
+    weights = torch.tensor([[1.0, 3.0, 1.0, 1.0]])
+    found, standing = merge(x, sizes, weights, torch.tensor([[0]]), torch.tensor([[1]]))
     assert found.flatten().tolist() == [7.0, 1.75, 3.0, 4.0]
     assert standing.flatten().tolist() == [1.0, 4.0, 1.0, 1.0]
 

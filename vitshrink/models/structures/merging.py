@@ -27,7 +27,7 @@ class Merging(Joined):
     """A block that merges patches between its attention and its MLP (token merging, arXiv 2210.09461).
 
     Every second patch is paired with the one of the others whose keys are most like its own. The pairs that are most
-    alike, and whose first patch the special tokens attend to least, become one token, the mean weighted by sizes. A
+    alike, and whose first patch the special tokens attend to least, become one token, the mean weighted likewise. A
     token that stands for s patches counts s times in attention. How many pairs there are is given, so that shapes are
     the same for every image. Special tokens are left alone.
     Where only they are kept, nothing reads the patches afterwards: then nothing is merged, and they alone ask.
@@ -56,9 +56,9 @@ class Merging(Joined):
         x = self.dropout(attended) + x[:, : attended.shape[1]]
         if spec.special < spec.kept < spec.tokens:
             sizes = x.new_ones(*x.shape[:2], 1) if sizes is None else sizes
-            weights = self._noticed(query, key, sizes)
+            weights = 1 + self._noticed(query, key, sizes)
             pairs = pair(key.transpose(1, 2).flatten(2)[:, spec.special :].detach(), weights, spec.tokens - spec.kept)
-            x, sizes = merge(x, sizes, *pairs, spec.special)
+            x, sizes = merge(x, sizes, weights, *pairs)
         x = self.dropout(self.mlp(self.layernorm_after(x))) + x
         if spec.gives == "sizes":
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1) if sizes is None else sizes], -1)
@@ -91,29 +91,31 @@ class Merging(Joined):
         return getattr(attention, layout.output)(output.flatten(2)), query, key
 
 
-def merge(x: Tensor, sizes: Tensor, sources: Tensor, others: Tensor, special: int) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, sizes: Tensor, weights: Tensor, sources: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens x (batch, tokens, n) and sizes (batch, tokens, 1), the patches at ``sources`` merged into ``others``.
 
-    Places (batch, pairs) are counted from the first patch. Tokens keep their order.
+    The ``weights`` of means (batch, patches), and places (batch, pairs), begin with the first patch. Tokens keep their
+    order.
     """
-    summed = torch.cat([x * sizes, sizes], -1)[:, special:]
+    special, weights = x.shape[1] - weights.shape[1], weights[..., None]
+    summed = torch.cat([x[:, special:] * weights, weights, sizes[:, special:]], -1)
     summed = summed.scatter_add(1, _wide(others, summed), summed.gather(1, _wide(sources, summed)))
     stays = torch.ones_like(summed[..., 0], dtype=torch.uint8).scatter(1, sources, 0)
     stays = stays.argsort(dim=1, stable=True, descending=True)[:, : summed.shape[1] - sources.shape[1]]
     summed = summed.gather(1, _wide(stays, summed))
-    found = torch.cat([x[:, :special], summed[..., :-1] / summed[..., -1:]], 1)
+    found = torch.cat([x[:, :special], summed[..., :-2] / summed[..., -2:-1]], 1)
     return found, torch.cat([sizes[:, :special], summed[..., -1:]], 1)
 
 
 def pair(keys: Tensor, weights: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The cheapest pairs of a patch with an even place and one with an odd place: places (batch, number) of both.
 
-    No two pairs share the first of them. A pair costs 1 − the cosine of its ``keys`` (batch, patches, m), times 1 + the
+    No two pairs share the first of them. A pair costs 1 − the cosine of its ``keys`` (batch, patches, m), times the
     weight of the first, (batch, patches).
     """
     unit = F.normalize(keys, dim=-1)
     likeness, nearest = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
-    costs = (1 - likeness) * (1 + weights[:, ::2])
+    costs = (1 - likeness) * weights[:, ::2]
     best = costs.argsort(dim=1, stable=True)[:, :number]
     return 2 * best, 2 * nearest.gather(1, best) + 1
 
