@@ -61,7 +61,7 @@ finally:
         (["quantize", "./missing", "out", "--weights", "int3"], 2, "weights cannot be stored as 'int3'"),
         (["frontier", "./missing"], 2, "pass --calibration"),
         (["inspect", "./missing", "--samples", "0"], 2, "--samples 0: must be at least 1"),
-        (["export", "./missing", "out"], 2, "'to', the form: onnx, torch or dense, is missing"),
+        (["export", "./missing", "out"], 2, "'to', the form: onnx, openvino, torch or dense, is missing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

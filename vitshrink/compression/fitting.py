@@ -39,9 +39,9 @@ def fitted(compressor: Compressor, findings: Findings, budget: int, job: Job) ->
                 best = taken, plan, model
             if 0 <= budget - taken <= CLOSE * budget or (asked < least and taken > budget):
                 break
-            step = budget - taken
-            # a prediction that is far off is off by a factor
-            asked = asked + step if step > 0 else max(asked + int(1.05 * step) - 64, asked * budget // taken)
+            # too large by a little is answered by enough to tell; a prediction that is far off is off by a factor
+            aim = budget if taken <= budget else int((1 - CLOSE / 2) * budget)
+            asked = asked + aim - taken if taken <= budget else max(asked + aim - taken, asked * aim // taken)
     if best is None:
         raise TargetError(
             f"the smallest model takes {taken:,} bytes, of which {budget:,} are allowed. The least to ask for is "
