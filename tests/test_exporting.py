@@ -208,6 +208,25 @@ def test_openvino_gives_the_outputs_of_the_model(small: Callable[..., Path], tmp
         torch.testing.assert_close(torch.from_numpy(logits), model(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "mixed tokens": {"method": "svd", "tokens": "mixed", "token_budget": 10},
+    "merged tokens": {"tokens": "merge", "token_operations": 0.7, "keep": None},
+    "landmarks": {"landmarks": 4, "rank": None},
+    "tensor": {"method": "tensor"},
+    "smaller heads": {"method": "heads-joint"},
+    "integers with rounded activations": {"method": "svd", "quantize": "int8"},
+    "coded integers": {"target_size": "22000"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_structure_becomes_openvino(structure: str, compressed: Compressed, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", exc_type=ImportError)
+    small = compressed("ViTForImageClassification", **STRUCTURES[structure]).directory
+    assert export(str(small), str(tmp_path / "out"), "openvino").batch_sizes == (1, 2, 7)
+
+
 def test_a_damaged_ir_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("openvino", exc_type=ImportError)
     (tmp_path / "model.xml").write_text("not a model")
