@@ -1,6 +1,6 @@
 """What a method learns of linear layers: statistics, nested factors, and what their components do to the output."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,6 @@ from vitshrink.compression.findings import Findings, Measured, Rebuild
 from vitshrink.compression.keeping import Cached, Memory, Step
 from vitshrink.compression.repairs.bias import SHIFTING
 from vitshrink.config.options import CompressConfig
-from vitshrink.data import Batch
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
 from vitshrink.methods import Factorisation, LayerMethod
@@ -27,7 +26,7 @@ from vitshrink.runtime.entries import laid_out, moved
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.precision import Passes, passes_in, resolve_precision
 from vitshrink.runtime.state import Progress
-from vitshrink.statistics.calibration import collect
+from vitshrink.statistics.calibration import collect, first_of
 from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.digests import data_digest, model_digest
 from vitshrink.statistics.effects import MEASURED_SAMPLES, Components, measured_loss
@@ -210,7 +209,7 @@ class LayerEstimator:
         """The findings with the loss of their layers measured in ``model``, where the allocation goes by that."""
         if not self.measures or self.calibration is None:
             return findings
-        batches = list(_first(self.calibration.batches, MEASURED_SAMPLES))
+        batches = first_of(self.calibration.batches, MEASURED_SAMPLES)
         components = {
             name: Components(each.up, each.down, self.mean(name, findings.stats))
             for name, each in findings.layers.items()
@@ -231,7 +230,7 @@ class LayerEstimator:
         """
         if not self.measures or self.calibration is None:
             return refined
-        batches = list(_first(self.calibration.batches, MEASURED_SAMPLES))
+        batches = first_of(self.calibration.batches, MEASURED_SAMPLES)
         seed = self.config.seed + 4
         candidates = []
         with job.stage("choose", "Choosing what ranks go by", len(SHARES_MEASURED_AGAIN)) as advance:
@@ -299,12 +298,3 @@ def _with_measured(findings: Findings, measured: Mapping[str, Measured]) -> Find
         for name, each in findings.layers.items()
     }
     return replace(findings, layers=layers)
-
-
-def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
-    """As many of the batches as it takes for ``samples``."""
-    for batch in batches:
-        if samples <= 0:
-            return
-        yield batch
-        samples -= len(batch.keys)

@@ -31,7 +31,7 @@ from vitshrink.models.views import view_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.modes import evaluating
 from vitshrink.runtime.observer import Job
-from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device
+from vitshrink.statistics.calibration import CalibrationBatch, first_of, to_device
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
 
 SAMPLES = 64
@@ -208,7 +208,7 @@ class Trials:
 def measured_curves(dense: PreTrainedModel, batches: Sequence[CalibrationBatch], job: Job) -> list[Tensor]:
     """What each block of a dense model loses by merging 0, 1, 2 … of all patches, on the first of the ``batches``."""
     with job.stage("tokens", "Measuring what merged tokens lose", len(blocks_of(dense))) as advance:
-        return processes.by_main(lambda: Trials(dense, _few(batches)).curves(advance))
+        return processes.by_main(lambda: Trials(dense, first_of(batches, SAMPLES)).curves(advance))
 
 
 def require_reachable(dense: PreTrainedModel, fraction: float) -> None:
@@ -233,14 +233,4 @@ def kept_within(dense: PreTrainedModel, curves: Sequence[Tensor], fraction: floa
             f"--token-operations {fraction:g} cannot be reached: with as many tokens merged as can be, {least:.2f} of "
             "the operations are left. Ask for more, or choose a smaller --resolution."
         )
-    return found
-
-
-def _few(batches: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
-    """The first of them, with ``SAMPLES`` samples or a little more."""
-    found: list[CalibrationBatch] = []
-    for batch in batches:
-        if sum(map(samples_of, found)) >= SAMPLES:
-            break
-        found.append(batch)
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,22 @@ def one_by_one(collector: Collector, batches: Iterable[CalibrationBatch], on_bat
         on_batch(samples_of(batch))
 
 
+Given = TypeVar("Given", bound=CalibrationBatch)
+
+
 def samples_of(batch: CalibrationBatch) -> int:
     return int(next(iter(batch.inputs.values())).shape[0])
+
+
+def first_of(batches: Iterable[Given], samples: int) -> list[Given]:
+    """As many of the batches as it takes for ``samples``."""
+    found: list[Given] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        found.append(batch)
+        samples -= samples_of(batch)
+    return found
 
 
 def named_sums(kind: str, sums: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -12,12 +12,10 @@ from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.runtime.modes import frozen
 from vitshrink.statistics.curvature import batch_generator, random_functional, require_gradient
+from vitshrink.statistics.sensitivity import WEIGHTS
 
 SHRINKAGE = 0.5
 """How far channels are pulled towards their mean: a few hundred samples overrate what they saw."""
-
-LIMITS = (0.1, 10.0)
-"""Least and most that a token counts in a covariance: a few alone would leave little to estimate it from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +31,7 @@ class Importance:
 
     def tokens(self, block: int) -> Tensor:
         """What a token counts where the inputs of a layer are summed, (tokens,); those of block -1 are the first's."""
-        return self.places[max(0, block)].clamp(*LIMITS)
+        return self.places[max(0, block)].clamp(*WEIGHTS)
 
 
 def importance_of(dense: PreTrainedModel, batches: Sequence[TrainingBatch], seed: int, longest: int) -> Importance:
