@@ -25,6 +25,7 @@ from vitshrink.jobs.export import Export, export
 from vitshrink.jobs.session import Session
 from vitshrink.models.onnx_model import load_onnx
 from vitshrink.models.openvino_model import open_ir
+from vitshrink.models.tracing import quiet
 
 Compressed = Callable[..., CompressionResult]
 MODELS = (
@@ -143,7 +144,7 @@ def test_quantised_mixed_tokens_take_batches_of_any_size(form: str, compressed: 
 
 def test_the_exporters_own_reason_is_given() -> None:
     """Not the outermost message, which says in which of its steps it was."""
-    with pytest.raises(OutputError, match=r"failed: KeyError: 'what it was'$"), forms.quiet():
+    with pytest.raises(OutputError, match=r"failed: KeyError: 'what it was'$"), quiet():
         raise RuntimeError("step 3/3") from KeyError("what it was")
 
 

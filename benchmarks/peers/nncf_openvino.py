@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from peers.registry import Built, Material, Row, peer
-from vitshrink.jobs.export_forms import quiet, trace_inputs
 from vitshrink.models.onnx_model import OnnxModel
 from vitshrink.models.openvino_model import IR_FILE, ir_bytes, open_ir
+from vitshrink.models.tracing import quiet, trace_inputs
 
 LEARNED: Mapping[str, Mapping[str, bool]] = {
     "AWQ": {"awq": True},

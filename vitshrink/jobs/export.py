@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from vitshrink._version import __version__
 from vitshrink.config.choosing import choose
 from vitshrink.errors import OutputError, UsageError
-from vitshrink.jobs.export_forms import FORMS, Form, Run, outputs_of, quiet, trace_inputs
+from vitshrink.jobs.export_forms import FORMS, Form, Run
 from vitshrink.jobs.result import published
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
 from vitshrink.models.publication import EXPORT
 from vitshrink.models.structures.quantized import QuantizedLinear
+from vitshrink.models.tracing import outputs_of, quiet, trace_inputs
 from vitshrink.runtime.extras import EXTRAS, require
 from vitshrink.runtime.observer import Job, Observer, Silent
 

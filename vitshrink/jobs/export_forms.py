@@ -2,26 +2,22 @@
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from vitshrink.errors import OutputError, UsageError, VitshrinkError
+from vitshrink.errors import UsageError
 from vitshrink.jobs.result import write_result
 from vitshrink.jobs.session import Session
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
-from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import LoadedModel
 from vitshrink.models.onnx_model import OnnxFile, onnx_bytes, onnx_numbers
 from vitshrink.models.openvino_model import IR_FILE, convert, ir_bytes, open_ir
@@ -30,6 +26,8 @@ from vitshrink.models.source import CONFIG
 from vitshrink.models.structures.coded import decode_all
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.structures.quantized import QuantizedEmbedding, QuantizedLinear
+from vitshrink.models.tracing import dynamic_dimensions, outputs_of, quiet, trace_inputs
+from vitshrink.models.tracing import write_onnx as trace_onnx
 
 Form = Literal["onnx", "openvino", "dense", "torch"]
 
@@ -71,27 +69,8 @@ def write_openvino(session: Session, staging: Path) -> Written:
 def _traced(source: LoadedModel, directory: Path) -> Path:
     """Write an ONNX file without pivots into a directory."""
     model, inputs = plain_view(source.model), trace_inputs(source.model, 2)
-    names = list(outputs_of(model, inputs))
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            model,
-            (),
-            kwargs=dict(inputs),
-            input_names=list(inputs),
-            output_names=names,
-            dynamic_shapes=_dynamic(inputs, "batch", "sequence"),
-            dynamo=True,
-            custom_translation_table=_missing_operators(),
-            verbose=False,
-        )
-        assert program is not None
-        for node in program.model.graph.all_nodes():
-            # lines of the source files on this machine, once for each node: nobody else's business, and half the file
-            # of a small model
-            for key in [key for key in node.metadata_props if key != "namespace"]:
-                del node.metadata_props[key]
-        program.save(directory / ONNX_FILE)
-    return directory / ONNX_FILE
+    dynamic = dynamic_dimensions(inputs, "batch", "sequence")
+    return trace_onnx(model, inputs, list(outputs_of(model, inputs)), directory / ONNX_FILE, dynamic)
 
 
 def _running(opened: OnnxFile) -> Run:
@@ -102,30 +81,14 @@ def _running(opened: OnnxFile) -> Run:
     return run
 
 
-def _missing_operators() -> dict[Any, Callable[..., Any]]:
-    """Operators that ONNX has and the exporter does not know."""
-    from onnxscript import INT32, ir
-    from onnxscript import opset18 as op
-
-    def product(left: Any, right: Any) -> Any:
-        return op.MatMulInteger(left, right)
-
-    def stable_sort(values: Any, *, dim: int = -1, descending: bool = False, **_stable: Any) -> Any:
-        # TopK puts the lower index first among equals, as a stable sort does
-        length: Any = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))  # type: ignore[type-var]
-        if values.dtype in (ir.DataType.UINT8, ir.DataType.BOOL):  # onnxruntime has no TopK of bytes
-            values = op.Cast(values, to=INT32.dtype)
-        return op.TopK(values, length, axis=dim, largest=int(descending))
-
-    return {torch.ops.aten._int_mm.default: product, torch.ops.aten.sort.stable: stable_sort}
-
-
 def write_program(session: Session, staging: Path) -> Written:
     """What torch.export.load reads. Raises OutputError."""
     source = session.source
     model, inputs = plain_view(source.model), trace_inputs(source.model, 2)
     with quiet(), torch.no_grad():
-        program = torch.export.export(model, (), dict(inputs), dynamic_shapes=_dynamic(inputs, Dim.AUTO, Dim.AUTO))
+        program = torch.export.export(
+            model, (), dict(inputs), dynamic_shapes=dynamic_dimensions(inputs, Dim.AUTO, Dim.AUTO)
+        )
         torch.export.save(program, staging / PROGRAM_FILE)
         reloaded = torch.export.load(staging / PROGRAM_FILE).module()
     _write_companions(source, staging)
@@ -177,57 +140,8 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
-def trace_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
-    """Random inputs, texts with padding: what is exported must not depend on its absence."""
-    inputs = example_inputs(model, batch_size)
-    if "input_ids" in inputs:
-        tokens, generator = inputs["input_ids"], torch.Generator().manual_seed(batch_size)
-        length = max(2, tokens.shape[1] // batch_size)  # another length for every batch size
-        tokens = tokens[:, :length].clone()  # a view would leave its base in the guards of torch.export
-        mask = torch.ones_like(tokens)
-        mask[-1, length // 2 :] = 0
-        types = torch.randint(model.config.type_vocab_size, tokens.shape, generator=generator)
-        inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types}
-    return inputs
-
-
-def _dynamic(inputs: Mapping[str, Tensor], batch: Any, sequence: Any) -> dict[str, dict[int, Any]]:
-    """The dimensions that may differ from call to call, as the exporter wants them written."""
-    return {name: {0: batch, 1: sequence} if "input_ids" in inputs else {0: batch} for name in inputs}
-
-
-def outputs_of(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that a model gives, by name."""
-    with torch.no_grad():
-        found = model(**inputs)
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-
 def _write_companions(source: LoadedModel, staging: Path) -> None:
     """The configuration, as of a dense model, and the processor files."""
     config = {key: value for key, value in source.source.config.items() if key != "quantization_config"}
     (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     source.companions.copy_to(staging)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the notes of the exporters on their own progress; what they raise becomes an OutputError."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (VitshrinkError, MemoryError, OSError):
-        raise
-    except Exception as error:  # of any class there is, from several libraries
-        first: BaseException = error
-        while first.__cause__ is not None:  # the exporter wraps it in advice to those who develop the exporter
-            first = first.__cause__
-        reason = next(iter(str(first).strip().splitlines()), "")
-        raise OutputError(
-            f"the exporter of torch {torch.__version__} failed: {type(first).__name__}: {reason}"
-        ) from error
-    finally:
-        logging.disable(disabled)
