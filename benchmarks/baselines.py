@@ -19,10 +19,10 @@ from vitshrink.compression.findings import Findings
 from vitshrink.data import Batch
 from vitshrink.errors import TargetError
 from vitshrink.methods import Factorisation
-from vitshrink.models.families import head_of, task_of
 from vitshrink.models.fidelity import feature_rows
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target, blocks_of
+from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.observer import Job
 from vitshrink.statistics.algebra import full_svd
 from vitshrink.statistics.calibration import to_device

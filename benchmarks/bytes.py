@@ -35,8 +35,8 @@ from vitshrink.data.opening import open_data, read_calibration
 from vitshrink.errors import VitshrinkError
 from vitshrink.evaluation import Evaluation
 from vitshrink.evaluation.measurement import measure
-from vitshrink.models.families import task_of
 from vitshrink.models.loading import load_dense
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.runtime.records import plain
 

@@ -22,8 +22,8 @@ from vitshrink.data import Batch, Preprocessor
 from vitshrink.data.opening import open_data
 from vitshrink.errors import VitshrinkError
 from vitshrink.evaluation.measurement import measure
-from vitshrink.models.families import task_of
 from vitshrink.models.loading import LoadedModel, load_dense
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Silent
 

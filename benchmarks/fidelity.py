@@ -38,10 +38,10 @@ from vitshrink.evaluation.measurement import measure
 from vitshrink.methods import get_method
 from vitshrink.methods.ranks import Storage
 from vitshrink.models import cost
-from vitshrink.models.families import task_of
 from vitshrink.models.fidelity import Head
 from vitshrink.models.loading import LoadedModel, load_dense
 from vitshrink.models.targets import Target, find_targets
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.runtime.records import plain

@@ -23,11 +23,11 @@ from vitshrink.data.opening import open_data
 from vitshrink.evaluation import evaluate
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import task_of
 from vitshrink.models.loading import load_dense
 from vitshrink.models.merged import Kept, Operations, merge_tokens, reads_special_only, special_tokens, tokens_of
 from vitshrink.models.structures import merging
 from vitshrink.models.targets import blocks_of
+from vitshrink.models.tasks import task_of
 from vitshrink.models.views import view_of
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Silent

@@ -22,8 +22,8 @@ from vitshrink.evaluation.measurement import measure_each
 from vitshrink.evaluation.quality import Fidelity
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import task_of
 from vitshrink.models.loading import load_dense
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.observer import Job, Silent
 
 

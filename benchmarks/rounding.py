@@ -30,9 +30,9 @@ from vitshrink.data.opening import open_data
 from vitshrink.evaluation import evaluate
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import HEADER_BYTES
-from vitshrink.models.families import task_of
 from vitshrink.models.loading import load_dense
 from vitshrink.models.targets import find_outside, find_targets
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.device import find_device
 from vitshrink.statistics import sensitivity
 from vitshrink.statistics.reference import DenseOutputs

@@ -33,9 +33,9 @@ from vitshrink.evaluation.measurement import measure_each
 from vitshrink.evaluation.quality import Fidelity
 from vitshrink.jobs.compress import compress
 from vitshrink.models.checkpoint import load
-from vitshrink.models.families import task_of
 from vitshrink.models.loading import load_dense
 from vitshrink.models.resolution import set_resolution
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.observer import Job, Silent
 
 LAYERS = ("svd", "asvd", "pca", "whitened", "mixed-rank", "curvature")

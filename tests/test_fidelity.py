@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vitshrink.data.batches import Batch
 from vitshrink.evaluation import evaluate
-from vitshrink.models.families import head_of
 from vitshrink.models.fidelity import (
     BERNOULLI,
     FEATURES,
@@ -18,6 +17,7 @@ from vitshrink.models.fidelity import (
     feature_rows,
     measured,
 )
+from vitshrink.models.tasks import head_of
 from vitshrink.recovery.answers import Reader
 from vitshrink.recovery.objectives import Distillation, Supervision
 from vitshrink.recovery.training_set import TrainingBatch

@@ -19,8 +19,8 @@ from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import hold_out, open_data, read_calibration
 from vitshrink.errors import DataError, UsageError
 from vitshrink.evaluation.measurement import Measurement, measure, measure_each
-from vitshrink.models.families import task_of
 from vitshrink.models.loading import LoadedModel, load_dense
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.observer import Job, Silent
 
 Checkpoint = Callable[[str], Path]
@@ -322,7 +322,7 @@ from vitshrink.data import Preprocessor
 from vitshrink.evaluation.measurement import measure
 from vitshrink.data.opening import open_data
 from vitshrink.models.loading import load_dense
-from vitshrink.models.families import task_of
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.observer import Job, Silent
 processes.join("cpu")
 loaded, own = load_dense(Path(sys.argv[1])), Job(Silent())

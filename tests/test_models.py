@@ -15,8 +15,9 @@ from torch import nn
 from vitshrink.errors import CheckpointError, UsageError
 from vitshrink.models import checkpoint as checkpoints
 from vitshrink.models import loading as models
-from vitshrink.models.families import family_of, task_of
+from vitshrink.models.families import family_of
 from vitshrink.models.targets import blocks_of, find_targets
+from vitshrink.models.tasks import task_of
 from vitshrink.models.views import rounded, view_of
 
 each_architecture = pytest.mark.parametrize("name", tiny.ARCHITECTURES)

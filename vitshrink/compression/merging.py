@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import UsageError
-from vitshrink.models.families import head_of, task_of
 from vitshrink.models.fidelity import feature_rows, measured
 from vitshrink.models.merged import (
     Kept,
@@ -27,6 +26,7 @@ from vitshrink.models.merged import (
     tokens_of,
 )
 from vitshrink.models.targets import blocks_of
+from vitshrink.models.tasks import head_of, task_of
 from vitshrink.models.views import view_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.modes import evaluating

@@ -22,7 +22,7 @@ from vitshrink.evaluation import Masking, evaluate
 from vitshrink.evaluation.gates import percent_changed, points_lost
 from vitshrink.evaluation.measurement import labels_of
 from vitshrink.evaluation.rows import LabelOf
-from vitshrink.models.families import head_of, task_of
+from vitshrink.models.tasks import head_of, task_of
 from vitshrink.models.views import rounded
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Silent

@@ -16,9 +16,9 @@ from vitshrink.data import (
     open_samples,
 )
 from vitshrink.data.samples import Drawable
-from vitshrink.models.families import head_of, task_of
 from vitshrink.models.fidelity import BERNOULLI, REGRESSION
 from vitshrink.models.loading import LoadedModel
+from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.observer import Job
 
 

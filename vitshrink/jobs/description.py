@@ -21,11 +21,12 @@ from vitshrink.data.opening import CalibrationData
 from vitshrink.evaluation.measurement import Measurement
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import family_of, task_of
+from vitshrink.models.families import family_of
 from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.targets import blocks_of
+from vitshrink.models.tasks import task_of
 from vitshrink.recovery import Recovery
 from vitshrink.report import Report, before_after, with_thumbnails
 from vitshrink.report.costs import LatencyRecord, Timings

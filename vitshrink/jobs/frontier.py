@@ -24,10 +24,10 @@ from vitshrink.evaluation.quality import Fidelity
 from vitshrink.jobs.inputs import calibration_of, held_out_of
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
-from vitshrink.models.families import head_of
 from vitshrink.models.loading import moved
 from vitshrink.models.publication import check_writable
 from vitshrink.models.targets import find_targets
+from vitshrink.models.tasks import head_of
 from vitshrink.models.views import rounded
 from vitshrink.report.frontier import RULE, Frontier, Point, knee_of
 from vitshrink.report.frontier_page import write_frontier

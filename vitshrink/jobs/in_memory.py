@@ -33,11 +33,12 @@ from vitshrink.models import cost
 from vitshrink.models.checkpoint import cast, save, verify
 from vitshrink.models.companions import Companions
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import family_of, task_of
+from vitshrink.models.families import family_of
 from vitshrink.models.loading import check_config, check_finite, held, moved, usual_outputs
 from vitshrink.models.publication import publish
 from vitshrink.models.sentences import NO_SETTINGS, TextSettings
 from vitshrink.models.source import resolve
+from vitshrink.models.tasks import task_of
 from vitshrink.report import Report, headline, write
 from vitshrink.runtime.observer import Job, Observer, Silent
 

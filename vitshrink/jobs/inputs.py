@@ -12,7 +12,7 @@ from vitshrink.config.options import CompressConfig
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData, hold_out, read_calibration
 from vitshrink.jobs.session import Session
-from vitshrink.models.families import task_of
+from vitshrink.models.tasks import task_of
 from vitshrink.recovery import Material, check, check_tokens, held_out_count, open_material
 from vitshrink.runtime.observer import Job
 

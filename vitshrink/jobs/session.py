@@ -14,11 +14,11 @@ from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.data.opening import open_data
 from vitshrink.errors import UsageError
 from vitshrink.evaluation.measurement import Measurement, labels_of, measure_each, require_embedding
-from vitshrink.models.families import task_of
 from vitshrink.models.geometry import sides
 from vitshrink.models.loading import LoadedModel, load_dense, require_attention
 from vitshrink.models.onnx_model import SUFFIX, load_onnx
 from vitshrink.models.resolution import set_resolution
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job
 

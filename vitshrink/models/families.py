@@ -4,16 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import CheckpointError
-from vitshrink.models.fidelity import Head, head_for
+from vitshrink.models.tasks import architecture_of
 
 Role = Literal["query", "key", "value", "output", "fc1", "fc2"]
-
-
-Task = Literal["image-classification", "text-classification", "masked-lm", "features"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +18,8 @@ class Family:
 
     model_type: str
     modality: Literal["image", "text"]
-    tasks: Mapping[str, Task]
-    """Supported architectures (class names), and what each is for."""
+    architectures: tuple[str, ...]
+    """Names of the supported classes; ``tasks`` says what each is for."""
     blocks: str
     """The list of transformer blocks, relative to the base model."""
     modules: Mapping[Role, str]
@@ -56,7 +52,7 @@ FAMILIES = (
     Family(
         "vit",
         "image",
-        {"ViTForImageClassification": "image-classification", "ViTModel": "features"},
+        ("ViTForImageClassification", "ViTModel"),
         "layers",
         _VIT_BLOCK,
         "before",
@@ -64,11 +60,7 @@ FAMILIES = (
     Family(
         "deit",
         "image",
-        {
-            "DeiTForImageClassification": "image-classification",
-            "DeiTForImageClassificationWithTeacher": "image-classification",
-            "DeiTModel": "features",
-        },
+        ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "DeiTModel"),
         "layers",
         _VIT_BLOCK,
         "before",
@@ -76,11 +68,7 @@ FAMILIES = (
     Family(
         "bert",
         "text",
-        {
-            "BertForSequenceClassification": "text-classification",
-            "BertForMaskedLM": "masked-lm",
-            "BertModel": "features",
-        },
+        ("BertForSequenceClassification", "BertForMaskedLM", "BertModel"),
         "encoder.layer",
         _BERT_BLOCK,
         "after",
@@ -88,30 +76,15 @@ FAMILIES = (
 )
 
 
-def architecture_of(model: nn.Module) -> str:
-    """The class of transformers that a model is; an exported one says which it was."""
-    return str(getattr(model, "architecture", type(model).__name__))
-
-
 def family_of(model: PreTrainedModel) -> Family:
     """The family of a model. Raises CheckpointError when its class is not supported."""
     return family_named(model.config.model_type, architecture_of(model), "this model")
 
 
-def task_of(model: PreTrainedModel) -> Task:
-    """What the head of a model is for. Raises CheckpointError when its class is not supported."""
-    return family_of(model).tasks[architecture_of(model)]
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """What the outputs of a model mean. Raises CheckpointError when its class is not supported."""
-    return head_for(task_of(model), model.config, model.config.num_labels or 0)
-
-
 def family_named(model_type: str, architecture: str, where: str) -> Family:
     """The family of an architecture. Raises CheckpointError, which names ``where`` it was read."""
     for family in FAMILIES:
-        if family.model_type == model_type and architecture in family.tasks:
+        if family.model_type == model_type and architecture in family.architectures:
             return family
     raise CheckpointError(
         f"{where}: the architecture {architecture} (model type {model_type!r}) is not supported. "
@@ -120,4 +93,4 @@ def family_named(model_type: str, architecture: str, where: str) -> Family:
 
 
 def _supported() -> str:
-    return ", ".join(architecture for family in FAMILIES for architecture in family.tasks)
+    return ", ".join(architecture for family in FAMILIES for architecture in family.architectures)

@@ -17,11 +17,12 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
 from vitshrink.models.companions import Companions, companions_of
-from vitshrink.models.families import Family, Task, _supported, family_named, family_of, task_of
+from vitshrink.models.families import Family, _supported, family_named, family_of
 from vitshrink.models.fidelity import PROBLEM_TYPES
 from vitshrink.models.format import QUANT_METHOD
 from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.models.source import WRAPPERS, Source, examine, resolve
+from vitshrink.models.tasks import Task, task_named, task_of
 
 FLASH = "flash_attention_2"
 """The attention that computes in half precision only, so that it serves training with mixed precision."""
@@ -146,7 +147,7 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     check_config(source.config, where)
     companions = companions_of(source.directory, source.weights)
     options: dict[str, Any] = {}
-    if family.tasks[architectures[0]] == "features" and not any("pooler." in name for name in source.tensors):
+    if task_named(str(architectures[0]), where) == "features" and not any("pooler." in name for name in source.tensors):
         options["add_pooling_layer"] = False  # saved without one: transformers would add a random pooler
     if source.config.get("output_attentions"):
         options["output_attentions"] = False  # nobody looks at them, and fast attention has none

@@ -11,7 +11,7 @@ from vitshrink.errors import UsageError
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import Role, family_of, task_of
+from vitshrink.models.families import Role, family_of
 from vitshrink.models.geometry import grid_of
 from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.structures import fill, structure_of
@@ -19,6 +19,7 @@ from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.models.targets import blocks_of
+from vitshrink.models.tasks import task_of
 
 Kept = tuple[int, ...]
 """How many tokens each block keeps, special ones among them."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.data import Preprocessor
-from vitshrink.models.families import head_of
+from vitshrink.models.tasks import head_of
 from vitshrink.recovery.answers import Reader, Teacher
 from vitshrink.recovery.checks import asks_dense
 from vitshrink.recovery.criteria import Answers, Criterion, HeldOut

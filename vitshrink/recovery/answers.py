@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.models.families import Task, task_of
 from vitshrink.models.fidelity import feature_rows
+from vitshrink.models.tasks import Task, task_of
 from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.statistics.reference import Kept
 

@@ -5,9 +5,9 @@ from transformers import PreTrainedModel
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.errors import UsageError
 from vitshrink.models.checkpoint import compressed_layers
-from vitshrink.models.families import Task, task_of
 from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.structures.tokens import MixedTokens
+from vitshrink.models.tasks import Task, task_of
 
 
 def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labelled: bool) -> None:

@@ -11,8 +11,8 @@ from vitshrink.data import Batch, SampleSet
 from vitshrink.data.opening import CalibrationData, open_data
 from vitshrink.errors import UsageError
 from vitshrink.evaluation.measurement import labels_of
-from vitshrink.models.families import task_of
 from vitshrink.models.loading import LoadedModel
+from vitshrink.models.tasks import task_of
 from vitshrink.runtime.observer import Job
 
 

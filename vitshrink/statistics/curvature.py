@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vitshrink.errors import DataError, NumericsError
-from vitshrink.models.families import head_of, task_of
 from vitshrink.models.fidelity import FEATURES, feature_rows
 from vitshrink.models.targets import Target, blocks_of
+from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import (

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.data import Preprocessor
-from vitshrink.models.families import task_of
+from vitshrink.models.tasks import task_of
 from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.runtime.seeds import generator_of
 
