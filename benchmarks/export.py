@@ -22,8 +22,9 @@ from vitshrink.jobs import export_forms
 from vitshrink.jobs.export import Export, export
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
+from vitshrink.models.exported import load_exported
 from vitshrink.models.loading import load_dense
-from vitshrink.models.onnx_model import OnnxModel, load_onnx
+from vitshrink.models.onnx_model import OnnxModel
 from vitshrink.models.openvino_model import open_ir
 from vitshrink.models.structures.coded import decode_all
 from vitshrink.models.structures.low_rank import LowRankLinear
@@ -72,7 +73,7 @@ def _entries(path: str, folder: Path) -> Iterator[Entry]:
 
 def _entry(path: str, name: str, model: Any, folder: Path) -> Entry:
     found = export(path, str(folder / f"{name}-onnx"), "onnx", offline=True)
-    models = {"PyTorch": model, "onnxruntime": load_onnx(found.directory / found.file).model}
+    models = {"PyTorch": model, "onnxruntime": load_exported(found.directory / found.file).model}
     if find_spec("openvino"):
         other = export(path, str(folder / f"{name}-openvino"), "openvino", offline=True)
         opened = open_ir(other.directory / other.file)

@@ -23,7 +23,7 @@ from vitshrink.jobs.compress import CompressionResult
 from vitshrink.jobs.evaluate import evaluate_checkpoint
 from vitshrink.jobs.export import Export, export
 from vitshrink.jobs.session import Session
-from vitshrink.models.onnx_model import load_onnx
+from vitshrink.models.exported import load_exported
 from vitshrink.models.openvino_model import open_ir
 from vitshrink.models.tracing import quiet
 
@@ -69,7 +69,7 @@ def test_onnx_gives_the_outputs_of_the_model(
     assert 0 <= found.difference <= 1e-4 * max(1, found.largest)
     assert found.bytes == (found.directory / "model.onnx").stat().st_size
     assert str(Path(torch.__file__).parents[1]).encode() not in (found.directory / "model.onnx").read_bytes()
-    model, copy = vitshrink.load(small(name)), load_onnx(found.directory / "model.onnx").model
+    model, copy = vitshrink.load(small(name)), load_exported(found.directory / "model.onnx").model
     for batch in (1, 5):
         inputs = tiny.inputs(name, batch)
         with torch.no_grad():
@@ -125,7 +125,7 @@ def test_mixed_tokens_become_onnx(
     tokens: dict[str, Any] = {"tokens": "mixed", "token_budget": budget, "token_levels": levels, "token_scorer": scorer}
     small = compressed(name, method="svd", **tokens).directory
     found = export(str(small), str(tmp_path / "out"), "onnx")
-    model, copy = vitshrink.load(str(small)), load_onnx(found.directory / "model.onnx").model
+    model, copy = vitshrink.load(str(small)), load_exported(found.directory / "model.onnx").model
     pixels = tiny.inputs(name, 5)["pixel_values"]
     pixels[1] = 0.5  # no patch is better than another: the first ones are split
     pixels[2, :, 16:] = -0.25

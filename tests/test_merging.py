@@ -21,9 +21,9 @@ from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.export import export
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
+from vitshrink.models.exported import load_exported
 from vitshrink.models.maps import landmarks_of
 from vitshrink.models.merged import Operations, merge_tokens, special_tokens, tokens_of
-from vitshrink.models.onnx_model import load_onnx
 from vitshrink.models.resolution import mix_tokens, set_resolution
 from vitshrink.models.structures import describe, read
 from vitshrink.models.structures.merging import MergedTokens, merge, pair
@@ -181,7 +181,7 @@ def test_merged_tokens_become_onnx(gone: tuple[int, int], checkpoint: Callable[[
     for file in checkpoint(VIT).glob("preprocessor*"):
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
     found = export(str(tmp_path / "model"), str(tmp_path / "out"), "onnx")
-    exported = load_onnx(found.directory / "model.onnx").model
+    exported = load_exported(found.directory / "model.onnx").model
     pixels = tiny.inputs(VIT, 5)["pixel_values"]
     for batch in (pixels, pixels[:1]):
         torch.testing.assert_close(exported(pixel_values=batch).logits, logits(model, batch), rtol=1e-4, atol=1e-5)

@@ -27,7 +27,7 @@ def check_models(job: JobOptions) -> None:
     """Raises CheckpointError for a directory or, without the network, a Hub model that is not here."""
     offline = bool(getattr(job, "offline", False))
     for name in (getattr(job, "model", None), getattr(job, "baseline", None), getattr(job, "teacher", None)):
-        if name is not None and not name.endswith(".onnx"):
+        if name is not None and not name.endswith((".onnx", ".xml")):
             places.find(name, offline=offline)
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from vitshrink.cli.table import Table
 from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.evaluate import Assessment
+from vitshrink.models.cost import Latency
 from vitshrink.report import Report, summary_rows
-from vitshrink.report.summary import accuracy_rows, latency_rows
+from vitshrink.report.summary import accuracy_rows, latency_rows, timed_on
 from vitshrink.report.wording import UNKNOWN, count, number, p_value, percent, prepared, size
 
 
@@ -92,6 +93,19 @@ def _conditions(found: Assessment) -> str:
         lines.append(f"attention maps: {maps.landmarks} landmarks, {maps.form}")
     if made := embedded(found.evaluation):
         lines.append(made)
+    if found.preprocessing.get("kind") == "text":
+        lines.append("batches: texts of similar length, padded to the longest")
+    if (timed := found.latency_record) is not None and timed.compressed is not None:
+        lines.append(f"time: {_clocked(timed.compressed, timed.dense)}")
     if found.evaluation.label_rule:
         lines.append(f"labels: {found.evaluation.label_rule}")
     return "\n".join(lines)
+
+
+def _clocked(model: Latency, baseline: Latency | None) -> str:
+    """How passes were timed."""
+    if baseline is None:
+        return f"median of {model.repeats} in {timed_on(model)}"
+    same = timed_on(model) == timed_on(baseline)
+    where = timed_on(model) if same else f"{timed_on(baseline)}, and {timed_on(model)}"
+    return f"both models in turn, median of {model.repeats}, in {where}"

@@ -41,6 +41,7 @@ from vitshrink.config.run import (
     Paths,
     ReportOptions,
     RunOptions,
+    RuntimeOptions,
     SaveOptions,
     StateOptions,
     TypeOptions,
@@ -95,6 +96,7 @@ class CompressConfig(
     BatchOptions,
     NetworkOptions,
     RunOptions,
+    RuntimeOptions,
     ReportOptions,
     InputOptions,
     LabelOptions,
@@ -294,12 +296,14 @@ class MeasuredOptions(Options):
     """A model and the samples that it is measured on."""
 
     model: str = required(
-        "A checkpoint, dense or compressed: a directory or a Hub id; or an exported .onnx file.",
+        "A checkpoint, dense or compressed: a directory or a Hub id; or what was exported: a directory, .onnx or .xml.",
         positional=True,
         reads=True,
     )
     data: str = required("Samples: a folder, a file, a recipe or a Hub data set.", panel=DATA)
-    baseline: str | None = option(None, "The dense model to compare with.", panel=DATA, reads=True)
+    baseline: str | None = option(
+        None, "The dense model to compare with, of any of these kinds.", panel=DATA, reads=True
+    )
     split: str | None = option(None, "Split of the data.", panel=DATA)
     limit: int | None = option(None, "This many samples at most, drawn by seed.", panel=DATA, low=1)
     labels: str | None = option(
@@ -309,6 +313,7 @@ class MeasuredOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalJob(
+    RuntimeOptions,
     BatchOptions,
     NetworkOptions,
     RunOptions,

@@ -73,6 +73,25 @@ class TypeOptions(Options):
     )
 
 
+RUNTIMES = ("torch", "torch-compile", "onnxruntime", "openvino")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(Options):
+    """What models are timed in, and how."""
+
+    runtime: str | None = option(
+        None,
+        "What is timed: torch, torch-compile, onnxruntime or openvino, into which models are exported; as they are if "
+        "not given.",
+        panel=RUN,
+        suggested=RUNTIMES,
+    )
+    threads: int | None = option(
+        None, "Threads on the CPU while it is timed; those of PyTorch if not given.", panel=RUN, low=1
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
     """What a report holds beside sizes and scores."""

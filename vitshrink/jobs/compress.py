@@ -27,6 +27,7 @@ from vitshrink.jobs.result import CompressionResult, published, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models.loading import LoadedModel, moved
 from vitshrink.models.publication import check_writable
+from vitshrink.models.runtimes import find_runtime
 from vitshrink.recovery import Recovery, clear_state, recover
 from vitshrink.report import write, write_comparison
 from vitshrink.report.making import LayerEntry
@@ -84,9 +85,11 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
 
 
 def _check(config: CompressConfig) -> None:
-    """Raises OutputError and UsageError for what can be known before a model is loaded."""
+    """Raises OutputError, UsageError and DependencyError for what can be known before a model is loaded."""
     check_writable(config.cache, "--cache")
     check_writable(config.finetune.checkpoints if config.finetune else None, "--checkpoints")
+    if config.runtime is not None:
+        find_runtime(config.runtime)
     if trains_on_calibration(config) and config.calibration is None:
         raise UsageError("--finetune needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
 

@@ -4,10 +4,12 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
@@ -23,6 +25,7 @@ from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
 from vitshrink.models.families import family_of
 from vitshrink.models.hf_quantizer import base_prefix
+from vitshrink.models.runtimes import find_runtime, running
 from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.targets import blocks_of
@@ -42,6 +45,7 @@ from vitshrink.report.making import (
     RecoveryStep,
 )
 from vitshrink.runtime import processes
+from vitshrink.runtime.modes import threads
 from vitshrink.runtime.observer import Job
 
 
@@ -152,14 +156,7 @@ class Description:
         with job.stage("cost", "Measuring cost"):
             macs = before_after(cost.macs(dense, inputs), cost.macs(model, inputs))
             memory = before_after(cost.memory_bytes(dense), cost.memory_bytes(model))
-            timed = processes.by_main(
-                lambda: cost.latency_by_batch_size(
-                    {"dense": dense, "compressed": model},
-                    lambda size: example_inputs(dense, size),
-                    self.config.latency,
-                    repeats=10,
-                )
-            )
+            timed = processes.by_main(partial(self._timed, model))
         evaluation = None
         if measurement is not None:
             evaluation = measurement.record(self.preprocessing)
@@ -180,6 +177,18 @@ class Description:
             recovery=None if recovery is None else recovery_record(recovery),
             fitted_to=" ".join(self._fitted_to() if recovery is None else sorted(recovery.fitted_to)),
         )
+
+    def _timed(self, model: PreTrainedModel) -> list[dict[str, cost.Latency]]:
+        """Both models in turn, in the runtime of the job."""
+        config, models = self.config, {"dense": self.dense, "compressed": model}
+        with threads(config.threads):
+            ready: Mapping[str, nn.Module] = models
+            if config.runtime is not None:
+                runtime = find_runtime(config.runtime)
+                ready = {name: running(each, runtime) for name, each in models.items()}
+            return cost.latency_by_batch_size(
+                ready, lambda size: example_inputs(self.dense, size), config.latency, repeats=10
+            )
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
         before = sum(offer.kept.cost.parameters for offer in self.offers)

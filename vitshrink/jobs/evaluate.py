@@ -18,16 +18,19 @@ from vitshrink.jobs.description import latency_record
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
+from vitshrink.models.exported import exported_file, numbers_of
 from vitshrink.models.loading import LoadedModel
 from vitshrink.models.maps import approximate_maps, landmarks_of
-from vitshrink.models.onnx_model import SUFFIX, OnnxModel, onnx_numbers
+from vitshrink.models.onnx_model import OnnxModel
 from vitshrink.models.resolution import mix_tokens
+from vitshrink.models.runtimes import Runtime, find_runtime, require_running, running
 from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.report import evaluation_columns, latency_columns
 from vitshrink.report.costs import LatencyRecord
 from vitshrink.runtime import processes
+from vitshrink.runtime.modes import threads
 from vitshrink.runtime.observer import Job, Observer, Silent
 from vitshrink.runtime.records import plain
 
@@ -41,15 +44,15 @@ class Footprint:
     bytes: int
     """Of the weight files."""
     memory: int | None
-    """Bytes of the weights in memory, in the type they are computed in; None where onnxruntime holds them."""
+    """Bytes of the weights in memory, in the type they are computed in; None where another runtime holds them."""
     macs: int | None
-    """Of one sample; None where onnxruntime runs it."""
+    """Of one sample; None where another runtime runs it."""
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> "Footprint":
         model, nbytes = loaded.model, loaded.source.nbytes
         if isinstance(model, OnnxModel):
-            return cls(onnx_numbers(model.file.path), nbytes, None, None)
+            return cls(numbers_of(model.file.path), nbytes, None, None)
         return cls(
             cost.parameters(model),
             nbytes,
@@ -159,6 +162,8 @@ def evaluate_checkpoint(
     max_bad_samples: int | None = None,
     workers: int | None = None,
     latency: Sequence[int] = (),
+    runtime: str | None = None,
+    number_of_threads: int | None = None,
     device: str = "auto",
     seed: int = 0,
     offline: bool = False,
@@ -172,15 +177,18 @@ def evaluate_checkpoint(
 
     ``tokens`` and ``landmarks`` are those of the model alone, ``resolution`` is that of both.
     ``limit`` samples are drawn by ``seed``. Weights are read in the type they are stored in and computed in float32.
-    ``latency`` are batch sizes to time. Where several processes work on the job each measures its share of the samples.
+    ``latency`` are batch sizes to time, both models in turn and with ``number_of_threads``: in ``runtime``, into which
+    they are exported for that, or as they are: in PyTorch, or in what runs an exported file.
+    Where several processes work on the job each measures its share of the samples.
 
     Raises:
         CheckpointError, DataError, UsageError: as the parts that read the model and the data.
     """
     asked = {"--resolution": resolution, "--tokens mixed": tokens, "--landmarks": landmarks}
     for flag in (name for name, value in asked.items() if value is not None):
-        if model.endswith(SUFFIX):
+        if exported_file(model) is not None:
             raise UsageError(f"{flag}: {model} is as it was exported. Ask for it in compress, and export that.")
+    timed_in = None if runtime is None else find_runtime(runtime)
     job = Job(observer or Silent())
     settings = Settings(
         device=device,
@@ -200,6 +208,9 @@ def evaluate_checkpoint(
         mix_tokens(loaded.model, tokens)
     if landmarks is not None:
         approximate_maps(loaded.model, landmarks_of(loaded.model, landmarks, landmark_form))
+    for each in (loaded, reference):
+        if timed_in is not None and each is not None:
+            require_running(each.model, timed_in)
     preprocessor = session.preprocessor()
     samples = session.evaluation_samples(data, limit)
     if reference is None and samples.labels_are is None and samples.unlabelled and uses_labels(loaded, samples):
@@ -211,7 +222,8 @@ def evaluate_checkpoint(
     with job.stage("cost", "Measuring cost"):
         footprint = Footprint.of(loaded)
         other = None if reference is None else Footprint.of(reference)
-        timed = processes.by_main(partial(_time, loaded, reference, latency))
+        with threads(number_of_threads):
+            timed = processes.by_main(partial(_time, loaded, reference, latency, timed_in))
     return Assessment(
         model,
         baseline,
@@ -236,9 +248,13 @@ def _approximations_of(model: nn.Module) -> tuple[MixedTokens | None, Landmarks 
 
 
 def _time(
-    model: LoadedModel, baseline: LoadedModel | None, batch_sizes: Sequence[int]
+    model: LoadedModel, baseline: LoadedModel | None, batch_sizes: Sequence[int], runtime: Runtime | None
 ) -> list[dict[str, cost.Latency]]:
-    models = {} if baseline is None else {"dense": baseline.model}
-    return cost.latency_by_batch_size(
-        models | {"compressed": model.model}, lambda size: example_inputs(model.model, size), batch_sizes
-    )
+    if not batch_sizes:
+        return []
+    loaded = {} if baseline is None else {"dense": baseline.model}
+    models = {
+        name: each if runtime is None else running(each, runtime)
+        for name, each in (loaded | {"compressed": model.model}).items()
+    }
+    return cost.latency_by_batch_size(models, lambda size: example_inputs(model.model, size), batch_sizes)

@@ -14,9 +14,9 @@ from vitshrink.data import Preprocessor, SampleSet, overlap
 from vitshrink.data.opening import open_data
 from vitshrink.errors import UsageError
 from vitshrink.evaluation.measurement import Measurement, labels_of, measure_each, require_embedding
+from vitshrink.models.exported import exported_file, load_exported
 from vitshrink.models.geometry import sides
 from vitshrink.models.loading import LoadedModel, load_dense, require_attention
-from vitshrink.models.onnx_model import SUFFIX, load_onnx
 from vitshrink.models.resolution import set_resolution
 from vitshrink.models.tasks import task_of
 from vitshrink.runtime.device import find_device
@@ -83,15 +83,15 @@ class Session:
         exported: bool = False,
         title: str = "Loading the model",
     ) -> Self:
-        """Load a checkpoint or, with ``exported``, the ONNX file of one, and a baseline that it can be compared with.
+        """Load a checkpoint or, with ``exported``, what was exported, and a baseline that it can be compared with.
 
         Raises:
             CheckpointError, DependencyError: as what reads the files.
             UsageError: a device, attention or resolution that cannot be had, or models that cannot be compared.
         """
         with job.stage("load", title):
-            if exported and settings.device not in ("auto", "cpu") and _is_onnx(model, baseline):
-                raise UsageError(f"--device {settings.device}: an ONNX file is run on the CPU here.")
+            if exported and settings.device not in ("auto", "cpu") and _is_exported(model, baseline):
+                raise UsageError(f"--device {settings.device}: an exported file is run on the CPU here.")
             device = find_device(settings.device)
             require_attention(settings.attention, device)
             session = cls(settings, job, device, _loaded(model, settings, job, allow_compressed, exported))
@@ -190,8 +190,8 @@ class Session:
 def _loaded(
     path_or_id: str, settings: Settings, job: Job, allow_compressed: bool = True, exported: bool = False
 ) -> LoadedModel:
-    if exported and _is_onnx(path_or_id):
-        return load_onnx(Path(path_or_id))
+    if exported and (file := exported_file(path_or_id)) is not None:
+        return load_exported(file)
     loaded = load_dense(
         path_or_id,
         offline=settings.offline,
@@ -204,8 +204,8 @@ def _loaded(
     return loaded
 
 
-def _is_onnx(*names: str | None) -> bool:
-    return any(name is not None and name.endswith(SUFFIX) for name in names)
+def _is_exported(*names: str | None) -> bool:
+    return any(name is not None and exported_file(name) is not None for name in names)
 
 
 def _image_size(loaded: LoadedModel) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from vitshrink.errors import VitshrinkError
 from vitshrink.models.structures.coded import Coded
 from vitshrink.models.structures.quantized import QuantizedLinear
 from vitshrink.runtime.modes import evaluating
+from vitshrink.runtime.records import IfSet
 
 
 def parameters(model: nn.Module) -> int:
@@ -106,7 +107,9 @@ class Latency:
     repeats: int
     """Passes that were timed."""
     threads: int
-    """Threads of torch on the CPU."""
+    """Threads on the CPU."""
+    runtime: IfSet[str] = None
+    """What ran it, its version and the type that it computed in; left out where that was PyTorch as it is."""
 
     def overlaps(self, other: "Latency") -> bool:
         """Whether the middle halves of the times of both have a time in common."""
@@ -128,7 +131,8 @@ def latency(
                 elapsed = _time(model, prepared[name])
                 if i >= warmup:
                     seconds[name].append(elapsed)
-    return {name: _summary(times, batch_size) for name, times in seconds.items()}
+    runtimes = {name: getattr(model, "runtime", None) for name, model in models.items()}
+    return {name: _summary(times, batch_size, runtimes[name]) for name, times in seconds.items()}
 
 
 def latency_by_batch_size(
@@ -185,7 +189,7 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(seconds: list[float], batch_size: int) -> Latency:
+def _summary(seconds: list[float], batch_size: int, runtime: str | None) -> Latency:
     lower, median, upper = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
     return Latency(
         median=float(median),
@@ -195,6 +199,7 @@ def _summary(seconds: list[float], batch_size: int) -> Latency:
         batch_size=batch_size,
         repeats=len(seconds),
         threads=torch.get_num_threads(),
+        runtime=runtime,
     )
 
 

@@ -1,14 +1,16 @@
 """An OpenVINO IR: written from an ONNX file, and run like the model it came from."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitshrink.errors import CheckpointError
-from vitshrink.models.onnx_model import OnnxFile
+from vitshrink.models.onnx_model import OnnxFile, described
 
 IR_FILE = "model.xml"
+SUFFIX = ".xml"
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """So that the weights that are stored decide, and no half precision that a CPU may have."""
@@ -40,9 +42,22 @@ def open_ir(file: Path) -> OnnxFile:
         return [answers[name].copy() for name in outputs]
 
     inputs = {each.get_any_name(): each.get_element_type().get_type_name() for each in compiled.inputs}
-    return OnnxFile(file, run, inputs, outputs)
+    return OnnxFile(file, run, inputs, outputs, described("openvino"))
+
+
+def ir_files(file: Path) -> tuple[Path, ...]:
+    """The graph, and its numbers."""
+    return tuple(each for suffix in (SUFFIX, ".bin") if (each := file.with_suffix(suffix)).is_file())
 
 
 def ir_bytes(file: Path) -> int:
     """Bytes of both files."""
-    return sum(file.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin"))
+    return sum(each.stat().st_size for each in ir_files(file))
+
+
+def ir_numbers(file: Path) -> int:
+    """How many numbers the file stores."""
+    import openvino
+
+    constants = [each for each in openvino.Core().read_model(file).get_ops() if each.get_type_name() == "Constant"]
+    return sum(math.prod(each.shape) for each in constants)

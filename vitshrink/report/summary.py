@@ -95,7 +95,21 @@ def latency_rows(latency: LatencyRecord | None) -> list[Row]:
         if size > 1:
             dense, compressed = (UNKNOWN if t is None else f"{t.throughput:,.4g} /s" for t in timings)
             rows.append(Row(f"Throughput, batch of {size}", dense, compressed, ""))
-    return rows
+    return [*rows, *_runtime_rows(latency)]
+
+
+def timed_on(timing: Latency) -> str:
+    """``onnxruntime 1.22.0, float32, 1 thread``: what ran the model."""
+    return f"{timing.runtime or 'PyTorch'}, {timing.threads} thread{'s' if timing.threads > 1 else ''}"
+
+
+def _runtime_rows(latency: LatencyRecord | None) -> list[Row]:
+    """What ran the models, where that was not PyTorch alone."""
+    timings = () if latency is None else (latency.dense, latency.compressed)
+    if all(each is None or each.runtime is None for each in timings):
+        return []
+    dense, compressed = (UNKNOWN if each is None else timed_on(each) for each in timings)
+    return [Row("Timed in", dense, compressed, "")]
 
 
 def facts(report: Report) -> list[Fact]:
@@ -227,6 +241,8 @@ def _faster(report: Report) -> Fact:
     if timings is not None and timings.dense is not None and timings.compressed is not None:
         times = " → ".join(duration(each.median) for each in (timings.dense, timings.compressed))
         detail = f"measured: {times}, batch of {timings.batch_size}"
+        if timings.compressed.runtime is not None:
+            detail += f", in {timed_on(timings.compressed)}"
         answer, tone = _speed(timings)
         return Fact(question, answer, f"{detail}; {counted}" if counted else detail, tone)
     if macs is not None:

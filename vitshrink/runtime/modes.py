@@ -47,6 +47,18 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Inside, torch and what goes by it take so many threads on the CPU; as many as before, if none are given."""
+    before = torch.get_num_threads()
+    try:
+        if number is not None:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def own_random_numbers() -> Iterator[None]:
     """Inside, random numbers are drawn, and seeds set, without a trace in those of the caller."""
     python, numpy = random.getstate(), np.random.get_state()
