@@ -15,6 +15,7 @@ from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.fitting import fitted, told
 from vitshrink.compression.merging import kept_within, measured_curves, require_reachable
+from vitshrink.compression.pace import CLOSE, Pace, Paced, mergeable
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
@@ -23,7 +24,8 @@ from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData
 from vitshrink.models import cost
 from vitshrink.models.maps import approximate_maps, landmarks_of
-from vitshrink.models.merged import Kept, merge_tokens
+from vitshrink.models.merged import Kept, merge_tokens, require_mergeable
+from vitshrink.models.parts import with_pivots
 from vitshrink.models.resolution import mix_tokens
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.tokens import MixedTokens
@@ -31,6 +33,9 @@ from vitshrink.models.targets import Target, find_targets
 from vitshrink.models.views import own, view_of
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.state import Progress
+
+ATTEMPTS = 3
+"""Plans that are timed at most for one budget of time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,8 @@ class Shrunk:
     model: PreTrainedModel | None
     """None after a dry run."""
     job: Job
+    paced: Paced | None = None
+    """What it takes, where a time was asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +89,24 @@ class Shrinking:
             bound.require(dense)
         offers: Sequence[Offer] = ()
         sizes = [Size("", cost.parameters(dense))]
-        if config.sized:
+        if config.target_latency is not None:
+            if config.tokens == "merge":
+                require_mergeable(dense)
+            else:
+                offers = choices.compressor(base, targets, dtype).offers()
+        elif config.sized:
             compressor = choices.compressor(base, targets, dtype)
             offers = compressor.offers()
             if config.rank is not None:
                 choose_plan(config, offers, 0, compressor.allocation)  # raises where nothing gets smaller
             sizes = requested_sizes(compressor, dtype)
         return cls(choices, dense, base, targets, offers, dtype, bound, sizes, landmarks)
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens may be merged."""
+        config = self.choices.config
+        return config.merges and (config.target_latency is None or mergeable(self.dense, required=False))
 
     @property
     def allocated_by(self) -> str:
@@ -118,6 +136,9 @@ class Shrinking:
             GateError: no size keeps within the bound.
         """
         config = self.choices.config
+        if config.target_latency is not None:
+            yield self._in_time(calibration, job.branch(), progress)
+            return
         kept = cache(partial(self._kept, calibration, job))
         if not config.sized:
             nothing = Findings({}, {}, {})
@@ -146,6 +167,88 @@ class Shrinking:
                 continue
             small = smaller(compressor, first, size, refine, branch, last=size is self.sizes[-1])
             yield small if small.model is None else replace(small, model=self._finished(small.model, kept))
+
+    def _in_time(self, calibration: CalibrationData | None, job: Job, progress: Progress | None) -> Shrunk:
+        """The model of a budget of time: planned, timed, and planned again where the clock says otherwise."""
+        choices, config = self.choices, self.choices.config
+        pace = Pace.of(config, self.dense, self.targets, choices.storage, job)
+        pace.require_reachable(
+            self._priced(pace, None).least_budget() if pace.blocks is None else pace.fastest(self.offers)
+        )
+        curves = None
+        if pace.blocks is not None and calibration is not None:
+            curves = measured_curves(self.dense, calibration.batches, job)
+        known = choices.compressor(self.base, self.targets, self.dtype, calibration, progress)
+        first = cache(partial(known.learn, job) if self.offers else lambda: Findings({}, {}, {}))
+        offers = known.offers(first()) if self.offers else ()
+        mixture = None if pace.blocks is None else pace.mixture(curves, offers)
+        pivots = choices.storage == "gauge" and pace.clock.runtime.factors
+        aim, tried = pace.budget, list[tuple[Paced, int]]()
+        for attempt in range(ATTEMPTS):
+            kept = None if mixture is None else pace.schedule(mixture, aim)
+            compressor = self._priced(pace, kept, calibration, progress)
+            plan = compressor.plan(first(), max(aim, compressor.least_budget(first()))) if self.offers else {}
+            if config.dry_run:
+                return Shrunk(first(), plan, None, job)
+            with job.stage("clock", f"Timing attempt {attempt + 1}"):
+                trial = self._merged(compressor.replaced(first(), plan), kept)
+                found = pace.measured(with_pivots(trial) if pivots else trial)
+            tried.append((found, aim))
+            if found.close:
+                break
+            aim = int(aim / found.over)
+        aim = min(tried, key=lambda each: (each[0].over > 1 + CLOSE, abs(each[0].over - 1)))[1]
+        kept = None if mixture is None else pace.schedule(mixture, aim)
+        return self._paced(pace, kept, first, aim, calibration, job, progress)
+
+    def _paced(
+        self,
+        pace: Pace,
+        kept: Kept | None,
+        first: Callable[[], Findings],
+        aim: int,
+        calibration: CalibrationData | None,
+        job: Job,
+        progress: Progress | None,
+    ) -> Shrunk:
+        """The finished model of a budget that was corrected, with its time."""
+        compressor = self._priced(pace, kept, calibration, progress)
+        shrunk = Shrunk(first(), {}, own(view_of(self.base)), job)
+        if self.offers:
+            aim = max(aim, compressor.least_budget(first()))
+            rounds = self.choices.rounds if any(each.form for each in compressor.plan(first(), aim).values()) else 0
+            shrunk = smaller(compressor, first, Size("", aim), rounds, job, last=True)
+        assert shrunk.model is not None
+        model = self._merged(shrunk.model, kept)
+        levers = [] if kept is None else ["merged tokens"]
+        if any(each.form is not None for each in shrunk.plan.values()):
+            levers.append("ranks")
+        with job.stage("clock", "Timing the finished model"):
+            paced = pace.measured(model, levers)
+        if not paced.close:
+            job.warn(
+                f"--target-latency {self.choices.config.target_latency}: a batch takes {1000 * paced.taken:.3g} ms, "
+                f"{paced.taken / paced.dense:.3f} of the dense model's time, not {1000 * paced.asked:.3g}: "
+                f"{ATTEMPTS} plans came no nearer {pace.clock.described}."
+            )
+        return replace(shrunk, model=model, paced=paced)
+
+    def _priced(
+        self,
+        pace: Pace,
+        kept: Kept | None,
+        calibration: CalibrationData | None = None,
+        progress: Progress | None = None,
+    ) -> Compressor:
+        """What counts in time, where the blocks keep so many tokens."""
+        return self.choices.compressor(
+            self.base, self.targets, self.dtype, calibration, progress, pace.prices(kept) if self.offers else None
+        )
+
+    def _merged(self, model: PreTrainedModel, kept: Kept | None) -> PreTrainedModel:
+        if kept is not None:
+            merge_tokens(model, kept)
+        return model
 
     def _finished(self, model: PreTrainedModel, kept: Callable[[], Kept | None]) -> PreTrainedModel:
         """With landmarks or merged tokens, where they are asked for.

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Candidate, Offer, Plan
 from vitshrink.compression.findings import Findings
+from vitshrink.compression.pace import Paced
 from vitshrink.compression.rounding import Metric
 from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig, quantized_bits
@@ -32,7 +33,7 @@ from vitshrink.models.targets import blocks_of
 from vitshrink.models.tasks import task_of
 from vitshrink.recovery import Recovery
 from vitshrink.report import Report, before_after, with_thumbnails
-from vitshrink.report.costs import LatencyRecord, Timings
+from vitshrink.report.costs import LatencyRecord, LatencyTarget, Timings
 from vitshrink.report.making import (
     CODED,
     BlockError,
@@ -70,6 +71,19 @@ def latency_record(timed: Sequence[Mapping[str, cost.Latency]]) -> LatencyRecord
         return None
     first, *others = timed
     return LatencyRecord(**first, others=tuple(Timings(**each) for each in others) or None)
+
+
+def latency_target(paced: Paced) -> LatencyTarget:
+    """What a report says of a budget of time."""
+    return LatencyTarget(
+        asked=paced.asked,
+        dense=paced.dense,
+        compressed=paced.taken,
+        runtime=paced.clock.runtime.described,
+        batch_size=paced.clock.batch_size,
+        threads=paced.clock.counted,
+        levers=paced.levers,
+    )
 
 
 def tokens_by_block(model: PreTrainedModel) -> tuple[BlockTokens, ...] | None:
@@ -150,6 +164,7 @@ class Description:
         nbytes: tuple[int, int],
         measurement: Measurement | None,
         recovery: Recovery | None = None,
+        paced: Paced | None = None,
     ) -> Report:
         """The report of a finished model; ``nbytes`` are those of the stored weights before and after."""
         dense, inputs = self.dense, example_inputs(self.dense)
@@ -173,6 +188,7 @@ class Description:
             tokens=tokens_by_block(model),
             memory=memory,
             latency=latency_record(timed),
+            target_latency=None if paced is None else latency_target(paced),
             evaluation=evaluation,
             recovery=None if recovery is None else recovery_record(recovery),
             fitted_to=" ".join(self._fitted_to() if recovery is None else sorted(recovery.fitted_to)),
@@ -186,9 +202,9 @@ class Description:
             if config.runtime is not None:
                 runtime = find_runtime(config.runtime)
                 ready = {name: running(each, runtime) for name, each in models.items()}
-            return cost.latency_by_batch_size(
-                ready, lambda size: example_inputs(self.dense, size), config.latency, repeats=10
-            )
+            first = () if config.latency_batch_size is None else (config.latency_batch_size,)
+            sizes = dict.fromkeys((*first, *config.latency))
+            return cost.latency_by_batch_size(ready, lambda size: example_inputs(self.dense, size), sizes, repeats=10)
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
         before = sum(offer.kept.cost.parameters for offer in self.offers)

@@ -138,7 +138,7 @@ def compress(
         )
     description = Description.of(shrinking, data, preprocessor)
     layers = description.layers(shrunk.findings, shrunk.plan)
-    report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement)
+    report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement, paced=shrunk.paced)
     return Compressed(
         moved(small, dtype=dtype),
         replace(report, command=None),

@@ -77,6 +77,11 @@ def summary_rows(report: Report) -> list[Row]:
         tokens = [report.tokens[0].tokens, *(each.kept for each in report.tokens)]
         merging = f"from block {report.tokens[0].block}: {' → '.join(map(str, tokens))}"
         rows.append(Row("Tokens, block by block", str(tokens[0]), merging, ""))
+    if (timed := report.target_latency) is not None:
+        asked, levers = duration(timed.asked), " and ".join(timed.levers) or "nothing"
+        name = f"Shortest pass, batch of {timed.batch_size}, {asked} asked for"
+        faster = f"{percent(timed.compressed / timed.dense)} of the time, by {levers}"
+        rows.append(Row(name, duration(timed.dense), duration(timed.compressed), faster))
     if report.recovery is not None:
         losses = f"{number(report.recovery.before)} → {number(report.recovery.after)}"
         rows.append(Row("Held-out loss before and after recovery", "", losses, ""))
