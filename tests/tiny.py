@@ -20,6 +20,7 @@ from vitshrink.models.structures.low_rank import LowRankLinear
 IMAGE_SIZE = 32
 IMAGE_CLASSES = ("bird", "cat", "dog", "fish")
 TEXT_CLASSES = ("negative", "positive")
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 WORDS = ("a", "and", "bad", "film", "good", "is", "it", "not", "of", "so", "that", "the", "this", "was")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-")
@@ -29,13 +30,15 @@ _BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, 
 _IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 8}
 _TEXT = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 64}
 
+_LABELS = {"BertForSequenceClassification": TEXT_CLASSES, "BertForTokenClassification": TAGS}
+
 IMAGE_CLASSIFIERS = (
     "ViTForImageClassification",
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
 )
 IMAGE_MODELS = (*IMAGE_CLASSIFIERS, "ViTModel", "DeiTModel")
-TEXT_MODELS = ("BertForSequenceClassification", "BertForMaskedLM", "BertModel")
+TEXT_MODELS = ("BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM", "BertModel")
 ARCHITECTURES = (*IMAGE_MODELS, *TEXT_MODELS)
 
 
@@ -44,7 +47,7 @@ def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
 
     ``entries`` of the config take the place of these.
     """
-    labels = TEXT_CLASSES if name == "BertForSequenceClassification" else IMAGE_CLASSES
+    labels = _LABELS.get(name, IMAGE_CLASSES)
     config_class = getattr(transformers, name.partition("For")[0].removesuffix("Model") + "Config")
     config = config_class(
         **_BLOCKS

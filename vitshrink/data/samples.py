@@ -14,7 +14,7 @@ from vitshrink.data.recipes import Kind, Recipe
 from vitshrink.errors import DataError, UsageError
 
 Label = int | str | float | tuple[int | str | float, ...] | None
-LabelsAre = Literal["names", "integers", "scores", "lists", "columns"]
+LabelsAre = Literal["names", "integers", "scores", "lists", "columns", "tags"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Sample:
     text: str | None = None
     text_pair: str | None = None
     label: Label = None
+    words: tuple[str, ...] | None = None
+    """Of ``text``, where its words were told apart: there may be a label for each of them."""
 
 
 class NothingLeftError(DataError):
@@ -50,8 +52,9 @@ class SampleSet:
 
     ``labels_are`` says what ``Sample.label`` holds: ``names`` (strings, or indices into ``label_names``), ``integers``
     without names, ``scores`` of a regression, ``lists`` of any number of names, integers or scores, ``columns`` with a
-    number for each of ``label_names``, or None where the source has no labels; ``unlabelled`` may say why, and what
-    to do about it. ``notes`` are what the user should know of how the source was read.
+    number for each of ``label_names``, ``tags`` (names or integers) for each of the ``words``, or None where the source
+    has no labels; ``unlabelled`` may say why, and what to do about it. ``notes`` are what the user should know of how
+    the source was read.
     """
 
     source: str

@@ -17,6 +17,7 @@ from vitshrink.data import (
     align_labels,
 )
 from vitshrink.data.opening import Cut, warn_of_bad
+from vitshrink.data.tags import align_tags
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
 from vitshrink.evaluation.quality import EvaluationRecord
@@ -216,6 +217,9 @@ def labels_of(
     if samples.labels_are is None or task in ("masked-lm", "features"):
         return None, None
     config: Any = model.config
+    if task == "token-classification":
+        tags, rule = align_tags(samples, config.id2label, config.num_labels, class_map)
+        return tags.__getitem__, rule
     head = classification_head(config.problem_type, config.num_labels)
     if head is REGRESSION:
         return _score_of(samples, config.num_labels), "scores of a regression"

@@ -6,13 +6,15 @@ from dataclasses import replace
 from torch import Tensor
 
 from vitshrink.errors import DataError
-from vitshrink.evaluation import metrics
+from vitshrink.evaluation import entity_scores, metrics
+from vitshrink.evaluation.entities import kinds_of
 from vitshrink.evaluation.quality import (
     Accuracy,
     ClassScore,
     Correlation,
     Difference,
     Disagreement,
+    EntityScores,
     Evaluation,
     Fidelity,
     Interval,
@@ -31,7 +33,8 @@ def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
     Raises DataError when the texts had no token to hide.
     """
     if "units" in columns and not columns["units"].any():
-        raise DataError("no token could be masked: the texts hold nothing but special tokens.")
+        why = "masked" if task == "masked-lm" else "tagged"
+        raise DataError(f"no token could be {why}: the texts hold nothing but special tokens.")
     dense, compressed = (_quality(role, columns, seed) for role in ("dense", "compressed"))
     first = dense or compressed
     return Evaluation(
@@ -47,7 +50,9 @@ def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
     )
 
 
-def _quality(role: str, columns: Columns, seed: int) -> Accuracy | LabelScores | Correlation | None:
+def _quality(role: str, columns: Columns, seed: int) -> Accuracy | LabelScores | EntityScores | Correlation | None:
+    if f"{role}.truth.entities" in columns:
+        return entity_scores.entity_scores(role, columns, seed)
     if f"{role}.top1" in columns:
         return _accuracy(role, columns, seed)
     if f"{role}.chosen" in columns and "truth" in columns:
@@ -112,6 +117,7 @@ def _fidelity(columns: Columns, seed: int) -> Fidelity | None:
             kl_interval=metrics.bootstrap_ratio(columns["kl"], units, seed),
             top5_overlap=mean("top5_overlap", units),
             label_agreement=mean("label_agreement", units),
+            entity_agreement=entity_scores.agreement(columns),
         )
     if "dense.prediction" in columns and "compressed.prediction" in columns:
         dense, compressed = columns["dense.prediction"].double(), columns["compressed.prediction"].double()
@@ -163,6 +169,8 @@ Score = Callable[[Tensor, Tensor], float]
 
 def _paired(columns: Columns) -> tuple[Score, Tensor, Tensor, Tensor] | None:
     """A score that is no mean over samples, what it compares with, and the answers of the two models."""
+    if "truth.entities" in columns:
+        return entity_scores.f1, *entity_scores.paired(columns)
     if "target" in columns:
         return metrics.spearman, columns["target"], columns["dense.prediction"], columns["compressed.prediction"]
     if "truth" in columns:
@@ -175,7 +183,10 @@ def _micro(chosen: Tensor, truth: Tensor) -> float:
 
 
 def _classes(columns: Columns, names: Mapping[int, str]) -> tuple[ClassScore, ...]:
-    rows = _of_labels(columns, names) if _has_labels(columns) else _of_classes(columns, names)
+    if any(name.endswith(".entities") for name in columns):
+        rows = entity_scores.of_kinds(columns, kinds_of(names))
+    else:
+        rows = _of_labels(columns, names) if _has_labels(columns) else _of_classes(columns, names)
     return tuple(sorted(rows, key=lambda row: row.samples * row.gain))
 
 

@@ -68,7 +68,7 @@ FAMILIES = (
     Family(
         "bert",
         "text",
-        ("BertForSequenceClassification", "BertForMaskedLM", "BertModel"),
+        ("BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM", "BertModel"),
         "encoder.layer",
         _BERT_BLOCK,
         "after",

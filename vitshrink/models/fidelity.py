@@ -138,7 +138,7 @@ def head_for(task: str, config: Any, outputs: int) -> Head:
     """The head of a model for ``task`` that gives so many ``outputs``; ``config`` may be None."""
     if task == "features":
         return FEATURES
-    if task == "masked-lm":
+    if task in ("masked-lm", "token-classification"):
         return SOFTMAX
     return classification_head(getattr(config, "problem_type", None), outputs)
 

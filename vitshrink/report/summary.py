@@ -25,11 +25,13 @@ from vitshrink.report.wording import (
 AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
     "masked-lm": "AutoModelForMaskedLM",
 }
 PIPELINES = {
     "image-classification": "image-classification",
     "text-classification": "text-classification",
+    "token-classification": "token-classification",
     "masked-lm": "fill-mask",
     "features": "feature-extraction",
 }
@@ -39,6 +41,10 @@ METRIC_NAMES = {
     "f1_micro": "micro-F1",
     "f1_macro": "macro-F1",
     "exact_match": "all labels right",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "token_accuracy": "token accuracy",
     "spearman": "Spearman",
 }
 
@@ -200,6 +206,7 @@ def _fidelity_rows(fidelity: Fidelity) -> list[Row]:
     shown: list[tuple[str, float | None, Callable[[float | None], str], bool]] = [
         ("Same prediction as dense", fidelity.agreement, percent, False),
         ("Same decision as dense, label by label", fidelity.label_agreement, percent, False),
+        ("Same entities as dense, F1", fidelity.entity_agreement, percent, False),
         ("Top-5 in common with dense", fidelity.top5_overlap, percent, False),
         ("KL(dense ‖ compressed), nats", fidelity.kl, number, False),
         ("Squared error relative to dense", fidelity.relative_error, number, False),
