@@ -39,7 +39,11 @@ IMAGE_CLASSIFIERS = (
 )
 IMAGE_MODELS = (*IMAGE_CLASSIFIERS, "ViTModel", "DeiTModel")
 TEXT_MODELS = ("BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM", "BertModel")
+ARRANGED_MODELS = ("BertForQuestionAnswering",)
+"""Whose samples are more than running text."""
 ARCHITECTURES = (*IMAGE_MODELS, *TEXT_MODELS)
+PLAIN = tuple(name for name in ARCHITECTURES if name != "BertForTokenClassification")
+"""Those that read an image or a text, and one label."""
 
 
 def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
@@ -51,12 +55,11 @@ def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
     config_class = getattr(transformers, name.partition("For")[0].removesuffix("Model") + "Config")
     config = config_class(
         **_BLOCKS
-        | (_TEXT if name in TEXT_MODELS else _IMAGE)
+        | (_TEXT if name in (*TEXT_MODELS, *ARRANGED_MODELS) else _IMAGE)
         | {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
             "initializer_range": 0.1,
         }
+        | ({} if name in ARRANGED_MODELS else _named(labels))
         | entries
     )
     torch.manual_seed(seed)
@@ -67,11 +70,16 @@ def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def _named(labels: tuple[str, ...]) -> dict[str, Any]:
+    indices = {label: index for index, label in enumerate(labels)}
+    return {"id2label": dict(enumerate(labels)), "label2id": indices}
+
+
 def write(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **entries: Any) -> Path:
     """A complete checkpoint directory: weights, config, and the image processor or tokenizer that belongs to it."""
     model = build(name, seed, **entries).to(dtype)
     model.save_pretrained(directory)
-    if name in TEXT_MODELS:
+    if name in (*TEXT_MODELS, *ARRANGED_MODELS):
         write_tokenizer(directory)
     else:
         size = model.config.image_size

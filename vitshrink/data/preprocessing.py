@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImag
 from vitshrink.data.batches import BadSamples, Batch
 from vitshrink.data.given import ReadyBatches
 from vitshrink.data.image_encoder import ImageEncoder
+from vitshrink.data.question_encoder import QuestionEncoder
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import SampleSet
 from vitshrink.data.text_encoder import TextEncoder
@@ -24,7 +25,10 @@ _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
-_TEXT_ENCODERS: Mapping[str | None, type[TextEncoder]] = {"token-classification": WordEncoder}
+_TEXT_ENCODERS: Mapping[str | None, type[TextEncoder]] = {
+    "token-classification": WordEncoder,
+    "question-answering": QuestionEncoder,
+}
 """By task, where a sample is more than a text or a pair."""
 
 

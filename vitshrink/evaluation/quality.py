@@ -100,6 +100,23 @@ class EntityScores(Quality):
 
 @final
 @dataclass(frozen=True)
+class AnswerScores(Quality):
+    """How well questions are answered by a part of a text, by the rules of SQuAD."""
+
+    metric: ClassVar[str] = "answer_f1"
+
+    answer_f1: float
+    """Mean F1 of the words that an answer shares with a true one."""
+    interval: Interval
+    """Of ``answer_f1``."""
+    answer_exact: float
+    """Fraction of the answers that are a true one."""
+    answer_exact_interval: Interval
+    """Of ``answer_exact``."""
+
+
+@final
+@dataclass(frozen=True)
 class Correlation(Quality):
     """How the answers of a regression, or the similarities of sentences, go with the true scores."""
 
@@ -207,16 +224,16 @@ class Evaluation:
     """What was measured. A model that was not run and a comparison that could not be made are None."""
 
     task: str
-    """``image-classification``, ``text-classification``, ``token-classification``, ``masked-lm``, ``features`` or
-    ``similarity`` (of pairs)."""
+    """``image-classification``, ``text-classification``, ``token-classification``, ``question-answering``,
+    ``masked-lm``, ``features`` or ``similarity`` (of pairs)."""
     metric: str | None = None
     """The figure of ``dense`` and ``compressed`` that ``difference`` compares: ``top1``, ``f1_micro``, ``entity_f1``,
-    ``spearman``."""
+    ``answer_f1``, ``spearman``."""
     samples: int
     """How many were measured."""
-    dense: Accuracy | LabelScores | EntityScores | Correlation | None = None
+    dense: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None = None
     """How good the dense model is."""
-    compressed: Accuracy | LabelScores | EntityScores | Correlation | None = None
+    compressed: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None = None
     """How good the compressed model is."""
     fidelity: Fidelity | None = None
     """How alike they are."""

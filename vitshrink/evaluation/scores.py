@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from vitshrink.errors import DataError
@@ -10,6 +11,7 @@ from vitshrink.evaluation import entity_scores, metrics
 from vitshrink.evaluation.entities import kinds_of
 from vitshrink.evaluation.quality import (
     Accuracy,
+    AnswerScores,
     ClassScore,
     Correlation,
     Difference,
@@ -50,7 +52,11 @@ def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
     )
 
 
-def _quality(role: str, columns: Columns, seed: int) -> Accuracy | LabelScores | EntityScores | Correlation | None:
+def _quality(
+    role: str, columns: Columns, seed: int
+) -> Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None:
+    if f"{role}.answer_f1" in columns:
+        return _answers(columns[f"{role}.answer_f1"], columns[f"{role}.exact"], seed)
     if f"{role}.truth.entities" in columns:
         return entity_scores.entity_scores(role, columns, seed)
     if f"{role}.top1" in columns:
@@ -84,6 +90,15 @@ def _f1(chosen: Tensor, truth: Tensor, seed: int) -> LabelScores:
         f1_macro=macro,
         exact_match=float(exact.double().mean()),
         exact_match_interval=metrics.wilson_interval(int(exact.sum()), len(exact)),
+    )
+
+
+def _answers(shared: Tensor, exact: Tensor, seed: int) -> AnswerScores:
+    return AnswerScores(
+        answer_f1=float(shared.mean()),
+        interval=metrics.bootstrap_ratio(shared, torch.ones_like(shared), seed),
+        answer_exact=float(exact.double().mean()),
+        answer_exact_interval=metrics.wilson_interval(int(exact.sum()), len(exact)),
     )
 
 
@@ -149,10 +164,13 @@ def _difference(columns: Columns, seed: int) -> Difference:
         test = "paired bootstrap"
     else:
         units = columns["units"]
-        worse = columns["dense.top1"].double() - columns["compressed.top1"].double()
+        figure = next(name for name in ("answer_f1", "top1") if f"dense.{name}" in columns)
+        worse = columns[f"dense.{figure}"].double() - columns[f"compressed.{figure}"].double()
         drop = _proportion(worse, units)
         interval = metrics.bootstrap_ratio(worse, units, seed)
-        if _one_each(units):
+        if figure == "answer_f1":
+            p_value, test = metrics.sign_flip_p_value(worse, seed), "sign flips, sample by sample"
+        elif _one_each(units):
             p_value = metrics.mcnemar_p_value(int((worse > 0).sum()), int((worse < 0).sum()))
             test = "McNemar, exact"
         else:

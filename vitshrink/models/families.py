@@ -68,7 +68,13 @@ FAMILIES = (
     Family(
         "bert",
         "text",
-        ("BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM", "BertModel"),
+        (
+            "BertForSequenceClassification",
+            "BertForTokenClassification",
+            "BertForQuestionAnswering",
+            "BertForMaskedLM",
+            "BertModel",
+        ),
         "encoder.layer",
         _BERT_BLOCK,
         "after",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.models.fidelity import feature_rows
+from vitshrink.models.fidelity import OUTSIDE, feature_rows
 from vitshrink.models.tasks import task_of
 
 
@@ -46,6 +46,15 @@ class Tokens(Reading):
         return asked_tokens(batch, outputs["logits"]).nonzero()[:, 0]
 
 
+class Ends(Reading):
+    """The logits of the beginning and of the end of an answer, side by side: in the context, or at the first token."""
+
+    def rows(self, outputs: Any, batch: Asked) -> Tensor:
+        ends = [wide(outputs[name]) for name in ("start_logits", "end_logits")]
+        asked = asked_tokens(batch, ends[0])
+        return torch.cat([logits.masked_fill(~asked, OUTSIDE) for logits in ends], -1)
+
+
 class Hidden(Reading):
     """The ``feature_rows`` of a headless model."""
 
@@ -53,7 +62,11 @@ class Hidden(Reading):
         return feature_rows(outputs["last_hidden_state"], batch.mask)
 
 
-_READINGS: Mapping[str, Reading] = {"features": Hidden(), "token-classification": Tokens()}
+_READINGS: Mapping[str, Reading] = {
+    "features": Hidden(),
+    "token-classification": Tokens(),
+    "question-answering": Ends(),
+}
 _LOGITS = Reading()
 
 

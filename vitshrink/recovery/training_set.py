@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
+from vitshrink.data.samples import Answers
 from vitshrink.data.text_encoder import padded_places
 from vitshrink.errors import DataError
 
@@ -172,7 +173,22 @@ class TrainingSet(Dataset[Item]):
 
 
 def _row_labels(item: Item) -> list[Any]:
-    """What is learned from a sample: its label, or that of every word whose token the model is asked for."""
+    """What is learned from a sample: its label, that of every word whose token is asked for, or the ends of its
+    answer."""
     if item.places is None:
         return [item.label]
+    if isinstance(item.label, Answers):
+        return [_ends(item.label, item.places)]
     return [item.label[word] for word in item.places[:, 0].tolist() if word >= 0]
+
+
+def _ends(answers: Answers, places: Tensor) -> tuple[int, int]:
+    """First and last token of an answer; twice the one that stands for none, where there is none or it was cut off."""
+    nothing = int((places == 0).all(1).int().argmax())
+    if not answers.texts or answers.start is None:
+        return nothing, nothing
+    start, end = answers.start, answers.start + len(answers.texts[0])
+    within = ((places[:, 0] < end) & (places[:, 1] > start)).nonzero().flatten()
+    if not len(within) or int(places[:, 1].max()) < end:
+        return nothing, nothing
+    return int(within[0]), int(within[-1])

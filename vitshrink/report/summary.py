@@ -26,12 +26,14 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
     "masked-lm": "AutoModelForMaskedLM",
 }
 PIPELINES = {
     "image-classification": "image-classification",
     "text-classification": "text-classification",
     "token-classification": "token-classification",
+    "question-answering": "question-answering",
     "masked-lm": "fill-mask",
     "features": "feature-extraction",
 }
@@ -45,6 +47,8 @@ METRIC_NAMES = {
     "entity_precision": "entity precision",
     "entity_recall": "entity recall",
     "token_accuracy": "token accuracy",
+    "answer_f1": "answer F1",
+    "answer_exact": "exact match",
     "spearman": "Spearman",
 }
 
