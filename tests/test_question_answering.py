@@ -255,6 +255,7 @@ def test_training_makes_the_held_out_loss_smaller(
     assert recovery["after"] < recovery["before"]
 
 
+@pytest.mark.slow
 def test_the_exported_model_is_scored_as_the_checkpoint_is(reader: Path, rows: list[Row], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     data = write_lines(tmp_path / "a.jsonl", rows)
