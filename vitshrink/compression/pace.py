@@ -219,12 +219,13 @@ class Pace:
         assert self.blocks is not None
         return self.blocks.rest + self.mixture(None, offers).price_at(DEAREST)
 
-    def measured(self, model: PreTrainedModel, levers: Sequence[str] = ()) -> "Paced":
+    def measured(self, model: PreTrainedModel) -> "Paced":
         """The time of a finished model, and the dense one's, in turn."""
         inputs = example_inputs(self.dense, self.clock.batch_size)
-        found = self.clock.compared({"dense": self._ready, "compressed": self.clock.ready(model)}, inputs)
+        ready = {"dense": self._ready, "compressed": self.clock.ready(model)}
+        found = self.clock.compared(ready, inputs)
         budget = self.asked * found["dense"] if self.shared else self.asked
-        return Paced(budget / 1e9, found["dense"] / 1e9, found["compressed"] / 1e9, self.clock, tuple(levers))
+        return Paced(budget / 1e9, found["dense"] / 1e9, found["compressed"] / 1e9, self.clock, ready)
 
     @cached_property
     def _ready(self) -> nn.Module:
@@ -249,7 +250,9 @@ class Paced:
     dense: float
     taken: float
     clock: Clock
-    levers: tuple[str, ...]
+    ready: Mapping[str, nn.Module]
+    """Both, in the runtime."""
+    levers: tuple[str, ...] = ()
     """By what the model got faster."""
 
     @property

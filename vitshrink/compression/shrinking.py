@@ -52,6 +52,22 @@ class Shrunk:
 
 
 @dataclass(frozen=True, eq=False)
+class _Attempt:
+    """A plan for a budget of time, ``aim``, and what the clock says of it."""
+
+    compressor: Compressor
+    kept: Kept | None
+    aim: int
+    ranked: bool
+    """Whether layers become factors."""
+    paced: Paced
+
+
+def _ranked(plan: Plan) -> bool:
+    return any(candidate.form is not None for candidate in plan.values())
+
+
+@dataclass(frozen=True, eq=False)
 class Shrinking:
     """A dense model, and all that is to be done with it."""
 
@@ -183,7 +199,7 @@ class Shrinking:
         offers = known.offers(first()) if self.offers else ()
         mixture = None if pace.blocks is None else pace.mixture(curves, offers)
         pivots = choices.storage == "gauge" and pace.clock.runtime.factors
-        aim, tried = pace.budget, list[tuple[Paced, int]]()
+        aim, tried = pace.budget, list[_Attempt]()
         for attempt in range(ATTEMPTS):
             kept = None if mixture is None else pace.schedule(mixture, aim)
             compressor = self._priced(pace, kept, calibration, progress)
@@ -193,38 +209,28 @@ class Shrinking:
             with job.stage("clock", f"Timing attempt {attempt + 1}"):
                 trial = self._merged(compressor.replaced(first(), plan), kept)
                 found = pace.measured(with_pivots(trial) if pivots else trial)
-            tried.append((found, aim))
+            tried.append(_Attempt(compressor, kept, aim, _ranked(plan), found))
             if found.close:
                 break
             aim = int(aim / found.over)
-        aim = min(tried, key=lambda each: (each[0].over > 1 + CLOSE, abs(each[0].over - 1)))[1]
-        kept = None if mixture is None else pace.schedule(mixture, aim)
-        return self._paced(pace, kept, first, aim, calibration, job, progress)
+        best = min(tried, key=lambda each: (each.paced.over > 1 + CLOSE, abs(each.paced.over - 1)))
+        return self._paced(pace, best, first, job)
 
-    def _paced(
-        self,
-        pace: Pace,
-        kept: Kept | None,
-        first: Callable[[], Findings],
-        aim: int,
-        calibration: CalibrationData | None,
-        job: Job,
-        progress: Progress | None,
-    ) -> Shrunk:
+    def _paced(self, pace: Pace, best: "_Attempt", first: Callable[[], Findings], job: Job) -> Shrunk:
         """The finished model of a budget that was corrected, with its time."""
-        compressor = self._priced(pace, kept, calibration, progress)
-        shrunk = Shrunk(first(), {}, own(view_of(self.base)), job)
-        if self.offers:
-            aim = max(aim, compressor.least_budget(first()))
-            rounds = self.choices.rounds if any(each.form for each in compressor.plan(first(), aim).values()) else 0
-            shrunk = smaller(compressor, first, Size("", aim), rounds, job, last=True)
+        shrunk, paced = Shrunk(first(), {}, own(view_of(self.base)), job), best.paced
+        if best.ranked:
+            size = Size("", max(best.aim, best.compressor.least_budget(first())))
+            shrunk = smaller(best.compressor, first, size, self.choices.rounds, job, last=True)
+        elif self.offers:
+            shrunk = replace(shrunk, plan={offer.name: offer.kept for offer in self.offers})
         assert shrunk.model is not None
-        model = self._merged(shrunk.model, kept)
-        levers = [] if kept is None else ["merged tokens"]
-        if any(each.form is not None for each in shrunk.plan.values()):
-            levers.append("ranks")
-        with job.stage("clock", "Timing the finished model"):
-            paced = pace.measured(model, levers)
+        model = self._merged(shrunk.model, best.kept)
+        if best.ranked:  # weights that were fitted may have other ranks than the plan that was timed
+            with job.stage("clock", "Timing the finished model"):
+                paced = pace.measured(model)
+        used = {"merged tokens": best.kept is not None, "ranks": _ranked(shrunk.plan)}
+        paced = replace(paced, levers=tuple(lever for lever, there in used.items() if there))
         if not paced.close:
             job.warn(
                 f"--target-latency {self.choices.config.target_latency}: a batch takes {1000 * paced.taken:.3g} ms, "

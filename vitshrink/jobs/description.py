@@ -171,7 +171,7 @@ class Description:
         with job.stage("cost", "Measuring cost"):
             macs = before_after(cost.macs(dense, inputs), cost.macs(model, inputs))
             memory = before_after(cost.memory_bytes(dense), cost.memory_bytes(model))
-            timed = processes.by_main(partial(self._timed, model))
+            timed = processes.by_main(partial(self._timed, model, paced))
         evaluation = None
         if measurement is not None:
             evaluation = measurement.record(self.preprocessing)
@@ -194,12 +194,14 @@ class Description:
             fitted_to=" ".join(self._fitted_to() if recovery is None else sorted(recovery.fitted_to)),
         )
 
-    def _timed(self, model: PreTrainedModel) -> list[dict[str, cost.Latency]]:
-        """Both models in turn, in the runtime of the job."""
+    def _timed(self, model: PreTrainedModel, paced: Paced | None) -> list[dict[str, cost.Latency]]:
+        """Both models in turn, in the runtime of the job, where they may be already."""
         config, models = self.config, {"dense": self.dense, "compressed": model}
         with threads(config.threads):
             ready: Mapping[str, nn.Module] = models
-            if config.runtime is not None:
+            if paced is not None:
+                ready = paced.ready
+            elif config.runtime is not None:
                 runtime = find_runtime(config.runtime)
                 ready = {name: running(each, runtime) for name, each in models.items()}
             first = () if config.latency_batch_size is None else (config.latency_batch_size,)
