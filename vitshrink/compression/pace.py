@@ -202,13 +202,13 @@ class Pace:
         """Raises TargetError where even the fastest model takes longer, or the dense one no longer."""
         if self.budget >= self.whole:
             raise TargetError(
-                f"--target-latency {self._said}: the dense model takes {_ms(self.whole)} {self.clock.described}. "
+                f"--target-latency {self.said}: the dense model takes {_ms(self.whole)} {self.clock.described}. "
                 "Ask for less."
             )
         if least_time > self.budget:
             share = least_time / self.whole
             raise TargetError(
-                f"--target-latency {self._said} cannot be reached {self.clock.described}: the dense model takes "
+                f"--target-latency {self.said} cannot be reached {self.clock.described}: the dense model takes "
                 f"{_ms(self.whole)}, and the fastest that ranks and tokens give about {_ms(least_time)}, {share:.2f} "
                 f"of it. Ask for {min(share * 1.05 + 0.005, 0.99):.2f} or more, choose a smaller --resolution or "
                 "another --runtime."
@@ -238,7 +238,8 @@ class Pace:
         return Site(target.block, SEEN[target.role], times - times[:1], torch.tensor(losing, dtype=torch.float64))
 
     @property
-    def _said(self) -> str:
+    def said(self) -> str:
+        """The budget as it was given."""
         return f"{self.asked:g}" if self.shared else _ms(self.asked)
 
 

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from vitshrink.compression.candidates import Offer, Plan
 from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.course import Course, merged
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.fitting import fitted, told
 from vitshrink.compression.merging import kept_within, measured_curves, require_reachable
-from vitshrink.compression.pace import CLOSE, Pace, Paced, mergeable
+from vitshrink.compression.pace import Pace, Paced, mergeable
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
@@ -25,7 +26,6 @@ from vitshrink.data.opening import CalibrationData
 from vitshrink.models import cost
 from vitshrink.models.maps import approximate_maps, landmarks_of
 from vitshrink.models.merged import Kept, merge_tokens, require_mergeable
-from vitshrink.models.parts import with_pivots
 from vitshrink.models.resolution import mix_tokens
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.tokens import MixedTokens
@@ -33,9 +33,6 @@ from vitshrink.models.targets import Target, find_targets
 from vitshrink.models.views import own, view_of
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.state import Progress
-
-ATTEMPTS = 3
-"""Plans that are timed at most for one budget of time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +46,6 @@ class Shrunk:
     job: Job
     paced: Paced | None = None
     """What it takes, where a time was asked for."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Attempt:
-    """A plan for a budget of time, ``aim``, and what the clock says of it."""
-
-    compressor: Compressor
-    kept: Kept | None
-    aim: int
-    ranked: bool
-    """Whether layers become factors."""
-    paced: Paced
-
-
-def _ranked(plan: Plan) -> bool:
-    return any(candidate.form is not None for candidate in plan.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,76 +166,25 @@ class Shrinking:
             yield small if small.model is None else replace(small, model=self._finished(small.model, kept))
 
     def _in_time(self, calibration: CalibrationData | None, job: Job, progress: Progress | None) -> Shrunk:
-        """The model of a budget of time: planned, timed, and planned again where the clock says otherwise."""
-        choices, config = self.choices, self.choices.config
-        pace = Pace.of(config, self.dense, self.targets, choices.storage, job)
-        pace.require_reachable(
-            self._priced(pace, None).least_budget() if pace.blocks is None else pace.fastest(self.offers)
-        )
+        """The model of a budget of time, with what the clock says of it."""
+        choices, dense = self.choices, self.dense
+        pace = Pace.of(choices.config, dense, self.targets, choices.storage, job)
+        compressors = partial(choices.compressor, self.base, self.targets, self.dtype, calibration, progress)
+        course = Course(pace, self.base, self.offers, compressors, pivots=choices.storage == "gauge")
+        course.require_reachable()
         curves = None
         if pace.blocks is not None and calibration is not None:
-            curves = measured_curves(self.dense, calibration.batches, job)
-        known = choices.compressor(self.base, self.targets, self.dtype, calibration, progress)
-        first = cache(partial(known.learn, job) if self.offers else lambda: Findings({}, {}, {}))
-        offers = known.offers(first()) if self.offers else ()
-        mixture = None if pace.blocks is None else pace.mixture(curves, offers)
-        pivots = choices.storage == "gauge" and pace.clock.runtime.factors
-        aim, tried = pace.budget, list[_Attempt]()
-        for attempt in range(ATTEMPTS):
-            kept = None if mixture is None else pace.schedule(mixture, aim)
-            compressor = self._priced(pace, kept, calibration, progress)
-            plan = compressor.plan(first(), max(aim, compressor.least_budget(first()))) if self.offers else {}
-            if config.dry_run:
-                return Shrunk(first(), plan, None, job)
-            with job.stage("clock", f"Timing attempt {attempt + 1}"):
-                trial = self._merged(compressor.replaced(first(), plan), kept)
-                found = pace.measured(with_pivots(trial) if pivots else trial)
-            tried.append(_Attempt(compressor, kept, aim, _ranked(plan), found))
-            if found.close:
-                break
-            aim = int(aim / found.over)
-        best = min(tried, key=lambda each: (each.paced.over > 1 + CLOSE, abs(each.paced.over - 1)))
-        return self._paced(pace, best, first, job)
-
-    def _paced(self, pace: Pace, best: "_Attempt", first: Callable[[], Findings], job: Job) -> Shrunk:
-        """The finished model of a budget that was corrected, with its time."""
-        shrunk, paced = Shrunk(first(), {}, own(view_of(self.base)), job), best.paced
+            curves = measured_curves(dense, calibration.batches, job)
+        first = cache(partial(compressors().learn, job) if self.offers else lambda: Findings({}, {}, {}))
+        if choices.config.dry_run:
+            return Shrunk(first(), course.plan(first(), course.mixture(curves, first()), pace.budget)[2], None, job)
+        best = course.best(curves, first(), job)
+        shrunk = Shrunk(first(), best.plan, own(view_of(self.base)), job)
         if best.ranked:
-            size = Size("", max(best.aim, best.compressor.least_budget(first())))
-            shrunk = smaller(best.compressor, first, size, self.choices.rounds, job, last=True)
-        elif self.offers:
-            shrunk = replace(shrunk, plan={offer.name: offer.kept for offer in self.offers})
+            shrunk = smaller(best.compressor, first, Size("", best.aim), choices.rounds, job, last=True)
         assert shrunk.model is not None
-        model = self._merged(shrunk.model, best.kept)
-        if best.ranked:  # weights that were fitted may have other ranks than the plan that was timed
-            with job.stage("clock", "Timing the finished model"):
-                paced = pace.measured(model)
-        used = {"merged tokens": best.kept is not None, "ranks": _ranked(shrunk.plan)}
-        paced = replace(paced, levers=tuple(lever for lever, there in used.items() if there))
-        if not paced.close:
-            job.warn(
-                f"--target-latency {self.choices.config.target_latency}: a batch takes {1000 * paced.taken:.3g} ms, "
-                f"{paced.taken / paced.dense:.3f} of the dense model's time, not {1000 * paced.asked:.3g}: "
-                f"{ATTEMPTS} plans came no nearer {pace.clock.described}."
-            )
-        return replace(shrunk, model=model, paced=paced)
-
-    def _priced(
-        self,
-        pace: Pace,
-        kept: Kept | None,
-        calibration: CalibrationData | None = None,
-        progress: Progress | None = None,
-    ) -> Compressor:
-        """What counts in time, where the blocks keep so many tokens."""
-        return self.choices.compressor(
-            self.base, self.targets, self.dtype, calibration, progress, pace.prices(kept) if self.offers else None
-        )
-
-    def _merged(self, model: PreTrainedModel, kept: Kept | None) -> PreTrainedModel:
-        if kept is not None:
-            merge_tokens(model, kept)
-        return model
+        model = merged(shrunk.model, best.kept)
+        return replace(shrunk, model=model, paced=course.finished(best, model, shrunk.plan, job))
 
     def _finished(self, model: PreTrainedModel, kept: Callable[[], Kept | None]) -> PreTrainedModel:
         """With landmarks or merged tokens, where they are asked for.
