@@ -5,7 +5,7 @@
     python benchmarks/latency.py --random --blocks 4 --work vit-b-latency      # ViT-B/16, random weights, time alone
     python benchmarks/latency.py --work deit-tiny-latency --picture deit-tiny-latency.svg
 
-Models are built once, into --work, with their figures of quality; a run that was stopped goes on there. Then all of
+Models are built once, into --work, with what they lose; a run that was stopped goes on there. Then all of
 them are timed in one run, in turn, the shortest pass of each: again whenever something was built, or with --again. The
 third command only prints. Texts are timed on the same samples in batches as they come, and in batches of one length.
 """
@@ -153,7 +153,7 @@ def build(bench: Bench, rows: Sequence[Row], results: Results, work: Path) -> bo
     """Build what is not there, and judge it; what stops a row becomes its reason. Whether anything was built."""
     built = False
     for row in rows:
-        if row.name in results.rows:
+        if "skipped" not in results.rows.get(row.name, {"skipped": "not yet"}):
             continue
         print(f"{row.name} …", file=sys.stderr, flush=True)
         folder, built = work / "".join(c if c.isalnum() else "-" for c in row.name), True
@@ -161,7 +161,7 @@ def build(bench: Bench, rows: Sequence[Row], results: Results, work: Path) -> bo
         try:
             with redirect_stdout(sys.stderr):  # some packages tell their progress where the table goes
                 file = None if row.build is None else row.build(bench, folder)
-                figures = _judged(bench, _opened(bench, row, file))
+                figures = {} if file is None else _judged(bench, _opened(bench, row, file))
         except (ImportError, VitshrinkError) as error:
             results.add(row.name, {"skipped": str(error)})
         except Exception as error:
@@ -182,7 +182,7 @@ def _opened(bench: Bench, row: Row, file: Path | None) -> nn.Module:
 
 
 def _judged(bench: Bench, model: nn.Module) -> dict[str, Any]:
-    if bench.table is None or model is bench.dense:
+    if bench.table is None:
         return {}
     found = bench.table.evaluate(model)
     figures = {} if found.fidelity is None else plain(found.fidelity)

@@ -81,7 +81,7 @@ def test_times_are_kept_by_what_they_follow_from(tmp_path: Path) -> None:
 
     def times(runtime: str = "torch", batch_size: int = 1, shape: tuple[int, int] = (4, 8)) -> dict[str, int]:
         program = Product.of_shape(shape, None, pivots=False, stored=True)
-        made = Clock(find_runtime(runtime), batch_size, 1, cache, stopwatch)
+        made = Clock(find_runtime(runtime), batch_size, 1, cache, stopwatch=stopwatch)
         runs = {"dense": Run(program, random_tokens(batch_size, 3, shape[1]))}
         return made.times({"layer": list(shape)}, ["dense"], lambda: runs)
 

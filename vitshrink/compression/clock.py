@@ -17,6 +17,8 @@ from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.modes import threads
 
+CPU = torch.device("cpu")
+
 REPEATS = 15
 """Passes of each program; the shortest tells, since whatever else runs on the machine only adds to it."""
 
@@ -54,12 +56,14 @@ class Clock:
         batch_size: of what is timed.
         threads: on the CPU; None for those of PyTorch.
         cache: where times are kept.
+        device: where PyTorch runs; all else runs on the CPU.
     """
 
     runtime: Runtime
     batch_size: int
     threads: int | None = None
     cache: Cache | None = None
+    device: torch.device = CPU
     stopwatch: Stopwatch = field(default_factory=lambda: shortest)
 
     def times(
@@ -91,7 +95,7 @@ class Clock:
 
     def _times(self, what: Mapping[str, Any], runs: Callable[[], Mapping[str, Run]]) -> dict[str, int]:
         with threads(self.threads):
-            key = {**what, "how": self.described, "machine": machine(), "vitshrink": __version__}
+            key = {**what, "how": self.described, "machine": machine(self.device), "vitshrink": __version__}
             kept = None if self.cache is None else self.cache.read(Price, key)
             if kept is not None:
                 return {name: each.nanoseconds for name, each in kept.items()}
@@ -105,8 +109,10 @@ class Clock:
         return found
 
 
-def machine() -> str:
-    """The processor, as its maker calls it."""
+def machine(device: torch.device) -> str:
+    """The processor, or GPU, as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     description = Path("/proc/cpuinfo")
     lines = description.read_text(encoding="utf-8").splitlines() if description.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

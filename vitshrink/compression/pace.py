@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.compression.candidates import Offer
-from vitshrink.compression.clock import Clock
+from vitshrink.compression.clock import CPU, Clock
 from vitshrink.compression.merging import DEAREST, Choices, choices_of, least
 from vitshrink.compression.times import BlockTimes, LayerTimes, block_times, layer_times, whole_time
 from vitshrink.config.options import CompressConfig
@@ -142,10 +142,10 @@ class Pace:
         assert config.target_latency is not None
         merges = config.merges and mergeable(dense, required=config.tokens == "merge")
         targets = () if config.tokens == "merge" else targets
-        device = next(dense.parameters()).device
-        cache = None if config.cache is None else Cache(Path(config.cache), device, job.warn)
+        cache = None if config.cache is None else Cache(Path(config.cache), CPU, job.warn)
         runtime = find_runtime(config.runtime or RUNTIME)
-        clock = Clock(runtime, config.latency_batch_size or 1, config.threads, cache)
+        device = next(dense.parameters()).device if runtime.factors else CPU
+        clock = Clock(runtime, config.latency_batch_size or 1, config.threads, cache, device)
         with job.stage("clock", f"Timing what there is to choose {clock.described}"):
             blocks = block_times(clock, dense) if merges else None
             layers = layer_times(clock, (target.shape for target in targets), storage, length_of(dense))

@@ -85,6 +85,7 @@ def _table(clock: Clock, shape: tuple[int, int], storage: Storage, tokens: int) 
         found = {}
         for rank in forms:
             program = Product.of_shape(shape, rank, pivots=pivots, stored=stored)
+            program.model.to(clock.device)
             for count in counts:
                 found[names[rank, count]] = Run(program, random_tokens(clock.batch_size, count, shape[1]))
         return found

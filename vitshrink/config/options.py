@@ -169,8 +169,8 @@ class CompressConfig(
             return
         if others := self.approximations:
             raise UsageError(f"--target-latency says how much is left to compute: leave {others[0]} out.")
-        if self.quantize is not None or self.forms == "bits":
-            flag = "--forms bits" if self.quantize is None else "--quantize"
+        if self.quantize is not None or self.forms not in ("auto", "rank"):
+            flag = f"--forms {self.forms}" if self.quantize is None else "--quantize"
             raise UsageError(
                 f"{flag}: --target-latency spends time on ranks and tokens; leave it out, and round the result with "
                 "`vitshrink quantize`."
