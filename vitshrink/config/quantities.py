@@ -52,6 +52,10 @@ def quantized_bits(weights: str, activations: str | None) -> tuple[int, Literal[
     """Bits of a weight and how activations are treated, by default the faster way. Raises UsageError."""
     if weights not in ("int8", "int4"):
         raise UsageError(f"weights cannot be stored as {weights!r}. {did_you_mean(weights, ('int8', 'int4'))}")
+    if activations == "static":
+        raise UsageError(
+            "--activations static is for `vitshrink quantize … --calibration …`, which takes compressed models as well."
+        )
     if activations not in (None, "none", "dynamic"):
         raise UsageError(f"--activations {activations}: {did_you_mean(activations, ('none', 'dynamic'))}")
     if weights == "int4":

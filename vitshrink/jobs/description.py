@@ -258,16 +258,21 @@ class Description:
         )
 
     def _calibration(self) -> CalibrationRecord | None:
-        if self.calibration is None:
-            return None
-        return CalibrationRecord(
-            source=self.calibration.samples.source,
-            samples=len(self.calibration.samples),
-            tokens=self.calibration.tokens,
-            seed=self.config.seed,
-            fingerprint=self.calibration.samples.fingerprint(),
-            preprocessing=self.preprocessing,
+        return (
+            None if self.calibration is None else calibrated_on(self.calibration, self.config.seed, self.preprocessing)
         )
+
+
+def calibrated_on(data: CalibrationData, seed: int, preprocessing: Mapping[str, Any] | None) -> CalibrationRecord:
+    """What a report says of the samples that were learned from."""
+    return CalibrationRecord(
+        source=data.samples.source,
+        samples=len(data.samples),
+        tokens=data.tokens,
+        seed=seed,
+        fingerprint=data.samples.fingerprint(),
+        preprocessing=preprocessing,
+    )
 
 
 def quantization_of(weights: str | None, activations: str | None) -> QuantizationRecord | None:
