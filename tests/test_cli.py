@@ -352,7 +352,7 @@ def _gpt2(model: Path) -> None:
     ("damage", "said"),
     [
         (_truncate, "model.safetensors is not a readable safetensors file"),
-        (_gpt2, "GPT2LMHeadModel (model type 'gpt2') is not supported. Supported are ViT"),
+        (_gpt2, "GPT2LMHeadModel (model type 'gpt2') is not supported: it is a decoder"),
         (lambda model: (model / "config.json").write_text("{"), "config.json"),
         (lambda model: (model / "config.json").unlink(), "has no config.json"),
         (shutil.rmtree, "model"),

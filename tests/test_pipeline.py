@@ -52,7 +52,6 @@ AUTO_CLASSES = {
     "ViTModel": transformers.AutoModel,
     "DeiTModel": transformers.AutoModel,
     "BertForSequenceClassification": transformers.AutoModelForSequenceClassification,
-    "BertForTokenClassification": transformers.AutoModelForTokenClassification,
     "BertForMaskedLM": transformers.AutoModelForMaskedLM,
     "BertModel": transformers.AutoModel,
 }
@@ -724,7 +723,7 @@ def damage(directory: Path, kind: str) -> str:
         return "model.safetensors"
     if kind == "unsupported":
         config.write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-        return r"config\.json.*GPT2LMHeadModel.*Supported are ViT"
+        return r"config\.json.*GPT2LMHeadModel.*is a decoder.*compresses encoders"
     if kind == "no config":
         config.unlink()
         return r"config\.json"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def inspect_command(flags: dict[str, Any], figures: FigureOptions, display: JsonOptions) -> None:
     """List the layers of MODEL that can be factorised: shape, break-even rank, effective rank, energy by rank.
 
+    Before them it says what was found in the model, and what will be left alone.
     With --calibration the spectra are those of the layers' outputs on real samples, which is what counts.
     """
     job = checks.job_of(InspectJob, flags, "the command line")
@@ -28,6 +29,8 @@ def inspect_command(flags: dict[str, Any], figures: FigureOptions, display: Json
     if display.as_json:
         console.show_json([asdict(layer) for layer in found.layers])
     else:
+        for line in found.overview.lines():
+            console.say(line, prose=True)
         console.show(_table(found))
         if found.page is not None:
             console.say(str(found.page))

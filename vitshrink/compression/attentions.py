@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from vitshrink.errors import UsageError
 from vitshrink.methods.attention import ATTENTION, AttentionMethod, Dimensions
+from vitshrink.models.families import family_of
 from vitshrink.models.targets import Target, find_targets
 
 
@@ -55,6 +57,13 @@ def sites_of(
 
 def attentions_of(model: PreTrainedModel, targets: Sequence[Target]) -> list[Attention]:
     """The dense attentions of a model, with those of their projections that are among ``targets``."""
+    family = family_of(model)
+    if not family.plain:
+        raise UsageError(
+            f"{type(model).__name__} ({family.model_type}) has attentions that are more than softmax(QKᵀ) V, positions "
+            "within them for one, or that vitshrink does not know: choose a method for linear layers (see `vitshrink "
+            "methods`), such as curvature or whitened."
+        )
     chosen = {target.name for target in targets}
     blocks: dict[int, dict[str, Target]] = {}
     for target in find_targets(model):

@@ -19,6 +19,7 @@ from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
 from vitshrink.methods import Factorisation, LayerMethod
+from vitshrink.models.families import precision_for
 from vitshrink.models.targets import Target, linear_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache
@@ -128,7 +129,7 @@ class LayerEstimator:
     @property
     def passes(self) -> Passes:
         """The arithmetic of passes that gradients are taken through."""
-        return passes_in(next(self.dense.parameters()).device, self.config.precision)
+        return passes_in(next(self.dense.parameters()).device, precision_for(self.dense, self.config.precision))
 
     @cached_property
     def dense_outputs(self) -> DenseOutputs:
@@ -165,6 +166,7 @@ class LayerEstimator:
     def _key(self, device: torch.device) -> dict[str, Any]:
         """All that the statistics of the dense model follow from."""
         curvature = self.method.needs is Needs.CURVATURE
+        wanted = precision_for(self.dense, self.config.precision)
         return {
             "vitshrink": __version__,
             "torch": torch.__version__,
@@ -175,7 +177,7 @@ class LayerEstimator:
             "needs": self.method.needs.value,
             "seed": self.config.seed if curvature else None,
             "probes": self.config.probes if curvature else None,
-            "precision": resolve_precision(device, self.config.precision) if curvature else None,
+            "precision": resolve_precision(device, wanted) if curvature else None,
         }
 
     def _statistics(

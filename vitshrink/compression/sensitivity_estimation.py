@@ -13,6 +13,7 @@ from vitshrink.compression.rounding import Metric
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
+from vitshrink.models.families import precision_for
 from vitshrink.runtime.entries import laid_out
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.precision import passes_in
@@ -60,7 +61,7 @@ class SensitivityEstimator:
                 self.sites,
                 self.calibration.batches,
                 seed=self.config.seed,
-                passes=passes_in(device, self.config.precision),
+                passes=passes_in(device, precision_for(self.dense, self.config.precision)),
                 course=Shared(self.progress, DENSE, device),
                 on_batch=advance,
             )

@@ -18,6 +18,7 @@ from vitshrink.data.hub import open_dataset
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.errors import DataError
+from vitshrink.models.example import text_length
 from vitshrink.models.geometry import image_shape
 
 INPUTS: Mapping[Kind, tuple[str, ...]] = {
@@ -251,13 +252,13 @@ def _check_values(inputs: Mapping[str, Tensor], config: Any, where: str) -> None
         _check_rows(where, pixels.isfinite().flatten(1).all(1), "holds NaN or infinite pixels")
         return
     tokens = inputs["input_ids"]
-    if tokens.is_floating_point() or tokens.shape[1] > config.max_position_embeddings:
+    if tokens.is_floating_point() or tokens.shape[1] > (text_length(config) or tokens.shape[1]):
         raise DataError(
             f"{where} of the calibration holds {tokens.shape[1]} tokens a text, as {tokens.dtype}, and the model takes "
-            f"{config.max_position_embeddings} whole numbers at most: tokenize with truncation=True."
+            f"{text_length(config)} whole numbers at most: tokenize with truncation=True."
         )
-    for name, size in (("input_ids", config.vocab_size), ("token_type_ids", config.type_vocab_size)):
-        if name in inputs:
+    for name, size in (("input_ids", config.vocab_size), ("token_type_ids", getattr(config, "type_vocab_size", 0))):
+        if size and name in inputs:  # a model without types of tokens passes over them
             known = (inputs[name] >= 0) & (inputs[name] < size)
             problem = f"has {name} that are not below {size}: tokenize with the model's own tokenizer"
             _check_rows(where, known.all(1), problem)

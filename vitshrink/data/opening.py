@@ -15,7 +15,6 @@ from vitshrink.data import (
     SampleSet,
     open_samples,
 )
-from vitshrink.data.layouts import LAYOUTS
 from vitshrink.data.samples import Drawable
 from vitshrink.models.fidelity import BERNOULLI, REGRESSION
 from vitshrink.models.loading import LoadedModel
@@ -62,7 +61,6 @@ def open_data(
         text_pair_column=data.text_pair_column,
         label_column=data.label_column,
         model_labels=_own_labels(model),
-        layout=task_of(model.model) if task_of(model.model) in LAYOUTS else None,
         labels=data.labels,
         flags=data.flags,
         offline=offline,

@@ -2,34 +2,35 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
 from vitshrink.data.batches import BadSamples, Batch
 from vitshrink.data.given import ReadyBatches
 from vitshrink.data.image_encoder import ImageEncoder
-from vitshrink.data.question_encoder import QuestionEncoder
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import SampleSet
 from vitshrink.data.text_encoder import TextEncoder
 from vitshrink.data.timm_transform import TimmTransform
-from vitshrink.data.word_encoder import WordEncoder
 from vitshrink.errors import CheckpointError, DataError, UsageError
+from vitshrink.models.example import text_length
+from vitshrink.models.families import reads_any_size
 from vitshrink.models.geometry import image_shape
 from vitshrink.models.sentences import NO_SETTINGS, TextSettings
 
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-
-
-_TEXT_ENCODERS: Mapping[str | None, type[TextEncoder]] = {
-    "token-classification": WordEncoder,
-    "question-answering": QuestionEncoder,
-}
-"""By task, where a sample is more than a text or a pair."""
+_VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
 
 
 class Preprocessor:
@@ -61,7 +62,6 @@ class Preprocessor:
         path: str | Path,
         kind: Kind,
         *,
-        task: str | None = None,
         config: Any = None,
         max_length: int | None = None,
         style: Literal["checkpoint", "timm"] = "checkpoint",
@@ -70,9 +70,8 @@ class Preprocessor:
     ) -> "Preprocessor":
         """The preprocessing that lies beside the weights, in a directory or on the Hub.
 
-        ``task`` is what the head of the model is for, which may ask for more than the tokens of a text. ``config`` is
-        that of the model in memory; it is read from the checkpoint where none is given. ``max_length`` in tokens takes
-        the place of the checkpoint's own, within what tokenizer and model can take. The style ``timm``
+        ``config`` is that of the model in memory; it is read from the checkpoint where none is given. ``max_length`` in
+        tokens takes the place of the checkpoint's own, within what tokenizer and model can take. The style ``timm``
         resizes and crops images as timm does, whose published accuracies are measured so. ``resolution`` in pixels
         takes the place of the size of its images, and what is resized before it is cropped is scaled along. Code in a
         checkpoint is never run.
@@ -90,7 +89,7 @@ class Preprocessor:
                 raise UsageError(f"--preprocess {style} goes by the model's own size: leave --resolution out.")
             if resolution is not None:
                 _scale(processor, resolution, path)
-            channels, height, width = image_shape(config)
+            channels, height, width = _shape(processor, config)
             shape = (channels, height, width) if resolution is None else (channels, resolution, resolution)
             geometry = _timm_transform(path, height, width) if style == "timm" else None
             return cls(ImageEncoder(processor, geometry, shape, f"the image processor of {path}"))
@@ -100,21 +99,14 @@ class Preprocessor:
         tokenizer = _load(AutoTokenizer.from_pretrained, path, offline, "tokenizer", config=config)
         _check_vocabulary(path, tokenizer, config)
         settings = TextSettings.read(Path(path)) if Path(path).is_dir() else NO_SETTINGS
-        return cls._of_texts(path, tokenizer, config, max_length, settings, task)
+        return cls._of_texts(path, tokenizer, config, max_length, settings)
 
     @classmethod
     def _of_texts(
-        cls,
-        path: str | Path,
-        tokenizer: Any,
-        config: Any,
-        max_length: int | None,
-        settings: TextSettings,
-        task: str | None,
+        cls, path: str | Path, tokenizer: Any, config: Any, max_length: int | None, settings: TextSettings
     ) -> "Preprocessor":
         length = _length(path, tokenizer, config, max_length, settings.max_length)
-        encoder = _TEXT_ENCODERS.get(task, TextEncoder)
-        return cls(encoder(tokenizer, length, lower_case=settings.lower_case, prompt=settings.prompt))
+        return cls(TextEncoder(tokenizer, length, lower_case=settings.lower_case, prompt=settings.prompt))
 
     @classmethod
     def of(
@@ -123,7 +115,6 @@ class Preprocessor:
         kind: Kind,
         config: Any,
         *,
-        task: str | None = None,
         max_length: int | None = None,
         settings: TextSettings = NO_SETTINGS,
     ) -> "Preprocessor":
@@ -142,9 +133,9 @@ class Preprocessor:
                 f"processor: the model needs its {part.replace('_', ' ')}, not a {type(processor).__name__}."
             )
         if kind == "image":
-            return cls(ImageEncoder(processor, shape=image_shape(config), name="processor"))
+            return cls(ImageEncoder(processor, shape=_shape(processor, config), name="processor"))
         _check_vocabulary("the model", processor, config)
-        return cls._of_texts("the model", processor, config, max_length, settings, task)
+        return cls._of_texts("the model", processor, config, max_length, settings)
 
     def batches(
         self,
@@ -181,6 +172,16 @@ class Preprocessor:
         if empty:
             reasons = "".join(f" {key} {reason}." for key, reason in bad.reasons.items())
             raise DataError(f"{samples.source}: there is no usable sample.{reasons}")
+
+
+def _shape(processor: Any, config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model takes; where that is any size, of those it is given."""
+    shape = channels, height, width = image_shape(config)
+    if reads_any_size(config.model_type):
+        blank = Image.new("RGB", (width, height))
+        pixels = processor(blank, return_tensors="np")["pixel_values"]
+        shape = channels, *pixels.shape[-2:]
+    return shape
 
 
 def _scale(processor: Any, resolution: int, path: str | Path) -> None:
@@ -238,7 +239,7 @@ def _check_vocabulary(path: str | Path, tokenizer: Any, config: Any) -> None:
 
 def _length(path: str | Path, tokenizer: Any, config: Any, wanted: int | None, own: int | None) -> int:
     """The maximum number of tokens, special ones included; ``own`` is that of a sentence encoder."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = text_length(config)
     longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     if wanted is None:
         if own is not None:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
 from vitshrink.compression.choices import Choices
-from vitshrink.compression.pace import Paced
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.rounding import at_steps
 from vitshrink.compression.search import Bound
@@ -159,7 +158,6 @@ class _Saved:
     part: str
     """Its directory below the output."""
     recovery: Recovery | None
-    paced: Paced | None
 
 
 def _saved(
@@ -190,7 +188,7 @@ def _saved(
             finish=None if quantization is None else quantization.applied,
         )
     layers = description.layers(shrunk.findings, shrunk.plan)
-    return _Saved(written, shrunk.plan, layers, shrunk.job, part, recovery, shrunk.paced)
+    return _Saved(written, shrunk.plan, layers, shrunk.job, part, recovery)
 
 
 def _recover(
@@ -244,7 +242,7 @@ def _measured(
         each.job.include(job)
         nbytes = (source.source.nbytes, each.written.source.nbytes)
         report = description.written(
-            each.layers, each.plan, each.job, each.written.model, nbytes, measurement, each.recovery, each.paced
+            each.layers, each.plan, each.job, each.written.model, nbytes, measurement, each.recovery
         )
         report = replace(report, left_out=source.companions.left)
         write(report, staging / each.part)

@@ -1,13 +1,11 @@
 """``export``: a checkpoint, dense or compressed, in a form that runs without vitshrink, compared with the original."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
@@ -20,7 +18,6 @@ from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
 from vitshrink.models.publication import EXPORT
 from vitshrink.models.structures.quantized import QuantizedLinear
-from vitshrink.models.structures.static import StaticProduct
 from vitshrink.models.tracing import outputs_of, quiet, trace_inputs
 from vitshrink.runtime.extras import EXTRAS, require
 from vitshrink.runtime.observer import Job, Observer, Silent
@@ -143,38 +140,19 @@ def _compare(model: PreTrainedModel, run: Run) -> tuple[float, float]:
 
 def _rounding(model: PreTrainedModel) -> float:
     """The largest difference that the rounding of activations makes to an output."""
-    if not any(map(_rounds, model.modules())):
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    dynamic = [layer for layer in layers if layer.spec.activations == "dynamic"]
+    if not dynamic:
         return 0.0
     rounded = iter([outputs_of(model, trace_inputs(model, size)) for size in BATCH_SIZES])
-    with _without_rounding(model):
-        return _compare(model, lambda _inputs: next(rounded))[0]
-
-
-def _rounds(layer: nn.Module) -> bool:
-    """Whether a layer rounds its inputs."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.spec.activations == "dynamic"
-    return isinstance(layer, StaticProduct)
-
-
-@contextmanager
-def _without_rounding(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, no layer rounds its inputs."""
-    layers = [layer for layer in model.modules() if _rounds(layer)]
-    before = [layer.spec if isinstance(layer, QuantizedLinear) else None for layer in layers]
+    before = [layer.spec for layer in dynamic]
     try:
-        for layer in layers:
-            if isinstance(layer, QuantizedLinear):
-                layer.spec = replace(layer.spec, activations="none")
-            elif isinstance(layer, StaticProduct):
-                layer.rounds = False
-        yield
+        for layer in dynamic:
+            layer.spec = replace(layer.spec, activations="none")
+        return _compare(model, lambda _inputs: next(rounded))[0]
     finally:
-        for layer, spec in zip(layers, before, strict=True):
-            if isinstance(layer, QuantizedLinear) and spec is not None:
-                layer.spec = spec
-            elif isinstance(layer, StaticProduct):
-                layer.rounds = True
+        for layer, spec in zip(dynamic, before, strict=True):
+            layer.spec = spec
 
 
 def _worse(one: float, other: float) -> float:

@@ -14,7 +14,7 @@ from vitshrink.jobs.result import CompressionResult, published, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
-from vitshrink.models.geometry import sides
+from vitshrink.models.geometry import image_shape
 from vitshrink.models.loading import LoadedModel, moved
 from vitshrink.models.publication import check_writable
 from vitshrink.models.resolution import set_resolution
@@ -103,7 +103,7 @@ def _opened(config: FinetuneJob, job: Job) -> Session:
         return session
     teacher = session.load(config.teacher, "Loading the teacher")
     if source.family.modality == "image" and not compressed_layers(teacher.model):
-        _look_as_closely(teacher, sides(source.model.config.image_size), job)
+        _look_as_closely(teacher, image_shape(source.model.config)[1:], job)
     return session.beside(teacher)
 
 
@@ -123,7 +123,7 @@ def _material(config: FinetuneJob, session: Session, before: Report) -> Material
 
 def _look_as_closely(teacher: LoadedModel, size: tuple[int, int], job: Job) -> None:
     """Give the dense model the resolution that the compressed one was given, which is square."""
-    if size[0] == size[1] and teacher.family.modality == "image" and sides(teacher.model.config.image_size) != size:
+    if size[0] == size[1] and teacher.family.modality == "image" and image_shape(teacher.model.config)[1:] != size:
         job.warn(f"{teacher.directory} takes images of {size[0]} pixels here, as the compressed model does.")
         set_resolution(teacher.model, size[0])
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
+from transformers import PreTrainedModel
+
 from vitshrink.compression.search import Bound
 from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig
@@ -46,7 +48,7 @@ class Inputs:
             evaluation = None if config.dry_run else session.evaluation_samples(config.eval_data, config.eval_limit)
             if calibration is not None:
                 session.warn_of_overlap(calibration.chosen, evaluation, "were also calibrated on")
-        material = _material(config, session, shrinking, calibration, evaluation)
+        material = _material(config, session, shrinking.base, calibration, evaluation)
         return cls(preprocessor, calibration, held_out, evaluation, material)
 
 
@@ -92,7 +94,7 @@ def _kept_for_recovery(config: CompressConfig, samples: int) -> int:
 def _material(
     config: CompressConfig,
     session: Session,
-    shrinking: Shrinking,
+    base: PreTrainedModel,
     calibration: CalibrationData | None,
     evaluation: SampleSet | None,
 ) -> Material | None:
@@ -109,8 +111,8 @@ def _material(
         seed=config.seed,
         offline=config.offline,
     )
-    check(shrinking.base, config.finetune, dense=True, labelled=material.label_of is not None)
-    check_tokens(config.finetune, task_of(shrinking.base), "merged" if shrinking.merges else None)
+    check(base, config.finetune, dense=True, labelled=material.label_of is not None)
+    check_tokens(config.finetune, task_of(base), "merged" if config.tokens == "merge" else None)
     if config.finetune.data:
         session.warn_of_overlap(material.samples, evaluation, "are also trained on")
     return material

@@ -15,7 +15,7 @@ from vitshrink.data.opening import open_data
 from vitshrink.errors import UsageError
 from vitshrink.evaluation.measurement import Measurement, labels_of, measure_each, require_embedding
 from vitshrink.models.exported import exported_file, load_exported
-from vitshrink.models.geometry import sides
+from vitshrink.models.geometry import image_shape
 from vitshrink.models.loading import LoadedModel, load_dense, require_attention
 from vitshrink.models.resolution import set_resolution
 from vitshrink.models.tasks import task_of
@@ -118,7 +118,6 @@ class Session:
         return Preprocessor.from_checkpoint(
             self.source.directory,
             self.source.family.modality,
-            task=self.source.task,
             config=self.source.model.config,
             max_length=self.settings.max_length,
             style=self.settings.preprocess,
@@ -209,8 +208,12 @@ def _is_exported(*names: str | None) -> bool:
     return any(name is not None and exported_file(name) is not None for name in names)
 
 
+def _width(loaded: LoadedModel) -> int | None:
+    return getattr(loaded.model.config, "hidden_size", None) if task_of(loaded.model) == "features" else None
+
+
 def _image_size(loaded: LoadedModel) -> tuple[int, int] | None:
-    return sides(loaded.model.config.image_size) if loaded.family.modality == "image" else None
+    return image_shape(loaded.model.config)[1:] if loaded.family.modality == "image" else None
 
 
 def check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
@@ -220,7 +223,7 @@ def check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
         ("kind of input", lambda loaded: loaded.family.modality),
         ("number of classes", lambda loaded: loaded.model.config.num_labels),
         ("vocabulary size", lambda loaded: getattr(loaded.model.config, "vocab_size", None)),
-        ("width", lambda loaded: loaded.model.config.hidden_size if task_of(loaded.model) == "features" else None),
+        ("width", _width),
         ("image size", _image_size),
     ):
         if of(model) != of(baseline):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitshrink.errors import VitshrinkError
 from vitshrink.models.structures.coded import Coded
 from vitshrink.models.structures.quantized import QuantizedLinear
-from vitshrink.runtime.modes import evaluating
+from vitshrink.runtime.modes import evaluating, frozen
 from vitshrink.runtime.records import IfSet
 
 
@@ -79,7 +79,7 @@ def _counted(model: nn.Module, inputs: Mapping[str, Tensor]) -> FlopCounterMode:
     # torch counts nothing for the fused attention of the CPU, so that the plain one is run; and under inference_mode
     # linear layers are not taken apart into the operations that it counts
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _product_flops})
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(**_on_device_of(model, inputs))
     return counter
 
@@ -120,23 +120,10 @@ def latency(
     models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20, warmup: int = 3
 ) -> dict[str, Latency]:
     """Time the models in turn, A B A B, so that a machine that warms up or slows down does so for all of them."""
-    seconds = passes(models, dict.fromkeys(models, inputs), repeats=repeats, warmup=warmup)
-    batch_size = len(next(iter(inputs.values())))
-    runtimes = {name: getattr(model, "runtime", None) for name, model in models.items()}
-    return {name: _summary(times, batch_size, runtimes[name]) for name, times in seconds.items()}
-
-
-def passes(
-    models: Mapping[str, nn.Module],
-    inputs: Mapping[str, Mapping[str, Tensor]],
-    *,
-    repeats: int,
-    warmup: int = 3,
-) -> dict[str, list[float]]:
-    """Seconds of each pass of each model, on inputs of its own, the models in turn."""
     if repeats < 1:
         raise ValueError("repeats must be at least 1")
-    prepared = {name: _on_device_of(model, inputs[name]) for name, model in models.items()}
+    prepared = {name: _on_device_of(model, inputs) for name, model in models.items()}
+    batch_size = len(next(iter(inputs.values())))
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with evaluating(*models.values()), torch.inference_mode():
         for i in range(warmup + repeats):
@@ -144,7 +131,8 @@ def passes(
                 elapsed = _time(model, prepared[name])
                 if i >= warmup:
                     seconds[name].append(elapsed)
-    return seconds
+    runtimes = {name: getattr(model, "runtime", None) for name, model in models.items()}
+    return {name: _summary(times, batch_size, runtimes[name]) for name, times in seconds.items()}
 
 
 def latency_by_batch_size(

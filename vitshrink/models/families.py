@@ -1,34 +1,71 @@
-"""The model families that vitshrink knows: their classes, and where the linear layers of a block are."""
+"""What vitshrink knows of families of models, one ``model_type`` of transformers each, beyond what it sees in a model.
+
+Blocks, linear layers, and which of them read the same input are found by looking: a family without an entry works too.
+An entry adds what each layer is for, and with that the methods that need to know: see ``Family``.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
+import transformers
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
-from vitshrink.errors import CheckpointError
-from vitshrink.models.tasks import architecture_of
+from vitshrink.errors import CheckpointError, DependencyError, UsageError
+from vitshrink.models.blocks import find_blocks
+from vitshrink.models.tasks import TASKS, architecture_of
 
-Role = Literal["query", "key", "value", "output", "fc1", "fc2"]
+Role = Literal["query", "key", "value", "qkv", "output", "fc1", "gate", "up", "gated", "fc2", "other"]
+"""What a linear layer of a block is for. ``qkv`` and ``gated`` are one layer for several; the hidden units of ``gate``,
+``up`` and ``gated`` belong together, so that they keep their order. ``other``: nobody knows."""
+
+Modality = Literal["image", "text"]
+
+Modules = Mapping[Role, str]
+"""The linear layers of a block by role, relative to the block."""
+
+INPUTS: Mapping[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
+"""What models read, by the name of their main input."""
+
+TIMM = "timm_wrapper"
 
 
 @dataclass(frozen=True)
 class Family:
-    """One ``model_type`` of transformers: its classes, and where the linear layers of a block are."""
+    """One ``model_type`` of transformers, and what is known of it."""
 
     model_type: str
-    modality: Literal["image", "text"]
-    architectures: tuple[str, ...]
-    """Names of the supported classes; ``tasks`` says what each is for."""
-    blocks: str
-    """The list of transformer blocks, relative to the base model."""
-    modules: Mapping[Role, str]
-    """The linear layers of a block, relative to the block."""
-    norm: Literal["before", "after"]
-    """Whether the blocks normalise what their layers read, or the residual stream after they wrote to it."""
+    modality: Modality
+    layouts: tuple[Modules, ...] = ()
+    """The kinds of blocks that there are; none where nobody knows."""
+    norm: Literal["before", "after"] | None = None
+    """Whether blocks normalize what their layers read, or the residual stream after they wrote to it. None where more
+    happens on the way to the stream, or nobody knows."""
+    plain: bool = False
+    """Whether attention is softmax(QKᵀ) V over all tokens, and nothing else: no rotation, bias of positions or window.
+    Methods that make attentions anew need that."""
+    grid: bool = False
+    """Whether it is a ViT whose tokens are special ones and a grid of patches, with positions of their own."""
+    any_size: bool = False
+    """Whether it reads images of any size, so that the image processor says which."""
+    mixed: bool = True
+    """Whether it runs in mixed precision: some fill masks with numbers that narrow types do not have."""
+    left: tuple[str, ...] = ()
+    """Parts of the names of linear layers that stay: they read no tokens."""
+    same_input: tuple[tuple[Role, ...], ...] = (("query", "key", "value"), ("gate", "up"))
+    """The roles of a block that read the same tensor."""
+
+    @property
+    def modules(self) -> Modules:
+        """Of a model: see ``family_of``."""
+        return self.layouts[0] if self.layouts else {}
 
 
-_VIT_BLOCK: dict[Role, str] = {
+_VIT: dict[Role, str] = {
     "query": "attention.q_proj",
     "key": "attention.k_proj",
     "value": "attention.v_proj",
@@ -36,9 +73,7 @@ _VIT_BLOCK: dict[Role, str] = {
     "fc1": "mlp.fc1",
     "fc2": "mlp.fc2",
 }
-
-
-_BERT_BLOCK: dict[Role, str] = {
+_BERT: dict[Role, str] = {
     "query": "attention.self.query",
     "key": "attention.self.key",
     "value": "attention.self.value",
@@ -46,57 +81,187 @@ _BERT_BLOCK: dict[Role, str] = {
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
 }
+_CLIP: dict[Role, str] = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.out_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+_DISTILBERT: dict[Role, str] = {
+    "query": "attention.q_lin",
+    "key": "attention.k_lin",
+    "value": "attention.v_lin",
+    "output": "attention.out_lin",
+    "fc1": "ffn.lin1",
+    "fc2": "ffn.lin2",
+}
+_MPNET: dict[Role, str] = {
+    "query": "attention.attn.q",
+    "key": "attention.attn.k",
+    "value": "attention.attn.v",
+    "output": "attention.attn.o",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+_ALBERT: dict[Role, str] = {
+    "query": "attention.query",
+    "key": "attention.key",
+    "value": "attention.value",
+    "output": "attention.dense",
+    "fc1": "ffn",
+    "fc2": "ffn_output",
+}
+_DEBERTA: dict[Role, str] = _BERT | {
+    "query": "attention.self.query_proj",
+    "key": "attention.self.key_proj",
+    "value": "attention.self.value_proj",
+}
+_DEBERTA_FUSED: dict[Role, str] = {
+    "qkv": "attention.self.in_proj",
+    "output": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+_MODERNBERT: dict[Role, str] = {"qkv": "attn.Wqkv", "output": "attn.Wo", "gated": "mlp.Wi", "fc2": "mlp.Wo"}
 
+_ATTENTION: dict[Role, str] = {role: path for role, path in _VIT.items() if role not in ("fc1", "fc2")}
+_DINO3: dict[Role, str] = _ATTENTION | {"fc1": "mlp.up_proj", "fc2": "mlp.down_proj"}
+_DINO_GATED: dict[Role, str] = _ATTENTION | {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "fc2": "mlp.down_proj"}
 
 FAMILIES = (
-    Family(
-        "vit",
-        "image",
-        ("ViTForImageClassification", "ViTModel"),
-        "layers",
-        _VIT_BLOCK,
-        "before",
-    ),
-    Family(
-        "deit",
-        "image",
-        ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "DeiTModel"),
-        "layers",
-        _VIT_BLOCK,
-        "before",
-    ),
-    Family(
-        "bert",
-        "text",
-        (
-            "BertForSequenceClassification",
-            "BertForTokenClassification",
-            "BertForQuestionAnswering",
-            "BertForMaskedLM",
-            "BertModel",
-        ),
-        "encoder.layer",
-        _BERT_BLOCK,
-        "after",
-    ),
+    Family("vit", "image", (_VIT,), "before", plain=True, grid=True),
+    Family("deit", "image", (_VIT,), "before", plain=True, grid=True),
+    Family("vit_msn", "image", (_VIT,), "before", plain=True),
+    Family("vit_mae", "image", (_VIT,), "before", plain=True),
+    Family("dinov2", "image", (_DINO_GATED, _VIT), plain=True, any_size=True),
+    Family("dinov2_with_registers", "image", (_DINO_GATED, _VIT), plain=True, any_size=True),
+    Family("dinov3_vit", "image", (_DINO_GATED, _DINO3), any_size=True),
+    Family("beit", "image", (_VIT,)),
+    Family("data2vec-vision", "image", (_VIT,)),
+    Family("swin", "image", (_VIT,)),
+    Family("swinv2", "image", (_BERT,), left=("continuous_position_bias_mlp",)),
+    Family("clip_vision_model", "image", (_CLIP,), "before"),
+    Family("clip", "image", (_CLIP,), "before"),
+    Family("siglip_vision_model", "image", (_CLIP,), "before"),
+    Family("siglip", "image", (_CLIP,), "before"),
+    Family("bert", "text", (_BERT,), "after", plain=True),
+    Family("roberta", "text", (_BERT,), "after", plain=True),
+    Family("xlm-roberta", "text", (_BERT,), "after", plain=True),
+    Family("camembert", "text", (_BERT,), "after", plain=True),
+    Family("electra", "text", (_BERT,), "after", plain=True),
+    Family("data2vec-text", "text", (_BERT,), "after", plain=True),
+    Family("distilbert", "text", (_DISTILBERT,), "after"),
+    Family("mpnet", "text", (_MPNET,), "after"),
+    Family("albert", "text", (_ALBERT,), "after"),
+    Family("deberta", "text", (_DEBERTA_FUSED,), "after", mixed=False),
+    Family("deberta-v2", "text", (_DEBERTA,), "after", same_input=(("query", "key"),)),
+    Family("modernbert", "text", (_MODERNBERT,), "before"),
+    Family("clip_text_model", "text", (_CLIP,), "before"),
+    Family("siglip_text_model", "text", (_CLIP,), "before"),
 )
+"""A new family needs no entry; with one it can be compressed by more methods."""
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The family of a model. Raises CheckpointError when its class is not supported."""
-    return family_named(model.config.model_type, architecture_of(model), "this model")
+    """The family of a model, with that layout alone which its blocks have.
+
+    Raises CheckpointError, and DependencyError, as ``family_named``.
+    """
+    family = family_named(model.config.model_type, architecture_of(model), "this model")
+    if len(family.layouts) > 1 and isinstance(model, nn.Module) and hasattr(model, "base_model"):
+        block = next(iter(find_blocks(model.base_model).values()))
+        names = {name for name, _ in block.named_modules()}
+        fitting = tuple(layout for layout in family.layouts if names.issuperset(layout.values()))
+        return replace(family, layouts=fitting[:1])
+    return family
 
 
+def precision_for(model: PreTrainedModel, wanted: str) -> str:
+    """``wanted``, but ``no`` in the place of ``auto`` for a model that does not run in mixed precision."""
+    return "no" if wanted == "auto" and not family_of(model).mixed else wanted
+
+
+def reads_any_size(model_type: str) -> bool:
+    """Whether models of this type read images of any size."""
+    return any(family.model_type == model_type and family.any_size for family in FAMILIES)
+
+
+def require_grid(model: PreTrainedModel, flag: str) -> None:
+    """Raises UsageError where the tokens of an image model are not special ones and a grid of patches, as ViT's are."""
+    family = family_of(model)
+    if not family.grid:
+        known = ", ".join(each.model_type for each in FAMILIES if each.grid)
+        raise UsageError(
+            f"{flag} needs to know where the patches are among the tokens, which it does for {known}; "
+            f"{type(model).__name__} is {family.model_type}."
+        )
+
+
+@cache
 def family_named(model_type: str, architecture: str, where: str) -> Family:
-    """The family of an architecture. Raises CheckpointError, which names ``where`` it was read."""
-    for family in FAMILIES:
-        if family.model_type == model_type and architecture in family.architectures:
-            return family
-    raise CheckpointError(
-        f"{where}: the architecture {architecture} (model type {model_type!r}) is not supported. "
-        f"Supported are {_supported()}."
+    """The family of an architecture.
+
+    Raises:
+        CheckpointError: vitshrink cannot handle it; says why, what is nearest, and ``where`` it was read.
+        DependencyError: it needs timm.
+    """
+    if model_type == TIMM and find_spec("timm") is None:
+        raise DependencyError(f"{where}: {architecture} runs a model of timm, which is missing: pip install timm.")
+    problem = _problem(model_type, architecture)
+    if problem is not None:
+        raise CheckpointError(
+            f"{where}: the architecture {architecture} (model type {model_type!r}) is not supported: {problem}"
+        )
+    known = {family.model_type: family for family in FAMILIES}
+    return known.get(model_type) or Family(model_type, INPUTS[_class(architecture).main_input_name])
+
+
+def _class(architecture: str) -> type[PreTrainedModel]:
+    """Raises CheckpointError where transformers has none of this name."""
+    found = getattr(transformers, architecture, None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise CheckpointError(f"transformers {transformers.__version__} has no model {architecture}.")
+    return found
+
+
+def _problem(model_type: str, architecture: str) -> str | None:
+    """Why an architecture cannot be handled, and the nearest thing that can; None where it can."""
+    try:
+        kind = _class(architecture)
+    except CheckpointError as error:
+        return f"{error} Code of a checkpoint is never run."
+    own = getattr(kind.config_class, "model_type", None)
+    if own != model_type:
+        return f"it is a model of type {own!r}. Correct architectures or model_type in config.json."
+    if (
+        model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    ):
+        return "it is a decoder, which writes one token after another; vitshrink compresses encoders such as BERT."
+    if not architecture.endswith(tuple(TASKS)):
+        return f"vitshrink does not know what its outputs are for. {_nearest(architecture)}"
+    if kind.main_input_name not in INPUTS:
+        return f"it reads {kind.main_input_name}, and vitshrink has images and texts only ({', '.join(INPUTS)})."
+    if architecture.endswith("Model") and {"text_config", "vision_config"} <= set(
+        getattr(kind.config_class, "sub_configs", ())
+    ):
+        return (
+            "it is a pair of encoders. Save one alone, as "
+            f"{architecture.removesuffix('Model')}VisionModel or {architecture.removesuffix('Model')}TextModel: "
+            "from_pretrained, then save_pretrained."
+        )
+    return None
+
+
+def _nearest(architecture: str) -> str:
+    """What else transformers makes of the same weights."""
+    stem = architecture.partition("For")[0].removesuffix("Model").removesuffix("LMHead")
+    others = [name for ending in TASKS if hasattr(transformers, name := f"{stem}{ending}")]
+    if not others:
+        return f"Supported are classes called {', '.join(f'…{ending}' for ending in TASKS)}."
+    return (
+        f"Supported are {', '.join(others)}: load it as one of these with from_pretrained, and save that with "
+        "save_pretrained."
     )
-
-
-def _supported() -> str:
-    return ", ".join(architecture for family in FAMILIES for architecture in family.architectures)

@@ -12,6 +12,7 @@ def sides(size: int | Iterable[int]) -> tuple[int, int]:
 
 def image_shape(config: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model with this config takes."""
+    config = getattr(config, "vision_config", config)  # of a pair of encoders
     return (config.num_channels, *sides(config.image_size))
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -127,6 +129,7 @@ class VitshrinkQuantizer(HfQuantizer):
         """Called by ``save_pretrained`` before it writes the config: blocks may have been removed or replaced."""
         if not getattr(model, "_hf_peft_config_loaded", False):  # then only the adapter is saved
             list_structures(model)
+            keep_names(model)
         return None, {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -154,6 +157,23 @@ def register() -> None:
 
 
 register()
+
+
+def keep_names(model: PreTrainedModel) -> None:
+    """Let a model with structures be written without joining tensors to what they were in older files.
+
+    transformers does so for two layers that used to be one, and cannot where they are of other shapes now. It reads
+    both kinds of files.
+    """
+    if not any(structure_of(module) is not None for module in model.modules()):
+        return
+    known = getattr(model, "_weight_conversions", None)
+    if known is None:
+        known = [
+            each for each in get_model_conversion_mapping(model, add_legacy=False) if type(each) is not PrefixChange
+        ]
+    if any(isinstance(each, WeightConverter) for each in known):
+        vars(model)["_weight_conversions"] = [each for each in known if not isinstance(each, WeightConverter)]
 
 
 def list_structures(model: PreTrainedModel, metadata: Mapping[str, Any] | None = None) -> None:

@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
@@ -17,12 +18,13 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
 from vitshrink.models.companions import Companions, companions_of
-from vitshrink.models.families import Family, _supported, family_named, family_of
+from vitshrink.models.families import Family, family_named, family_of
 from vitshrink.models.fidelity import PROBLEM_TYPES
 from vitshrink.models.format import QUANT_METHOD
 from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.models.source import WRAPPERS, Source, examine, resolve
-from vitshrink.models.tasks import Task, task_named, task_of
+from vitshrink.models.tasks import Task, task_of
+from vitshrink.models.views import computed
 
 FLASH = "flash_attention_2"
 """The attention that computes in half precision only, so that it serves training with mixed precision."""
@@ -72,7 +74,10 @@ def moved(
 ) -> PreTrainedModel:
     """The model itself, on another device and in another type; transformers does not say what its ``to`` takes."""
     untyped: Any = model
+    kept = list(computed(model)) if dtype is not None else []
     same: PreTrainedModel = untyped.to(device=device, dtype=dtype)
+    for buffers, name, tensor in kept:
+        buffers[name] = tensor.to(same.device)
     return same
 
 
@@ -139,7 +144,10 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     where = f"{source.directory / 'config.json'}"
     architectures = source.config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
-        raise CheckpointError(f"{where} names no architecture. Supported are {_supported()}.")
+        raise CheckpointError(
+            f"{where} names no architecture: write the class of transformers that the weights are of there, such as "
+            '"architectures": ["BertModel"].'
+        )
     family = family_named(source.config["model_type"], str(architectures[0]), where)
     depth = source.config.get("num_hidden_layers")
     if isinstance(depth, int) and depth > len(source.tensors):  # would be built before anything is compared
@@ -147,15 +155,19 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     check_config(source.config, where)
     companions = companions_of(source.directory, source.weights)
     options: dict[str, Any] = {}
-    if task_named(str(architectures[0]), where) == "features" and not any("pooler." in name for name in source.tensors):
+    architecture = getattr(transformers, architectures[0])
+    pooled = any("pooler." in name for name in source.tensors)
+    if not pooled and "add_pooling_layer" in signature(architecture.__init__).parameters:
         options["add_pooling_layer"] = False  # saved without one: transformers would add a random pooler
     if source.config.get("output_attentions"):
         options["output_attentions"] = False  # nobody looks at them, and fast attention has none
-    _check_size(source, getattr(transformers, architectures[0]), options, where)
+    if not architecture._supports_sdpa:
+        attention = "eager"
+    _check_size(source, architecture, options, where)
     try:
         with quiet_transformers():
-            model, info = getattr(transformers, architectures[0]).from_pretrained(
-                **_readable(source, getattr(transformers, architectures[0])),
+            model, info = architecture.from_pretrained(
+                **_readable(source, architecture),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -174,7 +186,7 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
         raise CheckpointError(f"transformers cannot load {source.directory}: {_one_line(error)}") from error
     _check_complete(source, info, strict=is_compressed(source))
     model.config.name_or_path = str(source.directory)
-    notes = (*source.notes, *usual_outputs(model))
+    notes = (*source.notes, *usual_outputs(model), *whole_images(model))
     for parameter in model.parameters():
         # Out of the mapped file, which may be replaced while the model lives, and into aligned memory, on which
         # the order of summation may depend.
@@ -209,6 +221,11 @@ def _config_of(source: Source, architecture: type[PreTrainedModel]) -> PreTraine
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Raises CheckpointError for entries that transformers takes, and that make a model which cannot be computed with,
     or computed with as it was trained."""
+    if config.get("is_encoder_decoder") and not str((config.get("architectures") or [""])[0]).endswith("EncoderModel"):
+        raise CheckpointError(
+            f"{where} describes an encoder with a decoder: vitshrink compresses encoders alone. Where transformers has "
+            "the encoder as a class of its own (T5EncoderModel, say), load it as that and save it with save_pretrained."
+        )
     for entry in ("is_decoder", "add_cross_attention"):
         if config.get(entry):
             raise CheckpointError(
@@ -244,6 +261,22 @@ def usual_outputs(model: PreTrainedModel) -> list[str]:
     return notes
 
 
+def whole_images(model: PreTrainedModel) -> list[str]:
+    """Make a masked autoencoder's encoder read all patches, in their order, in place. Returns what to know of it."""
+    hiding: list[Any] = [module for module in model.modules() if hasattr(module, "random_masking")]
+    for module in hiding:
+        module.random_masking = _nothing_hidden
+    if not hiding:
+        return []
+    return [f"{type(model).__name__} hides patches at random when it is called; here it reads whole images."]
+
+
+def _nothing_hidden(patches: Tensor, noise: object = None) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    """In the place of ``random_masking``: patches (batch, n, width), which are hidden (none), and their places."""
+    places = torch.arange(patches.shape[1], device=patches.device).expand(patches.shape[:2])
+    return patches, torch.zeros_like(places, dtype=patches.dtype), places
+
+
 def _check_size(source: Source, architecture: type[PreTrainedModel], options: Mapping[str, Any], where: str) -> None:
     """Raises CheckpointError where the config describes far more than the files hold, before memory is taken for it.
 
@@ -259,7 +292,8 @@ def _check_size(source: Source, architecture: type[PreTrainedModel], options: Ma
     try:
         with quiet_transformers(), torch.device("meta"):
             config = _config_of(source, architecture)
-            config._attn_implementation = "sdpa"  # the config may name a kernel to be fetched and run
+            # the config may name a kernel to be fetched and run
+            config._attn_implementation = "sdpa" if architecture._supports_sdpa else "eager"
             model = architecture(config, **{k: v for k, v in options.items() if k != "output_attentions"})
     except MemoryError:
         raise

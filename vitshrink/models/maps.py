@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import UsageError
 from vitshrink.models.checkpoint import replace_layers
-from vitshrink.models.families import family_of
+from vitshrink.models.families import family_of, require_grid
 from vitshrink.models.geometry import grid_of
 from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.landmarks import FORMS, Landmarks
@@ -23,6 +23,7 @@ def landmarks_of(model: PreTrainedModel, landmarks: int, form: str) -> Landmarks
             f"--landmarks are means over a grid of patches, and {type(model).__name__} ({family.model_type}) reads "
             "text, whose padding such means cannot leave out."
         )
+    require_grid(model, "--landmarks")
     if form not in FORMS:
         raise UsageError(f"--landmark-form {form}: unknown. Available: {', '.join(FORMS)}.")
     embeddings = model.base_model.get_submodule("embeddings")

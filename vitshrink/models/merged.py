@@ -11,14 +11,13 @@ from vitshrink.errors import UsageError
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import Role, family_of
+from vitshrink.models.families import Role, family_of, require_grid
 from vitshrink.models.geometry import grid_of
-from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.structures import fill, structure_of
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.structures.tokens import MixedTokens
-from vitshrink.models.targets import blocks_of
+from vitshrink.models.targets import blocks_of, named_blocks
 from vitshrink.models.tasks import task_of
 
 Kept = tuple[int, ...]
@@ -33,6 +32,7 @@ def require_mergeable(model: PreTrainedModel) -> None:
             f"--tokens merge is about the patches of an image, and {type(model).__name__} ({family.model_type}) reads "
             "text, of which every token counts. Batches of texts of one length are what saves time there."
         )
+    require_grid(model, "--tokens merge")
     for spec in map(structure_of, model.modules()):
         if isinstance(spec, MixedTokens | Landmarks | MergedTokens):
             raise UsageError("--tokens merge: this model already has other tokens or maps than the dense one.")
@@ -74,13 +74,12 @@ def merges_of(model: PreTrainedModel, kept: Kept) -> dict[int, MergedTokens]:
 @torch.no_grad()
 def merge_tokens(model: PreTrainedModel, kept: Kept) -> None:
     """Let the blocks of a model keep so many tokens, in place; its layers may be of any form."""
-    path = base_prefix(model) + family_of(model).blocks
-    built = {}
+    blocks, built = list(named_blocks(model).items()), {}
     for index, spec in merges_of(model, kept).items():
-        block = blocks_of(model)[index]
+        name, block = blocks[index]
         weight = block.get_parameter("layernorm_after.weight").detach().clone()
         fill(spec.build(block), {"layernorm_after.weight": weight[None, None]})
-        built[f"{path}.{index}"] = block
+        built[name] = block
     replace_layers(model, built)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import CheckpointError, UsageError
 from vitshrink.models.checkpoint import replace_layers
-from vitshrink.models.families import family_of
+from vitshrink.models.families import family_of, require_grid
 from vitshrink.models.geometry import sides
 from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.structures import fill, structure_of
@@ -28,6 +28,7 @@ def _embeddings(model: PreTrainedModel, flag: str) -> Any:
         raise UsageError(
             f"{flag} is about the patches of an image, and {type(model).__name__} ({family.model_type}) reads text."
         )
+    require_grid(model, flag)
     found = model.base_model.get_submodule("embeddings")
     if isinstance(found, CodedPositions):
         found = found.dense()

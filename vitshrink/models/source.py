@@ -39,6 +39,7 @@ COMPANIONS = (
     "vocab*.json",
     "merges.txt",
     "spiece.model",
+    "spm.model",
     "sentencepiece*.model",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -3,15 +3,17 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.errors import UsageError
+from vitshrink.models.blocks import find_blocks
 from vitshrink.models.families import Role, family_of
 from vitshrink.models.hf_quantizer import base_prefix
+from vitshrink.models.reading import called, groups_of
 from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.coded import dense_tensor, has_positions
 
@@ -19,8 +21,8 @@ Layers = Literal["attention", "mlp", "all"]
 
 
 _ROLES: dict[str, tuple[Role, ...]] = {
-    "attention": ("query", "key", "value", "output"),
-    "mlp": ("fc1", "fc2"),
+    "attention": ("query", "key", "value", "qkv", "output"),
+    "mlp": ("fc1", "gate", "up", "gated", "fc2"),
     "all": get_args(Role),
 }
 
@@ -36,14 +38,18 @@ class Target:
     shape: tuple[int, int]
     """(out, in)"""
     input_group: str
-    """Layers of the same group read the same input tensor: query, key and value of a block."""
+    """Layers of the same group read the same input tensor: query, key and value of a block, mostly."""
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks of a model, in order."""
-    blocks = model.base_model.get_submodule(family_of(model).blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+    """The transformer blocks of a model, in order; those of all stages where it has several."""
+    return nn.ModuleList(named_blocks(model).values())
+
+
+def named_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The same by module name, such as ``vit.layers.0``. Raises CheckpointError where there is none."""
+    prefix = base_prefix(model)
+    return {prefix + name: block for name, block in find_blocks(model.base_model).items()}
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
@@ -70,13 +76,19 @@ def find_targets(
     Raises:
         UsageError: an expression is invalid or matches nothing, or no layer is left.
     """
-    targets = [target for target in _block_targets(model) if target.role in _ROLES[layers]]
+    everything = list(_block_targets(model))
+    targets = [target for target in everything if target.role in _ROLES[layers]]
+    if everything and not targets:
+        raise UsageError(
+            f"--layers {layers}: which layers of {type(model).__name__} are {layers} is not known. Name them with "
+            f"--include instead; they are called {', '.join(target.name for target in everything[:6])} …"
+        )
     if not targets:
         raise UsageError("the model has no dense linear layer to factorise: it is already compressed.")
     names = [target.name for target in targets]
-    included = matching(names, include, "include") if include else set(names)
+    included = _matching(names, include, "include") if include else set(names)
     others = find_outside(model) if outside and layers == "all" and not include else []
-    kept = included - matching([*names, *others], exclude, "exclude")
+    kept = included - _matching([*names, *others], exclude, "exclude")
     if not kept:
         raise UsageError("no layer is left to factorise: the exclude expressions match every included layer.")
     return [target for target in targets if target.name in kept]
@@ -89,17 +101,18 @@ FEWEST_WEIGHTS = 4096
 def find_outside(model: PreTrainedModel, *, exclude: Sequence[str] = ()) -> list[str]:
     """The embeddings, patch projections, positions and linear layers outside the blocks that may be rounded, by name.
 
-    None that is small, that shares its matrix with another, or whose name one of the expressions ``exclude`` is in.
+    None that is small, that shares its matrix with another, that the model does not run, or whose name one of the
+    expressions ``exclude`` is in.
     """
-    blocks = set(blocks_of(model).modules())
+    blocks, grid = set(blocks_of(model).modules()), family_of(model).grid
     kinds = (nn.Linear, nn.Embedding, nn.Conv2d)
     modules = {
         name: module
         for name, module in model.named_modules()
-        if (type(module) in kinds or has_positions(module)) and module not in blocks
+        if (type(module) in kinds or (grid and has_positions(module))) and module not in blocks
     }
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return [
+    found = [
         name
         for name, module in modules.items()
         if dense_tensor(module).numel() >= FEWEST_WEIGHTS
@@ -107,35 +120,51 @@ def find_outside(model: PreTrainedModel, *, exclude: Sequence[str] = ()) -> list
         and not any(re.search(pattern, name) for pattern in exclude)
         and (not isinstance(module, nn.Conv2d) or (module.groups == 1 and module.padding_mode == "zeros"))
     ]
+    running = called(model, found)
+    return [name for name in found if name in running]
+
+
+def layers_in_blocks(model: PreTrainedModel, kind: type[nn.Module]) -> list[Target]:
+    """The layers of a ``kind`` in the blocks, block by block: those whose role is known, then the others."""
+    modules, found = family_of(model).modules, []
+    for index, (name, block) in enumerate(named_blocks(model).items()):
+        paths = {path: each for path, each in block.named_modules() if isinstance(each, kind)}
+        roles: dict[str, Role] = {path: role for role, path in modules.items() if path in paths}
+        for path in (*roles, *(path for path in paths if path not in roles)):
+            layer: Any = paths[path]
+            shape = (layer.out_features, layer.in_features)
+            found.append(Target(f"{name}.{path}", index, roles.get(path, "other"), shape, f"{name}.{path}"))
+    return found
 
 
 def _block_targets(model: PreTrainedModel) -> Iterator[Target]:
-    family = family_of(model)
-    path = base_prefix(model) + family.blocks
-    for index, block in enumerate(blocks_of(model)):
-        for role, module_path in family.modules.items():
-            name = f"{path}.{index}.{module_path}"
-            if any(structure_of(part) is not None for part in _along(block, module_path)):
-                continue
-            module = block.get_submodule(module_path)
-            if not isinstance(module, nn.Linear):
-                raise CheckpointError(f"{name} is a {type(module).__name__}, not a linear layer: cannot be factorised.")
-            group = f"{path}.{index}.attention" if role in ("query", "key", "value") else name
-            yield Target(name, index, role, (module.out_features, module.in_features), group)
+    family, names = family_of(model), list(named_blocks(model))
+    found = [
+        target
+        for target in layers_in_blocks(model, nn.Linear)
+        if not _replaced(model, target.name, names[target.block])
+        and not any(part in target.name for part in family.left)
+    ]
+    if not family.layouts:
+        groups = groups_of(model, [target.name for target in found])
+        yield from (replace(target, input_group=groups[target.name]) for target in found if target.name in groups)
+        return
+    for target in found:
+        together = next((roles for roles in family.same_input if target.role in roles), None)
+        part = "attention" if together and together[0] == "query" else "mlp"
+        yield replace(target, input_group=f"{names[target.block]}.{part}") if together else target
 
 
-def _along(block: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules on the way to ``path``, itself included; a structure may end the way."""
-    module = block
-    for name in path.split("."):
-        if not hasattr(module, name):
-            return
-        module = module.get_submodule(name)
-        yield module
+def _replaced(model: nn.Module, name: str, block: str) -> bool:
+    """Whether a layer, or a module between it and its block, is of another form than in the dense model."""
+    while name != block:
+        if structure_of(model.get_submodule(name)) is not None:
+            return True
+        name = name.rpartition(".")[0]
+    return False
 
 
-def matching(names: Sequence[str], patterns: Sequence[str], flag: str) -> set[str]:
-    """Those of the names in which one of the expressions is found. Raises UsageError for one that finds nothing."""
+def _matching(names: Sequence[str], patterns: Sequence[str], flag: str) -> set[str]:
     matching: set[str] = set()
     for pattern in patterns:
         try:

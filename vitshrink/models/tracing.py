@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,10 @@ def trace_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
         tokens = tokens[:, :length].clone()  # a view would leave its base in the guards of torch.export
         mask = torch.ones_like(tokens)
         mask[-1, length // 2 :] = 0
-        types = torch.randint(model.config.type_vocab_size, tokens.shape, generator=generator)
-        inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types}
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        kinds = getattr(model.config, "type_vocab_size", 0)
+        if kinds and "token_type_ids" in signature(model.forward).parameters:
+            inputs["token_type_ids"] = torch.randint(kinds, tokens.shape, generator=generator)
     return inputs
 
 

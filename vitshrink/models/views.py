@@ -1,7 +1,7 @@
 """Models that share their weights: a view has modules of its own, which may be replaced, and the tensors of another."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -45,7 +45,22 @@ def own(model: Module) -> Module:
 @torch.no_grad()
 def cast_view(model: Model, dtype: torch.dtype) -> Model:
     """Give a view floating-point tensors of a type, in place; those that have it stay shared."""
-    return _changed(model, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    kept = list(computed(model))
+    found = _changed(model, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    for buffers, name, tensor in kept:
+        buffers[name] = tensor
+    return found
+
+
+def computed(model: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """The buffers that no file of the model holds, frequencies of rotations for one: they stay as they were computed.
+
+    Of each the buffers that it is one of, its name, and the tensor.
+    """
+    for module in model.modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None and name in module._non_persistent_buffers_set:
+                yield module._buffers, name, tensor
 
 
 def rounded(model: Model, dtype: torch.dtype) -> Model:

@@ -5,6 +5,8 @@ from transformers import PreTrainedModel
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.errors import UsageError
 from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.families import family_of
+from vitshrink.models.reading import chain_problem
 from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.models.tasks import Task, task_of
@@ -13,6 +15,7 @@ from vitshrink.models.tasks import Task, task_of
 def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labelled: bool) -> None:
     """Raises UsageError for an objective that a model does not allow, or that lacks what it needs; before any work."""
     check_tokens(config, task_of(model), tokens_kind(model))
+    check_blocks(config, model)
     if config.objective == "distill":
         if not dense:
             raise UsageError("distillation learns from the dense model: pass it as --teacher.")
@@ -26,6 +29,16 @@ def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labell
         raise UsageError("distillation learns from the dense model: pass it as --teacher.")
     if config.features and not config.distillation:
         raise UsageError("--features compares with the dense model, which is not asked here: pass --distillation too.")
+
+
+def check_blocks(config: FinetuneConfig, model: PreTrainedModel) -> None:
+    """Raises UsageError for techniques that need to know more of the blocks than is known of this model."""
+    kind = f"{type(model).__name__} ({family_of(model).model_type})"
+    if config.decatt and not family_of(model).plain:
+        raise UsageError(f"--decatt: where the heads of {kind} are is not known: leave it out.")
+    asked = next((name for name in ("blockwise", "bdia", "reversible") if getattr(config, name)), None)
+    if asked is not None and tokens_kind(model) is None and (problem := chain_problem(model)) is not None:
+        raise UsageError(f"--{asked} runs the blocks of {kind} one after another, and {problem}: leave it out.")
 
 
 def check_tokens(config: FinetuneConfig, task: Task, kind: str | None) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.errors import UsageError
 from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.families import precision_for
 from vitshrink.recovery.optimizer import optimizer_of
 from vitshrink.recovery.splitting import Split
 from vitshrink.runtime.modes import borrowed, evaluating, own_random_numbers
@@ -46,7 +47,7 @@ def prepared(
         UsageError: the model has no parameter of the kind that is to learn.
     """
     with (
-        _accelerator(next(model.parameters()).device, config) as accelerator,
+        _accelerator(model, config) as accelerator,
         own_random_numbers(),
         borrowed(model),
         evaluating(*([] if dense is None else [dense])),
@@ -83,8 +84,9 @@ def _unwrap(accelerator: Accelerator, model: PreTrainedModel, wrapped: nn.Module
 
 
 @contextmanager
-def _accelerator(device: torch.device, config: FinetuneConfig) -> Iterator[Accelerator]:
+def _accelerator(model: PreTrainedModel, config: FinetuneConfig) -> Iterator[Accelerator]:
     """accelerate keeps its choices for a whole process: those of the caller, or of another job, wait meanwhile."""
+    device = next(model.parameters()).device
     states = [(each, dict(each._shared_state)) for each in (AcceleratorState, GradientState, PartialState)]
     try:
         for each, _ in states:
@@ -92,7 +94,7 @@ def _accelerator(device: torch.device, config: FinetuneConfig) -> Iterator[Accel
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             accelerator = Accelerator(
                 cpu=device.type == "cpu",
-                mixed_precision=resolve_precision(device, config.precision),
+                mixed_precision=resolve_precision(device, precision_for(model, config.precision)),
                 gradient_accumulation_steps=config.accumulation,
                 dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
                 kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

@@ -100,6 +100,17 @@ def put_sums(kind: str, state: Mapping[str, Tensor], sums: dict[str, Any], make:
             setattr(entry, name, value if isinstance(before, Tensor | None) else type(before)(value.item()))
 
 
+def real_tokens(activation: Tensor, mask: Tensor | None) -> Tensor:
+    """(batch, tokens, k) without the padding, as (tokens, k) float32.
+
+    ``mask`` (batch, tokens) is passed over where rows are no tokens of texts: embeddings of relative positions, say.
+    """
+    activation = activation.detach()
+    masked = mask is not None and activation.shape[:-1] == mask.shape
+    flat = activation[mask] if masked else activation.reshape(-1, activation.shape[-1])
+    return flat.float()
+
+
 @dataclass(eq=False)
 class InputSums:
     """Running float64 sums over the tokens that one group of layers reads; x is (tokens, n)."""
@@ -215,12 +226,6 @@ class StatisticsCollector:
     def _observed_at_output(self, target: CalibrationTarget) -> bool:
         return not self.full_gram and target.shape[0] < target.shape[1]
 
-    def _tokens(self, activation: Tensor) -> Tensor:
-        """(batch, tokens, k) without the padding, as (tokens, k) float32."""
-        activation = activation.detach()
-        flat = activation[self.mask] if self.mask is not None else activation.reshape(-1, activation.shape[-1])
-        return flat.float()
-
     def _check(self, name: str, sums: Tensor | None, side: str) -> None:
         if sums is not None and not torch.isfinite(sums).all():
             raise NumericsError(
@@ -231,18 +236,18 @@ class StatisticsCollector:
     def _input_hook(self, target: CalibrationTarget) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             sums = self._inputs[target.input_group]
-            sums.add(self._tokens(inputs[0]))
+            sums.add(real_tokens(inputs[0], self.mask))
             self._check(target.name, sums.total, "input")
 
         return hook
 
     def _output_hook(self, target: CalibrationTarget) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            moments = Moments(self._tokens(inputs[0]))
+            moments = Moments(real_tokens(inputs[0], self.mask))
             if moments.shift is not None and isinstance(module, nn.Linear):
                 moments = moments.through(module.weight.float())
             else:
-                y = self._tokens(output)
+                y = real_tokens(output, self.mask)
                 moments = Moments(y - module.bias if isinstance(module.bias, Tensor) else y)
             sums = self._outputs.setdefault(target.name, OutputSums())
             sums.gram = accumulate(sums.gram, moments.gram())

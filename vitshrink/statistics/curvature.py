@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vitshrink.errors import DataError, NumericsError
-from vitshrink.models.readings import reading_of
+from vitshrink.models.fidelity import FEATURES, feature_rows
 from vitshrink.models.targets import Target, blocks_of
 from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.modes import frozen
@@ -24,9 +25,10 @@ from vitshrink.statistics.calibration import (
     named_sums,
     one_by_one,
     put_sums,
-    samples_of,
+    real_tokens,
     to_device,
 )
+from vitshrink.statistics.calls import joined
 from vitshrink.statistics.stats import LinearStats, Moments, gram_of
 
 TOKEN_WEIGHT = 0.7
@@ -46,9 +48,9 @@ def random_functional(
 ) -> Functional:
     """A random functional with E[g gᵀ] = Jᵀ F J for its gradient g, F the second derivative of the head's divergence.
 
-    It is ``Head.probe`` of the rows of ``outputs``, as ``readings`` has them, or of the logits at up to 16 tokens a
-    text of a masked LM. The tokens of a masked LM are not hidden here: more of them say something at once, and the
-    models come out closer at the hidden ones too.
+    It is ``Head.probe`` of ``outputs``: of all logits, of those at up to 16 tokens a text of a masked LM, or of the
+    features of a headless model. The tokens of a masked LM are not hidden here: more of them say something at once, and
+    the models come out closer at the hidden ones too.
     """
     head = head_of(model)
     if task_of(model) == "masked-lm":
@@ -61,16 +63,14 @@ def random_functional(
             0, index, (outputs["logits"][texts, positions].float() * at_tokens).sum(-1)
         )
 
-    reading = reading_of(model)
-    probe = head.probe(reading.rows(outputs, batch), generator)
-    owners = reading.owners(outputs, batch)
-    nothing = probe.new_zeros(samples_of(batch))
+    def rows(outputs: ModelOutput) -> Tensor:
+        if head is FEATURES:
+            return feature_rows(outputs["last_hidden_state"], batch.mask)
+        logits: Tensor = outputs["logits"]
+        return logits.float()
 
-    def of_samples(outputs: ModelOutput) -> Tensor:
-        of_rows = (reading.rows(outputs, batch) * probe).sum(-1)
-        return of_rows if owners is None else nothing.index_add(0, owners, of_rows)
-
-    return of_samples
+    probe = head.probe(rows(outputs), generator)
+    return lambda outputs: (rows(outputs) * probe).sum(-1)
 
 
 def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:
@@ -132,9 +132,15 @@ class CurvatureCollector:
     clip: tuple[float, float] = CLIP
     batch: int = -1
     _mask: Tensor | None = None
-    _x: dict[str, Tensor] = field(default_factory=dict)
-    _z: dict[str, Tensor] = field(default_factory=dict)
-    _importance: dict[str, Tensor] = field(default_factory=dict)
+    _x: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Of each call of a layer, as all of these; one that several blocks share is called often."""
+    _z: dict[str, list[Tensor]] = field(default_factory=dict)
+    _importance: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    _calls: dict[str, int] = field(default_factory=dict)
+    _inputs: dict[str, Tensor] = field(default_factory=dict)
+    """What a layer is about to read."""
+    _scales: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    """Factors of clipping by call, until the gradient at its input is known."""
     _groups: dict[str, GroupSums] = field(default_factory=dict)
     _layers: dict[str, LayerSums] = field(default_factory=dict)
 
@@ -147,8 +153,8 @@ class CurvatureCollector:
         handles = [blocks_of(self.model)[0].register_forward_pre_hook(require_gradient)]
         for target in self.targets:
             module = self.model.get_submodule(target.name)
+            handles.append(module.register_forward_pre_hook(partial(self._enter, target)))
             handles.append(module.register_forward_hook(self._forward_hook(target)))
-            handles.append(module.register_full_backward_hook(self._backward_hook(target)))
         try:
             with torch.enable_grad():
                 with self.passes():
@@ -173,12 +179,16 @@ class CurvatureCollector:
         if not self._groups:
             raise DataError("no calibration token reached the model: is the data set empty?")
         found = {}
+        most = max(layer.count for layer in self._layers.values())
         for target in self.targets:
-            group, layer = self._groups[target.input_group], self._layers[target.name]
+            group, layer = self._groups[target.input_group], self._layers.get(target.name, LayerSums())
             assert group.total is not None
-            assert layer.gradient is not None
             m, n = target.shape
-            gradient = layer.gradient / layer.count
+            if layer.gradient is None:  # the output does not depend on it
+                layer = replace(layer, count=1, gradient=group.total.new_zeros(min(m, n), min(m, n)))
+            assert layer.gradient is not None
+            uses = layer.count / most  # of a sample: fewer tokens go through later stages
+            gradient = layer.gradient / layer.count * uses
             found[target.name] = LinearStats(
                 tokens=group.tokens,
                 mean=group.total / group.weight,
@@ -186,7 +196,7 @@ class CurvatureCollector:
                 output_gram=None if layer.output_gram is None else layer.output_gram / group.weight,
                 gradient_gram=gradient if m <= n else None,
                 input_gradient_gram=gradient if m > n else None,
-                gradient_power=layer.power / layer.count,
+                gradient_power=layer.power / layer.count * uses,
             )
         return found
 
@@ -199,76 +209,90 @@ class CurvatureCollector:
         return weight.detach().float()
 
     def _real(self, activation: Tensor) -> Tensor:
-        """(batch, tokens, k) without the padding, as (tokens, k) float32."""
-        activation = activation.detach()
-        flat = activation[self._mask] if self._mask is not None else activation.reshape(-1, activation.shape[-1])
-        return flat.float()
+        return real_tokens(activation, self._mask)
+
+    def _enter(self, target: Target, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Give a layer its input as a tensor of its own, of which the gradient is that of this call alone."""
+        x, *others = require_gradient(module, inputs)
+        self._inputs[target.name] = x.view_as(x)
+        return (self._inputs[target.name], *others)
 
     def _forward_hook(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if target.input_group not in self._x:
-                self._x[target.input_group] = self._real(inputs[0])
-            if target.shape[0] < target.shape[1]:
-                if target.name in self.weights:
-                    with torch.autocast(output.device.type, enabled=False):
-                        self._z[target.name] = self._real(inputs[0]) @ self.weights[target.name].T
-                else:
-                    z = self._real(output)
-                    self._z[target.name] = z - module.bias if isinstance(module.bias, Tensor) else z
-
-        return hook
-
-    def _backward_hook(
-        self, target: Target
-    ) -> Callable[[nn.Module, tuple[Tensor | None, ...], tuple[Tensor, ...]], None]:
         m, n = target.shape
 
-        def hook(_module: nn.Module, grad_input: tuple[Tensor | None, ...], grad_output: tuple[Tensor, ...]) -> None:
-            g = self._real(grad_output[0])
-            sums = self._layers.setdefault(target.name, LayerSums())
-            power = float(g.square().sum(1).double().sum())
-            if not torch.isfinite(torch.tensor(power)):
-                raise NumericsError(
-                    f"layer {target.name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
-                    "Check the checkpoint and the preprocessing of that batch."
-                )
-            sums.power += power
-            sums.count += g.shape[0]
-            scale = clipping(g, self.clip)
-            side = g
-            if m > n and target.name in self.weights:
-                side = g @ self.weights[target.name]
-            elif m > n:
-                assert grad_input[0] is not None
-                side = self._real(grad_input[0])
-            side = side * scale
-            importance = (g * scale).square().sum(1)
-            sums.gradient = accumulate(sums.gradient, gram_of(side))
-            known = self._importance.get(target.name)
-            self._importance[target.name] = importance if known is None else known + importance
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            number = self._calls.get(target.name, 0)
+            self._calls[target.name] = number + 1
+            if len(self._x.setdefault(target.input_group, [])) == number:  # the first layer of its group
+                self._x[target.input_group].append(self._real(inputs[0]))
+            if m < n:
+                if target.name in self.weights:
+                    with torch.autocast(output.device.type, enabled=False):
+                        z = self._real(inputs[0]) @ self.weights[target.name].T
+                else:
+                    z = self._real(output)
+                    z = z - module.bias if isinstance(module.bias, Tensor) else z
+                self._z.setdefault(target.name, []).append(z)
+            # of the tensors, as hooks of modules allow no change of an output in place
+            output.register_hook(partial(self._add, target, number))  # type: ignore[no-untyped-call]
+            x = self._inputs.pop(target.name)
+            if m > n and target.name not in self.weights:
+                x.register_hook(partial(self._add_input, target, number))  # type: ignore[no-untyped-call]
 
         return hook
+
+    def _add(self, target: Target, number: int, gradient: Tensor) -> None:
+        """Of the output of a call."""
+        g = self._real(gradient)
+        m, n = target.shape
+        power = float(g.square().sum(1).double().sum())
+        if not torch.isfinite(torch.tensor(power)):
+            raise NumericsError(
+                f"layer {target.name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
+                "Check the checkpoint and the preprocessing of that batch."
+            )
+        sums = self._layers.setdefault(target.name, LayerSums())
+        sums.power += power
+        sums.count += g.shape[0]
+        scale = clipping(g, self.clip)
+        importance = (g * scale).square().sum(1)
+        known = self._importance.setdefault(target.name, {})
+        known[number] = importance if number not in known else known[number] + importance
+        if m > n and target.name not in self.weights:
+            self._scales[target.name, number] = scale
+            return
+        side = g @ self.weights[target.name] if m > n else g
+        sums.gradient = accumulate(sums.gradient, gram_of(side * scale))
+
+    def _add_input(self, target: Target, number: int, gradient: Tensor) -> None:
+        """Of the input of a call: Wᵀg."""
+        side = self._real(gradient) * self._scales.pop((target.name, number))
+        sums = self._layers[target.name]
+        sums.gradient = accumulate(sums.gradient, gram_of(side))
 
     def _sum_inputs(self) -> None:
         weights: dict[str, list[Tensor]] = {}
         for target in self.targets:
-            weights.setdefault(target.input_group, []).append(self._importance[target.name])
+            known, tokens = self._importance.get(target.name, {}), self._x[target.input_group]
+            parts = [known.get(number, each.new_zeros(len(each))) for number, each in enumerate(tokens)]
+            weights.setdefault(target.input_group, []).append(joined(parts))
         mixed = {group: token_weights(each, self.token_weight) for group, each in weights.items()}
         found: dict[str, Moments] = {}
         for target in self.targets:
             group = target.input_group
             narrow = target.shape[0] < target.shape[1]
             if group not in found:
-                found[group] = Moments(self._x[group], mixed[group])
+                found[group] = Moments(joined(self._x[group]), mixed[group])
                 sums = self._groups.setdefault(group, GroupSums())
                 sums.add(found[group], mixed[group], with_gram=not narrow)
             if narrow:
                 if found[group].shift is None:
-                    outputs = Moments(self._z[target.name], mixed[group])
+                    outputs = Moments(joined(self._z[target.name]), mixed[group])
                 else:
                     outputs = found[group].through(self._weight(target))
-                layer = self._layers[target.name]
+                layer = self._layers.setdefault(target.name, LayerSums())
                 layer.output_gram = accumulate(layer.output_gram, outputs.gram())
+        self._calls.clear()
         self._x.clear()
         self._z.clear()
         self._importance.clear()
@@ -302,7 +326,9 @@ def batch_generator(seed: int, number: int) -> torch.Generator:
 
 
 def require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients start at the first block: nothing before it is a target."""
+    """Gradients start at the first block, and where layers read something else: nothing before it is a target."""
+    if inputs[0].requires_grad:
+        return inputs
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from vitshrink.errors import NumericsError
 from vitshrink.models.targets import blocks_of
 from vitshrink.runtime.modes import evaluating, frozen
 from vitshrink.runtime.precision import Passes
-from vitshrink.statistics.calibration import CalibrationBatch, to_device
+from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device
+from vitshrink.statistics.calls import by_sample
 from vitshrink.statistics.curvature import batch_generator, random_functional, require_gradient
 from vitshrink.statistics.reference import Reference
 
@@ -90,7 +92,8 @@ def component_effects(
         watch.attach(model, stack)
         for number, batch in enumerate(batches, first):
             watch.mask = None if batch.mask is None else batch.mask.to(device)
-            watch.batch = number
+            watch.batch, watch.samples = number, samples_of(batch)
+            watch.begin()
             generator = batch_generator(seed, number)
             wanted = None if reference is None else reference(batch)
             with torch.enable_grad():
@@ -99,6 +102,7 @@ def component_effects(
                 functional = random_functional(model, outputs if wanted is None else wanted, batch, generator)
                 values = functional(outputs)
                 torch.autograd.backward(values.sum())
+            watch.end(values)
             if wanted is not None:
                 missing.append((functional(wanted) - values.detach()).double())
             on_batch(len(values))
@@ -147,41 +151,56 @@ class Watch:
     passes: Passes = nullcontext
     mask: Tensor | None = None
     batch: int = 0
+    samples: int = 0
     effects: dict[str, list[Tensor]] = field(default_factory=dict)
     shifts: dict[str, list[Tensor]] = field(default_factory=dict)
-    _inputs: dict[str, Tensor] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+    """Layers of which this batch has shown effects: some are called often in one pass."""
+
+    def begin(self) -> None:
+        """A batch is about to run."""
+        self._seen = set()
+
+    def end(self, like: Tensor) -> None:
+        """A batch has run: what the output does not depend on has no effect."""
+        for name, parts in self.components.items():
+            if name not in self._seen:
+                self.effects[name].append(like.new_zeros(self.samples, parts.up.shape[1], dtype=torch.float32))
+                self.shifts[name].append(like.new_zeros(self.samples, parts.up.shape[0], dtype=torch.float32))
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         for name, parts in self.components.items():
             module = model.get_submodule(name)
             narrow = Components(parts.up.float(), parts.down.float(), parts.mean.float())
             self.effects[name], self.shifts[name] = [], []
-            stack.callback(module.register_forward_hook(self._forward_hook(name)).remove)
-            stack.callback(module.register_full_backward_hook(self._backward_hook(name, narrow)).remove)
+            stack.callback(module.register_forward_pre_hook(require_gradient).remove)
+            stack.callback(module.register_forward_hook(self._hook(name, narrow)).remove)
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
-            self._inputs[name] = inputs[0].detach()
-
-        return hook
-
-    def _backward_hook(self, name: str, parts: Components) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _grad_input: Any, grad_output: Any) -> None:
-            x, gradient = self._inputs.pop(name).float() - parts.mean, grad_output[0].float()
-            if self.mask is not None:
-                x, gradient = x * self.mask[..., None], gradient * self.mask[..., None]
-            with self.passes():
-                left, right = gradient @ parts.up, x @ parts.down.T
-            effect = (left.float() * right.float()).sum(1)
-            if not torch.isfinite(effect).all():
-                raise NumericsError(
-                    f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
-                    "Check the checkpoint and the preprocessing of that batch."
-                )
-            self.effects[name].append(effect)
-            self.shifts[name].append(gradient.sum(1))
+    def _hook(self, name: str, parts: Components) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            # of the tensor, as hooks of modules allow no change of an output in place
+            output.register_hook(partial(self._add, name, parts, inputs[0].detach()))  # type: ignore[no-untyped-call]
 
         return hook
+
+    def _add(self, name: str, parts: Components, read: Tensor, gradient: Tensor) -> None:
+        x, gradient = read.float() - parts.mean, gradient.detach().float()
+        if self.mask is not None and gradient.shape[:-1] == self.mask.shape:
+            x, gradient = x * self.mask[..., None], gradient * self.mask[..., None]
+        with self.passes():
+            left, right = gradient @ parts.up, x @ parts.down.T
+        effect = by_sample((left.float() * right.float()).sum(1), self.samples)
+        if not torch.isfinite(effect).all():
+            raise NumericsError(
+                f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
+                "Check the checkpoint and the preprocessing of that batch."
+            )
+        for found, each in ((self.effects, effect), (self.shifts, by_sample(gradient.sum(1), self.samples))):
+            if name in self._seen:
+                found[name][-1] = found[name][-1] + each
+            else:
+                found[name].append(each)
+        self._seen.add(name)
 
 
 def measured_loss(effects: Tensor) -> Tensor:

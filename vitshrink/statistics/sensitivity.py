@@ -80,6 +80,8 @@ class SensitivityCollector:
     sums: dict[str, SiteSums] = field(default_factory=dict)
     _batch: int = -1
     _samples: int = 0
+    _seen: set[str] = field(default_factory=set)
+    """Sites of which the samples of this batch have been counted: some are used often in one pass."""
     _mask: Tensor | None = None
 
     def run(self, number: int, batch: CalibrationBatch) -> None:
@@ -87,9 +89,10 @@ class SensitivityCollector:
         device = next(self.model.parameters()).device
         self._mask = None if batch.mask is None else batch.mask.to(device)
         self._batch, self._samples = number, samples_of(batch)
+        self._seen.clear()
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.names]
         root = self.model.get_input_embeddings()
-        handles.append(root.register_forward_hook(lambda _module, _inputs, output: _with_gradient(output)))
+        handles.append(root.register_forward_hook(_start))
         try:
             with torch.enable_grad():
                 with self.passes():
@@ -128,8 +131,9 @@ class SensitivityCollector:
         if isinstance(module, nn.Conv2d):
             x = patches(x.float(), module)
             gradient = gradient.flatten(2).mT
-        masked = self._masks(gradient)
-        g = self._real(gradient, gradient).float()
+        # a pooler's outputs may be as wide as the texts are long
+        masked = self._mask is not None and gradient.dim() == 3 and gradient.shape[:2] == self._mask.shape
+        g = (gradient[self._mask] if masked else gradient.reshape(-1, gradient.shape[-1])).float()
         importance = g.square().sum(1)
         power = importance.double().sum()
         if not torch.isfinite(power):
@@ -137,7 +141,9 @@ class SensitivityCollector:
                 f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self._batch}. "
                 "Check the checkpoint and the preprocessing of that batch."
             )
-        sums.samples += self._samples
+        if name not in self._seen:
+            self._seen.add(name)
+            sums.samples += self._samples
         sums.outputs = accumulate(sums.outputs, g.square().sum(0))
         if has_positions(module):  # a table of which every sample uses every row
             sums.uses = accumulate(sums.uses, importance.double().view(gradient.shape[:2]).sum(0))
@@ -147,8 +153,8 @@ class SensitivityCollector:
             found = torch.zeros(module.num_embeddings, dtype=torch.float64, device=g.device)
             sums.uses = accumulate(sums.uses, found.index_add_(0, tokens, importance.double()))
             return
-        x = self._real(x, gradient).float()
-        weights = counted(importance)
+        x = (x[self._mask] if masked else x.reshape(-1, x.shape[-1])).float()
+        weights = (importance / importance.mean().clamp_min(1e-30)).clamp(*WEIGHTS)
         weighted = x * weights[:, None]
         sums.weight += float(weights.double().sum())
         sums.squared_weight += float(weights.double().square().sum())
@@ -158,14 +164,6 @@ class SensitivityCollector:
         totals, shares = _by_owner(weighted, owners), _by_owner(weights[:, None], owners).clamp_min(1e-30)
         sums.between = accumulate(sums.between, gram_of(totals * shares.rsqrt()))
         sums.together = accumulate(sums.together, _by_owner(g, owners).square().sum(0))
-
-    def _masks(self, gradient: Tensor) -> bool:
-        """Whether some tokens are padding; a pooler's outputs may be as wide as the texts are long."""
-        return self._mask is not None and gradient.dim() == 3 and gradient.shape[:2] == self._mask.shape
-
-    def _real(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """x (…, n) of all tokens that are no padding, (tokens, n)."""
-        return x[self._mask] if self._masks(gradient) else x.reshape(-1, x.shape[-1])
 
     def _owners(self, gradient: Tensor, masked: bool) -> Tensor:
         """The sample of each token; each token is one of its own where the first dimension has no samples."""
@@ -177,11 +175,6 @@ class SensitivityCollector:
         return owners[self._mask] if masked else owners.flatten()
 
 
-def counted(importance: Tensor) -> Tensor:
-    """How much tokens of these squared gradients count, 1 on average."""
-    return (importance / importance.mean().clamp_min(1e-30)).clamp(*WEIGHTS)
-
-
 def _by_owner(rows: Tensor, owners: Tensor) -> Tensor:
     """Rows of a sample summed."""
     return rows.new_zeros(int(owners[-1]) + 1, rows.shape[1]).index_add_(0, owners, rows)
@@ -191,6 +184,11 @@ def patches(x: Tensor, module: nn.Conv2d) -> Tensor:
     """What each output of a convolution reads of images (batch, channels, height, width): (batch, outputs, n)."""
     settings: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
     return F.unfold(x, *settings).mT
+
+
+def _start(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Where a model reads its inputs; some give the size of the image beside its patches."""
+    return _with_gradient(output) if isinstance(output, Tensor) else output
 
 
 def _with_gradient(output: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitshrink.models.blocks import hidden_of
 from vitshrink.runtime.modes import evaluating
 from vitshrink.statistics.calibration import CalibrationBatch, to_device
 
@@ -23,9 +24,7 @@ class HiddenBatch:
     mask: Tensor | None
 
     def through(self, block: nn.Module) -> Tensor:
-        output = block(self.hidden, *self.arguments, **self.keywords)
-        assert isinstance(output, Tensor)
-        return output
+        return hidden_of(block(self.hidden, *self.arguments, **self.keywords))
 
 
 @torch.no_grad()

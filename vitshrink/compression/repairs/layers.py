@@ -12,8 +12,9 @@ from vitshrink.compression.forms.registry import Material
 from vitshrink.compression.repairs.bias import RESCALING
 from vitshrink.compression.repairs.rescaling import STEPS, rescale_components
 from vitshrink.compression.repairs.sequential import compensate_residuals
-from vitshrink.compression.repairs.stream import restore_stream, writers
+from vitshrink.compression.repairs.stream import restore_stream, why_not_restored, writers
 from vitshrink.models.pivoting import fix_gauge
+from vitshrink.models.reading import chain_problem
 from vitshrink.models.targets import blocks_of
 from vitshrink.runtime.observer import Job
 from vitshrink.statistics.sharing import shared_effects, shared_shortfall
@@ -39,6 +40,7 @@ class LayerRepairs:
                 self.material.targets,
                 layers,
                 calibration.batches,
+                walked=chain_problem(self.material.dense) is None,
                 on_layer=lambda _name: advance(1),
             )
 
@@ -71,6 +73,9 @@ class LayerRepairs:
         calibration, estimator = self.estimator.calibration, self.estimator
         layers = writers(model, self.material.targets)
         if calibration is None or not layers:
+            return
+        if (problem := why_not_restored(self.material.dense)) is not None:
+            job.warn(f"The residual stream is not restored: {problem}.")
             return
         with job.stage("stream", "Restoring the residual stream", len(layers)) as advance:
             restore_stream(

@@ -1,6 +1,6 @@
 """Walk the blocks of a model in order, so that a layer can be repaired on what really reaches it after compression."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -11,7 +11,7 @@ from vitshrink.compression.repairs.residual import fit_residual
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target
 from vitshrink.runtime.modes import evaluating
-from vitshrink.statistics.calibration import CalibrationBatch, StatisticsCollector
+from vitshrink.statistics.calibration import CalibrationBatch, StatisticsCollector, one_by_one
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
@@ -29,8 +29,9 @@ def compensate_residuals(
     blocks: nn.ModuleList,
     targets: Sequence[Target],
     dense: Mapping[str, nn.Linear],
-    batches: Iterable[CalibrationBatch],
+    batches: Sequence[CalibrationBatch],
     *,
+    walked: bool = True,
     on_layer: Callable[[str], None] = lambda _name: None,
 ) -> None:
     """Refit the residual of every low-rank layer on the activations of the compressed model, layer by layer, in place.
@@ -40,15 +41,18 @@ def compensate_residuals(
     Args:
         model: compressed; its LowRankLinear layers are changed.
         dense: the original layer of every low-rank target.
+        walked: whether the blocks can be run one after another; where not, the whole model is run for every layer.
     """
-    batches_now = hidden_batches(model, blocks[0], batches)
+    batches_now = hidden_batches(model, blocks[0], batches) if walked else []
     by_block = {block: [group for _, group in found] for block, found in groupby(stages(targets), key=lambda s: s[0])}
     with evaluating(model):
         for index, block in enumerate(blocks):
             for group in by_block.get(index, []):
                 low_rank = [target for target in group if isinstance(model.get_submodule(target.name), LowRankLinear)]
-                if low_rank:
+                if low_rank and walked:
                     stats = _stage_statistics(model, block, low_rank, batches_now)
+                elif low_rank:
+                    stats = _whole_statistics(model, low_rank, batches)
                 for target in low_rank:
                     layer = model.get_submodule(target.name)
                     assert isinstance(layer, LowRankLinear)
@@ -65,6 +69,14 @@ def _stage_statistics(
         for number, batch in enumerate(batches):
             collector.next_batch(batch.mask, number)
             batch.through(block)
+        return collector.statistics()
+
+
+def _whole_statistics(
+    model: nn.Module, targets: Sequence[Target], batches: Sequence[CalibrationBatch]
+) -> dict[str, LinearStats]:
+    with StatisticsCollector(model, targets, Needs.COVARIANCE, full_gram=True) as collector:
+        one_by_one(collector, batches, lambda _samples: None)
         return collector.statistics()
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.repairs.bias import shifted_bias
 from vitshrink.methods import Factorisation
 from vitshrink.models.families import Family, Role, family_of
+from vitshrink.models.reading import chain_problem
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target, blocks_of, linear_of
 from vitshrink.runtime import processes
@@ -44,6 +45,14 @@ def writers(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
         and isinstance(model.get_submodule(target.name), LowRankLinear)
         and model.get_submodule(target.name).bias is not None
     ]
+
+
+def why_not_restored(model: PreTrainedModel) -> str | None:
+    """What keeps ``restore_stream`` from a model; None where nothing does."""
+    family = family_of(model)
+    if family.norm is None or not {"output", "fc1", "fc2"} <= set(family.modules):
+        return f"how blocks of {family.model_type} write to it is not known"
+    return chain_problem(model)
 
 
 @torch.no_grad()

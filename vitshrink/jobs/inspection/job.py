@@ -12,6 +12,7 @@ from vitshrink.data.opening import CalibrationData, open_data, read_calibration
 from vitshrink.errors import UsageError
 from vitshrink.jobs.inspection.activations import sample_activations
 from vitshrink.jobs.inspection.layers import LayerInspection, inspect_layers
+from vitshrink.jobs.inspection.overview import Overview, overview
 from vitshrink.jobs.inspection.page import check_available, write_figures
 from vitshrink.jobs.inspection.spectra import layer_spectra
 from vitshrink.models.loading import LoadedModel, load_dense, moved
@@ -38,6 +39,7 @@ class Inspection:
     """Whether the spectra are those of the layers' outputs on samples."""
     page: Path | None
     """The figures, where they were asked for."""
+    overview: Overview
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ def inspect_checkpoint(config: InspectJob, figures: Path | None = None, observer
     page = None
     if figures is not None:
         page = _draw(figures, config, _Found(dense, targets, data, stats, layers), job)
-    return Inspection(layers, bool(stats), page)
+    return Inspection(layers, bool(stats), page, overview(dense, targets))
 
 
 def _calibration(config: InspectJob, source: LoadedModel, job: Job) -> CalibrationData | None:
@@ -89,7 +91,6 @@ def _calibration(config: InspectJob, source: LoadedModel, job: Job) -> Calibrati
         Preprocessor.from_checkpoint(
             source.directory,
             source.family.modality,
-            task=source.task,
             config=source.model.config,
             max_length=config.max_length,
             style=config.preprocess,

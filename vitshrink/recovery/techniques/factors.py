@@ -8,11 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.models.checkpoint import compressed_layers, replace_layers
-from vitshrink.models.families import family_of
-from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.pivoting import fix_gauge
 from vitshrink.models.structures.low_rank import LowRankLinear
-from vitshrink.models.targets import Target, blocks_of
+from vitshrink.models.targets import layers_in_blocks
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,17 +64,5 @@ def pack(model: PreTrainedModel, pivots: Mapping[str, int]) -> None:
     Raises:
         NumericsError: naming a layer that no choice of pivots can store.
     """
-    fix_gauge(model, [target for target in _low_rank_targets(model) if target.name in pivots or target.role == "fc1"])
-
-
-def _low_rank_targets(model: PreTrainedModel) -> list[Target]:
-    family = family_of(model)
-    path = base_prefix(model) + family.blocks
-    found = []
-    for index, block in enumerate(blocks_of(model)):
-        for role, module_path in family.modules.items():
-            module = block.get_submodule(module_path)
-            if isinstance(module, LowRankLinear):
-                name = f"{path}.{index}.{module_path}"
-                found.append(Target(name, index, role, (module.out_features, module.in_features), name))
-    return found
+    found = layers_in_blocks(model, LowRankLinear)
+    fix_gauge(model, [target for target in found if target.name in pivots or target.role == "fc1"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.config.options import FinetuneConfig
+from vitshrink.models.blocks import hidden_of
 from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.checks import asks_dense, tokens_kind
 from vitshrink.recovery.objectives import Term
@@ -58,8 +59,8 @@ def observed_blocks(model: PreTrainedModel, dense: PreTrainedModel) -> Iterator[
     found = BlockOutputs()
 
     def keep(outputs: dict[int, Tensor], index: int, block: nn.Module) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            outputs[index] = output
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[index] = hidden_of(output)
 
         return block.register_forward_hook(hook)
 

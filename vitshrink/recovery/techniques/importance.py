@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vitshrink.models.blocks import hidden_of
 from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.runtime.modes import frozen
@@ -42,9 +43,10 @@ def importance_of(dense: PreTrainedModel, batches: Sequence[TrainingBatch], seed
     blocks, sums = list(blocks_of(dense)), _Sums()
     outputs: list[Tensor] = []
 
-    def keep(_module: object, _inputs: object, output: Tensor) -> None:
-        output.retain_grad()
-        outputs.append(output)
+    def keep(_module: object, _inputs: object, output: object) -> None:
+        hidden = hidden_of(output)
+        hidden.retain_grad()
+        outputs.append(hidden)
 
     with frozen(dense), torch.enable_grad():
         handles = [blocks[0].register_forward_pre_hook(require_gradient)]

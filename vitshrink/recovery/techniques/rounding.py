@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from vitshrink.config.options import FinetuneConfig
 from vitshrink.models.codes import Codes, encode
 from vitshrink.models.families import Role, family_of
+from vitshrink.models.reading import chain_problem
 from vitshrink.models.structures.coded import Coded, CodedLinear
 from vitshrink.models.structures.following import borrowed_parameters
 from vitshrink.models.targets import blocks_of
@@ -75,6 +76,8 @@ class Block:
 def roundable(model: PreTrainedModel, dense: PreTrainedModel | None, config: FinetuneConfig) -> bool:
     """Whether there are integers in the blocks that can be made anew."""
     if config.rounding == 0 or config.objective != "distill" or dense is None or tokens_kind(model) is not None:
+        return False
+    if not {role for group in GROUPS for role in group} <= set(family_of(model).modules) or chain_problem(dense):
         return False
     return any(_groups(model, *blocks) for blocks in zip(blocks_of(model), blocks_of(dense), strict=False))
 

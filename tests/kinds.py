@@ -1,0 +1,150 @@
+"""Tiny models of all families that vitshrink is tested with, in the manner of ``tiny``: random, but reproducible."""
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedModel
+
+from vitshrink.models.loading import whole_images
+
+_SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_TOKENS = {name: tiny.VOCABULARY.index(token) for name, token in (("pad", "[PAD]"), ("cls", "[CLS]"), ("sep", "[SEP]"))}
+_TEXT: dict[str, Any] = {
+    "vocab_size": len(tiny.VOCABULARY),
+    "max_position_embeddings": 64,
+    "pad_token_id": _TOKENS["pad"],
+    "bos_token_id": _TOKENS["cls"],
+    "cls_token_id": _TOKENS["cls"],
+    "eos_token_id": _TOKENS["sep"],
+    "sep_token_id": _TOKENS["sep"],
+}
+_IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8}
+_WINDOWS: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "window_size": 4,
+    "mlp_ratio": 2.0,
+}
+
+TEXT: dict[str, dict[str, Any]] = {
+    "Roberta": _SIZES | _TEXT | {"type_vocab_size": 1},
+    "XLMRoberta": _SIZES | _TEXT | {"type_vocab_size": 1},
+    "Camembert": _SIZES | _TEXT | {"type_vocab_size": 1},
+    "DistilBert": _TEXT | {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+    "MPNet": _SIZES | _TEXT,
+    "Electra": _SIZES | _TEXT | {"embedding_size": 16},
+    "Albert": _SIZES | _TEXT | {"embedding_size": 16},
+    "Deberta": _SIZES | _TEXT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "DebertaV2": _SIZES
+    | _TEXT
+    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 8},
+    "ModernBert": _SIZES | _TEXT | {"local_attention": 8, "num_hidden_layers": 3},
+    "CLIPText": _SIZES | _TEXT,
+    "SiglipText": _SIZES | _TEXT,
+}
+"""Entries of their configs, by how their classes begin."""
+
+IMAGE: dict[str, dict[str, Any]] = {
+    "ViTMAE": _SIZES | _IMAGE,
+    "ViTMSN": _SIZES | _IMAGE,
+    "Dinov2": _SIZES | _IMAGE | {"mlp_ratio": 2},
+    "Dinov2WithRegisters": _SIZES | _IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True},
+    "DINOv3ViT": _SIZES | _IMAGE | {"num_register_tokens": 2},
+    "Beit": _SIZES | _IMAGE | {"use_relative_position_bias": True},
+    "Swin": _WINDOWS,
+    "Swinv2": _WINDOWS,
+    "CLIPVision": _SIZES | _IMAGE,
+    "SiglipVision": _SIZES | _IMAGE,
+    "CLIP": {"vision_config": _SIZES | _IMAGE, "text_config": _SIZES | _TEXT, "projection_dim": 16},
+    "Siglip": {"vision_config": _SIZES | _IMAGE, "text_config": _SIZES | _TEXT},
+}
+
+_HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForImageClassification", "Model")
+ARCHITECTURES = tuple(
+    name
+    for stem in (*TEXT, *IMAGE)
+    for name in (f"{stem}{head}" for head in _HEADS)
+    if hasattr(transformers, name) and name not in ("CLIPModel", "SiglipModel")  # pairs of encoders
+)
+
+
+ONE_OF_EACH = tuple(
+    next(name for name in ARCHITECTURES if name.removeprefix(stem) in _HEADS) for stem in (*TEXT, *IMAGE)
+)
+
+
+def stem_of(name: str) -> str:
+    return name.partition("For")[0].removesuffix("Model")
+
+
+def is_text(name: str) -> bool:
+    return stem_of(name) in TEXT
+
+
+def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
+    """The architecture ``name`` in evaluation mode, with no weight left at zero or one."""
+    labels = tiny.IMAGE_CLASSES if "Image" in name else tiny.TEXT_CLASSES
+    config = getattr(transformers, f"{stem_of(name)}Config")(
+        **(TEXT | IMAGE)[stem_of(name)] | entries,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        initializer_range=0.1,
+    )
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def write(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **entries: Any) -> Path:
+    """A complete checkpoint directory: weights, config, and the image processor or tokenizer that belongs to it."""
+    build(name, **entries).to(dtype).save_pretrained(directory)
+    if is_text(name):
+        write_tokenizer(name, directory)
+    else:
+        tiny.write_processor(directory)
+    return directory
+
+
+def write_tokenizer(name: str, directory: Path) -> None:
+    """A WordPiece tokenizer of the words of ``tiny``, that gives what models of this kind take."""
+    words = Tokenizer(
+        models.WordPiece({token: number for number, token in enumerate(tiny.VOCABULARY)}, unk_token="[UNK]")
+    )
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    cls, sep = (("[CLS]", _TOKENS["cls"]), ("[SEP]", _TOKENS["sep"]))
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[cls, sep]
+    )
+    typed = stem_of(name) in ("Electra", "Albert")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        model_max_length=48,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"],
+    ).save_pretrained(directory)
+
+
+def inputs(name: str, batch: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Pixels (batch, 3, 32, 32), or tokens and attention mask (batch, 10) with the last row padded."""
+    return tiny.inputs("BertModel" if is_text(name) else "ViTModel", batch, seed)
+
+
+def whole(model: PreTrainedModel) -> PreTrainedModel:
+    """A masked autoencoder's encoder reads all patches then, as vitshrink has it do."""
+    whole_images(model)
+    return model

@@ -1,0 +1,279 @@
+"""Every family that vitshrink is tested with: what is found in its models, and that jobs on them end well."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import kinds
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from vitshrink.cli.app import app
+from vitshrink.compression.attentions import attentions_of
+from vitshrink.config.options import CompressConfig
+from vitshrink.errors import CheckpointError, DependencyError, UsageError
+from vitshrink.jobs.compress import compress
+from vitshrink.models.checkpoint import load
+from vitshrink.models.families import FAMILIES, family_named, family_of
+from vitshrink.models.loading import load_dense
+from vitshrink.models.reading import chain_problem, groups_of
+from vitshrink.models.targets import blocks_of, find_outside, find_targets
+from vitshrink.report import figures
+
+each_architecture = pytest.mark.parametrize("name", kinds.ARCHITECTURES)
+each_family = pytest.mark.parametrize("name", kinds.ONE_OF_EACH)
+
+
+def outputs(model: PreTrainedModel, name: str) -> Tensor:
+    with torch.no_grad():
+        inputs = {
+            name: value.to(model.dtype) if value.is_floating_point() else value
+            for name, value in kinds.inputs(name).items()
+        }
+        output: Tensor = model(**inputs)[0]
+    return output
+
+
+def assert_close(one: Tensor, other: Tensor) -> None:
+    """Equal up to the order of summation, which depends on how files are mapped to memory."""
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@each_family
+def test_blocks_layers_and_what_reads_the_same_are_found(name: str) -> None:
+    model = kinds.build(name)
+    family, targets = family_of(model), find_targets(model)
+    linear = {
+        path
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and any(module is each for block in blocks_of(model) for each in block.modules())
+    }
+    assert {target.name for target in targets} == {
+        path for path in linear if not any(part in path for part in family.left)
+    }
+    for target in targets:
+        assert model.get_submodule(target.name).weight.shape == target.shape
+    read, together = groups_of(model, [target.name for target in targets]), {}
+    for target in targets:
+        together.setdefault(target.input_group, set()).add(read[target.name])
+    assert all(len(firsts) == 1 for firsts in together.values())  # layers of a group read the same tensors
+    assert family.modality == ("text" if kinds.is_text(name) else "image")
+
+
+@pytest.mark.parametrize("name", ["RobertaModel", "ModernBertModel", "SwinModel", "AlbertModel", "DINOv3ViTModel"])
+def test_a_family_without_an_entry_is_found_as_well(name: str) -> None:
+    model = kinds.build(name)
+    known = find_targets(model)
+    with _nothing_known():
+        found = find_targets(model)
+        assert {target.name for target in found} == {target.name for target in known}
+        assert {target.role for target in found} == {"other"}
+        groups = [{t.input_group for t in each if t.block == 0} for each in (found, known)]
+        assert len(groups[0]) == len(groups[1])
+        with pytest.raises(UsageError, match=r"--layers mlp: which layers of .* are mlp is not known"):
+            find_targets(model, layers="mlp")
+
+
+@pytest.mark.parametrize("method", ["curvature", "svd"])
+def test_a_family_without_an_entry_is_compressed(method: str, tmp_path: Path, text_file: Path) -> None:
+    with _nothing_known():
+        shrunk = job("RobertaForSequenceClassification", tmp_path, text_file, method=method, keep=(0.8,))
+    assert outputs(shrunk, "RobertaForSequenceClassification").isfinite().all()
+
+
+@contextmanager
+def _nothing_known() -> Iterator[None]:
+    """Inside, the table of families is empty."""
+    family_named.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitshrink.models.families.FAMILIES", ())
+        yield
+    family_named.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the time of a job on a tiny model; they have tests of their own."""
+    monkeypatch.setattr(figures, "available", lambda: False)
+
+
+def job(name: str, folder: Path, data: Path, **entries: Any) -> PreTrainedModel:
+    """Compress a tiny checkpoint and load the result as anybody does."""
+    source, output = kinds.write(name, folder / "model"), folder / "out"
+    entries = {"calibration": str(data), "samples": 8, "holdout": 4, "batch_size": 4} | entries
+    compress(CompressConfig(str(source), str(output), **entries))
+    return plain(name, output)
+
+
+def plain(name: str, directory: Path) -> PreTrainedModel:
+    model: PreTrainedModel = getattr(transformers, name).from_pretrained(directory)
+    return kinds.whole(model).eval()
+
+
+@each_family
+def test_a_compressed_model_reloads_and_is_saved_again(
+    name: str, tmp_path: Path, flat_images: Path, text_file: Path
+) -> None:
+    data = text_file if kinds.is_text(name) else flat_images
+    shrunk = job(name, tmp_path, data, keep=(0.8,))
+    numbers = sum(parameter.numel() for parameter in shrunk.parameters())
+    assert numbers < sum(parameter.numel() for parameter in plain(name, tmp_path / "model").parameters())
+    assert_close(outputs(shrunk, name), outputs(kinds.whole(load(tmp_path / "out")), name))
+    shrunk.save_pretrained(tmp_path / "again")
+    assert_close(outputs(plain(name, tmp_path / "again"), name), outputs(shrunk, name))
+    halved = outputs(shrunk.to(torch.bfloat16), name)
+    assert halved.isfinite().all()
+
+
+@pytest.mark.slow
+@each_architecture
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"method": "svd", "compensation": "none", "calibration": None, "keep": (0.8,)},
+        {"method": "asvd", "keep": (0.8,)},
+        {"method": "whitened", "keep": (0.8,), "quantize": "int8"},
+        {"method": "mixed-rank", "keep": (0.8,), "compensation": "residual"},
+        {"method": "curvature", "keep": (0.8,), "allocation": "measured", "refine": 1},
+        {"bits": 5.0},
+    ],
+    ids=["svd", "asvd", "whitened-int8", "mixed-rank", "measured", "bits"],
+)
+def test_every_method_for_linear_layers_works_on_every_architecture(
+    name: str, entries: dict[str, Any], tmp_path: Path, flat_images: Path, text_file: Path
+) -> None:
+    data = text_file if kinds.is_text(name) else flat_images
+    shrunk = job(name, tmp_path, data, **entries)
+    assert_close(outputs(shrunk, name), outputs(kinds.whole(load(tmp_path / "out")), name))
+
+
+def test_methods_that_make_attentions_anew_are_for_plain_attentions_only() -> None:
+    for name in kinds.ONE_OF_EACH:
+        model = kinds.build(name)
+        if family_of(model).plain:
+            assert len(attentions_of(model, find_targets(model))) == len(blocks_of(model))
+        else:
+            with pytest.raises(UsageError, match=f"{name} .*softmax.*choose a method for linear layers"):
+                attentions_of(model, find_targets(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("RobertaModel", None),
+        ("MPNetModel", None),
+        ("DebertaV2Model", None),
+        ("CLIPVisionModel", None),
+        ("AlbertModel", "its blocks are shared"),
+        ("ModernBertModel", "its blocks are called with different arguments"),
+        ("SwinModel", "between its blocks something else happens"),
+    ],
+)
+def test_what_keeps_blocks_from_being_run_one_after_another_is_said(name: str, problem: str | None) -> None:
+    found = chain_problem(kinds.build(name))
+    assert found is None if problem is None else found is not None and found.startswith(problem)
+
+
+def test_a_table_that_is_read_but_not_called_is_left_alone() -> None:
+    model = kinds.build("DebertaV2Model", hidden_size=64, position_buckets=64)
+    assert model.encoder.rel_embeddings.weight.numel() >= 4096
+    assert "encoder.rel_embeddings" not in find_outside(model)
+    assert "embeddings.word_embeddings" in find_outside(model)
+
+
+def test_an_encoder_that_hides_patches_reads_them_all(tmp_path: Path) -> None:
+    loaded = load_dense(kinds.write("ViTMAEModel", tmp_path))
+    inputs = kinds.inputs("ViTMAEModel")
+    with torch.no_grad():
+        first, second = (loaded.model(**inputs).last_hidden_state for _ in range(2))
+    assert first.shape[1] == 17
+    assert torch.equal(first, second)
+    assert "hides patches at random" in loaded.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "said"),
+    [
+        ("gpt2", "GPT2Model", "it is a decoder.*encoders such as BERT"),
+        ("llama", "LlamaForCausalLM", "it is a decoder"),
+        ("vit_mae", "ViTMAEForPreTraining", "Supported are ViTMAEModel: load it as one of these"),
+        ("bert", "BertForPreTraining", "Supported are BertForSequenceClassification, BertForMaskedLM"),
+        ("clip", "CLIPModel", "a pair of encoders.*CLIPVisionModel or CLIPTextModel"),
+        ("wav2vec2", "Wav2Vec2Model", "it reads input_values"),
+        ("nomic_bert", "SomebodysModel", "transformers .* has no model SomebodysModel.*never run"),
+        ("vit", "RobertaModel", "a model of type 'roberta'"),
+    ],
+)
+def test_what_cannot_be_handled_is_refused_with_the_reason(model_type: str, architecture: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=f"config.json: .*{architecture}.*{said}"):
+        family_named(model_type, architecture, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "said"),
+    [
+        ("ResNetModel", {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8}, "no list of blocks"),
+        ("T5Model", {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}, "with a decoder.*T5Enc"),
+    ],
+)
+def test_a_whole_checkpoint_of_another_kind_is_refused(
+    name: str, entries: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    config = getattr(transformers, f"{name.removesuffix('Model')}Config")(**entries)
+    getattr(transformers, name)(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=said):
+        compress(CompressConfig(str(tmp_path / "model"), str(tmp_path / "out"), keep=(0.8,), method="svd"))
+
+
+def test_timm_is_asked_for_where_it_is_missing() -> None:
+    if find_spec("timm") is None:
+        with pytest.raises(DependencyError, match=r"timm.*pip install timm"):
+            family_named("timm_wrapper", "TimmWrapperModel", "config.json")
+    else:
+        assert family_named("timm_wrapper", "TimmWrapperModel", "config.json").modality == "image"
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.slow
+@each_family
+def test_every_command_works_on_every_family(name: str, tmp_path: Path, flat_images: Path, text_file: Path) -> None:
+    data = text_file if kinds.is_text(name) else flat_images
+    model, small = kinds.write(name, tmp_path / "model"), tmp_path / "small"
+    calibration = ("--calibration", data, "--samples", "8", "--batch-size", "4")
+    assert name in run("inspect", model)
+    run("compress", model, small, *calibration, "--keep", "0.8", "--eval", data)
+    run("verify", small)
+    run("report", small)
+    run("eval", small, "--baseline", model, "--data", data, "--batch-size", "4")
+    run("finetune", small, tmp_path / "tuned", "--teacher", model, "--data", data, "--epochs", "1")
+    run("quantize", model, tmp_path / "int8")
+    run("quantize", model, tmp_path / "coded", *calibration, "--bits", "5")
+    for form in ("dense", "torch"):
+        run("export", small, tmp_path / form, "--to", form)
+    plain(name, tmp_path / "tuned")
+
+
+@pytest.mark.slow
+@each_family
+def test_every_family_becomes_an_onnx_file(name: str, tmp_path: Path, flat_images: Path, text_file: Path) -> None:
+    data = text_file if kinds.is_text(name) else flat_images
+    model, small = kinds.write(name, tmp_path / "model"), tmp_path / "small"
+    run("compress", model, small, "--method", "svd", "--keep", "0.8", "--compensation", "none")
+    run("export", small, tmp_path / "onnx", "--to", "onnx")
+    run("eval", tmp_path / "onnx" / "model.onnx", "--baseline", model, "--data", data, "--batch-size", "4")
+
+
+def test_the_docs_name_every_family_of_the_table() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert [family.model_type for family in FAMILIES if f"`{family.model_type}`" not in page] == []
