@@ -170,12 +170,12 @@ def circumstances(args: argparse.Namespace, samples: SampleSet) -> dict[str, Any
         "calibration": f"{args.samples} samples of {Path(args.calibration).name}, unlabelled",
         "seeds": ", ".join(map(str, args.seeds)),
         "evaluation": f"{len(samples)} samples of {Path(args.eval).name}",
-        "peers": ", ".join(f"{package} {_version(package)}" for package in packages),
+        "peers": ", ".join(f"{package} {version(package)}" for package in packages),
         "columns": "bytes of the files with the weights (OpenVINO: and the graph); KL(dense ‖ variant) in nats",
     }
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -13,12 +13,15 @@ from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 FRACTION = "fraction"
 OURS = "curvature"
 OUR_BYTES = "ours"
+LEAST = 1e-7
+"""Nats: divergences below are rounding, and drawn as if they were so large."""
 
 
 def read_curves(lines: Iterable[str]) -> tuple[str, dict[str, list[tuple[float, float]]], float | None]:
@@ -92,6 +95,41 @@ def draw_bytes(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
     axes.set_ylabel("KL(dense ‖ variant), nats")
     axes.set_yscale("log")
     axes.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, output)
+
+
+def time_curves(rows: Mapping[str, Mapping[str, Any]], workload: str) -> dict[str, list[tuple[float, float]]]:
+    """(multiple of PyTorch's time, KL in nats) of each family in the results of ``latency.py``, as ``byte_curves``."""
+    baseline = next((row["times"][workload] for row in rows.values() if row.get("times")), 1.0)
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for name, row in rows.items():
+        family, made, _ = name.partition(": ")
+        if row.get("times") and row.get("kl", 0.0) > 0 and made:
+            ours = name.startswith(OUR_BYTES)
+            curves[family if ours else name].append((row["times"][workload] / baseline, max(row["kl"], LEAST)))
+    return {family: sorted(points) for family, points in curves.items()}
+
+
+def draw_times(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
+    """Time against KL, a picture a workload. Raises ValueError where there is no row with a divergence."""
+    workloads = list(dict.fromkeys(name for row in rows.values() for name in row.get("times", {})))
+    curves = {each: time_curves(rows, each) for each in workloads}
+    families = list(dict.fromkeys(family for each in curves.values() for family in each))
+    if not families:
+        raise ValueError("no row with a divergence to draw")
+    plt.rcParams["svg.hashsalt"] = "vitshrink"
+    figure, axes = plt.subplots(
+        1, len(workloads), figsize=(4 * len(workloads) + 4, 5), layout="constrained", sharey=True
+    )
+    for name, each in zip(workloads, np.atleast_1d(axes), strict=True):
+        for family, points in curves[name].items():
+            ours = family.startswith(OUR_BYTES)
+            shown = {"label": family, "color": plt.get_cmap("tab20")(families.index(family) % 20), "zorder": 2 + ours}
+            each.plot(*zip(*points, strict=True), marker="o" if ours else "x", linewidth=2.5 if ours else 1, **shown)
+        each.set(xlabel=f"time, {name} (PyTorch float32 = 1)", yscale="log")
+        each.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].set_ylabel("KL(dense ‖ variant), nats")
+    np.atleast_1d(axes)[-1].legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, output)
 
 

@@ -50,6 +50,7 @@ def rows(output: str) -> list[list[str]]:
     "script",
     [
         "bytes",
+        "latency",
         "rounding",
         "low_rank",
         "evaluation",
@@ -243,6 +244,47 @@ def test_bytes_and_divergence_stand_side_by_side(
     assert rows(printed.out)[1][1:] == body[0][1:]
     table.main(["--results", str(results), "--picture", str(tmp_path / "again.svg")])
     assert capsys.readouterr().out == printed.out
+    assert picture.read_bytes() == (tmp_path / "again.svg").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+def test_models_are_timed_beside_what_each_loses(
+    name: str,
+    benchmark: Benchmark,
+    checkpoint: Callable[[str], Path],
+    flat_images: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table, data = benchmark("latency"), flat_images if name.startswith("ViT") else text_file
+    work, picture = tmp_path / "work", tmp_path / "picture.svg"
+    given = f"--model {checkpoint(name)} --calibration {data} --eval {data} --samples 8 --offline --work {work}".split()
+    rest = [
+        "--batches",
+        "1",
+        "2",
+        "--repeats",
+        "1",
+        "--fractions",
+        "0.7",
+        "--rows",
+        "onnxruntime:*",
+        "*in?onnxruntime*",
+    ]
+    table.main([*given, *rest])
+    printed = capsys.readouterr()
+    cells = {row[0]: row for row in rows(printed.out)[1:]}
+    ours = ["ours, merged tokens in onnxruntime: 0.7"] if name.startswith("ViT") else []
+    assert list(cells)[:2] == ["PyTorch: float32", "onnxruntime: float32"]
+    assert set(ours) <= set(cells)
+    assert float(cells["onnxruntime: float32"][1]) < 1e-6 < float(cells["onnxruntime: int8, dynamic"][1])
+    table.main([*given, *rest, "--picture", str(picture)])
+    again = capsys.readouterr()
+    assert again.out == printed.out
+    assert "…" not in again.err
+    table.main(["--work", str(work), "--picture", str(tmp_path / "again.svg")])
     assert picture.read_bytes() == (tmp_path / "again.svg").read_bytes()
 
 

@@ -26,6 +26,7 @@ TASKS = {
     "DeiTForImageClassification": "image-classification",
     "DeiTForImageClassificationWithTeacher": "image-classification",
     "BertForSequenceClassification": "text-classification",
+    "BertForTokenClassification": "token-classification",
     "BertForMaskedLM": "masked-lm",
 }
 

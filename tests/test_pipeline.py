@@ -52,6 +52,7 @@ AUTO_CLASSES = {
     "ViTModel": transformers.AutoModel,
     "DeiTModel": transformers.AutoModel,
     "BertForSequenceClassification": transformers.AutoModelForSequenceClassification,
+    "BertForTokenClassification": transformers.AutoModelForTokenClassification,
     "BertForMaskedLM": transformers.AutoModelForMaskedLM,
     "BertModel": transformers.AutoModel,
 }

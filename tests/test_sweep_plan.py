@@ -291,6 +291,8 @@ JOBS: dict[str, list[Any]] = {
     "finetune": ["distill", {"objective": "supervised", "epochs": 2}],
     "target_params": ["2k"],
     "target_size": ["9MB"],
+    "target_latency": ["5ms", 0.6],
+    "latency_batch_size": [{"latency_batch_size": 8, "target_latency": "0.6", "keep": []}],
     "quantize": ["int8", "int4"],
     "tokens": [{"tokens": "mixed", "token_budget": 9}],
     "token_budget": [{"name": "few", "tokens": "mixed", "token_budget": 9}],

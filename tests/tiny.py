@@ -20,6 +20,7 @@ from vitshrink.models.structures.low_rank import LowRankLinear
 IMAGE_SIZE = 32
 IMAGE_CLASSES = ("bird", "cat", "dog", "fish")
 TEXT_CLASSES = ("negative", "positive")
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 WORDS = ("a", "and", "bad", "film", "good", "is", "it", "not", "of", "so", "that", "the", "this", "was")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-")
@@ -29,14 +30,20 @@ _BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, 
 _IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 8}
 _TEXT = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 64}
 
+_LABELS = {"BertForSequenceClassification": TEXT_CLASSES, "BertForTokenClassification": TAGS}
+
 IMAGE_CLASSIFIERS = (
     "ViTForImageClassification",
     "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher",
 )
 IMAGE_MODELS = (*IMAGE_CLASSIFIERS, "ViTModel", "DeiTModel")
-TEXT_MODELS = ("BertForSequenceClassification", "BertForMaskedLM", "BertModel")
+TEXT_MODELS = ("BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM", "BertModel")
+ARRANGED_MODELS = ("BertForQuestionAnswering",)
+"""Whose samples are more than running text."""
 ARCHITECTURES = (*IMAGE_MODELS, *TEXT_MODELS)
+PLAIN = tuple(name for name in ARCHITECTURES if name != "BertForTokenClassification")
+"""Those that read an image or a text, and one label."""
 
 
 def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
@@ -44,16 +51,15 @@ def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
 
     ``entries`` of the config take the place of these.
     """
-    labels = TEXT_CLASSES if name == "BertForSequenceClassification" else IMAGE_CLASSES
+    labels = _LABELS.get(name, IMAGE_CLASSES)
     config_class = getattr(transformers, name.partition("For")[0].removesuffix("Model") + "Config")
     config = config_class(
         **_BLOCKS
-        | (_TEXT if name in TEXT_MODELS else _IMAGE)
+        | (_TEXT if name in (*TEXT_MODELS, *ARRANGED_MODELS) else _IMAGE)
         | {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
             "initializer_range": 0.1,
         }
+        | ({} if name in ARRANGED_MODELS else _named(labels))
         | entries
     )
     torch.manual_seed(seed)
@@ -64,11 +70,16 @@ def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def _named(labels: tuple[str, ...]) -> dict[str, Any]:
+    indices = {label: index for index, label in enumerate(labels)}
+    return {"id2label": dict(enumerate(labels)), "label2id": indices}
+
+
 def write(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **entries: Any) -> Path:
     """A complete checkpoint directory: weights, config, and the image processor or tokenizer that belongs to it."""
     model = build(name, seed, **entries).to(dtype)
     model.save_pretrained(directory)
-    if name in TEXT_MODELS:
+    if name in (*TEXT_MODELS, *ARRANGED_MODELS):
         write_tokenizer(directory)
     else:
         size = model.config.image_size

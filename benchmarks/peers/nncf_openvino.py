@@ -48,15 +48,16 @@ def _compressed(
 
 
 def _post_training(material: Material, seed: int, folder: Path) -> Built:
+    return _read_back(material, post_training(_converted(material), material, seed), folder)
+
+
+def post_training(converted: Any, material: Material, seed: int) -> Any:
+    """An OpenVINO model with int8 weights and activations."""
     import nncf
 
-    model = nncf.quantize(
-        _converted(material),
-        _samples(material, seed),
-        subset_size=material.samples,
-        model_type=nncf.ModelType.TRANSFORMER,
+    return nncf.quantize(
+        converted, _samples(material, seed), subset_size=material.samples, model_type=nncf.ModelType.TRANSFORMER
     )
-    return _read_back(material, model, folder)
 
 
 def _converted(material: Material) -> Any:
@@ -68,18 +69,22 @@ def _converted(material: Material) -> Any:
 
 
 def _samples(material: Material, seed: int) -> Any:
-    """The calibration, one sample at a time."""
     import nncf
 
+    return nncf.Dataset(singles(material, seed))
+
+
+def singles(material: Material, seed: int) -> list[dict[str, Any]]:
+    """The inputs of the calibration, one sample at a time, without padding."""
     names = set(trace_inputs(material.source.model, 2))
-    singles = []
+    found = []
     for batch in material.calibrations[seed].batches:
         for index in range(len(batch.keys)):
             real = slice(None) if batch.mask is None else batch.mask[index]
             inputs = {name: tensor[index : index + 1] for name, tensor in batch.inputs.items() if name in names}
             real_only = {name: each if batch.mask is None else each[:, real] for name, each in inputs.items()}
-            singles.append({name: each.numpy() for name, each in real_only.items()})
-    return nncf.Dataset(singles)
+            found.append({name: each.numpy() for name, each in real_only.items()})
+    return found
 
 
 def _read_back(material: Material, model: Any, folder: Path) -> Built:

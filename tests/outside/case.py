@@ -42,7 +42,7 @@ class Case:
         if text.isdecimal():
             return draw(int(text))
         architecture, command, *oddities = text.split()
-        for name, known in ((architecture, tiny.ARCHITECTURES), (command, COMMANDS)):
+        for name, known in ((architecture, tiny.PLAIN), (command, COMMANDS)):
             if name not in known:
                 raise ValueError(f"{name!r} is none of {', '.join(known)}")
         unknown = [name for name in oddities if name not in ODDITIES]
@@ -89,7 +89,7 @@ def draw(number: int) -> Case:
 
     A new command or oddity changes the cases that it comes into, and no others.
     """
-    architecture = _shuffled(tiny.ARCHITECTURES, number)[0]
+    architecture = _shuffled(tiny.PLAIN, number)[0]
     command = _shuffled([name for name, each in COMMANDS.items() if each.suits(architecture)], number)[0]
     count = Random(number).choice((1, 2, 2, 2, 3, 4))
     chosen: dict[str, str] = {}
@@ -109,7 +109,7 @@ def plain() -> list[Case]:
     return [
         Case(architecture, name)
         for name, command in COMMANDS.items()
-        for architecture in tiny.ARCHITECTURES
+        for architecture in tiny.PLAIN
         if command.suits(architecture)
     ]
 
@@ -122,7 +122,7 @@ def singles(seed: int = 0) -> list[Case]:
         pairs = [
             (architecture, name)
             for name, command in COMMANDS.items()
-            for architecture in tiny.ARCHITECTURES
+            for architecture in tiny.PLAIN
             if command.suits(architecture) and fits(oddity, architecture, name)
         ]
         for kind in ("compress", "eval", ""):

@@ -267,6 +267,6 @@ def preload() -> Any:
 
     PIL.Image.init()
     with new_directory() as root:
-        for name in tiny.ARCHITECTURES:
+        for name in tiny.PLAIN:
             getattr(transformers, name).from_pretrained(tiny.write(name, root / name))
     return accelerate, datasets, jinja2, pydantic, typer, vitshrink

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from vitshrink.compression.allocation import ALLOCATIONS
 from vitshrink.compression.attention_estimation import AttentionEstimator
+from vitshrink.compression.candidates import Currency
 from vitshrink.compression.compressor import Compressor, Estimator, Refiner, Repairs
 from vitshrink.compression.estimation import LayerEstimator
-from vitshrink.compression.forms import Maker, Material
+from vitshrink.compression.forms import Maker, Material, Priced
 from vitshrink.compression.forms.attention_part import AttentionMaker
 from vitshrink.compression.forms.coded import CodedMaker
 from vitshrink.compression.forms.low_rank import LowRankMaker
@@ -69,6 +70,8 @@ class Choices:
             )
         check_options(method, config.options)
         if isinstance(method, AttentionMethod):
+            if config.target_latency is not None:
+                raise UsageError(f"--target-latency is for layers and tokens: not for --method {method.name}.")
             method.require(layers=config.layers, storage=choices.storage, allocation=allocation)
             if config.quantize is not None:
                 raise UsageError(f"--quantize is for linear and low-rank layers: not with --method {method.name}.")
@@ -82,7 +85,7 @@ class Choices:
     def calibrated(self) -> bool:
         """Whether anything is learned from samples."""
         learned = self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
-        return (self.config.sized and learned) or self.config.tokens == "merge"
+        return (self.config.sized and learned) or self.config.merges
 
     @property
     def rounds(self) -> int:
@@ -98,10 +101,14 @@ class Choices:
         dtype: torch.dtype,
         calibration: CalibrationData | None = None,
         progress: Progress | None = None,
+        prices: Priced | None = None,
     ) -> Compressor:
-        """What turns ``dense`` into smaller models, stored as ``dtype``. Raises UsageError where it cannot."""
+        """What turns ``dense`` into smaller models, stored as ``dtype``; with ``prices``, for budgets of time.
+
+        Raises UsageError where it cannot.
+        """
         config, progress = self.config, progress or Progress()
-        material = self._material(dense, targets, dtype)
+        material = self._material(dense, targets, dtype, prices)
         makers: list[Maker]
         estimator: Estimator
         repairs: Repairs
@@ -126,8 +133,11 @@ class Choices:
             repairs = LayerRepairs(material, estimator)
         return Compressor(config, material, makers, estimator, repairs, ALLOCATIONS[self.allocation], refiner)
 
-    def _material(self, dense: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype) -> Material:
+    def _material(
+        self, dense: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype, prices: Priced | None
+    ) -> Material:
         config = self.config
+        currency: Currency = "bytes" if config.counts_bytes else "parameters"
         fixed = config.rank is not None or config.explained_variance is not None
         return Material(
             dense,
@@ -137,9 +147,10 @@ class Choices:
             storage=self.storage,
             multiple=config.rank_multiple,
             dtype=dtype,
-            currency="bytes" if config.counts_bytes else "parameters",
+            currency=currency if prices is None else "nanoseconds",
             quantization=Quantization.of(config, dtype) if config.counts_bytes else None,
             measures=self.allocation == "measured" and not fixed,
+            prices=prices,
         )
 
 

@@ -110,8 +110,10 @@ class Compressor:
 
     @cached_property
     def whole(self) -> int:
-        """Size of the dense model in the currency of the job: its parameters, or the bytes of its file."""
+        """Size of the dense model in the currency of the job: its parameters, the bytes of its file, or its time."""
         material = self.material
+        if material.prices is not None:
+            return material.prices.whole
         if material.currency == "parameters":
             return cost.parameters(self.dense)
         if material.quantization is not None:

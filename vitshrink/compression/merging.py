@@ -64,21 +64,15 @@ class Choices:
 
     def cheapest(self, rate: float) -> Kept:
         """The schedule that minimizes loss + ``rate`` · price."""
-        tokens = self.prices.shape[0] - 1
-        following = torch.zeros(tokens + 1, dtype=torch.float64)
-        steps = []
-        for losses in reversed(self.losses):
-            following, best = (losses + rate * self.prices + following).min(1)
-            steps.append(best)
-        kept = []
-        for best in reversed(steps):
-            tokens = int(best[tokens])
-            kept.append(tokens)
-        return tuple(kept)
+        return least([losses + rate * self.prices for losses in self.losses])
 
     def price(self, kept: Kept) -> float:
         """Of all blocks."""
         return float(sum(self.prices[had, has] for had, has in pairwise((self.prices.shape[0] - 1, *kept))))
+
+    def price_at(self, rate: float) -> float:
+        """Of what is cheapest at this rate."""
+        return self.price(self.cheapest(rate))
 
     def loss(self, kept: Kept) -> float:
         """Of all blocks, as predicted."""
@@ -88,14 +82,29 @@ class Choices:
     def within(self, budget: float) -> Kept | None:
         """The best schedule that bisection finds for a price of at most ``budget``; None where there is none."""
         low, high = 0.0, 1 / float(self.prices.max())
-        while self.price(self.cheapest(high)) > budget:
+        while self.price_at(high) > budget:
             low, high = high, high * 4
             if high > DEAREST:
                 return None
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.price(self.cheapest(middle)) <= budget else (middle, high)
+            low, high = (low, middle) if self.price_at(middle) <= budget else (middle, high)
         return self.cheapest(high)
+
+
+def least(steps: Sequence[Tensor]) -> Kept:
+    """The way through all blocks that costs least, where each is a matrix (tokens read, tokens kept) of costs."""
+    tokens = len(steps[0]) - 1
+    following = torch.zeros(tokens + 1, dtype=torch.float64)
+    choices = []
+    for costs in reversed(steps):
+        following, best = (costs + following).min(1)
+        choices.append(best)
+    kept = []
+    for best in reversed(choices):
+        tokens = int(best[tokens])
+        kept.append(tokens)
+    return tuple(kept)
 
 
 def choices_of(curves: Sequence[Tensor], price: Price, special: int, *, ends: bool) -> Choices:

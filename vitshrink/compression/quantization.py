@@ -23,6 +23,7 @@ from vitshrink.models.structures.quantized import (
     matrix_bytes,
 )
 from vitshrink.models.structures.quantized import QuantizedSpec as Spec
+from vitshrink.models.structures.static import StaticSpec
 from vitshrink.models.targets import blocks_of
 from vitshrink.models.views import cast_view, view_of
 
@@ -77,10 +78,7 @@ def quantized(
 
     Raises UsageError where the model is quantised already.
     """
-    if any(
-        isinstance(layer.spec, Spec | QuantizedEmbeddingSpec | CodedSpec) for layer in compressed_layers(model).values()
-    ):
-        raise UsageError("the model is quantised already: start from the one in floating point.")
+    require_floating_point(model)
     rounded = cast_view(view_of(model), dtype or model.dtype)
     names = {module: name for name, module in rounded.named_modules()}
     layers: dict[str, nn.Module] = {}
@@ -89,9 +87,22 @@ def quantized(
         if isinstance(module, LowRankLinear) or (isinstance(module, nn.Linear) and structure_of(module) is None):
             own = FACTOR_BITS if isinstance(module, LowRankLinear) else bits
             layers[names[module]] = QuantizedLinear.from_layer(module, own, activations)
-    table, head = rounded.get_input_embeddings(), rounded.get_output_embeddings()
-    if isinstance(table, nn.Embedding) and (head is None or head.weight is not table.weight):
-        layers[names[table]] = QuantizedEmbedding.from_layer(table)
-    replace_layers(rounded, layers)
+    replace_layers(rounded, layers | integer_table(rounded))
     cast_view(rounded, model.dtype).eval()
     return rounded
+
+
+def require_floating_point(model: PreTrainedModel) -> None:
+    """Raises UsageError where the model is quantised already."""
+    known = (Spec, QuantizedEmbeddingSpec, CodedSpec, StaticSpec)
+    if any(isinstance(layer.spec, known) for layer in compressed_layers(model).values()):
+        raise UsageError("the model is quantised already: start from the one in floating point.")
+
+
+def integer_table(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The word embeddings with rows of integers, by name; none where they are tied to the output."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(table, nn.Embedding) or (head is not None and head.weight is table.weight):
+        return {}
+    name = next(name for name, module in model.named_modules() if module is table)
+    return {name: QuantizedEmbedding.from_layer(table)}

@@ -176,13 +176,15 @@ def rounded(weight: Tensor, metric: Metric, fineness: float, kind: torch.dtype =
     return Rounded(Codes(integers.to(kind), columns), rows, errors)
 
 
-def at_steps(weight: Tensor, covariance: Tensor, tokens: float, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers and errors of ``weight`` (m, n) at steps that are given, both (m, n), float32.
+def at_steps(
+    weight: Tensor, covariance: Tensor, tokens: float, rows: Tensor, columns: Tensor, largest: int = LARGEST
+) -> tuple[Tensor, Tensor]:
+    """Integers, of ``largest`` at most, and errors of ``weight`` (m, n) at steps that are given, both (m, n), float32.
 
     ``covariance`` (n, n) of its inputs, float64, says as much as so many ``tokens`` do; steps of rows (m,) and columns
     (n,). Raises NumericsError where the covariance is not finite.
     """
-    return _with_feedback(weight.float(), _lower(covariance, tokens), rows.float(), columns.float())
+    return _with_feedback(weight.float(), _lower(covariance, tokens), rows.float(), columns.float(), largest)
 
 
 def _rounded(W: Tensor, metric: Metric, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +195,9 @@ def _rounded(W: Tensor, metric: Metric, rows: Tensor, columns: Tensor) -> tuple[
     return integers, W - integers * step
 
 
-def _with_feedback(W: Tensor, lower: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _with_feedback(
+    W: Tensor, lower: Tensor, rows: Tensor, columns: Tensor, largest: int = LARGEST
+) -> tuple[Tensor, Tensor]:
     """Column-major inside, so that a column lies in one piece."""
     unit = (lower / lower.diagonal()[:, None]).float()
     targets = W.T.contiguous()
@@ -204,7 +208,7 @@ def _with_feedback(W: Tensor, lower: Tensor, rows: Tensor, columns: Tensor) -> t
         within = unit[start:stop, start:stop]
         for j in range(stop - start):
             step = rows * columns[start + j]
-            integer = (wanted[j] / step).round_().clamp_(-LARGEST, LARGEST)
+            integer = (wanted[j] / step).round_().clamp_(-largest, largest)
             error = targets[start + j] - integer * step
             integers[start + j], errors[start + j] = integer, error
             if start + j + 1 < stop:

@@ -20,7 +20,7 @@ from vitshrink.data.opening import warn_of_bad
 from vitshrink.errors import DataError, GateError, UsageError
 from vitshrink.evaluation import Masking, evaluate
 from vitshrink.evaluation.gates import percent_changed, points_lost
-from vitshrink.evaluation.measurement import labels_of
+from vitshrink.evaluation.measurement import has_unanswerable, labels_of
 from vitshrink.evaluation.rows import LabelOf
 from vitshrink.models.tasks import head_of, task_of
 from vitshrink.models.views import rounded
@@ -124,6 +124,7 @@ class Search:
     quantization: Quantization | None = None
     """How they are rounded further."""
     label_of: LabelOf | None = None
+    unanswerable: bool = False
     tried: list[Trial] = field(default_factory=list)
     baseline: nn.Module = field(init=False)
 
@@ -173,7 +174,8 @@ class Search:
         warn_of_bad(bad, samples.source, job)
         lm = task_of(compressor.dense) == "masked-lm"
         masking = Masking.from_tokenizer(preprocessor.processor, config.seed) if lm else None
-        return cls(compressor, bound, batches, masking, dtype, quantization, label_of)
+        unanswerable = has_unanswerable(samples)
+        return cls(compressor, bound, batches, masking, dtype, quantization, label_of, unanswerable)
 
     def smallest(self, findings: Findings, refine: int, job: Job) -> Trial:
         """The smallest model within the bound, from ``findings`` or those that ``refine`` re-estimations make of them.
@@ -266,6 +268,7 @@ class Search:
             label_of=self.label_of,
             baseline=self.baseline,
             masking=self.masking,
+            unanswerable=self.unanswerable,
         )
         assert found.fidelity is not None
         figures = {

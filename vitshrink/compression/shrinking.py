@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from vitshrink.compression.candidates import Offer, Plan
 from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.course import Course, merged
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.fitting import fitted, told
 from vitshrink.compression.merging import kept_within, measured_curves, require_reachable
+from vitshrink.compression.pace import Pace, Paced, mergeable
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
@@ -23,7 +25,7 @@ from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData
 from vitshrink.models import cost
 from vitshrink.models.maps import approximate_maps, landmarks_of
-from vitshrink.models.merged import Kept, merge_tokens
+from vitshrink.models.merged import Kept, merge_tokens, require_mergeable
 from vitshrink.models.resolution import mix_tokens
 from vitshrink.models.structures.landmarks import Landmarks
 from vitshrink.models.structures.tokens import MixedTokens
@@ -42,6 +44,8 @@ class Shrunk:
     model: PreTrainedModel | None
     """None after a dry run."""
     job: Job
+    paced: Paced | None = None
+    """What it takes, where a time was asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +86,24 @@ class Shrinking:
             bound.require(dense)
         offers: Sequence[Offer] = ()
         sizes = [Size("", cost.parameters(dense))]
-        if config.sized:
+        if config.target_latency is not None:
+            if config.tokens == "merge":
+                require_mergeable(dense)
+            else:
+                offers = choices.compressor(base, targets, dtype).offers()
+        elif config.sized:
             compressor = choices.compressor(base, targets, dtype)
             offers = compressor.offers()
             if config.rank is not None:
                 choose_plan(config, offers, 0, compressor.allocation)  # raises where nothing gets smaller
             sizes = requested_sizes(compressor, dtype)
         return cls(choices, dense, base, targets, offers, dtype, bound, sizes, landmarks)
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens may be merged."""
+        config = self.choices.config
+        return config.merges and (config.target_latency is None or mergeable(self.dense, required=False))
 
     @property
     def allocated_by(self) -> str:
@@ -118,6 +133,9 @@ class Shrinking:
             GateError: no size keeps within the bound.
         """
         config = self.choices.config
+        if config.target_latency is not None:
+            yield self._in_time(calibration, job.branch(), progress)
+            return
         kept = cache(partial(self._kept, calibration, job))
         if not config.sized:
             nothing = Findings({}, {}, {})
@@ -146,6 +164,27 @@ class Shrinking:
                 continue
             small = smaller(compressor, first, size, refine, branch, last=size is self.sizes[-1])
             yield small if small.model is None else replace(small, model=self._finished(small.model, kept))
+
+    def _in_time(self, calibration: CalibrationData | None, job: Job, progress: Progress | None) -> Shrunk:
+        """The model of a budget of time, with what the clock says of it."""
+        choices, dense = self.choices, self.dense
+        pace = Pace.of(choices.config, dense, self.targets, choices.storage, job)
+        compressors = partial(choices.compressor, self.base, self.targets, self.dtype, calibration, progress)
+        course = Course(pace, self.base, self.offers, compressors, pivots=choices.storage == "gauge")
+        course.require_reachable()
+        curves = None
+        if pace.blocks is not None and calibration is not None:
+            curves = measured_curves(dense, calibration.batches, job)
+        first = cache(partial(compressors().learn, job) if self.offers else lambda: Findings({}, {}, {}))
+        if choices.config.dry_run:
+            return Shrunk(first(), course.plan(first(), course.mixture(curves, first()), pace.budget)[2], None, job)
+        best = course.best(curves, first(), job)
+        shrunk = Shrunk(first(), best.plan, own(view_of(self.base)), job)
+        if best.ranked:
+            shrunk = smaller(best.compressor, first, Size("", best.aim), choices.rounds, job, last=True)
+        assert shrunk.model is not None
+        model = merged(shrunk.model, best.kept)
+        return replace(shrunk, model=model, paced=course.finished(best, model, shrunk.plan, job))
 
     def _finished(self, model: PreTrainedModel, kept: Callable[[], Kept | None]) -> PreTrainedModel:
         """With landmarks or merged tokens, where they are asked for.

@@ -37,6 +37,7 @@ from vitshrink.config.run import (
     Attention,
     AttentionOptions,
     BatchOptions,
+    ClockOptions,
     NetworkOptions,
     Paths,
     ReportOptions,
@@ -96,7 +97,7 @@ class CompressConfig(
     BatchOptions,
     NetworkOptions,
     RunOptions,
-    RuntimeOptions,
+    ClockOptions,
     ReportOptions,
     InputOptions,
     LabelOptions,
@@ -148,6 +149,7 @@ class CompressConfig(
                 raise UsageError(
                     f"{flag_of(name)} is judged on held-out calibration samples: pass --calibration, not --holdout 0."
                 )
+        self._check_time()
         if self.stores == "bits":
             self._check_bits()
         elif self.bits is not None:
@@ -159,6 +161,26 @@ class CompressConfig(
                 f"--rank {self.rank} is no multiple of --rank-multiple {self.rank_multiple}: "
                 f"give {below}--rank {above}, or leave --rank-multiple out."
             )
+
+    def _check_time(self) -> None:
+        if self.target_latency is None:
+            if self.latency_batch_size is not None:
+                raise UsageError("--latency-batch-size makes no difference without --target-latency; see --latency.")
+            return
+        if others := self.approximations:
+            raise UsageError(f"--target-latency says how much is left to compute: leave {others[0]} out.")
+        if self.quantize is not None or self.forms not in ("auto", "rank"):
+            flag = f"--forms {self.forms}" if self.quantize is None else "--quantize"
+            raise UsageError(
+                f"{flag}: --target-latency spends time on ranks and tokens; leave it out, and round the result with "
+                "`vitshrink quantize`."
+            )
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens may be merged: where they can be, a budget of time is spent on them, too."""
+        timed = self.target_latency is not None and self.forms != "rank" and self.calibration is not None
+        return self.tokens == "merge" or timed
 
     def _check_bits(self) -> None:
         if self.calibration is None:

@@ -33,10 +33,29 @@ def parse_duration(text: str, flag: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+_LATENCY = {"us": 1e3, "ms": 1e6, "s": 1e9}
+
+
+def parse_latency(text: str, flag: str) -> tuple[float, bool]:
+    """``5ms`` in nanoseconds, or ``0.6``, a share of a time, and whether it is one. Raises UsageError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s)?\s*", str(text))
+    number, unit = (float(match[1]), match[2]) if match else (0.0, None)
+    if not number or (unit is None and number >= 1):
+        raise UsageError(
+            f"{flag}: cannot read {text!r}; write a share of the dense model's time below 1, such as 0.6, or a time "
+            "such as 5ms."
+        )
+    return (number, True) if unit is None else (number * _LATENCY[unit], False)
+
+
 def quantized_bits(weights: str, activations: str | None) -> tuple[int, Literal["none", "dynamic"]]:
     """Bits of a weight and how activations are treated, by default the faster way. Raises UsageError."""
     if weights not in ("int8", "int4"):
         raise UsageError(f"weights cannot be stored as {weights!r}. {did_you_mean(weights, ('int8', 'int4'))}")
+    if activations == "static":
+        raise UsageError(
+            "--activations static is for `vitshrink quantize … --calibration …`, which takes compressed models as well."
+        )
     if activations not in (None, "none", "dynamic"):
         raise UsageError(f"--activations {activations}: {did_you_mean(activations, ('none', 'dynamic'))}")
     if weights == "int4":

@@ -47,9 +47,10 @@ class NearestOptions(Options):
     )
     activations: str | None = option(
         None,
-        "dynamic: int8 arithmetic (the default for int8); none: weights only, no faster.",
+        "dynamic: int8 arithmetic (the default for int8); static: the same on grids that --calibration chooses, for "
+        "runtimes; none: weights only, no faster.",
         panel=METHOD,
-        suggested=("dynamic", "none"),
+        suggested=("dynamic", "static", "none"),
     )
     baseline: str | None = option(None, "What to compare with; MODEL itself if not given.", panel=DATA, reads=True)
 
@@ -89,14 +90,18 @@ class QuantizeJob(
     reworded: ClassVar = {"model": {"help": A_CHECKPOINT}, "seed": {"help": "Of the samples and the intervals."}}
 
     def check(self) -> None:
-        if self.rounds == "nearest":
+        if self.rounds == "static":
+            self._check_static()
+        elif self.rounds == "nearest":
             self._check_nearest()
         else:
             self._check_curvature()
 
     @property
-    def rounds(self) -> Literal["curvature", "nearest"]:
-        """What ``rounding`` comes to."""
+    def rounds(self) -> Literal["curvature", "nearest", "static"]:
+        """What ``rounding`` comes to; ``static`` where activations are rounded on grids that are chosen beforehand."""
+        if self.activations == "static":
+            return "static"
         if self.rounding != "auto":
             return self.rounding
         return "nearest" if self.calibration is None else "curvature"
@@ -118,6 +123,23 @@ class QuantizeJob(
         if self.max_accuracy_drop is None:  # nothing reads labels of calibration data
             columns["label_column"] = None
         return CompressConfig(**self.shared_with(CompressConfig) | columns | {"forms": "bits"})
+
+    def _check_static(self) -> None:
+        if self.calibration is None:
+            raise UsageError(
+                "--activations static goes by what reaches every layer: pass --calibration with a few hundred "
+                "unlabelled samples, or --activations dynamic, which needs none."
+            )
+        if self.weights not in (None, "int8"):
+            raise UsageError(f"--weights {self.weights}: with --activations static weights are int8.")
+        if self.rounding == "nearest":
+            raise UsageError("--activations static rounds by what calibration tells: leave --rounding nearest out.")
+        if given := self.given(INTEGER_SIZES):
+            raise UsageError(f"{given[0]}: with --activations static weights have 8 bits: leave it out.")
+        if self.layers != "all":
+            raise UsageError(
+                f"--layers {self.layers}: with --activations static name layers with --include or --exclude."
+            )
 
     def _check_nearest(self) -> None:
         if given := self.given(CURVATURE_ONLY):

@@ -93,6 +93,15 @@ class RuntimeOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClockOptions(RuntimeOptions):
+    """What a budget of time is about."""
+
+    latency_batch_size: int | None = option(
+        None, "Samples a batch, with --target-latency; 1 if not given.", panel=RUN, low=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
     """What a report holds beside sizes and scores."""
 

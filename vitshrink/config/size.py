@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vitshrink.config.fields import SIZE, Options, entries_of, option
-from vitshrink.config.quantities import parse_quantity
+from vitshrink.config.quantities import parse_latency, parse_quantity
 from vitshrink.errors import UsageError
 
 
@@ -45,6 +45,21 @@ class BytesOptions(Options):
     def check(self) -> None:
         if self.target_size is not None:
             parse_quantity(self.target_size, "--target-size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeOptions(Options):
+    """Sizes in time."""
+
+    target_latency: str | None = option(
+        None,
+        "Time of a batch in --runtime: a share of the dense model's, e.g. 0.6, or 5ms.",
+        panel=SIZE,
+    )
+
+    def check(self) -> None:
+        if self.target_latency is not None:
+            parse_latency(self.target_latency, "--target-latency")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +127,15 @@ FIDELITIES, BOUNDS = (tuple(entry.name for entry in entries_of(group)) for group
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(BoundOptions, RankSizeOptions, BytesOptions, CountOptions):
+class SizeOptions(BoundOptions, RankSizeOptions, TimeOptions, BytesOptions, CountOptions):
     """Exactly one size.
 
     ``keep`` (fractions of the whole model's parameters, or, of integers, of its bytes in float16; several give several
-    outputs), ``target_params``, ``target_size``, ``bits`` (of a weight, on average), ``rank``, ``explained_variance``
-    (the share that every layer keeps of its energy in the method's metric), or the smallest that keeps a bound on
-    held-out calibration samples: ``max_changed``, percent of the predictions, which differ from the dense model's,
-    ``max_kl``, nats, for scores and features ``max_error``, the squared error as a share of their spread, or, where the
-    samples have labels, ``max_accuracy_drop``, points of accuracy.
+    outputs), ``target_params``, ``target_size``, ``bits`` (of a weight, on average), ``target_latency`` (of a batch),
+    ``rank``, ``explained_variance`` (the share that every layer keeps of its energy in the method's metric), or the
+    smallest that keeps a bound on held-out calibration samples: ``max_changed``, percent of the predictions, which
+    differ from the dense model's, ``max_kl``, nats, for scores and features ``max_error``, the squared error as a share
+    of their spread, or, where the samples have labels, ``max_accuracy_drop``, points of accuracy.
     """
 
     @property

@@ -58,7 +58,8 @@ class TokenOptions(Options):
         mixed, merged = self.tokens == "mixed", self.tokens == "merge"
         if mixed is not (self.token_budget is not None):
             raise UsageError("--tokens mixed and --token-budget, the patches of an image, go together.")
-        if merged is not (self.token_operations is not None):
+        timed = merged and getattr(self, "target_latency", None) is not None
+        if merged is not (self.token_operations is not None or timed):
             raise UsageError("--tokens merge and --token-operations, a fraction such as 0.67, go together.")
         if (mixed or merged) and self.landmarks is not None:
             raise UsageError(

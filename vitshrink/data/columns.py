@@ -49,6 +49,8 @@ class Columns:
     """Why there is no label, and what to do about it; None where there is one."""
     model_labels: tuple[str, ...] = ()
     """Names of a model's labels where several apply to a sample: a table may have a column for each of them."""
+    layout: str | None = None
+    """Of samples that are more than a text and a label: a name in ``LAYOUTS``."""
     several: tuple[str, ...] = ()
     """The columns of labels where each has one of its own; ``label`` is None then."""
 
@@ -128,6 +130,35 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
         if column is not None and available.count(column) > 1:
             raise DataError(f"{source} has {available.count(column)} columns called {column!r}: rename all but one.")
     return Columns(image, text, pair, label, flags, unlabelled, several=several)
+
+
+def named_column(
+    source: str,
+    available: Sequence[str],
+    wanted: str | None,
+    usual: Sequence[str],
+    flags: str,
+    role: str,
+    *,
+    needed: bool = True,
+) -> str | None:
+    """The column that is wanted, or else the first that is called by a usual name.
+
+    Raises:
+        DataError: a wanted column that is not there, or stands there twice, or none that is needed.
+    """
+    listed = [name if len(name) <= 40 else name[:37] + "..." for name in available]
+    if wanted is not None and wanted not in available:
+        raise DataError(f"{source} has no column {wanted!r}.{suggestion(wanted, listed)}")
+    found = wanted or next((column for name in usual for column in _called(name, available)), None)
+    if found is None and needed:
+        raise DataError(
+            f"{source}: no column looks like the {role}. Give {flags}{role}-column, or call it "
+            f"{' or '.join(usual[:2])}. Columns: {', '.join(name or repr(name) for name in listed)}."
+        )
+    if found is not None and available.count(found) > 1:
+        raise DataError(f"{source} has {available.count(found)} columns called {found!r}: rename all but one.")
+    return found
 
 
 def _several(wanted: str | None, available: Sequence[str]) -> tuple[str, ...]:

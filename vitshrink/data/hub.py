@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, overload
 
 from vitshrink.data.columns import LABEL_COLUMNS, Columns, class_names, find_columns, typed_labels
-from vitshrink.data.hub_samples import PARALLEL_READS, stored_samples, streamed_samples, undecoded, with_bytes
+from vitshrink.data.hub_samples import (
+    PARALLEL_READS,
+    arranged_samples,
+    stored_samples,
+    streamed_samples,
+    undecoded,
+    with_bytes,
+)
+from vitshrink.data.layouts import LAYOUTS
 from vitshrink.data.recipes import Kind, recipe_names, suggestion
 from vitshrink.data.samples import LabelsAre, Sample, SampleSet
 from vitshrink.errors import DataError, explanation
@@ -123,6 +131,9 @@ def open_dataset(dataset: Any, kind: Kind, wanted: Columns) -> SampleSet:
 
 def _sample_set(address: Address, kind: Kind, wanted: Columns, dataset: Any) -> SampleSet:
     columns, label_names, labels_are = _schema(address, kind, dataset.features, wanted)
+    if columns.layout is not None:
+        found = list(arranged_samples(dataset, columns, str(address)))
+        return SampleSet(str(address), kind, found, None, labels_are, unlabelled=columns.unlabelled)
     samples = stored_samples(dataset, columns)
     if columns.labelled and (label_names is None or columns.several):  # known by value, as in tables
         where = f"{address}: {columns.place}"
@@ -216,7 +227,10 @@ class _HubSamples(Sequence[Sample]):
     @cached_property
     def _all(self) -> list[Sample]:
         with _explained(self._split.address):
-            return stored_samples(self._split.download(), self._columns)
+            dataset = self._split.download()
+            if self._columns.layout is not None:
+                return list(arranged_samples(dataset, self._columns, str(self._split.address)))
+            return stored_samples(dataset, self._columns)
 
     def __len__(self) -> int:
         return len(self._all)
@@ -233,6 +247,9 @@ class _HubSamples(Sequence[Sample]):
         shuffled = self._split.stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         with _explained(self._split.address), ThreadPoolExecutor(PARALLEL_READS) as pool:
             end = None if count is None else skip + count
+            if self._columns.layout is not None:
+                found = arranged_samples(shuffled, self._columns, str(self._split.address), "streamed row")
+                return list(islice(found, skip, end))
             samples = list(islice(streamed_samples(shuffled, self._columns), skip, end))
             if self._columns.image is None:
                 return samples
@@ -245,6 +262,10 @@ def _schema(
     """The columns to use, the class names, and what the labels are as far as their type says."""
     from datasets import ClassLabel, Image, LargeList, List, Value
 
+    if wanted.layout is not None:
+        layout = LAYOUTS[wanted.layout]
+        columns = layout.columns(str(address), list(features), wanted)
+        return columns, None, layout.labels_are if columns.labelled else None
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     if kind == "image" and wanted.image is None and len(images) == 1:
         wanted = replace(wanted, image=images[0])

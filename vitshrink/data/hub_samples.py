@@ -9,6 +9,7 @@ import fsspec  # type: ignore[import-untyped]
 
 from vitshrink.data.columns import Columns
 from vitshrink.data.images import ImageSource, read_image_bytes
+from vitshrink.data.layouts import LAYOUTS
 from vitshrink.data.samples import Sample
 
 PARALLEL_READS = 16
@@ -37,6 +38,14 @@ def streamed_samples(stream: Any, columns: Columns) -> Iterator[Sample]:
         sample = Sample(f"streamed row {number}", image, text, pair, _hashable(label))
         if not _is_spacing(sample, columns):
             yield sample
+
+
+def arranged_samples(dataset: Any, columns: Columns, source: str, row: str = "row") -> Iterator[Sample]:
+    """Of a layout, stored or streamed. Raises DataError, which names the row."""
+    assert columns.layout is not None
+    feature = None if columns.label is None else dataset.features[columns.label]
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel, or of a list of them
+    return LAYOUTS[columns.layout].read(source, dataset, columns, names, row)
 
 
 def _hashable(label: Any) -> Any:

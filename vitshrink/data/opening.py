@@ -15,6 +15,7 @@ from vitshrink.data import (
     SampleSet,
     open_samples,
 )
+from vitshrink.data.layouts import LAYOUTS
 from vitshrink.data.samples import Drawable
 from vitshrink.models.fidelity import BERNOULLI, REGRESSION
 from vitshrink.models.loading import LoadedModel
@@ -61,6 +62,7 @@ def open_data(
         text_pair_column=data.text_pair_column,
         label_column=data.label_column,
         model_labels=_own_labels(model),
+        layout=task_of(model.model) if task_of(model.model) in LAYOUTS else None,
         labels=data.labels,
         flags=data.flags,
         offline=offline,

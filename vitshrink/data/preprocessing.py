@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImag
 from vitshrink.data.batches import BadSamples, Batch
 from vitshrink.data.given import ReadyBatches
 from vitshrink.data.image_encoder import ImageEncoder
+from vitshrink.data.question_encoder import QuestionEncoder
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import SampleSet
 from vitshrink.data.text_encoder import TextEncoder
 from vitshrink.data.timm_transform import TimmTransform
+from vitshrink.data.word_encoder import WordEncoder
 from vitshrink.errors import CheckpointError, DataError, UsageError
 from vitshrink.models.example import text_length
 from vitshrink.models.families import reads_any_size
@@ -31,6 +33,13 @@ _VOCABULARY_FILES = (
     "spm.model",
     "sentencepiece.bpe.model",
 )
+
+
+_TEXT_ENCODERS: Mapping[str | None, type[TextEncoder]] = {
+    "token-classification": WordEncoder,
+    "question-answering": QuestionEncoder,
+}
+"""By task, where a sample is more than a text or a pair."""
 
 
 class Preprocessor:
@@ -62,6 +71,7 @@ class Preprocessor:
         path: str | Path,
         kind: Kind,
         *,
+        task: str | None = None,
         config: Any = None,
         max_length: int | None = None,
         style: Literal["checkpoint", "timm"] = "checkpoint",
@@ -70,8 +80,9 @@ class Preprocessor:
     ) -> "Preprocessor":
         """The preprocessing that lies beside the weights, in a directory or on the Hub.
 
-        ``config`` is that of the model in memory; it is read from the checkpoint where none is given. ``max_length`` in
-        tokens takes the place of the checkpoint's own, within what tokenizer and model can take. The style ``timm``
+        ``task`` is what the head of the model is for, which may ask for more than the tokens of a text. ``config`` is
+        that of the model in memory; it is read from the checkpoint where none is given. ``max_length`` in tokens takes
+        the place of the checkpoint's own, within what tokenizer and model can take. The style ``timm``
         resizes and crops images as timm does, whose published accuracies are measured so. ``resolution`` in pixels
         takes the place of the size of its images, and what is resized before it is cropped is scaled along. Code in a
         checkpoint is never run.
@@ -99,14 +110,21 @@ class Preprocessor:
         tokenizer = _load(AutoTokenizer.from_pretrained, path, offline, "tokenizer", config=config)
         _check_vocabulary(path, tokenizer, config)
         settings = TextSettings.read(Path(path)) if Path(path).is_dir() else NO_SETTINGS
-        return cls._of_texts(path, tokenizer, config, max_length, settings)
+        return cls._of_texts(path, tokenizer, config, max_length, settings, task)
 
     @classmethod
     def _of_texts(
-        cls, path: str | Path, tokenizer: Any, config: Any, max_length: int | None, settings: TextSettings
+        cls,
+        path: str | Path,
+        tokenizer: Any,
+        config: Any,
+        max_length: int | None,
+        settings: TextSettings,
+        task: str | None,
     ) -> "Preprocessor":
         length = _length(path, tokenizer, config, max_length, settings.max_length)
-        return cls(TextEncoder(tokenizer, length, lower_case=settings.lower_case, prompt=settings.prompt))
+        encoder = _TEXT_ENCODERS.get(task, TextEncoder)
+        return cls(encoder(tokenizer, length, lower_case=settings.lower_case, prompt=settings.prompt))
 
     @classmethod
     def of(
@@ -115,6 +133,7 @@ class Preprocessor:
         kind: Kind,
         config: Any,
         *,
+        task: str | None = None,
         max_length: int | None = None,
         settings: TextSettings = NO_SETTINGS,
     ) -> "Preprocessor":
@@ -135,7 +154,7 @@ class Preprocessor:
         if kind == "image":
             return cls(ImageEncoder(processor, shape=_shape(processor, config), name="processor"))
         _check_vocabulary("the model", processor, config)
-        return cls._of_texts("the model", processor, config, max_length, settings)
+        return cls._of_texts("the model", processor, config, max_length, settings, task)
 
     def batches(
         self,

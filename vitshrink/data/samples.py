@@ -13,8 +13,19 @@ from vitshrink.data.images import ImageSource, read_image_bytes
 from vitshrink.data.recipes import Kind, Recipe
 from vitshrink.errors import DataError, UsageError
 
-Label = int | str | float | tuple[int | str | float, ...] | None
-LabelsAre = Literal["names", "integers", "scores", "lists", "columns"]
+
+@dataclass(frozen=True)
+class Answers:
+    """What is right to answer to one question; nothing where its context does not tell."""
+
+    context: str
+    texts: tuple[str, ...]
+    start: int | None = None
+    """The character of the context at which the first of them begins."""
+
+
+Label = int | str | float | tuple[int | str | float, ...] | Answers | None
+LabelsAre = Literal["names", "integers", "scores", "lists", "columns", "tags", "answers"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class Sample:
     text: str | None = None
     text_pair: str | None = None
     label: Label = None
+    words: tuple[str, ...] | None = None
+    """Of ``text``, where its words were told apart: there may be a label for each of them."""
 
 
 class NothingLeftError(DataError):
@@ -50,8 +63,9 @@ class SampleSet:
 
     ``labels_are`` says what ``Sample.label`` holds: ``names`` (strings, or indices into ``label_names``), ``integers``
     without names, ``scores`` of a regression, ``lists`` of any number of names, integers or scores, ``columns`` with a
-    number for each of ``label_names``, or None where the source has no labels; ``unlabelled`` may say why, and what
-    to do about it. ``notes`` are what the user should know of how the source was read.
+    number for each of ``label_names``, ``tags`` (names or integers) for each of the ``words``, the ``answers`` to a
+    question, or None where the source has no labels; ``unlabelled`` may say why, and what to do about it. ``notes`` are
+    what the user should know of how the source was read.
     """
 
     source: str

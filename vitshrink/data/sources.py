@@ -9,6 +9,7 @@ from vitshrink.data.columns import Columns, class_names, find_columns, typed_lab
 from vitshrink.data.folders import holds_images, is_hidden, open_image_folder
 from vitshrink.data.hub import SHARD_FORMATS, Address, holds_saved, open_hub, open_saved, open_shards
 from vitshrink.data.image_metadata import METADATA_NAMES
+from vitshrink.data.layouts import LAYOUTS
 from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_names, suggestion
 from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.data.tables import SEPARATED_SUFFIXES, TABLE_SUFFIXES, Table, is_table, read_table
@@ -29,6 +30,7 @@ def open_samples(
     label_column: str | None = None,
     labels: str | Path | None = None,
     model_labels: Sequence[str] = (),
+    layout: str | None = None,
     flags: str = "--",
     offline: bool = False,
 ) -> SampleSet:
@@ -46,7 +48,8 @@ def open_samples(
 
     Columns, split and labels given here go before those of a recipe. Columns that nobody names are guessed from usual
     names, or are those of the ``model_labels`` of a model that gives several labels a sample. ``label_column`` may list
-    several columns, with commas between them. ``labels`` is a file with the classes of a flat folder of images.
+    several columns, with commas between them. ``layout`` is how samples lie that are more than a text and a label.
+    ``labels`` is a file with the classes of a flat folder of images.
     ``flags`` is how the flags begin that messages name.
 
     Raises:
@@ -54,7 +57,15 @@ def open_samples(
         UsageError: a recipe that makes no sense or is of the other kind; a column or file of labels where there is
             nothing that it could stand for.
     """
-    wanted = Columns(image_column, text_column, text_pair_column, label_column, flags, model_labels=tuple(model_labels))
+    wanted = Columns(
+        image_column,
+        text_column,
+        text_pair_column,
+        label_column,
+        flags,
+        model_labels=tuple(model_labels),
+        layout=layout,
+    )
     for flag, column in _foreign(wanted, kind):
         raise UsageError(f"{flags}{flag} {column}: the model reads {kind} samples, which have no such column.")
     name, split = _divide(str(spec), split)
@@ -177,9 +188,15 @@ def _open_file(path: Path, kind: Kind, wanted: Columns, recipe: Recipe | None) -
         _refuse(recipe, _SEPARATED, path)
     if path.suffix.lower() in SHARD_FORMATS:
         return open_shards(Address(str(path)), kind, wanted)
-    if is_table(path):
-        return _table_samples(_read_table(path, recipe), path, kind, wanted)
-    known = ", ".join((*SHARD_FORMATS, *TABLE_SUFFIXES, ".yaml"))
+    layout = LAYOUTS.get(wanted.layout or "")
+    own = None if layout is None else layout.table(path)
+    if own is not None or is_table(path):
+        table = own or _read_table(path, recipe)
+        if layout is None:
+            return _table_samples(table, path, kind, wanted)
+        return layout.samples(str(path), table.records(), layout.columns(str(path), table.columns, wanted))
+    suffixes = () if layout is None else layout.suffixes
+    known = ", ".join((*SHARD_FORMATS, *TABLE_SUFFIXES, *suffixes, ".yaml"))
     raise DataError(f"{path} is not a data file that vitshrink reads: pass a folder or one of {known}.")
 
 

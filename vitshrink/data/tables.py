@@ -39,6 +39,10 @@ class Table:
         index = self.columns.index(name)
         return [row[index] for row in self.rows]
 
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The values of each row by column."""
+        return (dict(zip(self.columns, row, strict=True)) for row in self.rows)
+
 
 def is_table(path: Path) -> bool:
     """Whether ``read_table`` reads files of this name."""

@@ -4,9 +4,17 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from vitshrink.data.batches import BadSamples, Batch, batched
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import Sample, SampleSet
+from vitshrink.errors import CheckpointError
+
+Row = dict[str, list[Any]]
+"""Of one sample by input name, and its ``places`` where a head answers for some of its tokens."""
 
 SORTED_BATCHES = 64
 """Texts of so many batches are sorted by length together, which saves most of the padding."""
@@ -55,6 +63,7 @@ class TextEncoder:
                 order.sort(key=lambda row: len(tokens[row]["input_ids"]))
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
+                places = padded_places([tokens[row].pop("places", None) for row in rows], self.processor)
                 inputs = dict(self.processor.pad([tokens[row] for row in rows], return_tensors="pt"))
                 yield Batch(
                     inputs,
@@ -62,9 +71,10 @@ class TextEncoder:
                     [usable[row].label for row in rows],
                     [usable[row].key for row in rows],
                     sum(truncated[row] for row in rows),
+                    places,
                 )
 
-    def _tokenize(self, samples: Sequence[Sample]) -> tuple[list[dict[str, list[int]]], list[bool]]:
+    def _tokenize(self, samples: Sequence[Sample]) -> tuple[list[Row], list[bool]]:
         """The tokens of each sample by input name, and which samples were cut."""
         tokens = self._call(samples, truncation=False)
         truncated = [len(row["input_ids"]) > self.max_length for row in tokens]
@@ -73,9 +83,11 @@ class TextEncoder:
             tokens[index] = row
         return tokens, truncated
 
-    def _call(self, samples: Sequence[Sample], *, truncation: bool) -> list[dict[str, list[int]]]:
-        if not samples:
-            return []
+    def _call(self, samples: Sequence[Sample], *, truncation: bool) -> list[Row]:
+        return self._encoded(samples, truncation=truncation) if samples else []
+
+    def _encoded(self, samples: Sequence[Sample], *, truncation: bool) -> list[Row]:
+        """A row a sample, of which there is one at least."""
         texts = [self._prepared(f"{self.prompt}{sample.text}") for sample in samples]
         pairs = None
         if samples[0].text_pair is not None:
@@ -88,10 +100,30 @@ class TextEncoder:
             return_attention_mask=True,
             verbose=False,
         )
-        return [{name: rows[index] for name, rows in encoded.items()} for index in range(len(samples))]
+        return self._rows(encoded, len(samples))
+
+    def _rows(self, encoded: Any, count: int) -> list[Row]:
+        return [{name: rows[index] for name, rows in encoded.items()} for index in range(count)]
 
     def _prepared(self, text: str) -> str:
         return text.lower() if self.lower_case else text
+
+
+def require_fast(tokenizer: Any, what: str) -> None:
+    """Raises CheckpointError for a tokenizer that does not say where its tokens come from."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(
+            f"the model {what}, and its {type(tokenizer).__name__} does not say where tokens come from: a "
+            "tokenizer.json is needed. Save it with a newer transformers."
+        )
+
+
+def padded_places(rows: Sequence[Any], tokenizer: Any) -> Tensor | None:
+    """The places of samples (tokens, 2), as one tensor; None where there are none. The head is not asked at padding."""
+    if any(row is None for row in rows):
+        return None
+    tensors = [torch.as_tensor(row, dtype=torch.long).reshape(-1, 2) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side=tokenizer.padding_side)
 
 
 def _problem(sample: Sample, paired: bool) -> str | None:

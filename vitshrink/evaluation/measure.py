@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitshrink.errors import DataError, UsageError, VitshrinkError
+from vitshrink.evaluation.answer_rows import answer_step
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.quality import Accuracy, Evaluation
 from vitshrink.evaluation.rows import (
@@ -29,6 +30,7 @@ from vitshrink.evaluation.rows import (
     sentence_step,
 )
 from vitshrink.evaluation.scores import summarise
+from vitshrink.evaluation.token_rows import token_step
 from vitshrink.models import cost
 from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.models.structures import structure_of
@@ -48,6 +50,7 @@ class Options(TypedDict, total=False):
     embedding: Embedding
     baseline_embedding: Embedding | None
     masking: Masking | None
+    unanswerable: bool
     device: torch.device | str | None
     seed: int
     on_batch: OnBatch | None
@@ -68,18 +71,20 @@ def evaluate_each(
     embedding: Embedding = MEAN,
     baseline_embedding: Embedding | None = None,
     masking: Masking | None = None,
+    unanswerable: bool = False,
     device: torch.device | str | None = None,
     seed: int = 0,
     on_batch: OnBatch | None = None,
 ) -> list[Evaluation]:
     """Measure models, and their differences from the dense ``baseline``, which runs once for all of them.
 
-    ``task`` is one that ``task_of`` gives a model. ``label_of`` turns the label of a sample into a class
-    index, into 0 and 1 for each label of a multi-label head (a tuple), or into a number (a tuple where there are
-    several outputs) for a regression; without it only the fidelity to the baseline is measured. The task
-    ``masked-lm`` needs ``masking`` and no labels. ``embedding`` is how headless models make one vector of a sample, and
-    ``baseline_embedding`` how the baseline does, if otherwise. ``seed`` drives the resampling of the intervals. The
-    models are moved to ``device``, run in evaluation mode, and get the modes of their modules back.
+    ``task`` is one that ``task_of`` gives a model. ``label_of`` turns the label of a sample into a class index, into
+    one for each of its words (a tuple) for a token classifier, into 0 and 1 for each label of a multi-label head (a
+    tuple), or into a number (a tuple where there are several outputs) for a regression; without it only the fidelity to
+    the baseline is measured. The task ``masked-lm`` needs ``masking`` and no labels. ``embedding`` is how headless
+    models make one vector of a sample, and ``baseline_embedding`` how the baseline does, if otherwise. ``unanswerable``
+    says that some questions have no answer, so that a model may give none. ``seed`` drives the resampling of the
+    intervals. The models are moved to ``device``, run in evaluation mode, and get the modes of their modules back.
 
     Raises:
         UsageError: there is nothing to measure: neither labels nor a baseline.
@@ -90,6 +95,12 @@ def evaluate_each(
     if task in ("image-classification", "text-classification"):
         _require(label_of is not None or baseline is not None, "the data have no labels")
         step = classification_step(label_of, _problem_type(models[0]))
+    elif task == "token-classification":
+        _require(label_of is not None or baseline is not None, "the data have no tags")
+        step = token_step(label_of, _class_names(models[0]))
+    elif task == "question-answering":
+        _require(label_of is not None or baseline is not None, "the data have no answers")
+        step = answer_step(label_of, unanswerable=unanswerable)
     elif task == "masked-lm":
         if masking is None:
             raise ValueError("the task 'masked-lm' needs masking=Masking.from_tokenizer(tokenizer)")
@@ -151,7 +162,7 @@ def check_labels(evaluation: Evaluation, num_labels: int) -> None:
     ten points more. Raises DataError.
     """
     scores = evaluation.dense
-    if not isinstance(scores, Accuracy) or evaluation.task == "masked-lm":
+    if not isinstance(scores, Accuracy) or evaluation.task in ("masked-lm", "token-classification"):
         return
     chance = 1 / num_labels
     limit = min(3 * chance, chance + 0.1)
@@ -276,6 +287,7 @@ class _Part:
     mask: Tensor | None
     labels: list[Any]
     keys: list[str]
+    places: Tensor | None
 
 
 def _parts(batch: Batch, size: int | None) -> list[Batch]:
@@ -287,6 +299,7 @@ def _parts(batch: Batch, size: int | None) -> list[Batch]:
             mask=None if batch.mask is None else batch.mask[start : start + size],
             labels=batch.labels[start : start + size],
             keys=batch.keys[start : start + size],
+            places=None if (places := getattr(batch, "places", None)) is None else places[start : start + size],
         )
         for start in range(0, len(batch.keys), size)
     ]

@@ -17,6 +17,8 @@ from vitshrink.data import (
     align_labels,
 )
 from vitshrink.data.opening import Cut, warn_of_bad
+from vitshrink.data.samples import Answers
+from vitshrink.data.tags import align_tags
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
 from vitshrink.evaluation.quality import EvaluationRecord
@@ -141,6 +143,7 @@ def measure_each(
                 baseline=baseline,
                 embedding=embedding,
                 baseline_embedding=baseline_embedding,
+                unanswerable=task == "question-answering" and has_unanswerable(samples),
                 masking=Masking.from_tokenizer(preprocessor.processor, seed) if task == "masked-lm" else None,
                 device=device,
                 seed=seed,
@@ -173,6 +176,15 @@ def _gather(bad: BadSamples, cut: Cut, samples: SampleSet) -> None:
 def has_pairs(samples: SampleSet) -> bool:
     """Whether the samples are pairs of texts."""
     return any(sample.text_pair is not None for sample in samples.samples[:1])
+
+
+def has_unanswerable(samples: SampleSet) -> bool:
+    """Whether some of the questions have no answer in their context."""
+    return any(isinstance(sample.label, Answers) and not sample.label.texts for sample in samples.samples)
+
+
+def _itself(label: Any) -> Any:
+    return label
 
 
 def require_embedding(embedding: Embedding, samples: SampleSet) -> None:
@@ -216,6 +228,11 @@ def labels_of(
     if samples.labels_are is None or task in ("masked-lm", "features"):
         return None, None
     config: Any = model.config
+    if task == "token-classification":
+        tags, rule = align_tags(samples, config.id2label, config.num_labels, class_map)
+        return tags.__getitem__, rule
+    if task == "question-answering":
+        return _itself, "answers that stand in the context"
     head = classification_head(config.problem_type, config.num_labels)
     if head is REGRESSION:
         return _score_of(samples, config.num_labels), "scores of a regression"

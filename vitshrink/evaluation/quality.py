@@ -39,7 +39,7 @@ class Accuracy(Quality):
     metric: ClassVar[str] = "top1"
 
     top1: float
-    """Fraction of the samples, or hidden tokens, that are recognized."""
+    """Fraction of the samples, hidden tokens or words that are recognized."""
     correct: int
     """How many these are."""
     interval: Interval
@@ -51,7 +51,7 @@ class Accuracy(Quality):
     top5_interval: IfSet[Interval] = None
     """Of ``top5``."""
     tokens: IfSet[int] = None
-    """Number of hidden tokens; only for masked language models."""
+    """Number of hidden tokens of masked language models, or of words of token classifiers; only for these."""
 
 
 @final
@@ -75,6 +75,48 @@ class LabelScores(Quality):
 
 @final
 @dataclass(frozen=True)
+class EntityScores(Quality):
+    """How well a token classifier finds entities, whose tags are those of IOB2."""
+
+    metric: ClassVar[str] = "entity_f1"
+
+    entity_f1: float
+    """F1 of the entities of all samples together: an entity is right where its kind and all its words are."""
+    interval: Interval
+    """Of ``entity_f1``."""
+    entity_precision: float
+    """Fraction of the entities found that are right."""
+    entity_recall: float
+    """Fraction of the true entities that are found."""
+    entities: int
+    """How many true ones there are."""
+    token_accuracy: float
+    """Fraction of the words whose tag is right."""
+    token_accuracy_interval: Interval
+    """Of ``token_accuracy``."""
+    tokens: int
+    """How many words these are of."""
+
+
+@final
+@dataclass(frozen=True)
+class AnswerScores(Quality):
+    """How well questions are answered by a part of a text, by the rules of SQuAD."""
+
+    metric: ClassVar[str] = "answer_f1"
+
+    answer_f1: float
+    """Mean F1 of the words that an answer shares with a true one."""
+    interval: Interval
+    """Of ``answer_f1``."""
+    answer_exact: float
+    """Fraction of the answers that are a true one."""
+    answer_exact_interval: Interval
+    """Of ``answer_exact``."""
+
+
+@final
+@dataclass(frozen=True)
 class Correlation(Quality):
     """How the answers of a regression, or the similarities of sentences, go with the true scores."""
 
@@ -94,7 +136,7 @@ class Fidelity:
     """How alike the compressed and the dense model are. A head has some of these figures; the others are left out."""
 
     agreement: IfSet[float] = None
-    """Fraction of the samples, or hidden tokens, with the same prediction."""
+    """Fraction of the samples, hidden tokens or words with the same prediction."""
     agreement_interval: IfSet[Interval] = None
     """Of ``agreement``."""
     kl: IfSet[float] = None
@@ -105,6 +147,8 @@ class Fidelity:
     """Mean fraction of the five likeliest classes that both models name."""
     label_agreement: IfSet[float] = None
     """Fraction of the single labels that are decided alike, by multi-label classifiers."""
+    entity_agreement: IfSet[float] = None
+    """F1 of the compressed model's entities, those of the dense one taken for true; by token classifiers."""
     feature_cosine: IfSet[float] = None
     """Mean cosine of the features, token by token."""
     pooled_cosine: IfSet[float] = None
@@ -139,7 +183,7 @@ class Difference:
 @final
 @dataclass(frozen=True)
 class ClassScore:
-    """One class, or one label: accuracy, or F1, of the models that were run."""
+    """One class, one label or one kind of entity: accuracy, or F1, of the models that were run."""
 
     class_: str
     """Its name."""
@@ -180,22 +224,24 @@ class Evaluation:
     """What was measured. A model that was not run and a comparison that could not be made are None."""
 
     task: str
-    """``image-classification``, ``text-classification``, ``masked-lm``, ``features`` or ``similarity`` (of pairs)."""
+    """``image-classification``, ``text-classification``, ``token-classification``, ``question-answering``,
+    ``masked-lm``, ``features`` or ``similarity`` (of pairs)."""
     metric: str | None = None
-    """The figure of ``dense`` and ``compressed`` that ``difference`` compares: ``top1``, ``f1_micro``, ``spearman``."""
+    """The figure of ``dense`` and ``compressed`` that ``difference`` compares: ``top1``, ``f1_micro``, ``entity_f1``,
+    ``answer_f1``, ``spearman``."""
     samples: int
     """How many were measured."""
-    dense: Accuracy | LabelScores | Correlation | None = None
+    dense: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None = None
     """How good the dense model is."""
-    compressed: Accuracy | LabelScores | Correlation | None = None
+    compressed: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None = None
     """How good the compressed model is."""
     fidelity: Fidelity | None = None
     """How alike they are."""
     difference: Difference | None = None
     """Whether the drop from one to the other is real."""
     classes: tuple[ClassScore, ...] = ()
-    """Accuracy of each class, or F1 of each label, the most samples lost first. Without labels, the dense model's
-    choice takes their place."""
+    """Accuracy of each class, or F1 of each label or kind of entity, the most samples lost first. Without labels, the
+    dense model's choice takes their place."""
     disagreements: tuple[Disagreement, ...] = ()
     """The largest divergence first, 24 at most."""
 

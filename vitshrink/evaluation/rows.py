@@ -72,7 +72,7 @@ class _Classification:
     problem_type: str | None
 
     def outputs(self, role: str, model: nn.Module) -> Tensor:
-        return _finite(role, _forward(model, self.batch.inputs).logits, self.batch.keys)
+        return finite(role, forward(model, self.batch.inputs).logits, self.batch.keys)
 
     def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
         width, device = next((rows.shape[-1], rows.device) for rows in outputs.values())
@@ -89,7 +89,7 @@ class _Classification:
     def _classes(self, outputs: Mapping[str, Tensor], width: int, device: torch.device) -> Columns:
         labels = None if self.label_of is None else _classes(self.batch, self.label_of, width).to(device)
         columns = {f"{role}.class": SOFTMAX.decisions(rows) for role, rows in outputs.items()}
-        return columns | _hits(outputs, labels) | ({} if labels is None else {"label": labels})
+        return columns | hits(outputs, labels) | ({} if labels is None else {"label": labels})
 
     def _labels(self, outputs: Mapping[str, Tensor], width: int, device: torch.device) -> Columns:
         chosen = {role: BERNOULLI.decisions(rows) for role, rows in outputs.items()}
@@ -119,12 +119,12 @@ class _MaskedTokens:
 
     def outputs(self, role: str, model: nn.Module) -> Tensor:
         keys = [self.keys[row] for row in self.owner.tolist()]
-        return _finite(role, _masked_logits(model, self.inputs, self.hidden), keys)
+        return finite(role, _masked_logits(model, self.inputs, self.hidden), keys)
 
     def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
         device = next(iter(outputs.values())).device
         sums = torch.zeros(len(self.keys), dtype=torch.float64, device=device)
-        rows = _hits(outputs, self.labels.to(device))
+        rows = hits(outputs, self.labels.to(device))
         columns = {name: sums.index_add(0, self.owner.to(device), values.double()) for name, values in rows.items()}
         return columns | {"units": self.hidden.sum(1)}
 
@@ -144,7 +144,7 @@ class _Features:
     embeddings: Embeddings
 
     def outputs(self, role: str, model: nn.Module) -> Tensor:
-        return _finite(role, _forward(model, self.batch.inputs).last_hidden_state.double(), self.batch.keys).cpu()
+        return finite(role, forward(model, self.batch.inputs).last_hidden_state.double(), self.batch.keys).cpu()
 
     def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
         return _cosines(outputs, _pooled(outputs, self.batch.mask, self.embeddings), self.batch.mask)
@@ -184,7 +184,8 @@ def pair_columns(first: Columns, second: Columns, embeddings: Embeddings) -> Col
     return columns
 
 
-def _forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """The outputs of a model for inputs on any device."""
     parameter = next(model.parameters())
     return model(
         **{
@@ -204,17 +205,17 @@ def _masked_logits(model: nn.Module, inputs: Mapping[str, Tensor], hidden: Tenso
 
     base = getattr(model, "base_model", None)
     if not isinstance(base, nn.Module):  # an exported model: whole, or not at all
-        whole: Tensor = _forward(model, inputs).logits
+        whole: Tensor = forward(model, inputs).logits
         return whole[hidden.to(whole.device)]
     handle = base.register_forward_hook(select)
     try:
-        logits: Tensor = _forward(model, inputs).logits.squeeze(0)
+        logits: Tensor = forward(model, inputs).logits.squeeze(0)
     finally:
         handle.remove()
     return logits
 
 
-def _finite(role: str, values: Tensor, keys: list[str]) -> Tensor:
+def finite(role: str, values: Tensor, keys: list[str]) -> Tensor:
     """The values unchanged, a row a key. Raises NumericsError naming the first sample with a NaN or an infinity."""
     bad = ~values.flatten(1).isfinite().all(1)
     if bad.any():
@@ -225,7 +226,7 @@ def _finite(role: str, values: Tensor, keys: list[str]) -> Tensor:
     return values
 
 
-def _hits(logits: Mapping[str, Tensor], labels: Tensor | None) -> Columns:
+def hits(logits: Mapping[str, Tensor], labels: Tensor | None) -> Columns:
     """From logits (rows, classes): right or wrong for each model and, where there are two, how far apart they are."""
     columns: Columns = {}
     wide = next(iter(logits.values())).shape[-1] > 5
@@ -272,7 +273,7 @@ def _cosines(features: Mapping[str, Tensor], pooled: Mapping[str, Tensor], mask:
 
 
 def _classes(batch: Batch, label_of: LabelOf, num_labels: int) -> Tensor:
-    classes = _mapped(batch, label_of)
+    classes = mapped(batch, label_of)
     for key, label, index in zip(batch.keys, batch.labels, classes, strict=True):
         if type(index) is not int or not 0 <= index < num_labels:
             raise DataError(
@@ -283,7 +284,7 @@ def _classes(batch: Batch, label_of: LabelOf, num_labels: int) -> Tensor:
 
 def _label_sets(batch: Batch, labels_of: LabelOf, num_labels: int) -> Tensor:
     """Which labels apply, bool (samples, labels)."""
-    sets = _mapped(batch, labels_of)
+    sets = mapped(batch, labels_of)
     for key, label, found in zip(batch.keys, batch.labels, sets, strict=True):
         if not isinstance(found, tuple) or len(found) != num_labels or not set(found) <= {0, 1}:
             raise DataError(f"{key}: its label {label!r} does not say which of the model's {num_labels} labels apply.")
@@ -292,7 +293,7 @@ def _label_sets(batch: Batch, labels_of: LabelOf, num_labels: int) -> Tensor:
 
 def _scores(batch: Batch, score_of: LabelOf, width: int) -> Tensor:
     """Float64 (samples, width)."""
-    found = _mapped(batch, score_of)
+    found = mapped(batch, score_of)
     for key, score in zip(batch.keys, found, strict=True):
         if (len(score) if isinstance(score, tuple) else 1) != width:
             raise DataError(f"{key}: its label {score!r} is no list of {width} numbers, which the model gives.")
@@ -302,7 +303,8 @@ def _scores(batch: Batch, score_of: LabelOf, width: int) -> Tensor:
     return scores
 
 
-def _mapped(batch: Batch, of: LabelOf) -> list[Any]:
+def mapped(batch: Batch, of: LabelOf) -> list[Any]:
+    """What the labels of a batch stand for. Raises DataError, which names the sample."""
     mapped = []
     for key, label in zip(batch.keys, batch.labels, strict=True):
         try:

@@ -3,16 +3,20 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from vitshrink.errors import DataError
-from vitshrink.evaluation import metrics
+from vitshrink.evaluation import entity_scores, metrics
+from vitshrink.evaluation.entities import kinds_of
 from vitshrink.evaluation.quality import (
     Accuracy,
+    AnswerScores,
     ClassScore,
     Correlation,
     Difference,
     Disagreement,
+    EntityScores,
     Evaluation,
     Fidelity,
     Interval,
@@ -31,7 +35,8 @@ def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
     Raises DataError when the texts had no token to hide.
     """
     if "units" in columns and not columns["units"].any():
-        raise DataError("no token could be masked: the texts hold nothing but special tokens.")
+        why = "masked" if task == "masked-lm" else "tagged"
+        raise DataError(f"no token could be {why}: the texts hold nothing but special tokens.")
     dense, compressed = (_quality(role, columns, seed) for role in ("dense", "compressed"))
     first = dense or compressed
     return Evaluation(
@@ -47,7 +52,13 @@ def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
     )
 
 
-def _quality(role: str, columns: Columns, seed: int) -> Accuracy | LabelScores | Correlation | None:
+def _quality(
+    role: str, columns: Columns, seed: int
+) -> Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None:
+    if f"{role}.answer_f1" in columns:
+        return _answers(columns[f"{role}.answer_f1"], columns[f"{role}.exact"], seed)
+    if f"{role}.truth.entities" in columns:
+        return entity_scores.entity_scores(role, columns, seed)
     if f"{role}.top1" in columns:
         return _accuracy(role, columns, seed)
     if f"{role}.chosen" in columns and "truth" in columns:
@@ -82,6 +93,15 @@ def _f1(chosen: Tensor, truth: Tensor, seed: int) -> LabelScores:
     )
 
 
+def _answers(shared: Tensor, exact: Tensor, seed: int) -> AnswerScores:
+    return AnswerScores(
+        answer_f1=float(shared.mean()),
+        interval=metrics.bootstrap_ratio(shared, torch.ones_like(shared), seed),
+        answer_exact=float(exact.double().mean()),
+        answer_exact_interval=metrics.wilson_interval(int(exact.sum()), len(exact)),
+    )
+
+
 def _accuracy(role: str, columns: Columns, seed: int) -> Accuracy:
     units, top1, top5 = columns["units"], columns[f"{role}.top1"], columns.get(f"{role}.top5")
     return Accuracy(
@@ -112,6 +132,7 @@ def _fidelity(columns: Columns, seed: int) -> Fidelity | None:
             kl_interval=metrics.bootstrap_ratio(columns["kl"], units, seed),
             top5_overlap=mean("top5_overlap", units),
             label_agreement=mean("label_agreement", units),
+            entity_agreement=entity_scores.agreement(columns),
         )
     if "dense.prediction" in columns and "compressed.prediction" in columns:
         dense, compressed = columns["dense.prediction"].double(), columns["compressed.prediction"].double()
@@ -143,10 +164,13 @@ def _difference(columns: Columns, seed: int) -> Difference:
         test = "paired bootstrap"
     else:
         units = columns["units"]
-        worse = columns["dense.top1"].double() - columns["compressed.top1"].double()
+        figure = next(name for name in ("answer_f1", "top1") if f"dense.{name}" in columns)
+        worse = columns[f"dense.{figure}"].double() - columns[f"compressed.{figure}"].double()
         drop = _proportion(worse, units)
         interval = metrics.bootstrap_ratio(worse, units, seed)
-        if _one_each(units):
+        if figure == "answer_f1":
+            p_value, test = metrics.sign_flip_p_value(worse, seed), "sign flips, sample by sample"
+        elif _one_each(units):
             p_value = metrics.mcnemar_p_value(int((worse > 0).sum()), int((worse < 0).sum()))
             test = "McNemar, exact"
         else:
@@ -163,6 +187,8 @@ Score = Callable[[Tensor, Tensor], float]
 
 def _paired(columns: Columns) -> tuple[Score, Tensor, Tensor, Tensor] | None:
     """A score that is no mean over samples, what it compares with, and the answers of the two models."""
+    if "truth.entities" in columns:
+        return entity_scores.f1, *entity_scores.paired(columns)
     if "target" in columns:
         return metrics.spearman, columns["target"], columns["dense.prediction"], columns["compressed.prediction"]
     if "truth" in columns:
@@ -175,7 +201,10 @@ def _micro(chosen: Tensor, truth: Tensor) -> float:
 
 
 def _classes(columns: Columns, names: Mapping[int, str]) -> tuple[ClassScore, ...]:
-    rows = _of_labels(columns, names) if _has_labels(columns) else _of_classes(columns, names)
+    if any(name.endswith(".entities") for name in columns):
+        rows = entity_scores.of_kinds(columns, kinds_of(names))
+    else:
+        rows = _of_labels(columns, names) if _has_labels(columns) else _of_classes(columns, names)
     return tuple(sorted(rows, key=lambda row: row.samples * row.gain))
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
 from vitshrink.compression.choices import Choices
+from vitshrink.compression.pace import Paced
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.rounding import at_steps
 from vitshrink.compression.search import Bound
@@ -158,6 +159,7 @@ class _Saved:
     part: str
     """Its directory below the output."""
     recovery: Recovery | None
+    paced: Paced | None
 
 
 def _saved(
@@ -188,7 +190,7 @@ def _saved(
             finish=None if quantization is None else quantization.applied,
         )
     layers = description.layers(shrunk.findings, shrunk.plan)
-    return _Saved(written, shrunk.plan, layers, shrunk.job, part, recovery)
+    return _Saved(written, shrunk.plan, layers, shrunk.job, part, recovery, shrunk.paced)
 
 
 def _recover(
@@ -242,7 +244,7 @@ def _measured(
         each.job.include(job)
         nbytes = (source.source.nbytes, each.written.source.nbytes)
         report = description.written(
-            each.layers, each.plan, each.job, each.written.model, nbytes, measurement, each.recovery
+            each.layers, each.plan, each.job, each.written.model, nbytes, measurement, each.recovery, each.paced
         )
         report = replace(report, left_out=source.companions.left)
         write(report, staging / each.part)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Candidate, Offer, Plan
 from vitshrink.compression.findings import Findings
+from vitshrink.compression.pace import Paced
 from vitshrink.compression.rounding import Metric
 from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig, quantized_bits
@@ -30,7 +31,7 @@ from vitshrink.models.targets import blocks_of, named_blocks
 from vitshrink.models.tasks import task_of
 from vitshrink.recovery import Recovery
 from vitshrink.report import Report, before_after, with_thumbnails
-from vitshrink.report.costs import LatencyRecord, Timings
+from vitshrink.report.costs import LatencyRecord, LatencyTarget, Timings
 from vitshrink.report.making import (
     CODED,
     BlockError,
@@ -68,6 +69,19 @@ def latency_record(timed: Sequence[Mapping[str, cost.Latency]]) -> LatencyRecord
         return None
     first, *others = timed
     return LatencyRecord(**first, others=tuple(Timings(**each) for each in others) or None)
+
+
+def latency_target(paced: Paced) -> LatencyTarget:
+    """What a report says of a budget of time."""
+    return LatencyTarget(
+        asked=paced.asked,
+        dense=paced.dense,
+        compressed=paced.taken,
+        runtime=paced.clock.runtime.described,
+        batch_size=paced.clock.batch_size,
+        threads=paced.clock.counted,
+        levers=paced.levers,
+    )
 
 
 def tokens_by_block(model: PreTrainedModel) -> tuple[BlockTokens, ...] | None:
@@ -148,13 +162,14 @@ class Description:
         nbytes: tuple[int, int],
         measurement: Measurement | None,
         recovery: Recovery | None = None,
+        paced: Paced | None = None,
     ) -> Report:
         """The report of a finished model; ``nbytes`` are those of the stored weights before and after."""
         dense, inputs = self.dense, example_inputs(self.dense)
         with job.stage("cost", "Measuring cost"):
             macs = before_after(cost.macs(dense, inputs), cost.macs(model, inputs))
             memory = before_after(cost.memory_bytes(dense), cost.memory_bytes(model))
-            timed = processes.by_main(partial(self._timed, model))
+            timed = processes.by_main(partial(self._timed, model, paced))
         evaluation = None
         if measurement is not None:
             evaluation = measurement.record(self.preprocessing)
@@ -171,22 +186,25 @@ class Description:
             tokens=tokens_by_block(model),
             memory=memory,
             latency=latency_record(timed),
+            target_latency=None if paced is None else latency_target(paced),
             evaluation=evaluation,
             recovery=None if recovery is None else recovery_record(recovery),
             fitted_to=" ".join(self._fitted_to() if recovery is None else sorted(recovery.fitted_to)),
         )
 
-    def _timed(self, model: PreTrainedModel) -> list[dict[str, cost.Latency]]:
-        """Both models in turn, in the runtime of the job."""
+    def _timed(self, model: PreTrainedModel, paced: Paced | None) -> list[dict[str, cost.Latency]]:
+        """Both models in turn, in the runtime of the job, where they may be already."""
         config, models = self.config, {"dense": self.dense, "compressed": model}
         with threads(config.threads):
             ready: Mapping[str, nn.Module] = models
-            if config.runtime is not None:
+            if paced is not None:
+                ready = paced.ready
+            elif config.runtime is not None:
                 runtime = find_runtime(config.runtime)
                 ready = {name: running(each, runtime) for name, each in models.items()}
-            return cost.latency_by_batch_size(
-                ready, lambda size: example_inputs(self.dense, size), config.latency, repeats=10
-            )
+            first = () if config.latency_batch_size is None else (config.latency_batch_size,)
+            sizes = dict.fromkeys((*first, *config.latency))
+            return cost.latency_by_batch_size(ready, lambda size: example_inputs(self.dense, size), sizes, repeats=10)
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
         before = sum(offer.kept.cost.parameters for offer in self.offers)
@@ -238,16 +256,21 @@ class Description:
         )
 
     def _calibration(self) -> CalibrationRecord | None:
-        if self.calibration is None:
-            return None
-        return CalibrationRecord(
-            source=self.calibration.samples.source,
-            samples=len(self.calibration.samples),
-            tokens=self.calibration.tokens,
-            seed=self.config.seed,
-            fingerprint=self.calibration.samples.fingerprint(),
-            preprocessing=self.preprocessing,
+        return (
+            None if self.calibration is None else calibrated_on(self.calibration, self.config.seed, self.preprocessing)
         )
+
+
+def calibrated_on(data: CalibrationData, seed: int, preprocessing: Mapping[str, Any] | None) -> CalibrationRecord:
+    """What a report says of the samples that were learned from."""
+    return CalibrationRecord(
+        source=data.samples.source,
+        samples=len(data.samples),
+        tokens=data.tokens,
+        seed=seed,
+        fingerprint=data.samples.fingerprint(),
+        preprocessing=preprocessing,
+    )
 
 
 def quantization_of(weights: str | None, activations: str | None) -> QuantizationRecord | None:

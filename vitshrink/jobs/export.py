@@ -1,11 +1,13 @@
 """``export``: a checkpoint, dense or compressed, in a form that runs without vitshrink, compared with the original."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
@@ -18,6 +20,7 @@ from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
 from vitshrink.models.publication import EXPORT
 from vitshrink.models.structures.quantized import QuantizedLinear
+from vitshrink.models.structures.static import StaticProduct
 from vitshrink.models.tracing import outputs_of, quiet, trace_inputs
 from vitshrink.runtime.extras import EXTRAS, require
 from vitshrink.runtime.observer import Job, Observer, Silent
@@ -140,19 +143,38 @@ def _compare(model: PreTrainedModel, run: Run) -> tuple[float, float]:
 
 def _rounding(model: PreTrainedModel) -> float:
     """The largest difference that the rounding of activations makes to an output."""
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    dynamic = [layer for layer in layers if layer.spec.activations == "dynamic"]
-    if not dynamic:
+    if not any(map(_rounds, model.modules())):
         return 0.0
     rounded = iter([outputs_of(model, trace_inputs(model, size)) for size in BATCH_SIZES])
-    before = [layer.spec for layer in dynamic]
-    try:
-        for layer in dynamic:
-            layer.spec = replace(layer.spec, activations="none")
+    with _without_rounding(model):
         return _compare(model, lambda _inputs: next(rounded))[0]
+
+
+def _rounds(layer: nn.Module) -> bool:
+    """Whether a layer rounds its inputs."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.spec.activations == "dynamic"
+    return isinstance(layer, StaticProduct)
+
+
+@contextmanager
+def _without_rounding(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, no layer rounds its inputs."""
+    layers = [layer for layer in model.modules() if _rounds(layer)]
+    before = [layer.spec if isinstance(layer, QuantizedLinear) else None for layer in layers]
+    try:
+        for layer in layers:
+            if isinstance(layer, QuantizedLinear):
+                layer.spec = replace(layer.spec, activations="none")
+            elif isinstance(layer, StaticProduct):
+                layer.rounds = False
+        yield
     finally:
-        for layer, spec in zip(dynamic, before, strict=True):
-            layer.spec = spec
+        for layer, spec in zip(layers, before, strict=True):
+            if isinstance(layer, QuantizedLinear) and spec is not None:
+                layer.spec = spec
+            elif isinstance(layer, StaticProduct):
+                layer.rounds = True
 
 
 def _worse(one: float, other: float) -> float:

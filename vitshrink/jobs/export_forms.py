@@ -26,6 +26,7 @@ from vitshrink.models.source import CONFIG
 from vitshrink.models.structures.coded import decode_all
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.structures.quantized import QuantizedEmbedding, QuantizedLinear
+from vitshrink.models.structures.static import StaticConv2d, StaticLinear
 from vitshrink.models.tracing import dynamic_dimensions, outputs_of, quiet, trace_inputs
 from vitshrink.models.tracing import write_onnx as trace_onnx
 
@@ -128,7 +129,10 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
             table = layer.dense_weight()
             dense.set_submodule(name, nn.Embedding(table.shape[0], table.shape[1], _weight=table), strict=True)
             continue
-        if not isinstance(layer, LowRankLinear | QuantizedLinear):
+        if isinstance(layer, StaticConv2d):
+            dense.set_submodule(name, layer.dense(), strict=True)
+            continue
+        if not isinstance(layer, LowRankLinear | QuantizedLinear | StaticLinear):
             raise UsageError(f"{name} is a {type(layer).__name__}, which is no matrix: use --to onnx.")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         linear.weight.copy_(layer.dense_weight())

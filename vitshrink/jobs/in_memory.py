@@ -24,6 +24,7 @@ from vitshrink.data import (
     samples_in_memory,
 )
 from vitshrink.data.columns import Columns
+from vitshrink.data.layouts import LAYOUTS
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import CheckpointError, DataError, UsageError
 from vitshrink.jobs.description import Description
@@ -138,7 +139,7 @@ def compress(
         )
     description = Description.of(shrinking, data, preprocessor)
     layers = description.layers(shrunk.findings, shrunk.plan)
-    report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement)
+    report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement, paced=shrunk.paced)
     return Compressed(
         moved(small, dtype=dtype),
         replace(report, command=None),
@@ -203,7 +204,14 @@ def _samples(
         samples = session.samples(config.calibration_data or DataConfig(str(calibration)))
         return _preprocessor(session, origin, processor, config), samples
     most = config.samples + config.holdout
-    columns = Columns(config.image_column, config.text_column, config.text_pair_column, flags="")
+    task = session.source.task
+    columns = Columns(
+        config.image_column,
+        config.text_column,
+        config.text_pair_column,
+        flags="",
+        layout=task if task in LAYOUTS else None,
+    )
     calibration = listed(calibration, kind, most)
     if (found := samples_in_memory(calibration, kind, most, columns)) is not None:
         return _preprocessor(session, origin, processor, config), found
@@ -224,7 +232,14 @@ def _preprocessor(session: Session, origin: Path | None, processor: Any, config:
     model, kind = session.source.model, session.source.family.modality
     if processor is not None:
         settings = NO_SETTINGS if origin is None else TextSettings.read(origin)
-        return Preprocessor.of(processor, kind, model.config, max_length=config.max_length, settings=settings)
+        return Preprocessor.of(
+            processor,
+            kind,
+            model.config,
+            task=session.source.task,
+            max_length=config.max_length,
+            settings=settings,
+        )
     if not model.config._name_or_path:
         what = "image processor" if kind == "image" else "tokenizer"
         raise UsageError(f"processor: the model does not say where it came from: pass its {what} as processor=.")

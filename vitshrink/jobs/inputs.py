@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-from transformers import PreTrainedModel
-
 from vitshrink.compression.search import Bound
 from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig
@@ -48,7 +46,7 @@ class Inputs:
             evaluation = None if config.dry_run else session.evaluation_samples(config.eval_data, config.eval_limit)
             if calibration is not None:
                 session.warn_of_overlap(calibration.chosen, evaluation, "were also calibrated on")
-        material = _material(config, session, shrinking.base, calibration, evaluation)
+        material = _material(config, session, shrinking, calibration, evaluation)
         return cls(preprocessor, calibration, held_out, evaluation, material)
 
 
@@ -94,7 +92,7 @@ def _kept_for_recovery(config: CompressConfig, samples: int) -> int:
 def _material(
     config: CompressConfig,
     session: Session,
-    base: PreTrainedModel,
+    shrinking: Shrinking,
     calibration: CalibrationData | None,
     evaluation: SampleSet | None,
 ) -> Material | None:
@@ -111,8 +109,8 @@ def _material(
         seed=config.seed,
         offline=config.offline,
     )
-    check(base, config.finetune, dense=True, labelled=material.label_of is not None)
-    check_tokens(config.finetune, task_of(base), "merged" if config.tokens == "merge" else None)
+    check(shrinking.base, config.finetune, dense=True, labelled=material.label_of is not None)
+    check_tokens(config.finetune, task_of(shrinking.base), "merged" if shrinking.merges else None)
     if config.finetune.data:
         session.warn_of_overlap(material.samples, evaluation, "are also trained on")
     return material

@@ -1,22 +1,30 @@
 """``vitshrink quantize``: a checkpoint, dense or compressed, with integer weights."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
+
+from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
+from vitshrink.compression.calibrated import calibrated
 from vitshrink.compression.quantization import quantized
 from vitshrink.config.options import quantized_bits
 from vitshrink.config.quantize import QuantizeJob
+from vitshrink.data import Preprocessor, SampleSet
+from vitshrink.data.opening import CalibrationData, hold_out, read_calibration
 from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.compress import compress
-from vitshrink.jobs.description import environment, latency_record, quantization_of
+from vitshrink.jobs.description import calibrated_on, environment, latency_record, quantization_of
 from vitshrink.jobs.result import CompressionResult, published, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import LoadedModel, is_compressed, moved
 from vitshrink.report import Report, before_after, write
-from vitshrink.report.making import QuantizationRecord
+from vitshrink.report.making import CalibrationRecord, QuantizationRecord
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
 
@@ -38,46 +46,124 @@ def quantize_checkpoint(config: QuantizeJob, observer: Observer | None = None) -
     if config.rounds == "curvature":
         (result,) = compress(config.compression(), observer)
         return result
-    return _nearest(config, Job(observer or Silent()))
+    return _rounded(config, Job(observer or Silent()))
 
 
-def _nearest(config: QuantizeJob, job: Job) -> CompressionResult:
-    weights = config.weights or "int8"
-    bits, treated = quantized_bits(weights, config.activations)
+def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
     session = Session.open(config.model, Settings.of(config), job, baseline=config.baseline)
     session.source.companions.tell(job)
     if config.could_lose_less and not is_compressed(session.source.source):
         job.warn(LESS)
-    samples, preprocessor = None, None
-    with processes.together():
-        if config.eval_data is not None:  # before any work, so that what cannot be read stops it here
-            samples = session.evaluation_samples(config.eval_data, config.eval_limit)
-            preprocessor = session.preprocessor()
+    data = _Data.open(config, session)
     source = session.source
     needed = 2 * cost.parameters(source.model)
     with published(Path(config.output), session, needed, overwrite=config.overwrite) as staging:
+        made = None if data.calibration is None else _static(config, session, data.calibration)
         with job.stage("quantize", "Quantising, saving and verifying"):
-            rounded = partial(quantized, bits=bits, activations=treated, dtype=source.source_dtype)
             # the source stays as it is: it may be the baseline
-            written = write_result(source.model, staging, session, finish=rounded, in_place=False)
+            written = write_result(
+                made or source.model,
+                staging,
+                session,
+                dtype=session.dtype(config.dtype),
+                finish=None if made else _nearest(config, source),
+                in_place=False,
+            )
         dense = session.baseline or source
         moved(dense.model, session.device)
         evaluation = None
-        if samples is not None and preprocessor is not None:
-            measurement = session.measure(written.model, samples, preprocessor, against=dense)
-            evaluation = measurement.record(preprocessor.description)
-        quantization = quantization_of(weights, config.activations)
-        report = _report(session, config.baseline or config.model, dense, written, quantization, evaluation)
+        if data.evaluation is not None and data.preprocessor is not None:
+            (measurement,) = session.measure_each(
+                [written.model], data.evaluation, data.preprocessor, against=dense, labelled=config.eval is not None
+            )
+            evaluation = measurement.record(data.preprocessor.description)
+        report = _report(config, session, data, dense, written, evaluation)
         write(report, staging)
     return CompressionResult(Path(config.output), report)
 
 
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """Samples to calibrate on, where that is done, and to measure on."""
+
+    preprocessor: Preprocessor | None = None
+    calibration: CalibrationData | None = None
+    evaluation: SampleSet | None = None
+
+    @classmethod
+    def open(cls, config: QuantizeJob, session: Session) -> Self:
+        """Before any work, so that what cannot be read stops it here."""
+        if config.eval_data is None and config.calibration_data is None:
+            return cls()
+        with processes.together():
+            preprocessor, evaluation, calibration = session.preprocessor(), None, None
+            if config.eval_data is not None:
+                evaluation = session.evaluation_samples(config.eval_data, config.eval_limit)
+            if config.calibration_data is not None:
+                samples = session.samples(config.calibration_data)
+                calibration = read_calibration(
+                    samples,
+                    preprocessor,
+                    session.job,
+                    samples=config.samples,
+                    seed=config.seed,
+                    batch_size=config.batch_size,
+                    max_bad_samples=config.max_bad_samples,
+                    workers=config.workers,
+                )
+                if evaluation is None:
+                    evaluation = hold_out(
+                        samples,
+                        session.job,
+                        samples=config.samples,
+                        calibrated=True,
+                        holdout=config.holdout,
+                        seed=config.seed,
+                    )
+                else:
+                    session.warn_of_overlap(calibration.chosen, evaluation, "were also calibrated on")
+        return cls(preprocessor, calibration, evaluation)
+
+    def record(self, seed: int) -> CalibrationRecord | None:
+        """Of what was learned from."""
+        if self.calibration is None or self.preprocessor is None:
+            return None
+        return calibrated_on(self.calibration, seed, self.preprocessor.description)
+
+
+def _nearest(config: QuantizeJob, source: LoadedModel) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    bits, activations = quantized_bits(config.weights or "int8", config.activations)
+    return partial(quantized, bits=bits, activations=activations, dtype=source.source_dtype)
+
+
+def _static(config: QuantizeJob, session: Session, data: CalibrationData) -> PreTrainedModel:
+    """What the first process makes of the model, and others do not need."""
+    model, job = session.source.model, session.job
+    with processes.together():
+        if not processes.is_main():
+            return model
+        with job.stage("calibrate", "Calibrating", len(data.samples)) as advance:
+            found = calibrated(
+                model,
+                data.batches,
+                dtype=session.dtype(config.dtype),
+                device=session.device,
+                include=config.include,
+                exclude=config.exclude,
+                seed=config.seed,
+                on_batch=advance,
+            )
+    for name, loss in found.kept.items():
+        job.warn(f"{name} stays in floating point: with 8 bits it would cost {loss:.2g}.")
+    return found.model
+
+
 def _report(
+    config: QuantizeJob,
     session: Session,
-    name: str,
+    data: _Data,
     dense: LoadedModel,
     written: LoadedModel,
-    quantization: QuantizationRecord | None,
     evaluation: EvaluationRecord | None,
 ) -> Report:
     job, inputs = session.job, example_inputs(session.source.model)
@@ -87,12 +173,12 @@ def _report(
         macs = before_after(*(cost.macs(model, inputs) for model in models.values()))
     return Report(
         vitshrink=__version__,
-        model=name,
+        model=config.baseline or config.model,
         task=session.source.task,
         method="none",
         allocation="none",
         compensation="none",
-        quantization=quantization,
+        quantization=_recorded(config),
         parameters=before_after(*map(cost.parameters, models.values())),
         layers_parameters=None,
         layers=(),
@@ -100,8 +186,15 @@ def _report(
         macs=macs,
         latency=latency_record([latency]),
         evaluation=evaluation,
+        calibration=data.record(config.seed),
         timings=dict(job.timings),
         environment=environment(session.device),
         warnings=tuple(job.warnings),
         left_out=session.source.companions.left,
     )
+
+
+def _recorded(config: QuantizeJob) -> QuantizationRecord | None:
+    if config.rounds == "static":
+        return QuantizationRecord("int8", "static")
+    return quantization_of(config.weights or "int8", config.activations)

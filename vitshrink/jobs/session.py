@@ -118,6 +118,7 @@ class Session:
         return Preprocessor.from_checkpoint(
             self.source.directory,
             self.source.family.modality,
+            task=self.source.task,
             config=self.source.model.config,
             max_length=self.settings.max_length,
             style=self.settings.preprocess,

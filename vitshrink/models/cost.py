@@ -120,10 +120,23 @@ def latency(
     models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20, warmup: int = 3
 ) -> dict[str, Latency]:
     """Time the models in turn, A B A B, so that a machine that warms up or slows down does so for all of them."""
+    seconds = passes(models, dict.fromkeys(models, inputs), repeats=repeats, warmup=warmup)
+    batch_size = len(next(iter(inputs.values())))
+    runtimes = {name: getattr(model, "runtime", None) for name, model in models.items()}
+    return {name: _summary(times, batch_size, runtimes[name]) for name, times in seconds.items()}
+
+
+def passes(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Mapping[str, Tensor]],
+    *,
+    repeats: int,
+    warmup: int = 3,
+) -> dict[str, list[float]]:
+    """Seconds of each pass of each model, on inputs of its own, the models in turn."""
     if repeats < 1:
         raise ValueError("repeats must be at least 1")
-    prepared = {name: _on_device_of(model, inputs) for name, model in models.items()}
-    batch_size = len(next(iter(inputs.values())))
+    prepared = {name: _on_device_of(model, inputs[name]) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with evaluating(*models.values()), torch.inference_mode():
         for i in range(warmup + repeats):
@@ -131,8 +144,7 @@ def latency(
                 elapsed = _time(model, prepared[name])
                 if i >= warmup:
                     seconds[name].append(elapsed)
-    runtimes = {name: getattr(model, "runtime", None) for name, model in models.items()}
-    return {name: _summary(times, batch_size, runtimes[name]) for name, times in seconds.items()}
+    return seconds
 
 
 def latency_by_batch_size(

@@ -79,7 +79,7 @@ def load_exported(path: Path) -> LoadedModel:
         raise CheckpointError(f"{path.parent / CONFIG} cannot be read by transformers: {error}") from error
     session = kind.open(path)
     needed = "pixel_values" if family.modality == "image" else "input_ids"
-    if needed not in session.inputs or not {"logits", "last_hidden_state"} & set(session.outputs):
+    if needed not in session.inputs or not {"logits", "start_logits", "last_hidden_state"} & set(session.outputs):
         raise CheckpointError(
             f"{path} takes {', '.join(session.inputs)} and gives {', '.join(session.outputs)}: it is not a file that "
             "`vitshrink export` wrote for this architecture."

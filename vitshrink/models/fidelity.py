@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OUTSIDE = -1e4
+"""The logit of what cannot be: no probability in any type, and no infinity to compute with."""
+
 _CHUNK = 1 << 22  # numbers held at a time where a result is built in pieces
 
 
@@ -70,6 +73,27 @@ class Softmax(Head):
         return rows.argmax(-1)
 
 
+class Spans(Head):
+    """Where a part of a text begins and where it ends, one softmax each: the sum of their KL, in nats.
+
+    A row holds the logits of the beginning and those of the end side by side, with ``OUTSIDE`` where neither may be.
+    """
+
+    measure = "kl"
+
+    def divergence(self, dense: Tensor, other: Tensor, temperature: float = 1.0) -> Tensor:
+        pairs = zip(dense.chunk(2, -1), other.chunk(2, -1), strict=True)
+        first, last = (SOFTMAX.divergence(*pair, temperature) for pair in pairs)
+        return first + last
+
+    def probe(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Two of the softmax, independent of each other."""
+        return torch.cat([SOFTMAX.probe(side, generator) for side in rows.chunk(2, -1)], -1)
+
+    def constant(self, dense: Tensor) -> Tensor:
+        return torch.where(dense > OUTSIDE, torch.zeros_like(dense), dense)
+
+
 class Bernoulli(Head):
     """Any number of several labels, each yes or no on its own: KL of the sigmoids, summed over labels, in nats."""
 
@@ -113,7 +137,7 @@ class Features(Regression):
         return torch.zeros_like(dense)
 
 
-SOFTMAX, BERNOULLI, REGRESSION, FEATURES = Softmax(), Bernoulli(), Regression(), Features()
+SOFTMAX, SPANS, BERNOULLI, REGRESSION, FEATURES = Softmax(), Spans(), Bernoulli(), Regression(), Features()
 
 PROBLEM_TYPES: Mapping[str, Head] = {
     "regression": REGRESSION,
@@ -138,8 +162,10 @@ def head_for(task: str, config: Any, outputs: int) -> Head:
     """The head of a model for ``task`` that gives so many ``outputs``; ``config`` may be None."""
     if task == "features":
         return FEATURES
-    if task == "masked-lm":
+    if task in ("masked-lm", "token-classification"):
         return SOFTMAX
+    if task == "question-answering":
+        return SPANS
     return classification_head(getattr(config, "problem_type", None), outputs)
 
 

@@ -86,9 +86,9 @@ def find_targets(
     if not targets:
         raise UsageError("the model has no dense linear layer to factorise: it is already compressed.")
     names = [target.name for target in targets]
-    included = _matching(names, include, "include") if include else set(names)
+    included = matching(names, include, "include") if include else set(names)
     others = find_outside(model) if outside and layers == "all" and not include else []
-    kept = included - _matching([*names, *others], exclude, "exclude")
+    kept = included - matching([*names, *others], exclude, "exclude")
     if not kept:
         raise UsageError("no layer is left to factorise: the exclude expressions match every included layer.")
     return [target for target in targets if target.name in kept]
@@ -164,7 +164,8 @@ def _replaced(model: nn.Module, name: str, block: str) -> bool:
     return False
 
 
-def _matching(names: Sequence[str], patterns: Sequence[str], flag: str) -> set[str]:
+def matching(names: Sequence[str], patterns: Sequence[str], flag: str) -> set[str]:
+    """Those of the names in which one of the expressions is found. Raises UsageError for one that finds nothing."""
     matching: set[str] = set()
     for pattern in patterns:
         try:

@@ -9,12 +9,21 @@ from transformers import PreTrainedModel
 from vitshrink.errors import CheckpointError
 from vitshrink.models.fidelity import Head, head_for
 
-Task = Literal["image-classification", "text-classification", "masked-lm", "features"]
+Task = Literal[
+    "image-classification",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "features",
+]
 
 TASKS: Mapping[str, Task] = {
     "ForImageClassification": "image-classification",
     "ForImageClassificationWithTeacher": "image-classification",
     "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "masked-lm",
     "Model": "features",
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.models.fidelity import feature_rows
+from vitshrink.models.readings import reading_of
 from vitshrink.models.tasks import Task, task_of
 from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.statistics.reference import Kept
@@ -18,9 +18,8 @@ CACHE_BYTES = 2**30
 
 
 class Reader:
-    """Runs a model: logits (rows, classes), or the ``feature_rows`` of a headless one.
+    """Runs a model: rows as ``models.readings`` has them, or the logits of the tokens hidden from a masked LM.
 
-    A row is a sample, or a token that is hidden from a masked language model.
     ``run`` calls the model, which may be wrapped by accelerate; ``model`` is what is inside.
     """
 
@@ -28,16 +27,14 @@ class Reader:
         self.model = model
         self.run = run or model
         self.task: Task = task_of(model)
+        self.reading = reading_of(model)
 
     def __call__(self, batch: TrainingBatch) -> Tensor:
-        if self.task == "features":
-            return feature_rows(self.run(**batch.inputs).last_hidden_state, batch.mask)
         if self.task == "masked-lm":
             with self._asked(batch):
                 logits: Tensor = self.run(**batch.inputs).logits
             return logits.squeeze(0)
-        answer: Tensor = self.run(**batch.inputs).logits
-        return answer
+        return self.reading.rows(self.run(**batch.inputs), batch)
 
     @contextmanager
     def _asked(self, batch: TrainingBatch) -> Iterator[None]:

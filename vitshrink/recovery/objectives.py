@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitshrink.config.options import FinetuneConfig
-from vitshrink.models.fidelity import BERNOULLI, REGRESSION, Head
+from vitshrink.models.fidelity import BERNOULLI, REGRESSION, SPANS, Head
 
 Term = Callable[[Tensor | None], Tensor]
 """What a technique adds to the loss of the batch that was just run, (); takes its mask (batch, tokens) or None."""
@@ -41,8 +41,9 @@ class Distillation:
 class Supervision:
     """The loss that transformers trains the head with, ``distillation`` of it replaced by the divergence.
 
-    That is cross-entropy with the labels for one class of several, the same of yes and no for labels on their own, and
-    the squared error for numbers. ``smoothing`` moves that part of every label to all classes alike.
+    That is cross-entropy with the labels for one class of several and with the ends of an answer, the same of yes and
+    no for labels on their own, and the squared error for numbers. ``smoothing`` moves that part of every label to all
+    classes alike.
     """
 
     head: Head
@@ -65,6 +66,10 @@ class Supervision:
         answer = answer.float()
         if self.head is REGRESSION:
             loss = (answer - labels.float().reshape(answer.shape)).square().mean(-1)
+        elif self.head is SPANS:
+            ends = zip(answer.chunk(2, -1), labels.unbind(-1), strict=True)
+            first, last = (F.cross_entropy(logits, token, reduction="none") for logits, token in ends)
+            loss = (first + last) / 2
         elif self.head is BERNOULLI:
             smooth = torch.lerp(labels.float(), torch.full_like(answer, 0.5), self.smoothing)
             loss = F.binary_cross_entropy_with_logits(answer, smooth, reduction="none").mean(-1)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
+from vitshrink.data.samples import Answers
+from vitshrink.data.text_encoder import padded_places
 from vitshrink.errors import DataError
 
 MEMORY = 2 * 2**30
@@ -22,6 +24,8 @@ class Item:
     index: int
     inputs: dict[str, Tensor]
     label: Any = None
+    places: Tensor | None = None
+    """(tokens, 2), as in a ``Batch``."""
 
     @property
     def nbytes(self) -> int:
@@ -30,7 +34,7 @@ class Item:
 
 @dataclass(eq=False)
 class TrainingBatch:
-    """``inputs`` of the model, ``mask`` (batch, tokens) of real tokens or None, class ``labels`` or scores (batch,)."""
+    """``inputs`` of the model, ``mask`` (batch, tokens) of real tokens or None, class ``labels`` or scores (rows,)."""
 
     inputs: dict[str, Tensor]
     mask: Tensor | None
@@ -38,6 +42,8 @@ class TrainingBatch:
     labels: Tensor | None = None
     selected: Tensor | None = None
     """(batch, tokens): where a masked language model is asked; None for other tasks."""
+    places: Tensor | None = None
+    """As in a ``Batch``."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainingBatch":
         """On ``device``; accelerate moves what has this method."""
@@ -46,7 +52,9 @@ class TrainingBatch:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
         inputs = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()}
-        return TrainingBatch(inputs, moved(self.mask), self.indices, moved(self.labels), moved(self.selected))
+        return TrainingBatch(
+            inputs, moved(self.mask), self.indices, moved(self.labels), moved(self.selected), moved(self.places)
+        )
 
 
 class TrainingSet(Dataset[Item]):
@@ -148,15 +156,39 @@ class TrainingSet(Dataset[Item]):
             real = slice(None) if batch.mask is None else batch.mask[row]
             inputs = {name: tensor[row][real] for name, tensor in batch.inputs.items()}
             index = by_key[key]
-            yield Item(index, inputs, None if self.labels is None else self.labels[index])
+            places = None if batch.places is None else batch.places[row][real]
+            yield Item(index, inputs, None if self.labels is None else self.labels[index], places)
 
     def collate(self, items: Sequence[Item]) -> TrainingBatch:
         """One batch, padded to its longest text."""
         indices = torch.tensor([item.index for item in items])
-        labels = None if self.labels is None else torch.tensor([item.label for item in items])
+        labels = None if self.labels is None else torch.tensor([row for item in items for row in _row_labels(item)])
         if self.preprocessor.kind == "image":
             names = items[0].inputs
             return TrainingBatch({n: torch.stack([i.inputs[n] for i in items]) for n in names}, None, indices, labels)
         rows = [{name: tensor.tolist() for name, tensor in item.inputs.items()} for item in items]
         inputs = dict(self.preprocessor.processor.pad(rows, return_tensors="pt"))
-        return TrainingBatch(inputs, inputs["attention_mask"].bool(), indices, labels)
+        places = padded_places([item.places for item in items], self.preprocessor.processor)
+        return TrainingBatch(inputs, inputs["attention_mask"].bool(), indices, labels, places=places)
+
+
+def _row_labels(item: Item) -> list[Any]:
+    """What is learned from a sample: its label, that of every word whose token is asked for, or the ends of its
+    answer."""
+    if item.places is None:
+        return [item.label]
+    if isinstance(item.label, Answers):
+        return [_ends(item.label, item.places)]
+    return [item.label[word] for word in item.places[:, 0].tolist() if word >= 0]
+
+
+def _ends(answers: Answers, places: Tensor) -> tuple[int, int]:
+    """First and last token of an answer; twice the one that stands for none, where there is none or it was cut off."""
+    nothing = int((places == 0).all(1).int().argmax())
+    if not answers.texts or answers.start is None:
+        return nothing, nothing
+    start, end = answers.start, answers.start + len(answers.texts[0])
+    within = ((places[:, 0] < end) & (places[:, 1] > start)).nonzero().flatten()
+    if not len(within) or int(places[:, 1].max()) < end:
+        return nothing, nothing
+    return int(within[0]), int(within[-1])

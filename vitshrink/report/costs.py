@@ -49,6 +49,27 @@ class Timings:
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
+class LatencyTarget:
+    """A time that was asked for, and the shortest passes of both models in turn, in seconds a batch."""
+
+    asked: float
+    """What a batch may take."""
+    dense: float
+    """What the dense model takes."""
+    compressed: float
+    """What the compressed model takes."""
+    runtime: str
+    """What ran them, its version and the type that it computes in."""
+    batch_size: int
+    """Samples a batch."""
+    threads: int
+    """Threads on the CPU."""
+    levers: tuple[str, ...]
+    """By what the model got faster: ``merged tokens``, ``ranks``."""
+
+
+@final
 @dataclass(frozen=True)
 class LatencyRecord(Timings):
     """The times at the first batch size, and at others."""

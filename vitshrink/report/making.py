@@ -95,7 +95,7 @@ class QuantizationRecord:
     weights: str
     """``int8`` or ``int4``."""
     activations: str
-    """``none``, or ``dynamic``: rounded to int8 as they come."""
+    """``none``, ``dynamic``: rounded to int8 as they come, or ``static``: on grids that calibration chose."""
 
 
 @final

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, with_config
 
 from vitshrink.errors import DataError
 from vitshrink.evaluation.quality import Evaluation, EvaluationRecord
-from vitshrink.report.costs import BeforeAfter, LatencyRecord, Timings
+from vitshrink.report.costs import BeforeAfter, LatencyRecord, LatencyTarget, Timings
 from vitshrink.report.making import (
     CODED,
     BlockTokens,
@@ -69,6 +69,8 @@ class Report:
     """What the blocks read and keep, from the first that merges tokens; left out where none does."""
     latency: Group[LatencyRecord] = None
     """Time of a forward pass."""
+    target_latency: IfSet[LatencyTarget] = None
+    """The time that was asked for, and what it became; left out where none was."""
     evaluation: EvaluationRecord | None = None
     """Quality of both models on the same samples."""
     calibration: CalibrationRecord | None = None

@@ -25,11 +25,15 @@ from vitshrink.report.wording import (
 AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
     "masked-lm": "AutoModelForMaskedLM",
 }
 PIPELINES = {
     "image-classification": "image-classification",
     "text-classification": "text-classification",
+    "token-classification": "token-classification",
+    "question-answering": "question-answering",
     "masked-lm": "fill-mask",
     "features": "feature-extraction",
 }
@@ -39,6 +43,12 @@ METRIC_NAMES = {
     "f1_micro": "micro-F1",
     "f1_macro": "macro-F1",
     "exact_match": "all labels right",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "token_accuracy": "token accuracy",
+    "answer_f1": "answer F1",
+    "answer_exact": "exact match",
     "spearman": "Spearman",
 }
 
@@ -77,6 +87,11 @@ def summary_rows(report: Report) -> list[Row]:
         tokens = [report.tokens[0].tokens, *(each.kept for each in report.tokens)]
         merging = f"from block {report.tokens[0].block}: {' → '.join(map(str, tokens))}"
         rows.append(Row("Tokens, block by block", str(tokens[0]), merging, ""))
+    if (timed := report.target_latency) is not None:
+        asked, levers = duration(timed.asked), " and ".join(timed.levers) or "nothing"
+        name = f"Shortest pass, batch of {timed.batch_size}, {asked} asked for"
+        faster = f"{percent(timed.compressed / timed.dense)} of the time, by {levers}"
+        rows.append(Row(name, duration(timed.dense), duration(timed.compressed), faster))
     if report.recovery is not None:
         losses = f"{number(report.recovery.before)} → {number(report.recovery.after)}"
         rows.append(Row("Held-out loss before and after recovery", "", losses, ""))
@@ -195,6 +210,7 @@ def _fidelity_rows(fidelity: Fidelity) -> list[Row]:
     shown: list[tuple[str, float | None, Callable[[float | None], str], bool]] = [
         ("Same prediction as dense", fidelity.agreement, percent, False),
         ("Same decision as dense, label by label", fidelity.label_agreement, percent, False),
+        ("Same entities as dense, F1", fidelity.entity_agreement, percent, False),
         ("Top-5 in common with dense", fidelity.top5_overlap, percent, False),
         ("KL(dense ‖ compressed), nats", fidelity.kl, number, False),
         ("Squared error relative to dense", fidelity.relative_error, number, False),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vitshrink.errors import DataError, NumericsError
-from vitshrink.models.fidelity import FEATURES, feature_rows
+from vitshrink.models.readings import reading_of
 from vitshrink.models.targets import Target, blocks_of
 from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.modes import frozen
@@ -26,6 +26,7 @@ from vitshrink.statistics.calibration import (
     one_by_one,
     put_sums,
     real_tokens,
+    samples_of,
     to_device,
 )
 from vitshrink.statistics.calls import joined
@@ -48,9 +49,9 @@ def random_functional(
 ) -> Functional:
     """A random functional with E[g gᵀ] = Jᵀ F J for its gradient g, F the second derivative of the head's divergence.
 
-    It is ``Head.probe`` of ``outputs``: of all logits, of those at up to 16 tokens a text of a masked LM, or of the
-    features of a headless model. The tokens of a masked LM are not hidden here: more of them say something at once, and
-    the models come out closer at the hidden ones too.
+    It is ``Head.probe`` of the rows of ``outputs``, as ``readings`` has them, or of the logits at up to 16 tokens a
+    text of a masked LM. The tokens of a masked LM are not hidden here: more of them say something at once, and the
+    models come out closer at the hidden ones too.
     """
     head = head_of(model)
     if task_of(model) == "masked-lm":
@@ -63,14 +64,16 @@ def random_functional(
             0, index, (outputs["logits"][texts, positions].float() * at_tokens).sum(-1)
         )
 
-    def rows(outputs: ModelOutput) -> Tensor:
-        if head is FEATURES:
-            return feature_rows(outputs["last_hidden_state"], batch.mask)
-        logits: Tensor = outputs["logits"]
-        return logits.float()
+    reading = reading_of(model)
+    probe = head.probe(reading.rows(outputs, batch), generator)
+    owners = reading.owners(outputs, batch)
+    nothing = probe.new_zeros(samples_of(batch))
 
-    probe = head.probe(rows(outputs), generator)
-    return lambda outputs: (rows(outputs) * probe).sum(-1)
+    def of_samples(outputs: ModelOutput) -> Tensor:
+        of_rows = (reading.rows(outputs, batch) * probe).sum(-1)
+        return of_rows if owners is None else nothing.index_add(0, owners, of_rows)
+
+    return of_samples
 
 
 def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:

@@ -19,8 +19,13 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def data_digest(batches: Iterable[CalibrationBatch]) -> str:
     """SHA-256 of what enters the model: samples, their order, preprocessing and batch size all show in it."""
-    parts = [_digest(batch.inputs if batch.mask is None else {**batch.inputs, "mask": batch.mask}) for batch in batches]
+    parts = [_digest(_tensors(batch)) for batch in batches]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _tensors(batch: CalibrationBatch) -> dict[str, Tensor]:
+    others = {"mask": batch.mask, "places": getattr(batch, "places", None)}
+    return {**batch.inputs, **{name: tensor for name, tensor in others.items() if tensor is not None}}
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

@@ -131,9 +131,8 @@ class SensitivityCollector:
         if isinstance(module, nn.Conv2d):
             x = patches(x.float(), module)
             gradient = gradient.flatten(2).mT
-        # a pooler's outputs may be as wide as the texts are long
-        masked = self._mask is not None and gradient.dim() == 3 and gradient.shape[:2] == self._mask.shape
-        g = (gradient[self._mask] if masked else gradient.reshape(-1, gradient.shape[-1])).float()
+        masked = self._masks(gradient)
+        g = self._real(gradient, gradient).float()
         importance = g.square().sum(1)
         power = importance.double().sum()
         if not torch.isfinite(power):
@@ -153,8 +152,8 @@ class SensitivityCollector:
             found = torch.zeros(module.num_embeddings, dtype=torch.float64, device=g.device)
             sums.uses = accumulate(sums.uses, found.index_add_(0, tokens, importance.double()))
             return
-        x = (x[self._mask] if masked else x.reshape(-1, x.shape[-1])).float()
-        weights = (importance / importance.mean().clamp_min(1e-30)).clamp(*WEIGHTS)
+        x = self._real(x, gradient).float()
+        weights = counted(importance)
         weighted = x * weights[:, None]
         sums.weight += float(weights.double().sum())
         sums.squared_weight += float(weights.double().square().sum())
@@ -165,6 +164,14 @@ class SensitivityCollector:
         sums.between = accumulate(sums.between, gram_of(totals * shares.rsqrt()))
         sums.together = accumulate(sums.together, _by_owner(g, owners).square().sum(0))
 
+    def _masks(self, gradient: Tensor) -> bool:
+        """Whether some tokens are padding; a pooler's outputs may be as wide as the texts are long."""
+        return self._mask is not None and gradient.dim() == 3 and gradient.shape[:2] == self._mask.shape
+
+    def _real(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """x (…, n) of all tokens that are no padding, (tokens, n)."""
+        return x[self._mask] if self._masks(gradient) else x.reshape(-1, x.shape[-1])
+
     def _owners(self, gradient: Tensor, masked: bool) -> Tensor:
         """The sample of each token; each token is one of its own where the first dimension has no samples."""
         shape = gradient.shape[:-1]
@@ -173,6 +180,11 @@ class SensitivityCollector:
             return numbers
         owners = numbers.view(shape) // shape[1:].numel()
         return owners[self._mask] if masked else owners.flatten()
+
+
+def counted(importance: Tensor) -> Tensor:
+    """How much tokens of these squared gradients count, 1 on average."""
+    return (importance / importance.mean().clamp_min(1e-30)).clamp(*WEIGHTS)
 
 
 def _by_owner(rows: Tensor, owners: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A linear layer as two factors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,12 +58,12 @@ class LowRankMaker:
         ranks = range(multiple, break_even_rank(*shape, self.material.storage) + 1, multiple)
         losses = self._losses(found)
         candidates = [
-            Candidate(LowRank(rank), self._cost(shape, rank), losses[rank] if losses else 0.0, rank) for rank in ranks
+            Candidate(LowRank(rank), self._cost(target, rank), losses[rank] if losses else 0.0, rank) for rank in ranks
         ]
         return Offer.of(
             Site(target.name, "matrix", shape),
             self.material.currency,
-            Candidate(None, self.material.dense_cost(shape)),
+            Candidate(None, self._timed(target, None, self.material.dense_cost(shape))),
             candidates,
             nothing=losses[0] if losses else 0.0,
             most=ranks[-1] + multiple - 1 if ranks else 0,
@@ -76,12 +76,17 @@ class LowRankMaker:
         losses: list[float] = loss.tolist()
         return losses
 
-    def _cost(self, shape: tuple[int, int], rank: int) -> Cost:
-        material = self.material
+    def _cost(self, target: Target, rank: int) -> Cost:
+        material, shape = self.material, target.shape
         numbers = rank_cost(*shape, rank, material.storage)
         if material.quantization is not None:
             return Cost(numbers, material.quantization.low_rank_bytes(shape, rank, material.storage))
-        return Cost(numbers, numbers * material.itemsize + HEADER_BYTES)  # of the second factor
+        found = Cost(numbers, numbers * material.itemsize + HEADER_BYTES)  # of the second factor
+        return self._timed(target, rank, found)
+
+    def _timed(self, target: Target, rank: int | None, found: Cost) -> Cost:
+        prices = self.material.prices
+        return found if prices is None else replace(found, nanoseconds=prices.of(target, rank))
 
     def _truncated(self, name: str, form: Form, findings: Findings) -> LowRankLinear:
         layer, rank = self.material.layer(name), form.rank

@@ -15,6 +15,17 @@ from vitshrink.methods.ranks import Storage, dense_cost
 from vitshrink.models.targets import Target, linear_of
 
 
+class Priced(Protocol):
+    """What the model takes, and its layers, in nanoseconds."""
+
+    @property
+    def whole(self) -> int:
+        """With its layers dense."""
+
+    def of(self, target: Target, rank: int | None) -> int:
+        """Of a layer at a rank, or dense."""
+
+
 @dataclass(frozen=True, eq=False)
 class Material:
     """The dense model and the choices of a job that forms depend on.
@@ -28,6 +39,7 @@ class Material:
         dtype: of the weights in the file.
         quantization: how all weights are rounded in the end, if they are.
         measures: whether what components do to the output decides, rather than the method's own loss.
+        prices: what layers take of a budget of time, where there is one.
     """
 
     dense: PreTrainedModel
@@ -40,6 +52,7 @@ class Material:
     currency: Currency
     quantization: Quantization | None
     measures: bool
+    prices: "Priced | None" = None
 
     @property
     def itemsize(self) -> int:

@@ -91,6 +91,7 @@ def _calibration(config: InspectJob, source: LoadedModel, job: Job) -> Calibrati
         Preprocessor.from_checkpoint(
             source.directory,
             source.family.modality,
+            task=source.task,
             config=source.model.config,
             max_length=config.max_length,
             style=config.preprocess,

@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         if spec.activations == "dynamic":
-            _exact_on_this_cpu()  # here, and not first while the model is traced
+            exact_on_this_cpu()  # here, and not first while the model is traced
         start, rank = spec.pivot or 0, spec.rank or 0
         if start + rank > in_features:
             raise CheckpointError(f"pivots {start}…{start + rank - 1} of {in_features} inputs do not exist.")
@@ -320,7 +320,7 @@ def dynamic_product(x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor | N
     flat = x.float()
     peak = flat.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
     rounded = (flat / peak).round_()
-    if _multiplies_integers(x, integers):
+    if multiplies_integers(x, integers):
         y = torch._int_mm(rounded.to(torch.int8), integers.T) * peak
     else:
         y = F.linear(rounded, integers.float()) * peak
@@ -328,15 +328,15 @@ def dynamic_product(x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor | N
     return y.to(x.dtype)
 
 
-def _multiplies_integers(x: Tensor, integers: Tensor) -> bool:
+def multiplies_integers(x: Tensor, integers: Tensor) -> bool:
     if x.device.type == "cuda":  # the limits of torch._int_mm there
         return x.shape[0] > 16 and x.shape[1] % 8 == 0 and integers.shape[0] % 8 == 0
     # with one input per output it reads beyond it on the CPU (torch 2.13)
-    return x.device.type == "cpu" and x.shape[1] > 1 and _exact_on_this_cpu()
+    return x.device.type == "cpu" and x.shape[1] > 1 and exact_on_this_cpu()
 
 
 @functools.cache
-def _exact_on_this_cpu() -> bool:
+def exact_on_this_cpu() -> bool:
     """CPUs without instructions for 8-bit dot products add pairs in 16 bits, which large values overflow."""
     largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     return bool((torch._int_mm(largest, -largest.T) == -64 * 127**2).all())

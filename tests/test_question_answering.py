@@ -1,0 +1,293 @@
+"""Extractive question answering: data as SQuAD has them, its rules, and all jobs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from vitshrink import load
+from vitshrink.cli.app import app
+from vitshrink.data import Preprocessor, open_samples
+from vitshrink.data.samples import Answers
+from vitshrink.evaluation.answer_rows import _scores, best_span, normalized
+from vitshrink.models.fidelity import OUTSIDE, SPANS, measured
+from vitshrink.models.readings import reading_of
+from vitshrink.recovery.training_set import _ends
+
+NAME = "BertForQuestionAnswering"
+Row = dict[str, Any]
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT that answers, and differently from question to question."""
+    directory = tiny.write(NAME, tmp_path_factory.mktemp("reader") / "model")
+    model = tiny.build(NAME)
+    with torch.no_grad():
+        model.qa_outputs.weight.mul_(5)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """48 questions, whose answers are the second and third word of their contexts."""
+    lines = tiny.write_text(tmp_path_factory.mktemp("texts") / "texts.txt", 96).read_text().splitlines()
+    found = []
+    for question, context in zip(lines[::2], lines[1::2], strict=True):
+        words = context.split()
+        answer = " ".join(words[1:3])
+        found.append(
+            {
+                "question": f"{question}?",
+                "context": context,
+                "answers": {"text": [answer], "answer_start": [len(words[0]) + 1]},
+            }
+        )
+    return found
+
+
+def write_lines(path: Path, rows: list[Row]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def write_squad(path: Path, rows: list[Row]) -> Path:
+    """As SQuAD is published: each context with its question."""
+    paragraphs = []
+    for number, row in enumerate(rows):
+        given = row["answers"]
+        pairs = zip(given["text"], given["answer_start"], strict=True)
+        answers = [{"text": text, "answer_start": start} for text, start in pairs]
+        asked = {"id": str(number), "question": row["question"], "answers": answers, "is_impossible": not answers}
+        paragraphs.append({"context": row["context"], "qas": [asked]})
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "A", "paragraphs": paragraphs}]}))
+    return path
+
+
+def write_parquet(path: Path, rows: list[Row]) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+WAYS: dict[str, Any] = {
+    "JSON lines": lambda d, rows: write_lines(d / "a.jsonl", rows),
+    "published": lambda d, rows: write_squad(d / "dev-v1.1.json", rows),
+    "parquet": lambda d, rows: write_parquet(d / "a.parquet", rows),
+    "texts alone": lambda d, rows: write_lines(
+        d / "a.jsonl", [row | {"answers": row["answers"]["text"][0]} for row in rows]
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_write_answers_gives_the_same_scores(
+    way: str, reader: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    found = json.loads(run("eval", reader, "--data", WAYS[way](tmp_path, rows), "--json"))["evaluation"]
+    assert found["metric"] == "answer_f1"
+    exact, shared = by_hand(reader, rows)
+    assert found["dense"]["answer_exact"] == pytest.approx(exact)
+    assert found["dense"]["answer_f1"] == pytest.approx(shared)
+    assert 0 < shared < 1
+    low, high = found["dense"]["interval"]
+    assert low <= shared <= high
+
+
+def by_hand(directory: Path, rows: list[Row]) -> tuple[float, float]:
+    """Exact match and F1 of answers found by going through all spans."""
+    import transformers
+
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(directory), load(directory)
+    exact, shared = [], []
+    for row in rows:
+        encoded = tokenizer(row["question"], row["context"], return_tensors="pt", return_offsets_mapping=True)
+        offsets = encoded.pop("offset_mapping")[0].tolist()
+        with torch.no_grad():
+            outputs = model(**encoded)
+        context = [index for index, part in enumerate(encoded.sequence_ids(0)) if part == 1]
+        spans = [(i, j) for i in context for j in context if i <= j < i + 30]
+        first, last = max(
+            spans, key=lambda span: float(outputs.start_logits[0, span[0]] + outputs.end_logits[0, span[1]])
+        )
+        text = row["context"][offsets[first][0] : offsets[last][1]]
+        words, right = normalized(text), normalized(row["answers"]["text"][0])
+        both = sum(min(words.count(word), right.count(word)) for word in set(words))
+        exact.append(words == right)
+        shared.append(2 * both / (len(words) + len(right)) if words and right else float(words == right))
+    return sum(exact) / len(exact), sum(shared) / len(shared)
+
+
+@pytest.mark.parametrize(
+    ("given", "right", "exact", "f1"),
+    [
+        ("The Eiffel Tower!", ("eiffel tower",), True, 1.0),
+        ("in the city of Paris", ("Paris", "the city of Paris"), False, 6 / 7),
+        ("a cat", ("dog",), False, 0.0),
+        ("", (), True, 1.0),
+        ("Paris", (), False, 0.0),
+        ("to be or not", ("to be to be",), False, 0.5),
+    ],
+)
+def test_answers_are_compared_by_the_rules_of_squad(given: str, right: tuple[str, ...], exact: bool, f1: float) -> None:
+    found = _scores(given, Answers("", right))
+    assert found == (exact, pytest.approx(f1))
+
+
+def test_the_best_span_is_the_likeliest_that_is_possible() -> None:
+    starts, ends = torch.tensor([9.0, 0, 5, 1, 0]), torch.tensor([9.0, 6, 0, 2, 1])
+    assert best_span(starts, ends, 0, none_allowed=True) == (0, 0)
+    assert best_span(starts, ends, 0, none_allowed=False) == (2, 3)  # 5 + 2, and 6 stands before 5
+    assert best_span(starts, ends, 0, none_allowed=False, most=1) == (1, 1)
+    assert best_span(starts - 20, ends, 0, none_allowed=True) == (0, 0)
+    low = torch.tensor([-9.0, 0, 5, 1, 0])
+    assert best_span(low, ends, 0, none_allowed=True) == (2, 3)
+
+
+def spread(count: int, tokens: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, 2 * tokens, generator=generator, dtype=torch.float64)
+    rows[:, [0, tokens - 1, tokens]] = OUTSIDE
+    return rows
+
+
+def test_the_probe_is_the_second_derivative_where_answers_may_be_and_nothing_elsewhere() -> None:
+    dense = spread(1, 4, 0)[0]
+    hessian = torch.func.hessian(lambda other: SPANS.divergence(dense[None], other[None])[0])(dense)
+    v = SPANS.probe(dense.expand(60_000, 8), torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(v.T @ v / len(v), hessian, rtol=0, atol=0.02)
+    assert (v[:, dense == OUTSIDE] == 0).all()
+    other = spread(1, 4, 1)
+    assert measured(SPANS, dense[None], other) > 0
+    assert measured(SPANS, dense[None], dense[None]) == 0
+    assert 0 < float(SPANS.spread(dense[None])) < 3
+
+
+def test_padding_and_questions_change_no_divergence(reader: Path, rows: list[Row], tmp_path: Path) -> None:
+    data = open_samples(str(write_lines(tmp_path / "a.jsonl", rows[:6])), "text", layout="question-answering")
+    preprocessor, model = Preprocessor.from_checkpoint(reader, "text", task="question-answering"), load(reader)
+    other, reading = tiny.build(NAME, seed=1), reading_of(model)
+
+    def divergences(batch: Any) -> Tensor:
+        found = [reading.rows(each(**batch.inputs), batch) for each in (model, other)]
+        possible = (found[0] > OUTSIDE).sum(1).tolist()
+        words = [len(batch.labels[row].context.split()) for row in range(len(batch.keys))]
+        assert all(number == 2 * (count + 1) for number, count in zip(possible, words, strict=True))
+        return SPANS.divergence(*found)
+
+    with torch.no_grad():
+        (together,) = preprocessor.batches(data, 6, in_order=True)
+        alone = torch.cat([divergences(batch) for batch in preprocessor.batches(data, 1, in_order=True)])
+        torch.testing.assert_close(divergences(together), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_the_ends_that_are_learned_are_those_of_the_answer(reader: Path, rows: list[Row], tmp_path: Path) -> None:
+    data = open_samples(str(write_lines(tmp_path / "a.jsonl", rows)), "text", layout="question-answering")
+    preprocessor = Preprocessor.from_checkpoint(reader, "text", task="question-answering")
+    for batch in preprocessor.batches(data, 8):
+        assert batch.places is not None
+        for answers, places in zip(batch.labels, batch.places, strict=True):
+            assert isinstance(answers, Answers)
+            first, last = _ends(answers, places)
+            assert answers.context[int(places[first, 0]) : int(places[last, 1])] == answers.texts[0]
+            assert _ends(Answers(answers.context, ()), places) == (0, 0)
+
+
+def test_a_question_without_an_answer_may_be_left_open(reader: Path, rows: list[Row], tmp_path: Path) -> None:
+    nothing = {"text": [], "answer_start": []}
+    data = write_squad(tmp_path / "dev-v2.0.json", [*rows[:24], *(row | {"answers": nothing} for row in rows[24:])])
+    found = json.loads(run("eval", reader, "--data", data, "--json"))["evaluation"]
+    assert 0 < found["dense"]["answer_exact"] < 1
+
+
+def test_long_contexts_are_cut_and_long_questions_too(reader: Path, tmp_path: Path) -> None:
+    row = {"question": "good film " * 50, "context": "so the film was good " * 20, "answers": "film was"}
+    text = run("eval", reader, "--data", write_lines(tmp_path / "a.jsonl", [row, row]))
+    assert "F1" in text
+
+
+@pytest.mark.parametrize("method", ["svd", "whitened", "curvature"])
+def test_a_whole_job_ends_in_a_model_that_is_measured_the_same(
+    method: str, reader: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    data, small = write_lines(tmp_path / "a.jsonl", rows), tmp_path / "small"
+    given = ("--calibration", data, "--samples", 32, "--eval", data, "--method", method)
+    run("compress", reader, small, *given, "--keep", 0.8)
+    report = json.loads((small / "report.json").read_text())
+    found = json.loads(run("eval", small, "--baseline", reader, "--data", data, "--json"))["evaluation"]
+    assert found["compressed"] == report["evaluation"]["compressed"]
+    assert found["fidelity"] == report["evaluation"]["fidelity"]
+    assert found["difference"]["test"] == "sign flips, sample by sample"
+    assert "AutoModelForQuestionAnswering" in (small / "README.md").read_text()
+
+
+@pytest.mark.parametrize("bound", [("--max-kl", 1), ("--max-changed", 60), ("--max-accuracy-drop", 20)])
+def test_every_bound_is_kept(bound: tuple[str, float], reader: Path, rows: list[Row], tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", rows)
+    run("compress", reader, tmp_path / "small", "--calibration", data, "--samples", 24, "--holdout", 24, *bound)
+    found = json.loads((tmp_path / "small" / "report.json").read_text())
+    assert found["bytes"]["compressed"] < found["bytes"]["dense"]
+
+
+@pytest.mark.parametrize("objective", ["distill", "supervised"])
+def test_training_makes_the_held_out_loss_smaller(
+    objective: str, reader: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    data = write_lines(tmp_path / "a.jsonl", rows * 2)
+    run("compress", reader, tmp_path / "small", "--calibration", data, "--keep", 0.5, "--method", "svd")
+    teacher = ("--teacher", reader) if objective == "distill" else ()
+    options = ("--objective", objective, "--epochs", 6)
+    run("finetune", tmp_path / "small", tmp_path / "better", "--data", data, *teacher, *options)
+    recovery = json.loads((tmp_path / "better" / "report.json").read_text())["recovery"]
+    assert recovery["after"] < recovery["before"]
+
+
+@pytest.mark.slow
+def test_the_exported_model_is_scored_as_the_checkpoint_is(reader: Path, rows: list[Row], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    data = write_lines(tmp_path / "a.jsonl", rows)
+    run("compress", reader, tmp_path / "small", "--keep", 0.8, "--method", "svd")
+    run("export", tmp_path / "small", tmp_path / "onnx", "--to", "onnx")
+    command = ("eval", tmp_path / "onnx" / "model.onnx", "--baseline", tmp_path / "small", "--data", data, "--json")
+    found = json.loads(run(*command))["evaluation"]
+    assert found["fidelity"]["agreement"] == 1
+    assert found["fidelity"]["kl"] < 1e-6
+
+
+FAULTS: dict[str, tuple[Row, str]] = {
+    "another answer": (
+        {"question": "so?", "context": "the film", "answers": "the cat"},
+        "row 1: the answer 'the cat' does not stand in the context",
+    ),
+    "another place": (
+        {"question": "so?", "context": "the film", "answers": {"text": ["film"], "answer_start": [1]}},
+        "row 1: the answer 'film' does not begin at character 1",
+    ),
+    "no context": (
+        {"question": "so?", "answers": "film"},
+        "no column looks like the text-pair. Give --text-pair-column",
+    ),
+    "a number": (
+        {"question": "so?", "context": "the film", "answers": 3},
+        "row 1: column 'answers' holds '3', which is no answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_is_named_with_its_row(fault: str, reader: Path, tmp_path: Path) -> None:
+    row, message = FAULTS[fault]
+    assert message in " ".join(run("eval", reader, "--data", write_lines(tmp_path / "a.jsonl", [row]), code=1).split())

@@ -1,0 +1,356 @@
+"""A model with 8-bit integers in its products, inputs included, on grids that calibration samples choose.
+
+What errors cost is what the output says of them (``statistics.sensitivity``): errors d of the inputs of W cost
+½ Σ_j ω_j d_j², with ω = diag(Wᵀ H W). Grids, the share of an input's spread that is moved into the weights
+(SmoothQuant, arXiv 2211.10438), integers, and the choice of what stays in floating point all go by that.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitshrink.compression.grids import Grid, Values, best_grid
+from vitshrink.compression.quantization import integer_table, require_floating_point
+from vitshrink.compression.rounding import at_steps
+from vitshrink.models.checkpoint import replace_layers
+from vitshrink.models.families import family_of
+from vitshrink.models.plain import plain_view
+from vitshrink.models.structures import structure_of
+from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.structures.narrow import NarrowLinear
+from vitshrink.models.structures.static import LARGEST, StaticConv2d, StaticLinear, StaticProduct, StaticSpec
+from vitshrink.models.targets import blocks_of, matching
+from vitshrink.models.views import own
+from vitshrink.statistics.calibration import CalibrationBatch
+from vitshrink.statistics.inputs import Inputs, collect_inputs
+
+MOVED = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Exponents of an input channel's peak in what it is divided by, its weights being multiplied by the same."""
+
+NORMS = {"layernorm_before": ("query", "key", "value"), "layernorm_after": ("fc1",)}
+"""Of a block that normalises what its layers read: norms that nothing else reads, and who reads them."""
+
+MOST = 0.05
+"""Loss of one layer, in nats, at which it is left in floating point."""
+
+
+class Factors(nn.Sequential):
+    """A low-rank layer as two linear ones, the inner one first."""
+
+    @classmethod
+    def of(cls, layer: LowRankLinear) -> "Factors":
+        up, down = layer.factors()
+        parts = [nn.Linear(each.shape[1], each.shape[0], bias=False, device="meta") for each in (down, up)]
+        for part, matrix in zip(parts, (down, up), strict=True):
+            part.weight = nn.Parameter(matrix.detach().clone())
+        parts[1].register_parameter("bias", layer.bias)
+        return cls(*parts)
+
+    @property
+    def inner(self) -> nn.Linear:
+        return self.get_submodule("0")  # type: ignore[return-value]
+
+    @property
+    def outer(self) -> nn.Linear:
+        return self.get_submodule("1")  # type: ignore[return-value]
+
+
+@dataclass(eq=False)
+class Product:
+    """One matrix (m, n) with what reaches it."""
+
+    module: nn.Linear | nn.Conv2d
+    seen: Inputs
+    divided: Tensor
+    """By what the inputs are divided before they come, (n,)."""
+    grid: Grid | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.detach().flatten(1).float()
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.seen.tokens / self.divided
+
+    @property
+    def covariance(self) -> Tensor:
+        """Second moments about the mean, float64."""
+        found = self.seen.sensitivity.covariance
+        assert found is not None
+        divided = self.divided.double()
+        return found / divided / divided[:, None]
+
+    def costs(self, scaled: Tensor) -> Tensor:
+        """Of squared errors of inputs that are divided by ``scaled`` as well, (n,)."""
+        outputs = self.seen.sensitivity.outputs.float()
+        return 0.5 * outputs @ (self.weight * scaled).square()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What became of a layer."""
+
+    loss: float
+    """That its rounding is expected to cost at the outputs, in nats for classifiers."""
+    kept: bool
+    """Whether it stays in floating point."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """A model with integers, and what is to be said of its layers by name."""
+
+    model: PreTrainedModel
+    layers: Mapping[str, Statistics]
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """Layers that stay in floating point, and what 8 bits would cost."""
+        return {name: layer.loss for name, layer in self.layers.items() if layer.kept}
+
+
+@dataclass(eq=False)
+class Rounding:
+    """A model of which tensors are its own, and in which low-rank layers are two linear ones each."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    layers: dict[str, nn.Module]
+    """Those to be rounded: linear layers, ``Factors`` and the patch projection."""
+    products: dict[nn.Module, Product] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, dtype: torch.dtype, include: Sequence[str], exclude: Sequence[str]
+    ) -> "Rounding":
+        working = own(plain_view(model))
+        for name, layer in list(working.named_modules()):
+            if isinstance(layer, LowRankLinear):
+                working.set_submodule(name, Factors.of(layer), strict=True)
+        found = dict(_layers(working))
+        names = list(found)
+        chosen = (matching(names, include, "include") if include else set(names)) - matching(names, exclude, "exclude")
+        return cls(working, dtype, {name: layer for name, layer in found.items() if name in chosen})
+
+    def collect(
+        self, batches: Sequence[CalibrationBatch], device: torch.device, seed: int, on_batch: Callable[[int], None]
+    ) -> None:
+        """Learn what reaches the layers; those that the output does not depend on are left alone."""
+        self.model.to(device)  # type: ignore[arg-type]
+        parts = {
+            (name if part is layer else f"{name}.{place}"): part
+            for name, layer in self.layers.items()
+            for place, part in _parts(layer)
+        }
+        found = collect_inputs(self.model, list(parts), batches, seed=seed, on_batch=on_batch)
+        self.model.cpu()
+        for name, each in found.items():
+            seen = each.cpu()
+            self.products[parts[name]] = Product(parts[name], seen, torch.ones(seen.tokens.shape[1]))
+        self.layers = {
+            n: layer for n, layer in self.layers.items() if all(p in self.products for _, p in _parts(layer))
+        }
+
+    def first(self, layer: nn.Module) -> Product | None:
+        """The product that reads what a layer does; None where the layer is not rounded."""
+        return self.products.get(layer.inner if isinstance(layer, Factors) else layer)
+
+    def last(self, layer: nn.Module) -> nn.Linear | None:
+        """The linear layer that gives what a layer does."""
+        found = layer.outer if isinstance(layer, Factors) else layer
+        return found if isinstance(found, nn.Linear) else None
+
+    def smooth(self) -> None:
+        """Move spread between channels from inputs into weights, wherever that is exact, as far as it pays."""
+        family = family_of(self.model)
+        for block in blocks_of(self.model):
+            found = {role: _at(block, path) for role, path in family.modules.items()}
+            for norm, roles in NORMS.items() if family.norm == "before" else ():
+                readers = [self.first(found[role]) for role in roles]  # type: ignore[index]
+                self._divide(block.get_submodule(norm), readers)
+            value = self.last(found["value"])
+            if value is not None:
+                self._divide(value, [self.first(found["output"])])
+
+    def _divide(self, giver: nn.Module, readers: Sequence[Product | None]) -> None:
+        """Divide what a module gives by what is best for all readers, and multiply the weights of these."""
+        known = [reader for reader in readers if reader is not None]
+        if len(known) < len(readers):
+            return
+        peaks = torch.stack([reader.tokens.abs().amax(0) for reader in known]).amax(0)
+        floor = 1e-3 * peaks.amax().clamp_min(1e-30)
+        scales = [peaks.clamp_min(floor).log().sub(peaks.clamp_min(floor).log().mean()).mul(a).exp() for a in MOVED]
+        best = min(scales, key=lambda scale: self._loss(known, scale))
+        weight, bias = giver.get_parameter("weight"), giver.bias
+        weight.data = weight.data / (best[:, None] if isinstance(giver, nn.Linear) else best)
+        if isinstance(bias, nn.Parameter):
+            bias.data = bias.data / best
+        for reader in known:
+            reader.module.weight.data = reader.module.weight.data * best
+            reader.divided = reader.divided * best
+
+    def _loss(self, readers: Sequence[Product], scale: Tensor) -> float:
+        """Of inputs that are rounded once for all readers, and of weights that are rounded to the nearest."""
+        tokens = readers[0].tokens / scale
+        loss = best_grid(Values.of(tokens, sum(reader.costs(scale) for reader in readers)), self.dtype)[1]  # type: ignore[arg-type]
+        for reader in readers:
+            weight = reader.weight * scale
+            steps = _steps(weight, self.dtype)
+            errors = weight - (weight / steps).round() * steps
+            power = reader.covariance.diagonal().float() / scale.square()
+            loss += 0.5 * float(reader.seen.sensitivity.outputs.float() @ errors.square() @ power)
+        return loss
+
+    def choose_grids(self) -> None:
+        """One for all that read the same."""
+        for readers in self._groups():
+            costs = sum(reader.costs(torch.ones_like(reader.divided)) for reader in readers)
+            grid, _ = best_grid(Values.of(readers[0].tokens, costs), self.dtype)  # type: ignore[arg-type]
+            for reader in readers:
+                reader.grid = grid
+
+    def _groups(self) -> Iterator[list[Product]]:
+        family, left = family_of(self.model), dict(self.products)
+        for block in blocks_of(self.model):
+            readers = [self.first(_at(block, family.modules[role])) for role in ("query", "key", "value")]
+            known = [reader for reader in readers if reader is not None]
+            if known:
+                yield known
+            for reader in known:
+                del left[reader.module]
+        for product in left.values():
+            yield [product]
+
+    def round(self) -> dict[str, Statistics]:
+        """Put integers in the place of the layers that lose little, and low-rank layers where they lose much."""
+        found, built = {}, {}
+        for name, layer in self.layers.items():
+            made, loss = self._rounded(layer)
+            found[name] = Statistics(loss, kept=loss > MOST)
+            if not found[name].kept:
+                built[name] = made
+        for name, layer in list(self.model.named_modules()):
+            if isinstance(layer, Factors) and name not in built:
+                built[name] = LowRankLinear.from_factors(
+                    layer.outer.weight, layer.inner.weight, layer.outer.bias, dtype=self.model.dtype
+                )
+        replace_layers(self.model, built | integer_table(self.model))
+        return found
+
+    def _rounded(self, layer: nn.Module) -> tuple[nn.Module, float]:
+        if isinstance(layer, Factors):
+            inner, outer = layer.inner, layer.outer
+            spec = StaticSpec(rank=inner.out_features)
+            made = StaticLinear(
+                inner.in_features, outer.out_features, spec, bias=outer.bias is not None, like=outer.weight
+            )
+            assert made.down is not None
+            shift, inner_loss = self._fill(made.down, self.products[inner])
+            own_shift, loss = self._fill(made, self.products[outer])
+            return _shifted(made, outer.bias, own_shift + outer.weight.detach().float() @ shift), inner_loss + loss
+        if isinstance(layer, nn.Conv2d):
+            convolution = StaticConv2d(layer)
+            shift, loss = self._fill(convolution, self.products[layer])
+            return _shifted(convolution, layer.bias, shift), loss
+        assert isinstance(layer, nn.Linear)
+        spec = StaticSpec(inputs=layer.in_features if isinstance(layer, NarrowLinear) else None)
+        made = StaticLinear(layer.in_features, layer.out_features, spec, bias=layer.bias is not None, like=layer.weight)
+        shift, loss = self._fill(made, self.products[layer])
+        return _shifted(made, layer.bias, shift), loss
+
+    def _fill(self, made: StaticProduct, product: Product) -> tuple[Tensor, float]:
+        """Integers and grids; returns what the outputs lack on average, (m,), and the loss."""
+        weight, grid, sensitivity = product.weight, product.grid, product.seen.sensitivity
+        assert grid is not None
+        steps = _steps(weight, self.dtype)
+        covariance = product.covariance
+        columns = torch.ones(weight.shape[1])
+        integers, errors = at_steps(weight, covariance, sensitivity.tokens, steps.squeeze(1), columns, LARGEST)
+        made.integers.copy_(integers.view(made.integers.shape))
+        made.weight.copy_(steps)
+        made.input_scale.fill_(grid.scale)
+        made.input_zero.fill_(grid.zero)
+        tokens = product.tokens
+        rounded = grid.rounded(tokens)
+        shift = (tokens @ weight.T - rounded @ (weight - errors).T).mean(0)
+        wide = errors.double()
+        loss = 0.5 * float(((wide @ covariance) * wide).sum(1) @ sensitivity.outputs)
+        loss += float(((rounded - tokens).square().mean(0)) @ product.costs(torch.ones_like(product.divided)))
+        return shift, loss
+
+
+@torch.no_grad()
+def calibrated(
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda _samples: None,
+) -> Calibrated:
+    """A view of the model with integers in the layers of its blocks and in the patch projection, on the CPU.
+
+    ``dtype`` is that in which scales are stored; ``include`` and ``exclude`` are searched in the names of
+    layers, as by ``find_targets``. Low-rank layers
+    lose their pivots, see ``models.plain``.
+
+    Raises UsageError where the model is quantised already, NumericsError and DataError as calibration does.
+    """
+    require_floating_point(model)
+    rounding = Rounding.of(model, dtype, include, exclude)
+    rounding.collect(batches, device, seed, on_batch)
+    rounding.smooth()
+    rounding.choose_grids()
+    layers = rounding.round()
+    return Calibrated(rounding.model.eval(), layers)
+
+
+def _layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """What can be rounded, by name; what reads tokens of its own kind is left alone."""
+    names = {module: name for name, module in model.named_modules()}
+    for module in model.base_model.get_submodule("embeddings").modules():
+        if structure_of(module) is not None:
+            break
+        if type(module) is nn.Conv2d and StaticSpec().fits(module):
+            yield names[module], module
+    inside: set[nn.Module] = set()
+    for module in blocks_of(model).modules():
+        if isinstance(module, Factors):
+            inside.update(module)
+            yield names[module], module
+        elif module not in inside and type(module) in (nn.Linear, NarrowLinear):
+            yield names[module], module
+
+
+def _parts(layer: nn.Module) -> list[tuple[int, nn.Linear | nn.Conv2d]]:
+    if isinstance(layer, Factors):
+        return [(0, layer.inner), (1, layer.outer)]
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return [(0, layer)]
+
+
+def _at(block: nn.Module, path: str) -> nn.Module:
+    """The module of this name; the block itself, which is no layer, where there is none."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return block
+
+
+def _steps(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of rows, (m, 1), as they are stored."""
+    peaks = weight.abs().amax(1, keepdim=True) / LARGEST
+    return peaks.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()
+
+
+def _shifted(made: StaticProduct, bias: Tensor | None, shift: Tensor) -> StaticProduct:
+    if made.bias is not None and bias is not None:
+        made.bias.copy_(bias.float() + shift)
+    return made

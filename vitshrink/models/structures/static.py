@@ -1,0 +1,186 @@
+"""Matrices of 8-bit integers that meet inputs of 8 bits on one fixed grid: what runtimes multiply fastest.
+
+The grid of an input, a scale and a zero point for the whole tensor, was chosen on calibration samples; a matrix has one
+scale an output channel. Linear layers, low-rank layers and patch projections can be such. The scales are called
+``weight``: that they are (out, 1) is what stops transformers without vitshrink from loading them.
+
+PyTorch computes what runtimes do. ONNX files say it as they do, with QuantizeLinear and DequantizeLinear.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitshrink.models.structures.quantized import exact_on_this_cpu, multiplies_integers
+from vitshrink.models.structures.registry import read_entry, structure
+
+LEVELS = 255
+"""Of an input, from 0."""
+
+LARGEST = 127
+"""Integer of a weight."""
+
+
+@structure("static")
+@dataclass(frozen=True)
+class StaticSpec:
+    """Rank of a layer that has two factors, and inputs of one that has fewer than the dense model's."""
+
+    rank: int | None = None
+    inputs: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> Self:
+        return cls(**read_entry(entry, (), optional=("rank", "inputs")))
+
+    def fits(self, module: nn.Module) -> bool:
+        if isinstance(module, nn.Conv2d):
+            plain = module.groups == 1 and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
+            return plain and self == StaticSpec()
+        return isinstance(module, nn.Linear) and (self.inputs or 0) <= module.in_features
+
+    def build(self, module: nn.Module) -> nn.Module:
+        """An empty layer in the place of a linear one or a convolution."""
+        if isinstance(module, nn.Conv2d):
+            return StaticConv2d(module)
+        assert isinstance(module, nn.Linear)
+        return StaticLinear(
+            self.inputs or module.in_features,
+            module.out_features,
+            self,
+            bias=module.bias is not None,
+            like=module.weight,
+        )
+
+
+class StaticProduct(nn.Module):
+    """y = W x + b with integers W (out, in) times ``weight`` (out, 1), and x rounded to the grid of the input."""
+
+    weight: Tensor
+    input_scale: Tensor
+    """()"""
+    input_zero: Tensor
+    """(), the integer that stands for 0."""
+    rounds = True
+    """Whether inputs are rounded; without, it can be told what that does."""
+
+    def __init__(self, shape: torch.Size, bias: bool, like: Tensor) -> None:
+        super().__init__()
+        exact_on_this_cpu()  # here, and not first while the model is traced
+        self.integers = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=like.device), requires_grad=False)
+        self.register_buffer("weight", like.new_empty(shape[0], 1))
+        self.register_buffer("input_scale", like.new_empty(()))
+        self.register_buffer("input_zero", torch.empty((), dtype=torch.uint8, device=like.device))
+        self.bias = nn.Parameter(like.new_empty(shape[0])) if bias else None
+
+    def matrix(self) -> Tensor:
+        """The weights in floating point, in the shape of ``integers``."""
+        return self.integers.to(self.weight.dtype) * self.weight.view(-1, *[1] * (self.integers.dim() - 1))
+
+    def steps(self, x: Tensor) -> Tensor:
+        """x in steps of its grid, (float32) whole numbers."""
+        steps, zero = x.float() / self.input_scale.float(), self.input_zero.float()
+        return torch.minimum(torch.maximum(steps.round(), -zero), LEVELS - zero) if self.rounds else steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) to (…, out)."""
+        if torch.onnx.is_in_onnx_export():
+            return self._onnx("MatMul", x, (*x.shape[:-1], len(self.integers)), self.integers.T, 1)
+        flat = self.steps(x.reshape(-1, self.integers.shape[1]))
+        if self.rounds and multiplies_integers(flat, self.integers):
+            centred = 128 - self.input_zero.float()  # so that a step fits int8
+            y = torch._int_mm((flat - centred).to(torch.int8), self.integers.T)
+            y = y + centred * self.integers.sum(1, dtype=torch.float32)
+        else:
+            y = F.linear(flat, self.integers.float())
+        y = y * (self.input_scale.float() * self.weight.float().squeeze(1))
+        y = y if self.bias is None else y + self.bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def _onnx(self, kind: str, x: Tensor, shape: Any, integers: Tensor, axis: int, **attributes: Any) -> Tensor:
+        """The product as a runtime recognises it."""
+        node: Any = torch.onnx.ops.symbolic
+        grid = (self.input_scale.float(), self.input_zero)
+        codes = node("QuantizeLinear", (x.float(), *grid), dtype=torch.uint8, shape=x.shape, version=18)
+        read = node("DequantizeLinear", (codes, *grid), dtype=torch.float32, shape=x.shape, version=18)
+        scales = self.weight.float().squeeze(1)  # no zero points: with them OpenVINO multiplies in floating point
+        matrix = node(
+            "DequantizeLinear",
+            (integers, scales),
+            {"axis": axis},
+            dtype=torch.float32,
+            shape=integers.shape,
+            version=18,
+        )
+        y: Tensor = node(kind, (read, matrix), attributes, dtype=torch.float32, shape=shape, version=18)
+        if self.bias is not None:
+            y = y + self.bias.float().view(-1, *[1] * (self.integers.dim() - 2))
+        return y.to(x.dtype)
+
+
+class StaticLinear(StaticProduct):
+    """A product in the place of a linear layer, or two of them, of which the inner one is ``down``, without a bias."""
+
+    def __init__(self, in_features: int, out_features: int, spec: StaticSpec, *, bias: bool, like: Tensor) -> None:
+        super().__init__(torch.Size((out_features, spec.rank or in_features)), bias, like)
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.down: StaticProduct | None = None
+        if spec.rank is not None:
+            self.down = StaticProduct(torch.Size((spec.rank, in_features)), False, like)
+
+    def dense_weight(self) -> Tensor:
+        """The (out, in) matrix this layer stands for."""
+        return self.matrix() if self.down is None else self.matrix() @ self.down.matrix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.down is None else self.down(x))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.spec.rank}, bias={self.bias is not None}"
+
+
+class StaticConv2d(StaticProduct):
+    """A convolution of a rounded image, in the place of another."""
+
+    spec = StaticSpec()
+
+    def __init__(self, like: nn.Conv2d) -> None:
+        super().__init__(like.weight.shape, like.bias is not None, like.weight)
+        self.kernel_size: Any = like.kernel_size
+        self.stride: Any = like.stride
+        self.padding: Any = like.padding
+        self.dilation: Any = like.dilation
+
+    @torch.no_grad()
+    def dense(self) -> nn.Conv2d:
+        """The convolution in floating point."""
+        rows, channels = self.integers.shape[:2]
+        found = nn.Conv2d(
+            channels, rows, self.kernel_size, self.stride, self.padding, self.dilation, bias=False, device="meta"
+        )
+        found.weight = nn.Parameter(self.matrix())
+        found.register_parameter("bias", self.bias)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, channels, height, width)"""
+        options = (self.stride, self.padding, self.dilation)
+        if torch.onnx.is_in_onnx_export():
+            attributes = {
+                "kernel_shape": list(self.kernel_size),
+                "strides": list(self.stride),
+                "pads": [*self.padding, *self.padding],
+                "dilations": list(self.dilation),
+            }
+            kernel = torch.empty(self.integers.shape, device="meta")
+            shape = F.conv2d(x.to("meta"), kernel, None, *options).shape
+            return self._onnx("Conv", x, shape, self.integers, 0, **attributes)
+        rounded = self.steps(x) * self.input_scale.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.conv2d(rounded, self.matrix().float(), bias, *options).to(x.dtype)
