@@ -45,7 +45,11 @@ SEEN: Mapping[Role, Seen] = {
     "key": "reads",
     "value": "reads",
     "output": "asks",
+    "qkv": "reads",
     "fc1": "keeps",
+    "gate": "keeps",
+    "up": "keeps",
+    "gated": "keeps",
     "fc2": "keeps",
 }
 
@@ -173,7 +177,7 @@ class Pace:
         for target in self.targets:
             had, has = steps[target.block]
             asking = has if has == special else had
-            found[target.name] = {"asks": asking, "reads": had, "keeps": has}[SEEN[target.role]]
+            found[target.name] = {"asks": asking, "reads": had, "keeps": has}[seen_by(target)]
         if self.blocks is None:
             return Prices(self.whole, self.layers, found)
         prices = self.blocks.prices
@@ -235,7 +239,7 @@ class Pace:
         losing = [0.0, *(candidate.loss for candidate in offer.graded)]
         ranks = [candidate.grade for candidate in offer.graded]
         times = self.layers.matrix(target.shape, ranks, self.tokens[0])
-        return Site(target.block, SEEN[target.role], times - times[:1], torch.tensor(losing, dtype=torch.float64))
+        return Site(target.block, seen_by(target), times - times[:1], torch.tensor(losing, dtype=torch.float64))
 
     @property
     def said(self) -> str:
@@ -271,6 +275,11 @@ def length_of(dense: PreTrainedModel) -> int:
     """Tokens of a sample that is timed."""
     inputs = example_inputs(dense)
     return inputs["input_ids"].shape[1] if "input_ids" in inputs else tokens_of(dense)
+
+
+def seen_by(target: Target) -> Seen:
+    """The tokens that a layer works on; those that its block reads, where nobody knows what it is for."""
+    return SEEN.get(target.role, "reads")
 
 
 def mergeable(dense: PreTrainedModel, *, required: bool) -> bool:

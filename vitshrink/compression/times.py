@@ -14,7 +14,8 @@ from vitshrink.compression.clock import Clock, Run
 from vitshrink.methods.ranks import Storage, break_even_rank
 from vitshrink.models.example import example_inputs
 from vitshrink.models.merged import special_tokens, tokens_of
-from vitshrink.models.parts import Product, after_attention, block_program, random_tokens, shortened
+from vitshrink.models.parts import Product, after_attention, block_program, in_one_list, random_tokens, shortened
+from vitshrink.models.runtimes import Program
 from vitshrink.models.structures.merging import MergedTokens
 from vitshrink.models.targets import blocks_of
 
@@ -98,10 +99,12 @@ def _table(clock: Clock, shape: tuple[int, int], storage: Storage, tokens: int) 
 
 def whole_time(clock: Clock, dense: PreTrainedModel) -> int:
     """Of the dense model, from what one of its blocks adds: passes are short then, and a busy machine disturbs less."""
+    inputs = example_inputs(dense, clock.batch_size)
+    if not in_one_list(dense):
+        return clock.times(_shapes(dense), ["whole"], lambda: {"whole": Run(Program.of(dense), inputs)})["whole"]
     names = ["no block", "one block"]
 
     def runs() -> dict[str, Run]:
-        inputs = example_inputs(dense, clock.batch_size)
         return {name: Run(shortened(dense, number), inputs) for number, name in enumerate(names)}
 
     none, one = clock.times(_shapes(dense), names, runs).values()

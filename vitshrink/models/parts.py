@@ -14,7 +14,7 @@ from vitshrink.models.runtimes import Program
 from vitshrink.models.structures import fill
 from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
 from vitshrink.models.structures.merging import MergedTokens
-from vitshrink.models.targets import blocks_of
+from vitshrink.models.targets import blocks_of, named_blocks
 from vitshrink.models.views import view_of
 
 OPSET = 18
@@ -65,10 +65,17 @@ def after_attention(model: PreTrainedModel, batch_size: int) -> Program:
 
 
 def shortened(model: PreTrainedModel, blocks: int) -> Program:
-    """A whole model of which only the first blocks are left."""
+    """A whole model of which only the first blocks are left, which are in one list."""
     view = view_of(model)
-    del blocks_of(view)[blocks:]
+    listed: Any = view.get_submodule(next(iter(named_blocks(view))).rpartition(".")[0])
+    del listed[blocks:]
     return Program.of(view)
+
+
+def in_one_list(model: PreTrainedModel) -> bool:
+    """Whether all blocks of a model are in one list, and each is run once."""
+    lists = {name.rpartition(".")[0] for name in named_blocks(model)}
+    return len(lists) == 1 and getattr(model.config, "num_hidden_layers", None) == len(named_blocks(model))
 
 
 def with_pivots(model: PreTrainedModel) -> PreTrainedModel:
