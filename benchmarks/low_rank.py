@@ -52,7 +52,7 @@ def best_part(weight: Tensor, metric: Metric, bits: float) -> Part:
 
 def factors_alone(weight: Tensor, metric: Metric, bits: float, taken: float) -> float:
     """What two factors lose that take ``taken`` bits a weight."""
-    lower = metric.lower
+    lower = metric.lower.to(weight.dtype)
     seen = weight * lower if lower.dim() == 1 else weight @ lower.T
     power = torch.linalg.svdvals(metric.weights.sqrt()[:, None] * seen).square()
     rank = int(taken * weight.numel() / (bits * sum(weight.shape)))

@@ -95,7 +95,7 @@ def rounded_models(dense: PreTrainedModel, stats: Stats) -> list[tuple[int, PreT
     for name, module in modules.items():
         weight, metric = matrix_of(module), rounding.Metric.of(stats[name])
         found = rounding.at_each(weight, metric, map(fineness_of, LEVELS))
-        for number, (integers, errors) in enumerate(found):
+        for number, (integers, errors, _) in enumerate(found):
             bits = coded.CODING * rounding.entropy(integers) * weight.numel()
             sizes[number] += int(bits / 8) + 2 * sum(weight.shape) + HEADER_BYTES
             _put(models[number].get_submodule(name), weight - errors, errors, stats[name])

@@ -44,7 +44,7 @@ class Metric:
 
     Attributes:
         weights: h, (m,).
-        lower: M, (n, n), with C = MᵀM; or its diagonal, (n,), where C has no other entries.
+        lower: M, (n, n), float32, with C = MᵀM; or its diagonal, (n,), where C has no other entries.
         seen: whether the outputs that a model is judged by depend on the matrix.
     """
 
@@ -123,7 +123,7 @@ def _lower(covariance: Tensor, tokens: float) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed:
         raise NumericsError("the input covariance is not positive definite.")
-    found: Tensor = lower.flip(0, 1).T.contiguous()
+    found: Tensor = lower.flip(0, 1).T.float()
     return found
 
 
@@ -158,20 +158,24 @@ def entropy(integers: Tensor) -> float:
     return float(-(shares * shares.log2()).sum())
 
 
-def at_each(weight: Tensor, metric: Metric, finenesses: Iterable[float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Integers and errors, both (m, n), float32, at every one of ``finenesses``: in one go, as rows beside rows."""
+def at_each(weight: Tensor, metric: Metric, finenesses: Iterable[float]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Integers and errors, both (m, n), float32, and what these cost, at every one of ``finenesses``.
+
+    All are found in one go, as rows beside rows.
+    """
     every = list(finenesses)
     m, W = weight.shape[0], weight.float()
     rows = torch.cat([fineness * metric.rows for fineness in every]).float()
-    integers, errors = _rounded(W.repeat(len(every), 1), metric, rows, metric.columns.float())
+    integers, errors, seen = _rounded(W.repeat(len(every), 1), metric, rows, metric.columns.float())
+    costs = 0.5 * (seen.view(-1, m).double() @ metric.weights) if metric.seen else seen.new_zeros(len(every))
     shape = (len(every), m, -1)
-    yield from zip(integers.reshape(shape), errors.reshape(shape), strict=True)
+    yield from zip(integers.reshape(shape), errors.reshape(shape), costs.tolist(), strict=True)
 
 
 def rounded(weight: Tensor, metric: Metric, fineness: float, kind: torch.dtype = STEPS) -> Rounded:
     """``weight`` (m, n) at δ = ``fineness``, with steps of rows that are stored as ``kind``."""
     rows, columns = steps(metric, fineness, kind)
-    integers, errors = _rounded(weight.float(), metric, rows, columns)
+    integers, errors, _ = _rounded(weight.float(), metric, rows, columns)
     kind = torch.int8 if integers.abs().max() < 128 else torch.int16
     return Rounded(Codes(integers.to(kind), columns), rows, errors)
 
@@ -184,24 +188,33 @@ def at_steps(
     ``covariance`` (n, n) of its inputs, float64, says as much as so many ``tokens`` do; steps of rows (m,) and columns
     (n,). Raises NumericsError where the covariance is not finite.
     """
-    return _with_feedback(weight.float(), _lower(covariance, tokens), rows.float(), columns.float(), largest)
+    lower = _lower(covariance, tokens)
+    integers, errors, _ = _with_feedback(weight.float(), lower, rows.float(), columns.float(), largest)
+    return integers, errors
 
 
-def _rounded(W: Tensor, metric: Metric, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _rounded(W: Tensor, metric: Metric, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers and errors E, both (m, n), and (E C Eᵀ)_ii, (m,)."""
     if metric.lower.dim() == 2:
         return _with_feedback(W, metric.lower, rows, columns)
     step = rows[:, None] * columns
     integers = (W / step).round_().clamp_(-LARGEST, LARGEST)
-    return integers, W - integers * step
+    errors = W - integers * step
+    return integers, errors, (errors * metric.lower.float()).square().sum(1)
 
 
 def _with_feedback(
     W: Tensor, lower: Tensor, rows: Tensor, columns: Tensor, largest: int = LARGEST
-) -> tuple[Tensor, Tensor]:
-    """Column-major inside, so that a column lies in one piece."""
-    unit = (lower / lower.diagonal()[:, None]).float()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_rounded``; column-major inside, so that a column lies in one piece.
+
+    Entry j of a row of E Mᵀ is M_jj times what is left of the target that the errors before it have moved.
+    """
+    diagonal = lower.diagonal()
+    unit = lower / diagonal[:, None]
     targets = W.T.contiguous()
     errors, integers = torch.zeros_like(targets), torch.empty_like(targets)
+    seen = W.new_zeros(W.shape[0])
     for start in range(0, len(targets), BLOCK):
         stop = min(start + BLOCK, len(targets))
         wanted = targets[start:stop] + unit[start:stop, :start] @ errors[:start]
@@ -209,8 +222,11 @@ def _with_feedback(
         for j in range(stop - start):
             step = rows * columns[start + j]
             integer = (wanted[j] / step).round_().clamp_(-largest, largest)
-            error = targets[start + j] - integer * step
+            nearest = integer * step
+            error = targets[start + j] - nearest
             integers[start + j], errors[start + j] = integer, error
+            wanted[j] -= nearest
             if start + j + 1 < stop:
                 wanted[j + 1 :].addr_(within[j + 1 :, j], error)
-    return integers.T, errors.T
+        seen += (wanted * diagonal[start:stop, None]).square_().sum(0)
+    return integers.T, errors.T, seen

@@ -1,7 +1,7 @@
 """What a job learns of matrices that it rounds: how much errors in them cost at the output of the model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
@@ -38,7 +38,7 @@ class SensitivityEstimator:
         found = memory.read(Sensitivity)
         if not found:
             found = self._collected(job)
-            memory.write(found)
+            memory.write(dict(found))
         findings = Findings({}, {}, found)
         with job.stage("factorise", "Factorising", len(self.sites)) as advance:
             for name in self.sites:
@@ -47,6 +47,8 @@ class SensitivityEstimator:
                 except NumericsError as error:
                     findings.failures[name] = str(error)
                     job.warn(f"{name} stays dense: {error}")
+                if name in found:  # all that it tells is in the metric, which is as large
+                    found[name] = replace(found[name], covariance=None)
                 advance(1)
         if not findings.layers:
             raise NumericsError("no layer could be rounded; the warnings say why.")

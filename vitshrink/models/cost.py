@@ -116,10 +116,20 @@ class Latency:
         return max(self.lower_quartile, other.lower_quartile) <= min(self.upper_quartile, other.upper_quartile)
 
 
+FEWEST = 5
+"""Timed passes of a model, at least."""
+
+ENOUGH = 10.0
+"""Seconds that timed passes take together, about, once there are enough of them."""
+
+
 def latency(
     models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20, warmup: int = 3
 ) -> dict[str, Latency]:
-    """Time the models in turn, A B A B, so that a machine that warms up or slows down does so for all of them."""
+    """Time the models in turn, A B A B, so that a machine that warms up or slows down does so for all of them.
+
+    Of large models fewer passes are timed, at least ``FEWEST``, once they have taken ``ENOUGH`` seconds.
+    """
     seconds = passes(models, dict.fromkeys(models, inputs), repeats=repeats, warmup=warmup)
     batch_size = len(next(iter(inputs.values())))
     runtimes = {name: getattr(model, "runtime", None) for name, model in models.items()}
@@ -144,6 +154,8 @@ def passes(
                 elapsed = _time(model, prepared[name])
                 if i >= warmup:
                     seconds[name].append(elapsed)
+            if i >= warmup + FEWEST - 1 and sum(map(sum, seconds.values())) > ENOUGH:
+                break
     return seconds
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate as accumulated
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from vitshrink.statistics.calibration import (
     to_device,
 )
 from vitshrink.statistics.curvature import batch_generator, random_functional
+from vitshrink.statistics.recomputing import recomputing
 from vitshrink.statistics.stats import gram_of
 
 WEIGHTS = (0.1, 10.0)
@@ -36,7 +38,10 @@ huge gradients would leave little to estimate it from."""
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """Of one matrix (m, n), in float64: errors E cost ½ Σ_i outputs_i (E C Eᵀ)_ii, in nats for classifiers.
+    """Of one matrix (m, n): errors E cost ½ Σ_i outputs_i (E C Eᵀ)_ii, in nats for classifiers.
+
+    Vectors are float64. The covariance is float32: it is damped by far more than that rounds, and all of them take as
+    much room as the model.
 
     Attributes:
         outputs: (m,), squared gradients at each output, summed over the tokens of a sample; of a table, of its columns.
@@ -54,7 +59,7 @@ class Sensitivity:
 
 @dataclass(eq=False)
 class SiteSums:
-    """Float64 sums over tokens."""
+    """Sums over tokens, float64, but for matrices."""
 
     samples: int = 0
     weight: float = 0.0
@@ -64,7 +69,7 @@ class SiteSums:
     gram: Tensor | None = None
     uses: Tensor | None = None
     between: Tensor | None = None
-    """Of the means of samples, as ``gram``."""
+    """Of the means of samples, as ``gram``; or such means themselves, (samples, n), where that takes less room."""
     together: Tensor | None = None
     """As ``outputs``, of the gradients that the tokens of a sample have in sum."""
 
@@ -77,6 +82,8 @@ class SensitivityCollector:
     names: Sequence[str]
     seed: int = 0
     passes: Passes = nullcontext
+    starts: Sequence[int] = ()
+    """How many samples come before each batch, and how many there are in all; without it no samples are kept apart."""
     sums: dict[str, SiteSums] = field(default_factory=dict)
     _batch: int = -1
     _samples: int = 0
@@ -94,7 +101,7 @@ class SensitivityCollector:
         root = self.model.get_input_embeddings()
         handles.append(root.register_forward_hook(_start))
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), recomputing(self.model):
                 with self.passes():
                     outputs = self.model(**to_device(batch.inputs, device))
                 functional = random_functional(self.model, outputs, batch, batch_generator(self.seed, number))
@@ -110,13 +117,15 @@ class SensitivityCollector:
         put_sums("sites", state, self.sums, SiteSums)
 
     def found(self) -> dict[str, Sensitivity]:
-        """Of every site that the output depends on. Raises DataError when no token came through."""
+        """Of every site that the output depends on; the sums are used up. Raises DataError when no token came through."""
         if not self.sums:
             raise DataError("no calibration token reached the model: is the data set empty?")
-        return {name: _sensitivity(self.sums[name]) for name in self.names if name in self.sums}
+        return {name: _sensitivity(self.sums.pop(name)) for name in self.names if name in self.sums}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # of a block that is computed again
+                return output
             output = _with_gradient(output)
             x = inputs[0].detach()
             add = partial(self._add, name, module, x)
@@ -158,11 +167,20 @@ class SensitivityCollector:
         sums.weight += float(weights.double().sum())
         sums.squared_weight += float(weights.double().square().sum())
         sums.total = accumulate(sums.total, weighted.sum(0))
-        sums.gram = accumulate(sums.gram, gram_of(x * weights.sqrt()[:, None]))
+        sums.gram = _added(sums.gram, gram_of(x * weights.sqrt()[:, None]))
         owners = self._owners(gradient, masked)
         totals, shares = _by_owner(weighted, owners), _by_owner(weights[:, None], owners).clamp_min(1e-30)
-        sums.between = accumulate(sums.between, gram_of(totals * shares.rsqrt()))
+        sums.between = _added(sums.between, self._between(totals * shares.rsqrt()))
         sums.together = accumulate(sums.together, _by_owner(g, owners).square().sum(0))
+
+    def _between(self, means: Tensor) -> Tensor:
+        """Of the means (owners, n) of one batch: in their places among those of all, or their Gram."""
+        samples = self.starts[-1] if self.starts else 0
+        if len(means) != self._samples or not 0 < samples < means.shape[1]:
+            return gram_of(means)
+        every = means.new_zeros(samples, means.shape[1])
+        every[self.starts[self._batch] :][: len(means)] = means
+        return every
 
     def _masks(self, gradient: Tensor) -> bool:
         """Whether some tokens are padding; a pooler's outputs may be as wide as the texts are long."""
@@ -180,6 +198,11 @@ class SensitivityCollector:
             return numbers
         owners = numbers.view(shape) // shape[1:].numel()
         return owners[self._mask] if masked else owners.flatten()
+
+
+def _added(total: Tensor | None, batch: Tensor) -> Tensor:
+    """A sum in the type of what is added, in place."""
+    return batch if total is None else total.add_(batch)
 
 
 def counted(importance: Tensor) -> Tensor:
@@ -215,9 +238,13 @@ def _sensitivity(sums: SiteSums) -> Sensitivity:
     assert sums.total is not None
     assert sums.gram is not None
     mean = sums.total / sums.weight
-    covariance = sums.gram / sums.weight - torch.outer(mean, mean)
+    covariance = _centered(sums.gram, sums.weight, mean)
     outputs, covariance = joined(sums, mean, outputs, covariance)
     return Sensitivity(outputs, mean, covariance, tokens=sums.weight**2 / sums.squared_weight)
+
+
+def _centered(gram: Tensor, weight: float, mean: Tensor) -> Tensor:
+    return gram.div_(weight).sub_(torch.outer(mean, mean).to(gram.dtype))
 
 
 def joined(sums: SiteSums, mean: Tensor, outputs: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,15 +252,18 @@ def joined(sums: SiteSums, mean: Tensor, outputs: Tensor, covariance: Tensor) ->
 
     What differs between tokens counts by the squares of their gradients, and what all of a sample have in common by the
     square of the sum of its gradients: nothing at a key, which shifts all scores alike, ten times as much at a value.
+    ``covariance`` is changed in place.
     """
     assert sums.between is not None
     assert sums.together is not None
-    between, together = sums.between / sums.weight - torch.outer(mean, mean), sums.together / sums.samples
+    means = sums.between.shape[0] != sums.between.shape[1]
+    between = _centered(gram_of(sums.between) if means else sums.between, sums.weight, mean)
+    together = sums.together / sums.samples
     ratio = float(together.sum() / outputs.sum().clamp_min(1e-300))
     common = float(between.trace())
     own = max(float(covariance.trace()) - common, 0.0)
     shared = (own * outputs + common * together) / max(own + ratio * common, 1e-300)
-    return shared, covariance + (ratio - 1) * between
+    return shared, covariance.add_(between, alpha=ratio - 1)
 
 
 def collect_sensitivity(
@@ -256,7 +286,8 @@ def collect_sensitivity(
         NumericsError: NaN or Inf; names the layer and the batch.
         DataError: no batch at all.
     """
-    collector = SensitivityCollector(model, names, seed, passes)
+    starts = [0, *accumulated(map(samples_of, batches))]
+    collector = SensitivityCollector(model, names, seed, passes, starts)
     with frozen(model):
         course(collector, batches, on_batch)
     return collector.found()

@@ -43,11 +43,11 @@ class Shared:
 
     def _added_up(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of all processes; one that had no batch has none of its own."""
-        shapes = processes.from_main({name: tuple(tensor.shape) for name, tensor in state.items()})
+        kinds = processes.from_main({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()})
         found = {}
-        for name, shape in shapes.items():
+        for name, (shape, dtype) in kinds.items():
             device = self.device if shape else "cpu"
-            mine = state.get(name, torch.zeros(shape, dtype=torch.float64, device=device))
+            mine = state.get(name, torch.zeros(shape, dtype=dtype, device=device))
             found[name] = processes.total(mine, largest=name.endswith("|largest"))
         return found
 

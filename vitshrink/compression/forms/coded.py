@@ -1,8 +1,10 @@
 """A linear layer, an embedding or the patch projection as entropy-coded integers of any fineness."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ FEWEST, MOST = 0.1, 10.0
 CODING = 0.96
 """What a stream takes besides its steps, of the entropy of all integers of a matrix, at 2 to 6 bits a weight: rows and
 columns differ."""
+
+SMOOTH = 4
+"""Bits a weight from which on another bit quarters the loss, so that few levels tell of all."""
 
 ROWS = 48
 """Rows of a matrix, about, from which bits and losses of its candidates are estimated."""
@@ -118,7 +123,7 @@ class CodedMaker:
             Candidate(Integers(level, round(bits, 2)), Cost(numbers, int(CODING * bits * numbers / 8) + overhead), loss)
             for level, bits, loss in known
         ]
-        nothing = 0.0 if metric is None else metric.loss(weight.double())
+        nothing = 0.0 if metric is None else metric.loss(weight.float())
         return Offer.of(Site(name, kind, shape), self.material.currency, kept, candidates, nothing=nothing)
 
 
@@ -133,9 +138,32 @@ def estimates(weight: Tensor, metric: Metric) -> Iterator[tuple[int, float, floa
     some, part = weight[::every], replace(metric, weights=metric.weights[::every])
     share = some.shape[0] / weight.shape[0]
     size = (some.float() / (part.rows[:, None] * part.columns)).square().mean().clamp_min(1e-30).sqrt()
-    first = int(LEVELS_A_BIT * (1 - GAUSSIAN - float(size.log2()))) - 2 * LEVELS_A_BIT
-    levels = [first + number for number in range(int(LEVELS_A_BIT * (MOST + 2)))] if metric.seen else [UNSEEN_LEVEL]
-    for level, (integers, errors) in zip(levels, at_each(some, part, map(fineness_of, levels)), strict=True):
+    levels = list(_levels(float(size))) if metric.seen else [UNSEEN_LEVEL]
+    known = []
+    for level, (integers, _, loss) in zip(levels, at_each(some, part, map(fineness_of, levels)), strict=True):
         bits = entropy(integers)
         if FEWEST <= bits <= MOST and integers.abs().max() < LARGEST:
-            yield level, bits, part.loss(errors) / share
+            known.append((level, bits, loss / share))
+    return between(known)
+
+
+def _levels(size: float) -> Iterator[int]:
+    """At which weights of this root mean square, in steps at δ = 1, have 0 to 11 bits, about.
+
+    Every one up to ``SMOOTH`` bits, and above a bit apart.
+    """
+    first = int(LEVELS_A_BIT * (1 - GAUSSIAN - math.log2(size)))
+    yield from range(first - 2 * LEVELS_A_BIT, first + (SMOOTH - 1) * LEVELS_A_BIT)
+    yield from range(first + (SMOOTH - 1) * LEVELS_A_BIT, first + int(MOST) * LEVELS_A_BIT, LEVELS_A_BIT)
+
+
+def between(known: Sequence[tuple[int, float, float]]) -> Iterator[tuple[int, float, float]]:
+    """(level, bits a weight, loss) of every level from the first to the last of those that are known.
+
+    Bits and the logarithm of the loss follow straight lines in between.
+    """
+    for (low, bits, loss), (high, more_bits, less) in pairwise(known):
+        for level in range(low, high):
+            share = (level - low) / (high - low)
+            yield level, bits + share * (more_bits - bits), loss ** (1 - share) * less**share
+    yield from known[-1:]
