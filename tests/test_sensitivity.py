@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import kinds
 import pytest
 import tiny
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import DataError, NumericsError
-from vitshrink.models.targets import blocks_of
+from vitshrink.models.targets import blocks_of, find_outside, find_targets
+from vitshrink.runtime.modes import frozen
 from vitshrink.statistics import recomputing
 from vitshrink.statistics.curvature import batch_generator, random_functional
 from vitshrink.statistics.sensitivity import (
@@ -121,22 +123,45 @@ def test_a_layer_has_the_gradients_and_the_covariance_of_its_tokens(name: str) -
     assert found.tokens == pytest.approx(wanted.tokens, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [VIT, BERT, "BertModel"])
+@pytest.mark.parametrize("name", kinds.ONE_OF_EACH)
 def test_blocks_that_are_computed_again_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.build(name)
-    names = [each for each, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
-    batches = [batch_of(name, seed=seed) for seed in range(2)]
+    model = kinds.build(name)
+    names = [each.name for each in find_targets(model)] + find_outside(model)
+    inputs = kinds.inputs(name)
+    mask = inputs.get("attention_mask")
+    batches = [Batch(inputs, None if mask is None else mask.bool())] * 2
+    torch.manual_seed(0)  # some hide patches at random
     kept = collect_sensitivity(model, names, batches)
     decided = []
     monkeypatch.setattr(recomputing, "free_memory", lambda _device: decided.append(True) or 0)
+    torch.manual_seed(0)
     again = collect_sensitivity(model, names, batches)
-    assert len(decided) == 2
+    assert len(decided) >= 2
     assert list(again) == list(kept)
     for site, found in again.items():
         for field, value in vars(kept[site]).items():
             same = torch.equal(getattr(found, field), value) if isinstance(value, Tensor) else True
             assert same, (site, field)
     assert all("forward" not in vars(block) for block in blocks_of(model))
+
+
+@pytest.mark.parametrize("name", kinds.ONE_OF_EACH)
+def test_it_is_the_same_whether_samples_are_kept_apart(name: str) -> None:
+    """Where a layer is used often in a pass, and where it reads something else as well."""
+    model, inputs = kinds.build(name), kinds.inputs(name)
+    names = [each.name for each in find_targets(model)]
+    mask = inputs.get("attention_mask")
+    batches = [Batch(inputs, None if mask is None else mask.bool())] * 2
+    torch.manual_seed(0)
+    found = collect_sensitivity(model, names, batches)
+    together = SensitivityCollector(model, names)
+    torch.manual_seed(0)
+    with frozen(model):
+        for number, batch in enumerate(batches):
+            together.run(number, batch)
+    for site, each in together.found().items():
+        assert close(found[site].covariance, each.covariance), site
+        assert close(found[site].outputs, each.outputs), site
 
 
 def test_few_samples_are_kept_one_by_one() -> None:
@@ -166,6 +191,13 @@ def test_a_convolution_is_the_linear_layer_of_its_patches() -> None:
     wanted = expected(read, gradient.flatten(2).mT)
     assert close(found.outputs, wanted.outputs)
     assert close(found.covariance, wanted.covariance)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same", 1])
+def test_a_convolution_may_have_padding(padding: Any) -> None:
+    module, x = nn.Conv2d(3, 4, 3, padding=padding), torch.rand(2, 3, 8, 8)
+    product = F.linear(patches(x, module), module.weight.flatten(1), module.bias).mT
+    assert torch.allclose(product, module(x).flatten(2), atol=1e-5)
 
 
 def test_a_table_says_which_rows_are_used() -> None:

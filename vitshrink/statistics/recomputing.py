@@ -39,14 +39,18 @@ class Recomputing:
     def forward(self, block: nn.Module, dense: Callable[..., Any]) -> Callable[..., Any]:
         """What stands for the ``forward`` of a block, which is ``dense``."""
 
-        def forward(hidden: Tensor, *rest: Any, **options: Any) -> Any:
+        def forward(*inputs: Any, **options: Any) -> Any:
+            if not inputs or not isinstance(inputs[0], Tensor):
+                return dense(*inputs, **options)
+            hidden, *rest = inputs
             if block is self.blocks[0]:
                 self.decide(hidden)
             if not (self.recomputes and torch.is_grad_enabled() and hidden.requires_grad):
                 return dense(hidden, *rest, **options)
-            # hooks inside see one pass with gradients, the second: the first one has none
+            # hooks inside see one pass with gradients, the second: the first one has none. Some blocks change what they
+            # read in place, which a leaf does not allow
             return checkpoint(
-                lambda x: dense(x, *rest, **options), hidden, use_reentrant=True, preserve_rng_state=False
+                lambda x: dense(x.clone(), *rest, **options), hidden, use_reentrant=True, preserve_rng_state=False
             )
 
         return forward

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.structures.coded import has_positions
+from vitshrink.models.targets import blocks_of
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import (
@@ -76,7 +77,7 @@ class SiteSums:
 
 @dataclass(eq=False)
 class SensitivityCollector:
-    """Hooks on the modules of these names; gradients start where the model reads its inputs."""
+    """Hooks on the modules of these names; gradients start at the first of them, or at the first block."""
 
     model: PreTrainedModel
     names: Sequence[str]
@@ -98,8 +99,7 @@ class SensitivityCollector:
         self._batch, self._samples = number, samples_of(batch)
         self._seen.clear()
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.names]
-        root = self.model.get_input_embeddings()
-        handles.append(root.register_forward_hook(_start))
+        handles.append(blocks_of(self.model)[0].register_forward_pre_hook(_start))
         try:
             with torch.enable_grad(), recomputing(self.model):
                 with self.passes():
@@ -117,7 +117,7 @@ class SensitivityCollector:
         put_sums("sites", state, self.sums, SiteSums)
 
     def found(self) -> dict[str, Sensitivity]:
-        """Of every site that the output depends on; the sums are used up. Raises DataError when no token came through."""
+        """Of every site that the output depends on; uses up the sums. Raises DataError when no token came through."""
         if not self.sums:
             raise DataError("no calibration token reached the model: is the data set empty?")
         return {name: _sensitivity(self.sums.pop(name)) for name in self.names if name in self.sums}
@@ -149,7 +149,8 @@ class SensitivityCollector:
                 f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self._batch}. "
                 "Check the checkpoint and the preprocessing of that batch."
             )
-        if name not in self._seen:
+        again = name in self._seen
+        if not again:
             self._seen.add(name)
             sums.samples += self._samples
         sums.outputs = accumulate(sums.outputs, g.square().sum(0))
@@ -170,17 +171,23 @@ class SensitivityCollector:
         sums.gram = _added(sums.gram, gram_of(x * weights.sqrt()[:, None]))
         owners = self._owners(gradient, masked)
         totals, shares = _by_owner(weighted, owners), _by_owner(weights[:, None], owners).clamp_min(1e-30)
-        sums.between = _added(sums.between, self._between(totals * shares.rsqrt()))
+        sums.between = self._between(sums.between, totals * shares.rsqrt(), again=again)
         sums.together = accumulate(sums.together, _by_owner(g, owners).square().sum(0))
 
-    def _between(self, means: Tensor) -> Tensor:
-        """Of the means (owners, n) of one batch: in their places among those of all, or their Gram."""
-        samples = self.starts[-1] if self.starts else 0
-        if len(means) != self._samples or not 0 < samples < means.shape[1]:
-            return gram_of(means)
-        every = means.new_zeros(samples, means.shape[1])
-        every[self.starts[self._batch] :][: len(means)] = means
-        return every
+    def _between(self, total: Tensor | None, means: Tensor, *, again: bool) -> Tensor:
+        """``total`` and the means (owners, n) of one batch: in their places among those of all, or their Gram.
+
+        The latter where a layer is used ``again`` in a pass, or reads something that is not of the samples.
+        """
+        samples, n = self.starts[-1] if self.starts else 0, means.shape[1]
+        if 0 < samples < n and len(means) == self._samples and not again:
+            total = means.new_zeros(samples, n) if total is None else total
+            if len(total) == samples:
+                total[self.starts[self._batch] :][: len(means)] = means
+                return total
+        if total is not None and len(total) != n:
+            total = gram_of(total)
+        return _added(total, gram_of(means))
 
     def _masks(self, gradient: Tensor) -> bool:
         """Whether some tokens are padding; a pooler's outputs may be as wide as the texts are long."""
@@ -217,17 +224,20 @@ def _by_owner(rows: Tensor, owners: Tensor) -> Tensor:
 
 def patches(x: Tensor, module: nn.Conv2d) -> Tensor:
     """What each output of a convolution reads of images (batch, channels, height, width): (batch, outputs, n)."""
-    settings: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
+    padding: Any = module.padding
+    if isinstance(padding, str):  # "valid" or "same", which torch keeps in numbers, too
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice), 0
+    settings: Any = (module.kernel_size, module.dilation, padding, module.stride)
     return F.unfold(x, *settings).mT
 
 
-def _start(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-    """Where a model reads its inputs; some give the size of the image beside its patches."""
-    return _with_gradient(output) if isinstance(output, Tensor) else output
+def _start(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (_with_gradient(inputs[0]), *inputs[1:]) if inputs and isinstance(inputs[0], Tensor) else inputs
 
 
 def _with_gradient(output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.requires_grad_()
+    """Gradients start here where they did not before; a model may change this in place, which it may not in a leaf."""
+    return output if output.requires_grad else output.requires_grad_().clone()
 
 
 def _sensitivity(sums: SiteSums) -> Sensitivity:
