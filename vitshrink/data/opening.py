@@ -67,6 +67,7 @@ def open_data(
         flags=data.flags,
         offline=offline,
     )
+    samples = replace(samples, apart=model.embedding.known)
     if job is not None:
         for note in samples.notes:
             if note not in job.warnings:  # calibration and evaluation may share a source
@@ -102,10 +103,11 @@ def read_calibration(
         job.warn(f"{source.source} has {len(selected)} samples; --samples asked for {samples}.")
     read = len(selected) - unread(len(selected))
     chosen = replace(selected, samples=selected.samples[:read]) if read < len(selected) else selected
-    bad, cut = BadSamples.of(chosen, max_bad_samples), Cut(source.source)
-    with job.stage("preprocess", "Reading calibration data", len(chosen)) as advance:
+    read_now = chosen.read_apart()
+    bad, cut = BadSamples.of(read_now, max_bad_samples), Cut(source.source)
+    with job.stage("preprocess", "Reading calibration data", len(read_now)) as advance:
         batches = []
-        for batch in cut.counted(preprocessor.batches(chosen, batch_size, bad=bad, workers=workers)):
+        for batch in cut.counted(preprocessor.batches(read_now, batch_size, bad=bad, workers=workers)):
             batches.append(batch)
             advance(len(batch.keys))
     warn_of_bad(bad, source.source, job)

@@ -76,9 +76,22 @@ class SampleSet:
     recipe: Recipe | None = None
     unlabelled: str | None = None
     notes: tuple[str, ...] = ()
+    apart: bool = False
+    """Whether a model reads the two texts of a pair apart, and learns from each of them."""
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def read_apart(self) -> "SampleSet":
+        """As a model reads them: pairs of texts that are read apart as twice as many samples, without labels."""
+        if not self.apart or not any(sample.text_pair is not None for sample in self.samples):
+            return self
+        found = [
+            replace(sample, key=f"{sample.key}, {side}", text=text, text_pair=None, label=None)
+            for sample in self.samples
+            for side, text in (("first", sample.text), ("second", sample.text_pair))
+        ]
+        return replace(self, samples=found, labels_are=None)
 
     def select(self, count: int | None, seed: int, skip: int = 0) -> "SampleSet":
         """``count`` samples of the order shuffled by ``seed``, after leaving out its first ``skip``.

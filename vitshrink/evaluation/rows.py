@@ -147,7 +147,13 @@ class _Features:
         return finite(role, forward(model, self.batch.inputs).last_hidden_state.double(), self.batch.keys).cpu()
 
     def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
-        return _cosines(outputs, _pooled(outputs, self.batch.mask, self.embeddings), self.batch.mask)
+        pooled = _pooled(outputs, self.batch.mask, self.embeddings)
+        return _cosines(outputs, pooled, self.batch.mask, final=self._final)
+
+    @property
+    def _final(self) -> bool:
+        """Whether the vectors of samples are all that counts."""
+        return all(embedding.known for embedding in self.embeddings.values())
 
 
 def features_step(embeddings: Embeddings) -> Step:
@@ -164,7 +170,7 @@ class _Sentences(_Features):
         columns = {f"{role}.pooled": vectors for role, vectors in pooled.items()}
         if self.score_of is not None:
             columns["target"] = _scores(self.batch, self.score_of, 1)
-        return columns | (_cosines(outputs, pooled, self.batch.mask) if len(outputs) == 2 else {})
+        return columns | (_cosines(outputs, pooled, self.batch.mask, final=self._final) if len(outputs) == 2 else {})
 
 
 def sentence_step(embeddings: Embeddings, score_of: LabelOf | None) -> Step:
@@ -251,14 +257,19 @@ def _pooled(features: Mapping[str, Tensor], mask: Tensor | None, embeddings: Emb
     return {role: embeddings[role](tokens, mask) for role, tokens in features.items()}
 
 
-def _cosines(features: Mapping[str, Tensor], pooled: Mapping[str, Tensor], mask: Tensor | None) -> Columns:
+def _cosines(
+    features: Mapping[str, Tensor], pooled: Mapping[str, Tensor], mask: Tensor | None, *, final: bool
+) -> Columns:
     """How far two models' features (batch, tokens, width) are apart, and cosines: of real tokens, and of the vectors.
 
-    ``pooled`` are vectors made of the features.
+    ``pooled`` are vectors made of the features, which are all that counts where they are ``final``.
     """
     dense, compressed = features["dense"], features["compressed"]
     others = dense.shape[1] != compressed.shape[1]
-    rows, other_rows = (feature_rows(each, mask, first_token=others) for each in (dense, compressed))
+    if final and pooled["dense"].shape == pooled["compressed"].shape:
+        rows, other_rows = pooled["dense"], pooled["compressed"]
+    else:
+        rows, other_rows = (feature_rows(each, mask, first_token=others) for each in (dense, compressed))
     if others:  # other patches: only the first token stands for the same thing
         dense, compressed = dense[:, :1], compressed[:, :1]
     tokens = torch.cosine_similarity(dense, compressed, dim=-1)

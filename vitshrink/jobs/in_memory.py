@@ -37,6 +37,7 @@ from vitshrink.models.example import example_inputs
 from vitshrink.models.families import family_of
 from vitshrink.models.loading import check_config, check_finite, held, moved, usual_outputs
 from vitshrink.models.publication import publish
+from vitshrink.models.readings import plainly_read
 from vitshrink.models.sentences import NO_SETTINGS, TextSettings
 from vitshrink.models.source import resolve
 from vitshrink.models.tasks import task_of
@@ -140,6 +141,7 @@ def compress(
     description = Description.of(shrinking, data, preprocessor)
     layers = description.layers(shrunk.findings, shrunk.plan)
     report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement, paced=shrunk.paced)
+    plainly_read(small)
     return Compressed(
         moved(small, dtype=dtype),
         replace(report, command=None),
@@ -214,6 +216,7 @@ def _samples(
     )
     calibration = listed(calibration, kind, most)
     if (found := samples_in_memory(calibration, kind, most, columns)) is not None:
+        found = replace(found, apart=session.source.embedding.known)
         return _preprocessor(session, origin, processor, config), found
     if isinstance(calibration, Mapping | torch.Tensor):
         calibration = [calibration]  # one batch

@@ -21,6 +21,7 @@ from vitshrink.models.companions import Companions, companions_of
 from vitshrink.models.families import Family, family_named, family_of
 from vitshrink.models.fidelity import PROBLEM_TYPES
 from vitshrink.models.format import QUANT_METHOD
+from vitshrink.models.readings import read_as
 from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.models.source import WRAPPERS, Source, examine, resolve
 from vitshrink.models.tasks import Task, task_of
@@ -90,6 +91,7 @@ def held(model: PreTrainedModel, dtype: torch.dtype, origin: Path | None = None)
     source = Source(directory, model.config.to_dict(), weights=(), tensors={})
     companions = Companions(directory) if origin is None else companions_of(origin)
     embedding = MEAN if origin is None else embedding_of(origin, model)
+    read_as(model, embedding)
     return LoadedModel(model, source, dtype, family_of(model), companions, embedding)
 
 
@@ -192,13 +194,15 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
         # the order of summation may depend.
         parameter.data = parameter.data.clone()
     check_finite(model, f"{source.directory}")
+    embedding = embedding_of(source.directory, model)
+    read_as(model, embedding)
     return LoadedModel(
         model.eval(),
         source,
         source_dtype=source.dtype,
         family=family,
         companions=companions,
-        embedding=embedding_of(source.directory, model),
+        embedding=embedding,
         ignored=tuple(sorted(info["unexpected_keys"])),
         notes=notes,
     )

@@ -5,6 +5,7 @@ rows are apart; what a row is, and of which sample, is said here, once for curva
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.models.fidelity import OUTSIDE, feature_rows
+from vitshrink.models.sentences import Embedding
 from vitshrink.models.tasks import task_of
 
 
@@ -62,16 +64,46 @@ class Hidden(Reading):
         return feature_rows(outputs["last_hidden_state"], batch.mask)
 
 
+@dataclass(frozen=True, eq=False)
+class Sentences(Reading):
+    """The final vector of each sentence, as the modules after the transformer make it."""
+
+    embedding: Embedding
+
+    def rows(self, outputs: Any, batch: Asked) -> Tensor:
+        return self.embedding(wide(outputs["last_hidden_state"]), batch.mask)
+
+
 _READINGS: Mapping[str, Reading] = {
     "features": Hidden(),
     "token-classification": Tokens(),
     "question-answering": Ends(),
 }
 _LOGITS = Reading()
+_ATTRIBUTE = "_vitshrink_embedding"
+
+
+def read_as(model: PreTrainedModel, embedding: Embedding) -> None:
+    """Let a headless model be read as its checkpoint says, where it does, from now on and in all views and copies."""
+    if embedding.known:
+        setattr(model, _ATTRIBUTE, embedding)
+
+
+def embedding_read(model: PreTrainedModel) -> Embedding | None:
+    """How a model is read that makes sentence embeddings."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def plainly_read(model: PreTrainedModel) -> None:
+    """Undo ``read_as``: what is handed to a user holds nothing but the model."""
+    model.__dict__.pop(_ATTRIBUTE, None)
 
 
 def reading_of(model: PreTrainedModel) -> Reading:
     """How the outputs of a model are read."""
+    embedding = embedding_read(model)
+    if embedding is not None:
+        return Sentences(embedding)
     return _READINGS.get(task_of(model), _LOGITS)
 
 

@@ -4,6 +4,7 @@
 sentence-transformers computes from the same directory; a module that is not known is named, and nothing replaces it.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,13 @@ class Embedding:
     """Why vitshrink cannot compute it; it is then never called."""
     remarks: Sequence[str] = ()
     """What the checkpoint says of its sentences that has no effect here."""
+    digest: str = ""
+    """SHA-256 of the steps and their weights."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the checkpoint says how to make a vector of a sentence, so that nothing else counts in its model."""
+        return bool(self.steps) and self.problem is None
 
     @classmethod
     def read(cls, directory: Path, width: int) -> "Embedding":
@@ -130,12 +138,13 @@ class Embedding:
             similarity,
             reader.widths[SENTENCE],
             remarks=_remarks(settings, texts),
+            digest=reader.digest(),
         )
 
     def __call__(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """tokens (batch, tokens, width), mask (batch, tokens) or None, to (batch, width)."""
         real = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        vectors: Vectors = {TOKENS: tokens.double()}
+        vectors: Vectors = {TOKENS: tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens}
         for step in self.steps:
             vectors = step(vectors, real.to(tokens.device))
         return vectors[SENTENCE] if self.steps else masked_mean(tokens, mask)
@@ -194,6 +203,7 @@ class _Reader:
         self.widths = widths
         self.steps: list[Step] = []
         self.words: list[str] = []
+        self._hash = hashlib.sha256()
 
     def add(self, module: Module) -> None:
         """Raises _UnknownError for a module of another kind, CheckpointError for a damaged one."""
@@ -208,6 +218,11 @@ class _Reader:
         if kind not in kinds:
             raise _UnknownError(f"{MODULES} has a module of the type {module.type!r}, which vitshrink does not compute")
         kinds[kind](module.folder)
+
+    def digest(self) -> str:
+        """Of the steps and their weights so far."""
+        self._hash.update("\x00".join(self.words).encode())
+        return self._hash.hexdigest()
 
     def _pooling(self, folder: str) -> None:
         settings = self._config(folder, needed=True)
@@ -242,9 +257,9 @@ class _Reader:
 
         def project(vectors: Vectors, _real: Tensor) -> Vectors:
             given = vectors[source]
-            made = activation(functional.linear(given, weight, bias))
+            made = activation(functional.linear(given, weight.to(given), None if bias is None else bias.to(given)))
             if settings.get("use_residual"):
-                made = made + (given if residual is None else functional.linear(given, residual))
+                made = made + (given if residual is None else functional.linear(given, residual.to(given)))
             return vectors | {target: made}
 
         self.widths[target] = weight.shape[0]
@@ -258,7 +273,8 @@ class _Reader:
             raise CheckpointError(f"{self.directory / folder} has no weights for a layer norm of {width} numbers.")
 
         def norm(vectors: Vectors, _real: Tensor) -> Vectors:
-            return vectors | {SENTENCE: functional.layer_norm(vectors[SENTENCE], (width,), weight, bias)}
+            given = vectors[SENTENCE]
+            return vectors | {SENTENCE: functional.layer_norm(given, (width,), weight.to(given), bias.to(given))}
 
         self._step("layer norm", norm)
 
@@ -306,6 +322,7 @@ class _Reader:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{file}: {name} has values that are NaN or infinite: the file is damaged.")
+            self._hash.update(tensor.contiguous().numpy().tobytes())
         return tensors
 
 

@@ -58,7 +58,7 @@ def open_material(
         samples = calibration.chosen
     else:
         raise UsageError("recovery needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
-    samples = samples.at_most(config.samples, seed)
+    samples = samples.at_most(config.samples, seed).read_apart()
     label_of = None
     if config.objective == "supervised":
         label_of, _ = labels_of(model.model, samples, task_of(model.model), class_map)

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vitshrink.models.readings import embedding_read
 from vitshrink.statistics.calibration import CalibrationBatch
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of the weights in memory and of the configuration, but not of where they came from."""
+    """SHA-256 of the weights in memory, the configuration and what is made of the outputs; not of where they came
+    from."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    return _digest(model.state_dict(), json.dumps(config, sort_keys=True, default=str))
+    embedding = embedding_read(model)
+    read = "" if embedding is None else embedding.digest
+    return _digest(model.state_dict(), json.dumps(config, sort_keys=True, default=str) + read)
 
 
 def data_digest(batches: Iterable[CalibrationBatch]) -> str:
