@@ -22,7 +22,10 @@ TEXT_PAIR_COLUMNS = (
     ("question", "context"),
     ("question1", "question2"),
     ("text1", "text2"),
+    ("query", "passage"),
+    ("query", "document"),
 )
+QUERY_COLUMNS = ("query_id", "qid", "query_idx")
 LABEL_COLUMNS = (
     ("label", "labels", "cls", "fine_label", "coarse_label", "score", "similarity_score"),
     (
@@ -51,6 +54,8 @@ class Columns:
     """Names of a model's labels where several apply to a sample: a table may have a column for each of them."""
     layout: str | None = None
     """Of samples that are more than a text and a label: a name in ``LAYOUTS``."""
+    query: str | None = None
+    """Of the query that a pair of texts belongs to."""
     several: tuple[str, ...] = ()
     """The columns of labels where each has one of its own; ``label`` is None then."""
 
@@ -129,7 +134,12 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
     for column in (image, text, pair, label, *several):
         if column is not None and available.count(column) > 1:
             raise DataError(f"{source} has {available.count(column)} columns called {column!r}: rename all but one.")
-    return Columns(image, text, pair, label, flags, unlabelled, several=several)
+    query = next((column for name in QUERY_COLUMNS for column in _called(name, available)), None)
+    if pair is None or available.count(query or "") > 1:
+        query = None
+    if query is None and pair is not None and _plain(text or "") == "query":
+        query = text
+    return Columns(image, text, pair, label, flags, unlabelled, query=query, several=several)
 
 
 def named_column(

@@ -25,8 +25,12 @@ def stored_samples(dataset: Any, columns: Columns) -> list[Sample]:
         encoded = dataset.select_columns([columns.image])
         images = [partial(_fetch, encoded, columns.image, row) for row in range(len(dataset))]
     labels = map(_hashable, columns.labels(column))
-    rows = zip(images, column(columns.text), column(columns.text_pair), labels, strict=True)
-    samples = (Sample(f"row {number}", *row) for number, row in enumerate(rows, start=1))
+    queries = (None if query is None else str(query) for query in column(columns.query))
+    rows = zip(images, column(columns.text), column(columns.text_pair), labels, queries, strict=True)
+    samples = (
+        Sample(f"row {number}", image, text, pair, label, query=query)
+        for number, (image, text, pair, label, query) in enumerate(rows, start=1)
+    )
     return [sample for sample in samples if not _is_spacing(sample, columns)]
 
 

@@ -44,6 +44,8 @@ class Sample:
     label: Label = None
     words: tuple[str, ...] | None = None
     """Of ``text``, where its words were told apart: there may be a label for each of them."""
+    query: str | None = None
+    """What the pair of texts belongs to, where passages of a query are to be ranked."""
 
 
 class NothingLeftError(DataError):

@@ -240,10 +240,11 @@ def _table_samples(table: Table, path: Path, kind: Kind, wanted: Columns) -> Sam
     columns = find_columns(str(path), kind, table.columns, wanted)
     labels, labels_are = typed_labels(f"{path}: {columns.place}", columns.labels(table.column), columns.several)
     images = [path.parent / name if name and name.strip() else None for name in _texts(table, path, columns.image)]
-    rows = zip(images, _texts(table, path, columns.text), _texts(table, path, columns.text_pair), labels, strict=True)
+    texts = (_texts(table, path, column) for column in (columns.text, columns.text_pair))
+    rows = zip(images, *texts, labels, _texts(table, path, columns.query), strict=True)
     samples = [
-        Sample(f"row {number}", image, text, pair, label)
-        for number, (image, text, pair, label) in enumerate(rows, start=1)
+        Sample(f"row {number}", image, text, pair, label, query=query)
+        for number, (image, text, pair, label, query) in enumerate(rows, start=1)
     ]
     unlabelled = columns.unlabelled
     notes: tuple[str, ...] = ()

@@ -51,6 +51,7 @@ class Options(TypedDict, total=False):
     baseline_embedding: Embedding | None
     masking: Masking | None
     unanswerable: bool
+    queries: Mapping[str, int] | None
     device: torch.device | str | None
     seed: int
     on_batch: OnBatch | None
@@ -72,6 +73,7 @@ def evaluate_each(
     baseline_embedding: Embedding | None = None,
     masking: Masking | None = None,
     unanswerable: bool = False,
+    queries: Mapping[str, int] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     on_batch: OnBatch | None = None,
@@ -83,8 +85,9 @@ def evaluate_each(
     tuple), or into a number (a tuple where there are several outputs) for a regression; without it only the fidelity to
     the baseline is measured. The task ``masked-lm`` needs ``masking`` and no labels. ``embedding`` is how headless
     models make one vector of a sample, and ``baseline_embedding`` how the baseline does, if otherwise. ``unanswerable``
-    says that some questions have no answer, so that a model may give none. ``seed`` drives the resampling of the
-    intervals. The models are moved to ``device``, run in evaluation mode, and get the modes of their modules back.
+    says that some questions have no answer, so that a model may give none. ``queries`` are those that the samples are
+    passages of, by number and key: a regression is then scored by how it ranks them. ``seed`` drives the resampling of
+    the intervals. The models are moved to ``device``, run in evaluation mode, and get the modes of their modules back.
 
     Raises:
         UsageError: there is nothing to measure: neither labels nor a baseline.
@@ -112,7 +115,10 @@ def evaluate_each(
         raise ValueError(f"unknown task {task!r}")
     with _inference([*models, *([] if baseline is None else [baseline])], device):
         keys, columns = _rows(step, [_by_role(model, baseline) for model in models], batches, on_batch)
-    return [summarise(task, keys, each, _class_names(model), seed) for model, each in zip(models, columns, strict=True)]
+    return [
+        summarise(task, keys, each | _queries(queries, keys), _class_names(model), seed)
+        for model, each in zip(models, columns, strict=True)
+    ]
 
 
 def evaluate_pairs(
@@ -121,6 +127,7 @@ def evaluate_pairs(
     second: Iterable[Batch],
     *,
     score_of: LabelOf | None = float,
+    queries: Mapping[str, int] | None = None,
     baseline: nn.Module | None = None,
     embedding: Embedding = MEAN,
     baseline_embedding: Embedding | None = None,
@@ -147,7 +154,8 @@ def evaluate_pairs(
         summarise(
             "similarity",
             keys,
-            pair_columns(_select(one, first_keys, keys), _select(other, second_keys, keys), embeddings),
+            pair_columns(_select(one, first_keys, keys), _select(other, second_keys, keys), embeddings)
+            | _queries(queries, keys),
             {},
             seed,
         )
@@ -210,6 +218,10 @@ def _problem_type(model: nn.Module) -> str | None:
 def _class_names(model: nn.Module) -> dict[int, str]:
     names: Mapping[Any, Any] = getattr(getattr(model, "config", None), "id2label", None) or {}
     return {int(index): str(name) for index, name in names.items()}
+
+
+def _queries(queries: Mapping[str, int] | None, keys: Sequence[str]) -> Columns:
+    return {} if queries is None else {"query": torch.tensor([queries[key] for key in keys])}
 
 
 def _select(columns: Columns, keys: list[str], wanted: list[str]) -> Columns:

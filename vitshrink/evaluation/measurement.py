@@ -126,6 +126,7 @@ def measure_each(
             evaluations = evaluate_pairs(
                 models,
                 *(read(_side(mine, first=first)) for first in (True, False)),
+                queries=queries_of(samples),
                 score_of=_number if labelled and samples.labels_are is not None else None,
                 baseline=baseline,
                 embedding=embedding,
@@ -143,6 +144,7 @@ def measure_each(
                 baseline=baseline,
                 embedding=embedding,
                 baseline_embedding=baseline_embedding,
+                queries=queries_of(samples),
                 unanswerable=task == "question-answering" and has_unanswerable(samples),
                 masking=Masking.from_tokenizer(preprocessor.processor, seed) if task == "masked-lm" else None,
                 device=device,
@@ -176,6 +178,17 @@ def _gather(bad: BadSamples, cut: Cut, samples: SampleSet) -> None:
 def has_pairs(samples: SampleSet) -> bool:
     """Whether the samples are pairs of texts."""
     return any(sample.text_pair is not None for sample in samples.samples[:1])
+
+
+def queries_of(samples: SampleSet) -> dict[str, int] | None:
+    """The number of the query that each sample is a passage of, by key; None where the samples have none."""
+    numbers: dict[str, int] = {}
+    found = {
+        sample.key: numbers.setdefault(sample.query, len(numbers))
+        for sample in samples.samples
+        if sample.query is not None
+    }
+    return found if len(found) == len(samples) else None
 
 
 def has_unanswerable(samples: SampleSet) -> bool:

@@ -132,6 +132,21 @@ class Correlation(Quality):
 
 @final
 @dataclass(frozen=True)
+class Ranking(Quality):
+    """How well the passages of queries are ranked, by a cross-encoder or by the similarity of embeddings."""
+
+    metric: ClassVar[str] = "ndcg_at_10"
+
+    ndcg_at_10: float
+    """Mean normalized discounted cumulative gain of the first ten passages."""
+    interval: Interval
+    """Of ``ndcg_at_10``."""
+    queries: int
+    """How many have a relevant passage."""
+
+
+@final
+@dataclass(frozen=True)
 class Fidelity:
     """How alike the compressed and the dense model are. A head has some of these figures; the others are left out."""
 
@@ -228,12 +243,12 @@ class Evaluation:
     ``masked-lm``, ``features`` or ``similarity`` (of pairs)."""
     metric: str | None = None
     """The figure of ``dense`` and ``compressed`` that ``difference`` compares: ``top1``, ``f1_micro``, ``entity_f1``,
-    ``answer_f1``, ``spearman``."""
+    ``answer_f1``, ``spearman``, ``ndcg_at_10``."""
     samples: int
     """How many were measured."""
-    dense: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None = None
+    dense: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | None = None
     """How good the dense model is."""
-    compressed: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None = None
+    compressed: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | None = None
     """How good the compressed model is."""
     fidelity: Fidelity | None = None
     """How alike they are."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import DataError
-from vitshrink.evaluation import entity_scores, metrics
+from vitshrink.evaluation import entity_scores, metrics, ranking
 from vitshrink.evaluation.entities import kinds_of
 from vitshrink.evaluation.quality import (
     Accuracy,
@@ -21,6 +21,7 @@ from vitshrink.evaluation.quality import (
     Fidelity,
     Interval,
     LabelScores,
+    Ranking,
 )
 from vitshrink.evaluation.rows import Columns
 from vitshrink.models.fidelity import REGRESSION
@@ -54,7 +55,9 @@ def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
 
 def _quality(
     role: str, columns: Columns, seed: int
-) -> Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | None:
+) -> Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | None:
+    if f"{role}.prediction" in columns and ranking.is_ranking(columns):
+        return ranking.ranking(role, columns, seed)
     if f"{role}.answer_f1" in columns:
         return _answers(columns[f"{role}.answer_f1"], columns[f"{role}.exact"], seed)
     if f"{role}.truth.entities" in columns:
@@ -157,7 +160,11 @@ def _fidelity(columns: Columns, seed: int) -> Fidelity | None:
 
 def _difference(columns: Columns, seed: int) -> Difference:
     """Dense against compressed on the same samples: the drop in the metric, its interval, and whether it is real."""
-    if (found := _paired(columns)) is not None:
+    if ranking.is_ranking(columns):
+        lost = ranking.of_queries("dense", columns) - ranking.of_queries("compressed", columns)
+        drop, interval = float(lost.mean()), metrics.bootstrap_ratio(lost, torch.ones_like(lost), seed)
+        p_value, test = metrics.sign_flip_p_value(lost, seed), "sign flips, query by query"
+    elif (found := _paired(columns)) is not None:
         score, target, dense, compressed = found
         drop = score(dense, target) - score(compressed, target)
         interval, p_value = metrics.bootstrap_drop(score, target, dense, compressed, seed)

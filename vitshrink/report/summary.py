@@ -50,6 +50,7 @@ METRIC_NAMES = {
     "answer_f1": "answer F1",
     "answer_exact": "exact match",
     "spearman": "Spearman",
+    "ndcg_at_10": "nDCG@10",
 }
 
 
