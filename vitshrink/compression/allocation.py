@@ -53,17 +53,17 @@ def _spend(offers: Sequence[Offer], budget: int, rungs: Rungs, losses: Losses) -
         left -= price
 
 
-def _hull(offer: Offer, losses: Sequence[float]) -> list[tuple[int, float, int]]:
+def hull_of(offer: Offer, losses: Sequence[float]) -> list[tuple[int, float, int]]:
     """The lower convex hull of (cost, loss, rung) over the ladder."""
     hull: list[tuple[int, float, int]] = []
     for point in zip(offer.costs, losses, range(len(losses)), strict=True):
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-2], point):
             hull.pop()
         hull.append(point)
     return hull
 
 
-def _slope(start: tuple[int, float, int], end: tuple[int, float, int]) -> float:
+def slope(start: tuple[int, float, int], end: tuple[int, float, int]) -> float:
     return (end[1] - start[1]) / (end[0] - start[0])
 
 
@@ -77,8 +77,8 @@ def _least_total_loss(offers: Sequence[Offer], budget: int, losses: Losses) -> P
     left = budget - least_cost(offers)
     steps = []
     for offer in offers:
-        hull = _hull(offer, losses[offer.name])
-        steps += [(_slope(start, end), offer.name, end[0] - start[0], end[2]) for start, end in pairwise(hull)]
+        hull = hull_of(offer, losses[offer.name])
+        steps += [(slope(start, end), offer.name, end[0] - start[0], end[2]) for start, end in pairwise(hull)]
     ended: set[str] = set()
     for _, name, price, rung in sorted(steps, key=lambda step: step[0]):
         if name in ended:

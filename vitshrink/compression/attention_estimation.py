@@ -4,18 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.attentions import Attention, AttentionSite, attentions_of, sites_of
+from vitshrink.compression.attentions import Attention, AttentionSite, attentions_of, sites_of, weights_of
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.keeping import Step
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
-from vitshrink.methods.attention import ATTENTION, AttentionMethod, AttentionWeights
-from vitshrink.models.targets import Target, linear_of
+from vitshrink.methods.attention import ATTENTION, AttentionMethod
+from vitshrink.models.targets import Target
 from vitshrink.runtime.entries import laid_out
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.state import Progress
@@ -69,7 +68,7 @@ class AttentionEstimator:
         if not sites:
             return
         stack = max((site.attentions for site in sites), key=len)
-        first, *others = (self._weights(each, findings.stats) for each in stack)
+        first, *others = (weights_of(self.dense, each, findings.stats) for each in stack)
         options = self.config.options
         ranks = self.method.ranks(stack[0].dimensions, **options)
         try:
@@ -82,16 +81,3 @@ class AttentionEstimator:
                 findings.layers.pop(site.name, None)
                 findings.failures[site.name] = str(error)
             job.warn(f"{', '.join(each.places[ATTENTION] for each in stack)} stays dense: {error}")
-
-    def _weights(self, attention: Attention, stats: Mapping[str, LinearStats]) -> AttentionWeights:
-        layers = {role: linear_of(self.dense, target.name) for role, target in attention.targets.items()}
-        return AttentionWeights(
-            attention.dimensions,
-            {role: layer.weight.double() for role, layer in layers.items()},
-            {role: _bias(layer) for role, layer in layers.items()},
-            {role: stats[target.name] for role, target in attention.targets.items()},
-        )
-
-
-def _bias(layer: nn.Linear) -> Tensor:
-    return layer.weight.new_zeros(layer.out_features).double() if layer.bias is None else layer.bias.double()

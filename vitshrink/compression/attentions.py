@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import UsageError
-from vitshrink.methods.attention import ATTENTION, AttentionMethod, Dimensions
+from vitshrink.methods.attention import ATTENTION, AttentionMethod, AttentionWeights, Dimensions
 from vitshrink.models.families import family_of
-from vitshrink.models.targets import Target, find_targets
+from vitshrink.models.targets import Target, find_targets, linear_of
+from vitshrink.statistics.stats import LinearStats
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,22 @@ def attentions_of(model: PreTrainedModel, targets: Sequence[Target]) -> list[Att
         if mine:
             found.append(Attention(block, Dimensions(heads, outputs // heads, width), places, mine))
     return found
+
+
+def weights_of(model: PreTrainedModel, attention: Attention, stats: Mapping[str, LinearStats]) -> AttentionWeights:
+    """The weights of a dense attention, and the statistics of its layers."""
+    layers = {role: linear_of(model, target.name) for role, target in attention.targets.items()}
+    return AttentionWeights(
+        attention.dimensions,
+        {role: layer.weight.detach().double() for role, layer in layers.items()},
+        {role: _bias(layer) for role, layer in layers.items()},
+        {role: stats[target.name] for role, target in attention.targets.items()},
+    )
+
+
+def _bias(layer: nn.Linear) -> Tensor:
+    zeros = layer.weight.detach().new_zeros(layer.out_features).double()
+    return zeros if layer.bias is None else layer.bias.detach().double()
 
 
 def _stacks(attentions: Sequence[Attention], roles: Iterable[str], blocks: int) -> list[list[Attention]]:

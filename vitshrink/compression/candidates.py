@@ -36,11 +36,13 @@ class Site:
     Attributes:
         name: of a module, or of a part of one; unique in the model.
         shape: (m, n) of the matrix, or of one with as many numbers.
+        parts: sites within it, which have no form of their own where it has one.
     """
 
     name: str
     kind: Kind
     shape: tuple[int, int]
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,11 @@ class Offer:
             if not found or (price > found[-1].cost.of(currency) and each.loss <= found[-1].loss):
                 found.append(each)
         return cls(site, currency, kept, found, nothing, most)
+
+    def with_more(self, candidates: Iterable[Candidate]) -> "Offer":
+        """The same with further candidates."""
+        every = [*self.candidates, *candidates]
+        return Offer.of(self.site, self.currency, self.kept, every, nothing=self.nothing, most=self.most)
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """What a job asks of compression, complete: what its config leaves open is decided by the method."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,8 @@ from vitshrink.compression.forms import Maker, Material, Priced
 from vitshrink.compression.forms.attention_part import AttentionMaker
 from vitshrink.compression.forms.coded import CodedMaker
 from vitshrink.compression.forms.low_rank import LowRankMaker
+from vitshrink.compression.forms.narrow import NarrowMaker
+from vitshrink.compression.narrow_estimation import READ, NarrowEstimator
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.repairs import COMPENSATIONS
 from vitshrink.compression.repairs.layers import LayerRepairs, NoRepairs
@@ -53,7 +55,7 @@ class Choices:
         choose(allocation, ALLOCATIONS, "allocation")
         repairs = ATTENTION_COMPENSATIONS if isinstance(method, AttentionMethod) else COMPENSATIONS
         compensation = choose(
-            config.compensation or ("bias" if config.stores == "bits" else method.compensation),
+            config.compensation or ("bias" if config.stores in ("bits", "narrow") else method.compensation),
             {c: c for c in repairs},
             "compensation",
         )
@@ -90,7 +92,7 @@ class Choices:
     @property
     def rounds(self) -> int:
         """How often the job learns again from the compressed model."""
-        if self.config.stores == "bits":
+        if self.config.stores in ("bits", "narrow"):
             return 0
         return self.config.refine if self.method.needs is Needs.CURVATURE else 0
 
@@ -126,11 +128,18 @@ class Choices:
             repairs = NoRepairs()
         else:
             assert isinstance(self.method, LayerMethod)
-            makers = [LowRankMaker(material)]
-            estimator = refiner = LayerEstimator(
+            layers = LayerEstimator(
                 config, dense, targets, self.method, self.compensation, material.measures, calibration, progress
             )
-            repairs = LayerRepairs(material, estimator)
+            makers, estimator, refiner = [LowRankMaker(material)], layers, layers
+            if config.stores in ("narrow", "rank+narrow"):
+                narrow = NarrowMaker(material)
+                layers = replace(layers, full=_read_whole(narrow))
+                ranks = config.stores == "rank+narrow"
+                makers = [*makers, narrow] if ranks else [narrow]
+                estimator = both = NarrowEstimator(layers, narrow, ranks)
+                refiner = both if ranks else None
+            repairs = LayerRepairs(material, layers)
         return Compressor(config, material, makers, estimator, repairs, ALLOCATIONS[self.allocation], refiner)
 
     def _material(
@@ -152,6 +161,18 @@ class Choices:
             measures=self.allocation == "measured" and not fixed,
             prices=prices,
         )
+
+
+def _read_whole(maker: NarrowMaker) -> frozenset[str]:
+    """The layers of which whole statistics are needed. Raises UsageError where nothing can be made narrower."""
+    sites = maker.sites.values()
+    found = frozenset(site.targets[role].name for site in sites for role in READ if role in site.targets)
+    if not found:
+        raise UsageError(
+            "--forms narrow changes an MLP or an attention whole, and no block has all layers of one among those "
+            "that --layers, --include and --exclude leave."
+        )
+    return found
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Protocol
 
 from transformers import PreTrainedModel
 
 from vitshrink.compression.allocation import Allocation
-from vitshrink.compression.candidates import Candidate, Form, Offer, Plan, least_cost, plan_cost, whole_cost
+from vitshrink.compression.candidates import Form, Offer, Plan, least_cost, whole_cost
 from vitshrink.compression.findings import Findings, Rebuild
 from vitshrink.compression.forms.registry import Maker, Material
+from vitshrink.compression.nesting import nested, spread
 from vitshrink.compression.selection import choose_plan
 from vitshrink.config.options import CompressConfig
 from vitshrink.models import cost
@@ -94,19 +96,24 @@ class Compressor:
         )
 
     def offers(self, findings: Findings | None = None) -> Sequence[Offer]:
-        """The candidates of every site of which something was found; without findings only their costs are told."""
+        """The candidates of every site of which something was found; without findings only their costs are told.
+
+        A site that has others within it has theirs, too.
+        """
         if findings is None:
             return self._unpriced
         if id(findings) not in self._priced:
             self._priced.clear()  # the findings are kept beside, so that no others get their identity
-            self._priced[id(findings)] = findings, _merged([maker.offers(findings) for maker in self.makers])
+            found = _merged([maker.offers(findings) for maker in self.makers])
+            self._priced[id(findings)] = findings, nested(found)
         return self._priced[id(findings)][1]
 
     def plan(self, findings: Findings, budget: int) -> Plan:
-        """A candidate for every site, for a budget of the whole model. Raises TargetError."""
+        """A candidate for every site, or for those within it, for a budget of the whole model. Raises TargetError."""
         offers = self.offers(findings)
-        plan = choose_plan(self.config, offers, budget - self.fixed(offers), self.allocation)
-        return plan | {offer.name: offer.kept for offer in self._unpriced if offer.name in findings.failures}
+        plan = spread(choose_plan(self.config, offers, budget - self.fixed(offers), self.allocation))
+        failed = [offer for offer in self.sites if offer.name in findings.failures]
+        return plan | {offer.name: offer.kept for offer in failed if not _covered(offer, plan, self.sites)}
 
     @cached_property
     def whole(self) -> int:
@@ -131,7 +138,8 @@ class Compressor:
 
     def size(self, plan: Plan) -> int:
         """Size of the whole model that ``build`` gives for ``plan``."""
-        return self.fixed(self._unpriced) + plan_cost(self._unpriced, plan)
+        currency = self.material.currency
+        return self.fixed(self._unpriced) + sum(candidate.cost.of(currency) for candidate in plan.values())
 
     def replaced(self, findings: Findings, plan: Plan) -> PreTrainedModel:
         """A view of the dense model with the forms of the plan, as they are made."""
@@ -154,8 +162,13 @@ class Compressor:
         return model
 
     @cached_property
-    def _unpriced(self) -> Sequence[Offer]:
+    def sites(self) -> Sequence[Offer]:
+        """All sites, those within others as well; only costs are told."""
         return _merged([maker.offers() for maker in self.makers])
+
+    @cached_property
+    def _unpriced(self) -> Sequence[Offer]:
+        return nested(self.sites)
 
     @cached_property
     def _priced(self) -> dict[int, tuple[Findings, Sequence[Offer]]]:
@@ -171,23 +184,16 @@ class Compressor:
         return chosen
 
 
+def _covered(offer: Offer, plan: Plan, sites: Sequence[Offer]) -> bool:
+    """Whether a plan says what becomes of a site: by its name, by that of one around it, or by those within it."""
+    around = (each.name for each in sites if offer.name in each.site.parts)
+    return any(name in plan for name in (offer.name, *around, *offer.site.parts))
+
+
 def _merged(offers: Sequence[Sequence[Offer]]) -> list[Offer]:
     """One offer a site, with the candidates of all makers."""
-    first, *others = offers
-    if not others:
-        return list(first)
-    more: dict[str, list[Candidate]] = {}
-    for each in others:
-        for offer in each:
-            more.setdefault(offer.name, []).extend(offer.candidates)
-    return [
-        Offer.of(
-            offer.site,
-            offer.currency,
-            offer.kept,
-            [*offer.candidates, *more.get(offer.name, ())],
-            nothing=offer.nothing,
-            most=offer.most,
-        )
-        for offer in first
-    ]
+    found: dict[str, Offer] = {}
+    for offer in chain(*offers):
+        before = found.get(offer.name)
+        found[offer.name] = offer if before is None else before.with_more(offer.candidates)
+    return list(found.values())

@@ -49,6 +49,7 @@ class LayerEstimator:
 
     Attributes:
         measures: whether what components do to the output decides, rather than the method's own loss.
+        full: the targets of which the whole of C is wanted, whatever their shape.
     """
 
     config: CompressConfig
@@ -59,14 +60,23 @@ class LayerEstimator:
     measures: bool
     calibration: CalibrationData | None
     progress: Progress = field(default_factory=Progress)
+    full: frozenset[str] = frozenset()
 
-    def learn(self, job: Job) -> Findings:
-        """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
-        memory = self._memory(job)
+    def known(self, job: Job) -> dict[str, LinearStats]:
+        """The statistics of the dense model."""
+        return self._known(self._memory(job), job)
+
+    def _known(self, memory: Memory, job: Job) -> dict[str, LinearStats]:
         stats = memory.read(LinearStats)
         if not stats:
             stats = self._statistics(self.dense, {}, job, seed=self.config.seed, step=DENSE)
             memory.write(stats)
+        return stats
+
+    def learn(self, job: Job) -> Findings:
+        """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
+        memory = self._memory(job)
+        stats = self._known(memory, job)
         layers = memory.read(Factorisation)
         if layers:
             return Findings(layers, {}, stats)
@@ -178,6 +188,7 @@ class LayerEstimator:
             "seed": self.config.seed if curvature else None,
             "probes": self.config.probes if curvature else None,
             "precision": resolve_precision(device, wanted) if curvature else None,
+            **({"full": sorted(self.full)} if self.full else {}),
         }
 
     def _statistics(
@@ -201,6 +212,7 @@ class LayerEstimator:
                     seed=seed,
                     probes=self.config.probes,
                     passes=self.passes,
+                    full=self.full,
                     course=course,
                     on_batch=advance,
                 )

@@ -14,7 +14,8 @@ from vitshrink.models import cost
 from vitshrink.models.checkpoint import HEADER_BYTES, compressed_layers, replace_layers
 from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.coded import CodedSpec
-from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
+from vitshrink.models.structures.narrow import Narrow
 from vitshrink.models.structures.quantized import (
     Activations,
     QuantizedEmbedding,
@@ -72,8 +73,7 @@ def quantized(
     """A view of the model with integers in its blocks: in the linear layers, and in the factors of low-rank ones.
 
     Factors and word embeddings are rounded to 8 bits even where ``bits`` is 4; embeddings that are tied to the output
-    not at all. Heads, norms, positions and the patch projection stay as they are, and so do output projections that
-    read smaller heads. ``dtype`` is that in which scales
+    not at all. Heads, norms, positions and the patch projection stay as they are. ``dtype`` is that in which scales
     will be stored (the model's if not given).
 
     Raises UsageError where the model is quantised already.
@@ -83,8 +83,9 @@ def quantized(
     names = {module: name for name, module in rounded.named_modules()}
     layers: dict[str, nn.Module] = {}
     for module in blocks_of(rounded).modules():
-        # a linear layer that is a structure itself, such as one with fewer inputs, would be rebuilt in its old shape
-        if isinstance(module, LowRankLinear) or (isinstance(module, nn.Linear) and structure_of(module) is None):
+        spec = structure_of(module)
+        # another linear layer that is a structure itself would be rebuilt as another one
+        if isinstance(module, nn.Linear | LowRankLinear) and (spec is None or isinstance(spec, LayerSpec | Narrow)):
             own = FACTOR_BITS if isinstance(module, LowRankLinear) else bits
             layers[names[module]] = QuantizedLinear.from_layer(module, own, activations)
     replace_layers(rounded, layers | integer_table(rounded))

@@ -93,7 +93,7 @@ class Shrinking:
                 offers = choices.compressor(base, targets, dtype).offers()
         elif config.sized:
             compressor = choices.compressor(base, targets, dtype)
-            offers = compressor.offers()
+            offers = compressor.sites
             if config.rank is not None:
                 choose_plan(config, offers, 0, compressor.allocation)  # raises where nothing gets smaller
             sizes = requested_sizes(compressor, dtype)

@@ -14,6 +14,14 @@ from vitshrink.models.checkpoint import HEADER_BYTES
 STREAM_ENTRY = 70
 """Bytes that a stream of integers adds to the header of the file, about, beside the name of its layer."""
 
+LEFT = {
+    "bits": "what is not rounded, and a tenth of a bit for every other weight,",
+    "narrow": "what gets no narrower, and the fewest neurons and the smallest heads everywhere else,",
+    "rank": "what is not factorised, and rank {} everywhere else,",
+    "rank+narrow": "what is left as it is, and rank {} or the fewest neurons and the smallest heads everywhere else,",
+}
+"""Of the smallest model, by what layers become; with the rank that it has."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -63,13 +71,9 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
                 else f"--keep {_up(least / total)}, --target-params {least} or "
                 f"--target-size {_up(file_of(compressor, least, dtype) / 1e6)}MB"
             )
-            what_is_left = (
-                "what is not rounded, and a tenth of a bit for every other weight,"
-                if config.stores == "bits"
-                else f"what is not factorised, and rank {config.rank_multiple} everywhere else,"
-            )
+            left = LEFT[config.stores].format(config.rank_multiple)
             raise TargetError(
-                f"cannot reach {max(size.budget, 0):,} {what}: {what_is_left} need {least:,} of {total:,}. "
+                f"cannot reach {max(size.budget, 0):,} {what}: {left} need {least:,} of {total:,}. "
                 f"The least to ask for is {reachable}."
                 + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
             )
@@ -95,7 +99,7 @@ def file_of(compressor: Compressor, budget: int, dtype: torch.dtype) -> int:
 
 
 def _header(compressor: Compressor) -> int:
-    return HEADER_BYTES * (len(compressor.dense.state_dict()) + 2 * len(compressor.offers()))
+    return HEADER_BYTES * (len(compressor.dense.state_dict()) + 2 * len(compressor.sites))
 
 
 def _up(number: float) -> str:

@@ -11,7 +11,7 @@ from vitshrink.errors import UsageError
 Layers = Literal["attention", "mlp", "all"]
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Storage = Literal["auto", "gauge", "factors"]
-Forms = Literal["auto", "bits", "rank"]
+Forms = Literal["auto", "bits", "rank", "narrow", "rank+narrow"]
 
 ALLOCATIONS = ("uniform-rank", "uniform-ratio", "energy", "loss", "measured")
 COMPENSATIONS = ("none", "bias", "residual", "rescale", "stream")
@@ -53,8 +53,9 @@ class MethodOptions(Options):
     )
     forms: Forms = option(
         "auto",
-        "What layers may become. bits: integers of any fineness; rank: two factors; auto: bits for a size in bytes or "
-        "a bound, unless options of ranks are given.",
+        "What layers may become. bits: integers of any fineness; rank: two factors; narrow: dense layers of fewer "
+        "neurons, smaller heads and fewer; rank+narrow: whichever of both serves an MLP or an attention best; auto: "
+        "bits for a size in bytes or a bound, unless options of ranks are given, else rank.",
         panel=METHOD,
     )
     refine: int = option(

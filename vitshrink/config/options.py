@@ -84,6 +84,9 @@ __all__ = [
 RANKS_ONLY = ("allocation", "compensation", "options", "rank_multiple", "storage", "quantize", "refine", "probes")
 """What only ranks have: who gives one of these does not ask for integers."""
 
+FACTORS_ONLY = ("options", "storage", "refine")
+"""What only layers that are two factors have."""
+
 A_CHECKPOINT = "A checkpoint, dense or compressed: a directory or a Hub id."
 
 
@@ -153,7 +156,9 @@ class CompressConfig(
         if self.stores == "bits":
             self._check_bits()
         elif self.bits is not None:
-            raise UsageError("--bits is for integers: leave --forms rank, and what belongs to ranks, out.")
+            raise UsageError(f"--bits is for integers: leave --forms {self.stores}, and what belongs to it, out.")
+        if self.stores in ("narrow", "rank+narrow"):
+            self._check_narrow()
         if self.rank is not None and self.rank % self.rank_multiple:
             above = self.rank + -self.rank % self.rank_multiple
             below = f"--rank {above - self.rank_multiple} or " if above > self.rank_multiple else ""
@@ -199,6 +204,20 @@ class CompressConfig(
                 "--target-size, --bits, --keep (of the bytes in float16) or a bound, such as --target-size 4MB."
             )
 
+    def _check_narrow(self) -> None:
+        """Of narrower layers, alone or beside ranks."""
+        forms = f"--forms {self.stores}"
+        if self.method != "curvature":
+            raise UsageError(f"{forms} goes by what the outputs say: leave --method {self.method} out.")
+        if unfit := sorted(set(self.sizes) & {"--rank", "--explained-variance"}):
+            raise UsageError(f"{unfit[0]} is for ranks alone: {forms} takes --keep, --target-params and others.")
+        if self.stores == "narrow" and (unfit := self.given(FACTORS_ONLY)):
+            raise UsageError(f"{forms} has no factors: leave {unfit[0]} out, or pass --forms rank.")
+        if self.allocation not in (None, "measured", "loss"):
+            raise UsageError(
+                f"--allocation {self.allocation} shares out what has no common unit: {forms} has measured and loss."
+            )
+
     @property
     def size(self) -> str:
         """What is asked for, as a table says it: ``keep 0.5``, ``landmarks 49``."""
@@ -209,7 +228,7 @@ class CompressConfig(
         )
 
     @property
-    def stores(self) -> Literal["bits", "rank"]:
+    def stores(self) -> Literal["bits", "rank", "narrow", "rank+narrow"]:
         """What ``forms`` comes to: bits where bytes or a loss are asked for, and nothing that only ranks have."""
         if self.forms != "auto":
             return self.forms

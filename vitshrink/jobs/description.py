@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
-from vitshrink.compression.candidates import Candidate, Offer, Plan
+from vitshrink.compression.candidates import Candidate, Form, Offer, Plan
 from vitshrink.compression.findings import Findings
+from vitshrink.compression.forms.narrow import NarrowAttention, NarrowMlp
 from vitshrink.compression.pace import Paced
 from vitshrink.compression.rounding import Metric
 from vitshrink.compression.shrinking import Shrinking
@@ -150,8 +151,8 @@ class Description:
         )
 
     def layers(self, findings: Findings, plan: Plan) -> tuple[LayerEntry, ...]:
-        """What became of each site: all that a report needs to know of the findings."""
-        return tuple(self._layer(offer, plan[offer.name], findings) for offer in self.offers)
+        """What became of each site that the plan names: all that a report needs to know of the findings."""
+        return tuple(self._layer(offer, plan[offer.name], findings) for offer in self.offers if offer.name in plan)
 
     def written(
         self,
@@ -207,8 +208,9 @@ class Description:
             return cost.latency_by_batch_size(ready, lambda size: example_inputs(self.dense, size), sizes, repeats=10)
 
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
-        before = sum(offer.kept.cost.parameters for offer in self.offers)
-        return before, sum(plan[offer.name].cost.parameters for offer in self.offers)
+        named = [offer for offer in self.offers if offer.name in plan]  # and not those within them, or around
+        before = sum(offer.kept.cost.parameters for offer in named)
+        return before, sum(plan[offer.name].cost.parameters for offer in named)
 
     def _fitted_to(self) -> list[str]:
         return [] if self.calibration is None else sorted(self.calibration.samples.marks)
@@ -239,7 +241,7 @@ class Description:
             name=offer.name,
             shape=offer.site.shape,
             rank=None if form is None else form.rank,
-            form=None if form is None or form.bits is None else CODED,
+            form=_form_named(form),
             bits=None if form is None else form.bits,
             parameters=chosen.cost.parameters,
             relative_error=0.0 if form is None else _relative_error(findings.layers[offer.name], chosen),
@@ -273,6 +275,13 @@ def calibrated_on(data: CalibrationData, seed: int, preprocessing: Mapping[str, 
     )
 
 
+def _form_named(form: Form | None) -> str | None:
+    """As an entry has it; None where the rank says it, or that there is none."""
+    if form is None or form.rank is not None:
+        return None
+    return form.label if form.bits is None else CODED
+
+
 def quantization_of(weights: str | None, activations: str | None) -> QuantizationRecord | None:
     """What a report says of integer weights."""
     return None if weights is None else QuantizationRecord(weights, quantized_bits(weights, activations)[1])
@@ -282,6 +291,8 @@ def _relative_error(found: Any, chosen: Candidate) -> float | None:
     """Square root of the share of the loss that is left: of a rank in the method's own metric."""
     if isinstance(found, Metric):
         return None
+    if isinstance(found, NarrowMlp | NarrowAttention):
+        return math.sqrt(chosen.loss / found.whole) if found.whole > 0 else 0.0
     rank = None if chosen.form is None else chosen.form.rank
     if rank is not None:
         return float((found.loss[rank] / found.loss[0]).sqrt()) if found.loss[0] > 0 else 0.0

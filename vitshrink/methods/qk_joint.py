@@ -24,6 +24,21 @@ def qk_joint(attention: AttentionWeights, ranks: Sequence[int], parts: Sequence[
     included) and B = Cov(k) the optimum of rank r is the truncated SVD A^½ B^½ = U Σ Vᵀ, (d, d) (Eckart and Young,
     1936): q̂ = Σ^½ Uᵀ A^-½ q, k̂ = Σ^½ Vᵀ B^-½ k. Both biases are handled exactly. The scale of the softmax stays.
     """
+    W_q, W_k, bias = attention.by_head("query"), attention.by_head("key"), attention.bias_by_head("query")
+    to_query, to_key, energies = matches(attention)
+
+    def tensors(rank: int) -> dict[str, dict[str, Tensor]]:
+        P, Q = to_query[:, :rank], to_key[:, :rank]
+        return {
+            "query": {"weight": (P @ W_q).flatten(0, 1), "bias": (P @ bias[..., None]).flatten()},
+            "key": {"weight": (Q @ W_k).flatten(0, 1)},
+        }
+
+    return {"qk": Part(tail(energies.sum(0)), tensors)}
+
+
+def matches(attention: AttentionWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """P and Q (heads, d, d), of which the first r rows make q̂ of q and k̂ of k, and the energies (heads, d) they add."""
     W_q, W_k = attention.by_head("query"), attention.by_head("key")
     bias, C, mean = attention.bias_by_head("query"), attention.covariance("query"), attention.mean("query")
     queries, keys, values = [], [], []
@@ -36,13 +51,4 @@ def qk_joint(attention: AttentionWeights, ranks: Sequence[int], parts: Sequence[
         queries.append(root * U.T @ A_inverse)
         keys.append(root * Vh @ B_inverse)
         values.append(S.square())
-    to_query, to_key = torch.stack(queries), torch.stack(keys)
-
-    def tensors(rank: int) -> dict[str, dict[str, Tensor]]:
-        P, Q = to_query[:, :rank], to_key[:, :rank]
-        return {
-            "query": {"weight": (P @ W_q).flatten(0, 1), "bias": (P @ bias[..., None]).flatten()},
-            "key": {"weight": (Q @ W_k).flatten(0, 1)},
-        }
-
-    return {"qk": Part(tail(torch.stack(values).sum(0)), tensors)}
+    return torch.stack(queries), torch.stack(keys), torch.stack(values)

@@ -38,8 +38,8 @@ class LayerEntry:
     rank: int | None = None
     """Rank of its factors; None where there are none."""
     form: IfSet[str] = None
-    """How it is stored: ``dense``, ``low-rank``, ``integer`` (of one width) or ``coded`` (of any); left out where the
-    rank says it."""
+    """How it is stored: ``dense``, ``low-rank``, ``integer`` (of one width), ``coded`` (of any), or what there is of
+    something narrower, such as ``512 neurons``; left out where the rank says it."""
     bits: IfSet[float] = None
     """Bits of an integer weight; left out where the weights are floating-point numbers."""
     parameters: int

@@ -1,6 +1,6 @@
 """Label-free curvature of a model's output with respect to the outputs of its linear layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -133,6 +133,8 @@ class CurvatureCollector:
     passes: Passes = nullcontext
     token_weight: float = TOKEN_WEIGHT
     clip: tuple[float, float] = CLIP
+    full: Collection[str] = ()
+    """Targets of which the whole of C is wanted, whatever their shape."""
     batch: int = -1
     _mask: Tensor | None = None
     _x: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -287,7 +289,7 @@ class CurvatureCollector:
             if group not in found:
                 found[group] = Moments(joined(self._x[group]), mixed[group])
                 sums = self._groups.setdefault(group, GroupSums())
-                sums.add(found[group], mixed[group], with_gram=not narrow)
+                sums.add(found[group], mixed[group], with_gram=not narrow or target.name in self.full)
             if narrow:
                 if found[group].shift is None:
                     outputs = Moments(joined(self._z[target.name]), mixed[group])
@@ -344,6 +346,7 @@ def collect_curvature(
     seed: int = 0,
     probes: int = 1,
     passes: Passes = nullcontext,
+    full: Collection[str] = (),
     course: Course = one_by_one,
     on_batch: OnBatch = lambda _samples: None,
 ) -> dict[str, LinearStats]:
@@ -356,12 +359,13 @@ def collect_curvature(
     Args:
         weights: the dense weights of the targets that ``model`` holds compressed.
         passes: the arithmetic of the passes; what is made of their activations and gradients is summed in float32.
+        full: the targets of which the whole of C is wanted, whatever their shape.
 
     Raises:
         NumericsError: NaN or Inf; names the layer and the batch.
         DataError: no batch at all.
     """
-    collector = CurvatureCollector(model, targets, weights or {}, seed, probes, passes)
+    collector = CurvatureCollector(model, targets, weights or {}, seed, probes, passes, full=full)
     with frozen(model):
         course(collector, batches, on_batch)
     return collector.statistics()

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from vitshrink.compression.candidates import Plan
+from vitshrink.compression.candidates import Candidate, Plan
 from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.forms.low_rank import LowRank
 from vitshrink.compression.forms.registry import Material
 from vitshrink.compression.repairs.bias import RESCALING
+from vitshrink.compression.repairs.products import means_of, narrow_targets
 from vitshrink.compression.repairs.rescaling import STEPS, rescale_components
 from vitshrink.compression.repairs.sequential import compensate_residuals
 from vitshrink.compression.repairs.stream import restore_stream, why_not_restored, writers
@@ -17,12 +18,14 @@ from vitshrink.models.pivoting import fix_gauge
 from vitshrink.models.reading import chain_problem
 from vitshrink.models.targets import blocks_of
 from vitshrink.runtime.observer import Job
+from vitshrink.statistics.calibration import first_of
+from vitshrink.statistics.effects import MEASURED_SAMPLES
 from vitshrink.statistics.sharing import shared_effects, shared_shortfall
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRepairs:
-    """What the job's compensation does to low-rank layers, and the form in which they are stored."""
+    """What the job's compensation does to smaller layers, and the form in which low-rank ones are stored."""
 
     material: Material
     estimator: LayerEstimator
@@ -47,17 +50,19 @@ class LayerRepairs:
     def before_storing(self, model: PreTrainedModel, plan: Plan, findings: Findings, job: Job) -> None:
         """Fit gains and biases, and choose pivots, where the job asks for that."""
         calibration, estimator = self.estimator.calibration, self.estimator
-        low_rank = self._low_rank(plan)
         if self.material.compensation == "stream":
             self._restore_stream(model, findings, job)
         if self.material.compensation in RESCALING and calibration is not None:
+            means = {name: estimator.mean(name, findings.stats) for name in self._low_rank(plan)}
+            if narrow := narrow_targets(model, self.material.targets):
+                means |= means_of(model, narrow, first_of(calibration.batches, MEASURED_SAMPLES))
             walks = 2 * STEPS * len(calibration.samples)
             with job.stage("compensate", "Fitting gains and biases", walks) as advance:
                 rescale_components(
                     model,
                     estimator.dense_outputs,
-                    low_rank,
-                    {name: estimator.mean(name, findings.stats) for name in low_rank},
+                    list(means),
+                    means,
                     calibration.batches,
                     seed=estimator.config.seed + 2,
                     passes=estimator.passes,
@@ -92,7 +97,11 @@ class LayerRepairs:
 
     def _low_rank(self, plan: Plan) -> list[str]:
         """In the order of the targets."""
-        return [target.name for target in self.material.targets if isinstance(plan[target.name].form, LowRank)]
+        return [target.name for target in self.material.targets if _is_low_rank(plan.get(target.name))]
+
+
+def _is_low_rank(chosen: Candidate | None) -> bool:
+    return chosen is not None and isinstance(chosen.form, LowRank)
 
 
 @dataclass(frozen=True)

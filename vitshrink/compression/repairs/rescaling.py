@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.compression.repairs.products import Product, factors_of, product_of, set_factors
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch
 from vitshrink.statistics.effects import Components, Effects, Lacking, Measure, component_effects, shortfall
@@ -58,7 +58,7 @@ def rescale_components(
     lacking: Lacking = shortfall,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> int:
-    """Fit a gain for every component of the low-rank layers ``names``, and their biases, in place; no size changes.
+    """Fit a gain for every component of the smaller layers ``names``, and their biases, in place; no size changes.
 
     What truncation takes away has a systematic part: fewer components of queries and keys, for one, leave every
     attention flatter. Gauss-Newton steps on the gains and biases of all layers at once take that part back: c minimises
@@ -78,11 +78,10 @@ def rescale_components(
     if not names:
         return 0
     for step in range(STEPS):
-        found: dict[str, tuple[LowRankLinear, Components]] = {}
+        found: dict[str, tuple[Product, Components]] = {}
         for name in names:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, LowRankLinear)
-            up, down = layer.factors()
+            layer = product_of(model, name)
+            up, down = factors_of(layer)
             found[name] = layer, Components(up.double(), down.double(), means[name])
         components = {name: parts for name, (_, parts) in found.items()}
         effects = measure(
@@ -96,7 +95,7 @@ def rescale_components(
         for length in (*LENGTHS, 0.0):
             for name, (layer, parts) in found.items():
                 gain = length * repair.gains[name]
-                layer.set_factors(parts.up * (1 + gain), parts.down)
+                set_factors(layer, parts.up * (1 + gain), parts.down)
                 if layer.bias is not None:
                     moved = (parts.up * gain) @ (parts.down @ parts.mean)
                     layer.bias.copy_(biases[name] - moved + length * repair.shifts[name])

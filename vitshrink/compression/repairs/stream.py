@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.compression.repairs.bias import shifted_bias
+from vitshrink.compression.repairs.products import product_of
 from vitshrink.methods import Factorisation
 from vitshrink.models.families import Family, Role, family_of
 from vitshrink.models.reading import chain_problem
 from vitshrink.models.structures.low_rank import LowRankLinear
+from vitshrink.models.structures.narrow import NarrowLinear
 from vitshrink.models.targets import Target, blocks_of, linear_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.modes import evaluating
@@ -36,13 +38,13 @@ Factorise = Callable[[str, Tensor, LinearStats], Factorisation]
 
 
 def writers(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
-    """The low-rank layers that can be refitted. Of one with more outputs than inputs, H is known within them only."""
+    """The smaller layers that can be refitted. Of one with more outputs than inputs, H is known within them only."""
     return [
         target
         for target in targets
         if target.role in WRITERS
         and target.shape[0] <= target.shape[1]
-        and isinstance(model.get_submodule(target.name), LowRankLinear)
+        and isinstance(model.get_submodule(target.name), LowRankLinear | NarrowLinear)
         and model.get_submodule(target.name).bias is not None
     ]
 
@@ -68,7 +70,7 @@ def restore_stream(
     passes: Passes = nullcontext,
     on_layer: Callable[[str], None] = lambda _name: None,
 ) -> None:
-    """Refit the low-rank layers that write to the residual stream, in place; no rank changes.
+    """Refit the smaller layers that write to the residual stream, in place; no size changes.
 
     Truncation leaves every layer with an error of its own, and the stream with the sum of them. A part of that sum
     follows from what later layers read. With r what the stream of the compressed model lacks where a layer adds to it,
@@ -95,8 +97,11 @@ def restore_stream(
                 met_there = (passage(theirs, family, batch) for batch in there)
                 wanted = [(met.stream, met.left) for met in met_there]  # what is read is large, and not needed
             for target in (part for part in parts if part.block == index):
+                inputs = product_of(model, target.name).in_features
                 center = stats[target.name].mean
-                halves = (Lack.nothing(target.shape, center), Lack.nothing(target.shape, center))
+                center = center if len(center) == inputs else center.new_zeros(inputs)  # what is read is something else
+                shape = target.shape[0], inputs
+                halves = (Lack.nothing(shape, center), Lack.nothing(shape, center))
                 with processes.together():
                     for batch, (stream, _), weight in zip(here, wanted, weights, strict=True):
                         met = passage(ours, family, batch, target.role)
@@ -204,12 +209,16 @@ def refit(
     whole = one + other
     if not whole:
         return
-    kept, layer = linear_of(dense, target.name), model.get_submodule(target.name)
-    assert isinstance(layer, LowRankLinear)
+    kept, layer = linear_of(dense, target.name), product_of(model, target.name)
     assert layer.bias is not None
-    weight, bias = kept.weight.double(), kept.bias.double()
     (mean, lacking), (covariance, cross) = whole.means(), whole.covariances()
     ridge = best_ridge(one, other, stats.gradient_gram)
+    if not isinstance(layer, LowRankLinear):
+        added = torch.zeros_like(cross) if ridge is None else SHARE * regression(covariance, cross, ridge)
+        layer.weight.add_(added)
+        layer.bias.add_(SHARE * lacking - added @ mean)
+        return
+    weight, bias = kept.weight.double(), kept.bias.double()
     wanted = weight if ridge is None else weight + SHARE * regression(covariance, cross, ridge)
     gram = covariance + torch.outer(mean, mean)
     found = factorise(target.name, wanted, replace(stats, mean=mean, gram=gram, output_gram=None))

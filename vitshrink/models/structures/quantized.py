@@ -9,7 +9,7 @@ that have instructions for it several times as fast as floating point.
 """
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
 from vitshrink.models.structures.low_rank import LowRankLinear
-from vitshrink.models.structures.registry import structure
+from vitshrink.models.structures.registry import structure, structure_of
 
 Activations = Literal["none", "dynamic"]
 
@@ -35,12 +35,20 @@ RIDGE = 1e-6
 @structure("quantized")
 @dataclass(frozen=True)
 class QuantizedSpec:
-    """``bits`` of a weight, how activations are treated, and for a low-rank layer what ``LayerSpec`` says."""
+    """``bits`` of a weight, how activations are treated, and for other than dense layers what their structure says."""
 
     bits: int
     activations: Activations
     rank: int | None = None
     pivot: int | None = None
+    inputs: int | None = None
+    outputs: int | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Module, bits: int, activations: Activations) -> Self:
+        """For a linear, narrower or low-rank layer."""
+        spec = structure_of(layer)
+        return cls(bits, activations, **({} if spec is None else spec.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -49,12 +57,13 @@ class QuantizedSpec:
     def from_dict(cls, entry: Any) -> Self:
         """Raises CheckpointError when the entry is not one that this version writes."""
         numbers = [value for name, value in entry.items() if name != "activations"]
-        known = {"bits", "activations"} <= set(entry) <= {"bits", "activations", "rank", "pivot"}
+        known = {"bits", "activations"} <= set(entry) <= {field.name for field in fields(cls)}
         if not known or any(type(number) is not int for number in numbers):
             raise CheckpointError(f"cannot read the description {entry!r} of a quantised layer: it is damaged.")
         spec = cls(**entry)
         modes = {8: ("none", "dynamic"), 4: ("none",)}
-        if spec.activations not in modes.get(spec.bits, ()) or min(entry.get("rank", 1), 1 + entry.get("pivot", 0)) < 1:
+        least = min(*(entry.get(name, 1) for name in ("rank", "inputs", "outputs")), 1 + entry.get("pivot", 0))
+        if spec.activations not in modes.get(spec.bits, ()) or least < 1:
             raise CheckpointError(f"cannot build the quantised layer {entry!r}: upgrade vitshrink.")
         return spec
 
@@ -65,8 +74,8 @@ class QuantizedSpec:
         """An empty layer in the place of a linear one. Raises CheckpointError where the pivots do not fit."""
         assert isinstance(module, nn.Linear)
         return QuantizedLinear(
-            module.in_features,
-            module.out_features,
+            self.inputs or module.in_features,
+            self.outputs or module.out_features,
             self,
             bias=module.bias is not None,
             device=module.weight.device,
@@ -115,9 +124,9 @@ class QuantizedLinear(nn.Module):
 
         Of a low-rank layer the inner factor is rounded first, and the outer one is fitted to what came out.
         """
-        spec, names = QuantizedSpec(bits, activations), ["weight"]
+        spec, names = QuantizedSpec.of(layer, bits, activations), ["weight"]
         if isinstance(layer, LowRankLinear):
-            spec, names = QuantizedSpec(bits, activations, layer.rank, layer.spec.pivot), ["weight", "down"]
+            names = ["weight", "down"]
         made = cls(
             layer.in_features,
             layer.out_features,
