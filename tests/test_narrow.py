@@ -29,6 +29,7 @@ from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.methods.narrowing import eliminated, fewest, one_head, one_of_each
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.structures.static import StaticLinear
 from vitshrink.models.targets import find_targets, linear_of
 from vitshrink.runtime.observer import Job, Silent
 
@@ -171,6 +172,20 @@ def test_a_narrower_model_may_be_rounded_to_integers(compressed: Compressed, nam
     assert not any(isinstance(module, torch.nn.Linear) for module in blocks.modules())
     exact = vitshrink.load(str(narrow.directory))
     torch.testing.assert_close(outputs(model, name), outputs(exact, name), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForMaskedLM"])
+def test_a_narrower_model_may_be_rounded_with_its_activations(
+    compressed: Compressed, name: str, flat_images: Path, text_file: Path, tmp_path: Path
+) -> None:
+    narrow, data = compressed(name, forms="narrow", keep=(0.7,)), flat_images if "ViT" in name else text_file
+    job = QuantizeJob(str(narrow.directory), str(tmp_path / "int8"), activations="static", calibration=str(data))
+    quantize_checkpoint(job)
+    model = getattr(transformers, name).from_pretrained(tmp_path / "int8").eval()
+    assert any(isinstance(module, StaticLinear) and module.spec.outputs for module in model.modules())
+    exact = vitshrink.load(str(narrow.directory))
+    found, wanted = outputs(model, name).flatten(), outputs(exact, name).flatten()
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.95  # noise is further out than any calibrated image
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch"])

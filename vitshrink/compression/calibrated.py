@@ -257,7 +257,7 @@ class Rounding:
             shift, loss = self._fill(convolution, self.products[layer])
             return _shifted(convolution, layer.bias, shift), loss
         assert isinstance(layer, nn.Linear)
-        spec = StaticSpec(inputs=layer.in_features if isinstance(layer, NarrowLinear) else None)
+        spec = StaticSpec(**layer.spec.to_dict()) if isinstance(layer, NarrowLinear) else StaticSpec()
         made = StaticLinear(layer.in_features, layer.out_features, spec, bias=layer.bias is not None, like=layer.weight)
         shift, loss = self._fill(made, self.products[layer])
         return _shifted(made, layer.bias, shift), loss

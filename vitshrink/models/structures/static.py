@@ -27,23 +27,28 @@ LARGEST = 127
 @structure("static")
 @dataclass(frozen=True)
 class StaticSpec:
-    """Rank of a layer that has two factors, and inputs of one that has fewer than the dense model's."""
+    """Rank of a layer that has two factors, and inputs or outputs of one that has fewer than the dense model's."""
 
     rank: int | None = None
     inputs: int | None = None
+    outputs: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        return cls(**read_entry(entry, (), optional=("rank", "inputs")))
+        return cls(**read_entry(entry, (), optional=("rank", "inputs", "outputs")))
 
     def fits(self, module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
             plain = module.groups == 1 and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
             return plain and self == StaticSpec()
-        return isinstance(module, nn.Linear) and (self.inputs or 0) <= module.in_features
+        return (
+            isinstance(module, nn.Linear)
+            and (self.inputs or 0) <= module.in_features
+            and (self.outputs or 0) <= module.out_features
+        )
 
     def build(self, module: nn.Module) -> nn.Module:
         """An empty layer in the place of a linear one or a convolution."""
@@ -52,7 +57,7 @@ class StaticSpec:
         assert isinstance(module, nn.Linear)
         return StaticLinear(
             self.inputs or module.in_features,
-            module.out_features,
+            self.outputs or module.out_features,
             self,
             bias=module.bias is not None,
             like=module.weight,
