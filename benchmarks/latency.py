@@ -32,9 +32,14 @@ from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.merging import kept_within, measured_curves
+from vitshrink.compression.merging import Trials, kept_within, measured_curves
+from vitshrink.config.options import CompressConfig
+from vitshrink.config.quantize import QuantizeJob
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import VitshrinkError
+from vitshrink.jobs.compress import compress
+from vitshrink.jobs.export import export
+from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
 from vitshrink.models.exported import KINDS
@@ -95,6 +100,10 @@ def rows_of(bench: Bench) -> Iterator[Row]:
         yield Row(f"{made} in onnxruntime: {fraction:g}", partial(_exported, make, False))
         yield Row(f"{made} in OpenVINO: {fraction:g}", partial(_exported, make, True))
         yield Row(f"{made}, NNCF int8, in OpenVINO: {fraction:g}", partial(_nncf, make))
+    image = bench.dense.main_input_name == "pixel_values"
+    for fraction in () if bench.random else (1.0, *(bench.fractions if image else ())):
+        for runtime, form in (("onnxruntime", "onnx"), ("OpenVINO", "openvino")):
+            yield Row(f"ours, static int8, in {runtime}: {fraction:g}", partial(_rounded, fraction, form))
 
 
 def _ours(bench: Bench) -> Iterator[tuple[str, float, Callable[[Bench], PreTrainedModel]]]:
@@ -111,7 +120,7 @@ def _merged(curves: list[Sequence[Tensor]], fraction: float, bench: Bench) -> Pr
     """As ``vitshrink compress --tokens merge --token-operations`` makes it; ``curves`` are measured once."""
     if not curves:
         batches = next(iter(bench.material.calibrations.values())).batches
-        curves.append(measured_curves(bench.dense, batches, Job(Silent())))
+        curves.append(measured_curves(Trials.on(bench.dense, batches), Job(Silent())))
     model = own(view_of(bench.dense))
     merge_tokens(model, kept_within(bench.dense, curves[0], fraction))
     return model
@@ -143,6 +152,21 @@ def _nncf(make: Callable[[Bench], PreTrainedModel], bench: Bench, folder: Path) 
     (folder / "int8").mkdir(exist_ok=True)
     openvino.save_model(quantized, folder / "int8" / IR_FILE)
     return folder / "int8" / IR_FILE
+
+
+def _rounded(fraction: float, form: str, bench: Bench, folder: Path) -> Path:
+    """As the command line makes it: tokens merged where there is a fraction, ``quantize --activations static``."""
+    given = bench.material
+    data: dict[str, Any] = {"calibration": given.calibration, "samples": given.samples, "holdout": 8, "offline": True}
+    source, merged, small = given.model, folder.parent / f"merged-{fraction:g}", folder.parent / f"int8-{fraction:g}"
+    if fraction < 1:
+        if not merged.exists():
+            compress(CompressConfig(source, str(merged), tokens="merge", token_operations=fraction, **data))
+        source = str(merged)
+    if not small.exists():
+        quantize_checkpoint(QuantizeJob(source, str(small), activations="static", **data))
+    found = export(str(small), str(folder / form), form, offline=True, overwrite=True)
+    return folder / form / found.file
 
 
 def _seed(bench: Bench) -> int:

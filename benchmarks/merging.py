@@ -16,7 +16,7 @@ from tables import print_circumstances, print_head, print_row
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitshrink.compression.merging import SAMPLES, kept_within, measured_curves
+from vitshrink.compression.merging import SAMPLES, Trials, kept_within, measured_curves
 from vitshrink.config.options import DataConfig
 from vitshrink.data import Preprocessor
 from vitshrink.data.opening import open_data
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dense = loaded.model.to(find_device(args.device))
     preprocessor = Preprocessor.from_checkpoint(loaded.directory, loaded.family.modality, config=dense.config)
     unlabelled = open_data(DataConfig(args.calibration), loaded, offline=False).select(SAMPLES, args.seed)
-    curves = measured_curves(dense, list(preprocessor.batches(unlabelled, 32)), Job(Silent()))
+    curves = measured_curves(Trials.on(dense, list(preprocessor.batches(unlabelled, 32))), Job(Silent()))
     test = open_data(DataConfig(args.eval), loaded, offline=False).at_most(args.limit, 0)
     held_out, baseline = list(preprocessor.batches(test, 32)), DenseOutputs(dense)
     whole = cost.macs(dense, example_inputs(dense))

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.compression.candidates import Offer, Plan
 from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.findings import Findings
+from vitshrink.compression.merging import Trials, measured_curves
 from vitshrink.compression.pace import CLOSE, Mixture, Pace, Paced
 from vitshrink.models.merged import Kept, merge_tokens
 from vitshrink.models.parts import with_pivots
+from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job
 
 ATTEMPTS = 3
@@ -61,24 +63,38 @@ class Course:
         pace = self.pace
         pace.require_reachable(self._priced(None).least_budget() if pace.blocks is None else pace.fastest(self.offers))
 
-    def mixture(self, curves: Sequence[Tensor] | None, findings: Findings) -> Mixture | None:
-        """Tokens and ranks with what they lose; None where all tokens are kept."""
-        if self.pace.blocks is None:
+    def mixture(self, findings: Findings, trials: Trials | None, job: Job) -> Mixture | None:
+        """Tokens and ranks with what they lose; None where all tokens are kept.
+
+        Sums of losses of two kinds are no more than a guess: ranks are left out where tokens alone measure less.
+        """
+        if self.pace.blocks is None or trials is None:
             return None
-        return self.pace.mixture(curves, self.compressors().offers(findings) if self.offers else ())
+        curves = measured_curves(trials, job)
+        found = self.pace.mixture(curves, self.compressors().offers(findings) if self.offers else ())
+        alone = replace(found, sites=())
+        if not found.sites or self.pace.fastest(()) > self.pace.budget:
+            return found
+        with job.stage("tokens", "Measuring tokens alone, and tokens and ranks"):
+            both, one = (processes.by_main(partial(self._loss, each, findings, trials)) for each in (found, alone))
+        return found if both < one else alone
+
+    def _loss(self, mixture: Mixture, findings: Findings, trials: Trials) -> float:
+        compressor, kept, plan, _ = self.plan(findings, mixture, self.pace.budget)
+        return trials.loss(merged(compressor.replaced(findings, plan), kept))
 
     def plan(self, findings: Findings, mixture: Mixture | None, aim: int) -> tuple[Compressor, Kept | None, Plan, int]:
         """What counts in time, how many tokens the blocks keep, the forms of the layers, and what all may take."""
         kept = None if mixture is None else self.pace.schedule(mixture, aim)
         compressor = self._priced(kept)
-        if not self.offers:
-            return compressor, kept, {}, aim
+        if not self.offers or (mixture is not None and not mixture.sites):
+            return compressor, kept, {offer.name: offer.kept for offer in self.offers}, aim
         aim = max(aim, compressor.least_budget(findings))
         return compressor, kept, compressor.plan(findings, aim), aim
 
-    def best(self, curves: Sequence[Tensor] | None, findings: Findings, job: Job) -> Attempt:
+    def best(self, mixture: Mixture | None, findings: Findings, job: Job) -> Attempt:
         """The plan whose time is nearest to the budget, not above it if that can be."""
-        mixture, aim, tried = self.mixture(curves, findings), self.pace.budget, list[Attempt]()
+        aim, tried = self.pace.budget, list[Attempt]()
         for number in range(ATTEMPTS):
             compressor, kept, plan, aim = self.plan(findings, mixture, aim)
             with job.stage("clock", f"Timing attempt {number + 1}"):

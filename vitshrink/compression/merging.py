@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from vitshrink.models.merged import (
     special_tokens,
     tokens_of,
 )
-from vitshrink.models.targets import blocks_of
+from vitshrink.models.targets import block_list, blocks_of
 from vitshrink.models.tasks import head_of, task_of
 from vitshrink.models.views import view_of
 from vitshrink.runtime import processes
@@ -164,6 +165,11 @@ class Trials:
     dense: PreTrainedModel
     batches: Sequence[CalibrationBatch]
 
+    @classmethod
+    def on(cls, dense: PreTrainedModel, batches: Sequence[CalibrationBatch]) -> Self:
+        """On the first of the ``batches``."""
+        return cls(dense, first_of(batches, SAMPLES))
+
     def curves(self, on_block: Callable[[int], None] = lambda _blocks: None) -> list[Tensor]:
         """What each block loses by merging some of all patches; every block runs on what really reaches it."""
         tokens, special, blocks = tokens_of(self.dense), special_tokens(self.dense), blocks_of(self.dense)
@@ -180,6 +186,11 @@ class Trials:
             hidden = [replace(batch, hidden=self._through(block, batch)) for batch in hidden]
             on_block(1)
         return found
+
+    def loss(self, model: PreTrainedModel) -> float:
+        """What a model loses, a view of the dense one or another."""
+        hidden = hidden_batches(self.dense, blocks_of(self.dense)[0], self.batches)
+        return self._loss(self._rows(model, 0, hidden), self._rows(self.dense, 0, hidden))
 
     def _merged(self, kept: Kept) -> PreTrainedModel:
         model = view_of(self.dense)
@@ -199,7 +210,7 @@ class Trials:
         """What ``model``, a view or the dense one, gives for hidden states that reach its block ``start``."""
         found = []
         model = view_of(model)
-        blocks = blocks_of(model)
+        blocks = block_list(model)
         del blocks[:start]
         entering: list[Tensor] = []
         blocks[0].register_forward_pre_hook(lambda _block, given: (entering.pop(), *given[1:]))
@@ -214,10 +225,10 @@ class Trials:
         return torch.cat(found)
 
 
-def measured_curves(dense: PreTrainedModel, batches: Sequence[CalibrationBatch], job: Job) -> list[Tensor]:
-    """What each block of a dense model loses by merging 0, 1, 2 … of all patches, on the first of the ``batches``."""
-    with job.stage("tokens", "Measuring what merged tokens lose", len(blocks_of(dense))) as advance:
-        return processes.by_main(lambda: Trials(dense, first_of(batches, SAMPLES)).curves(advance))
+def measured_curves(trials: Trials, job: Job) -> list[Tensor]:
+    """What each block of a dense model loses by merging 0, 1, 2 … of all patches."""
+    with job.stage("tokens", "Measuring what merged tokens lose", len(blocks_of(trials.dense))) as advance:
+        return processes.by_main(lambda: trials.curves(advance))
 
 
 def require_reachable(dense: PreTrainedModel, fraction: float) -> None:

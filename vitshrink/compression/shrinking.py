@@ -15,7 +15,7 @@ from vitshrink.compression.course import Course, merged
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.fitting import fitted, told
-from vitshrink.compression.merging import kept_within, measured_curves, require_reachable
+from vitshrink.compression.merging import Trials, kept_within, measured_curves, require_reachable
 from vitshrink.compression.pace import Pace, Paced, mergeable
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.search import Bound, Search
@@ -172,13 +172,12 @@ class Shrinking:
         compressors = partial(choices.compressor, self.base, self.targets, self.dtype, calibration, progress)
         course = Course(pace, self.base, self.offers, compressors, pivots=choices.storage == "gauge")
         course.require_reachable()
-        curves = None
-        if pace.blocks is not None and calibration is not None:
-            curves = measured_curves(dense, calibration.batches, job)
         first = cache(partial(compressors().learn, job) if self.offers else lambda: Findings({}, {}, {}))
+        trials = None if calibration is None else Trials.on(dense, calibration.batches)
+        mixture = course.mixture(first(), trials, job)
         if choices.config.dry_run:
-            return Shrunk(first(), course.plan(first(), course.mixture(curves, first()), pace.budget)[2], None, job)
-        best = course.best(curves, first(), job)
+            return Shrunk(first(), course.plan(first(), mixture, pace.budget)[2], None, job)
+        best = course.best(mixture, first(), job)
         shrunk = Shrunk(first(), best.plan, own(view_of(self.base)), job)
         if best.ranked:
             shrunk = smaller(best.compressor, first, Size("", best.aim), choices.rounds, job, last=True)
@@ -202,7 +201,7 @@ class Shrinking:
         fraction = self.choices.config.token_operations
         if fraction is None or calibration is None:
             return None
-        return kept_within(self.dense, measured_curves(self.dense, calibration.batches, job), fraction)
+        return kept_within(self.dense, measured_curves(Trials.on(self.dense, calibration.batches), job), fraction)
 
 
 def smaller(

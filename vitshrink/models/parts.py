@@ -14,7 +14,7 @@ from vitshrink.models.runtimes import Program
 from vitshrink.models.structures import fill
 from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
 from vitshrink.models.structures.merging import MergedTokens
-from vitshrink.models.targets import blocks_of, named_blocks
+from vitshrink.models.targets import block_list, blocks_of, named_blocks
 from vitshrink.models.views import view_of
 
 OPSET = 18
@@ -67,8 +67,7 @@ def after_attention(model: PreTrainedModel, batch_size: int) -> Program:
 def shortened(model: PreTrainedModel, blocks: int) -> Program:
     """A whole model of which only the first blocks are left, which are in one list."""
     view = view_of(model)
-    listed: Any = view.get_submodule(next(iter(named_blocks(view))).rpartition(".")[0])
-    del listed[blocks:]
+    del block_list(view)[blocks:]
     return Program.of(view)
 
 

@@ -52,6 +52,15 @@ def named_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {prefix + name: block for name, block in find_blocks(model.base_model).items()}
 
 
+def block_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The list that holds all blocks of a model that has no stages: what is taken out of it is not run."""
+    names = {name.rpartition(".")[0] for name in named_blocks(model)}
+    listed = model.get_submodule(min(names))
+    assert len(names) == 1
+    assert isinstance(listed, nn.ModuleList)
+    return listed
+
+
 def linear_of(model: nn.Module, name: str) -> nn.Linear:
     """The dense linear layer of this name."""
     layer = model.get_submodule(name)
