@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import kinds
 import pytest
 import tiny
 import torch
@@ -125,12 +126,20 @@ def test_the_time_that_is_asked_for_is_met(
     assert found.report.macs.kept == pytest.approx(timed.compressed / timed.dense)
 
 
-def test_texts_keep_their_tokens(bert_directory: Path, text_file: Path, tmp_path: Path) -> None:
-    (found,) = compress(job(tmp_path, bert_directory, text_file, target_latency="0.8", refine=0))
+@pytest.mark.parametrize("name", [BERT, pytest.param("ModernBertForSequenceClassification", marks=pytest.mark.slow)])
+def test_texts_keep_their_tokens(name: str, text_file: Path, tmp_path: Path) -> None:
+    model = (kinds if name != BERT else tiny).write(name, tmp_path / "model")
+    (found,) = compress(job(tmp_path, model, text_file, target_latency="0.8", refine=0))
     timed = found.report.target_latency
     assert timed is not None
     assert timed.levers == ("ranks",)
     assert timed.compressed / timed.dense == pytest.approx(0.8, rel=0.051)
+
+
+def test_images_without_a_grid_of_patches_are_refused(flat_images: Path, tmp_path: Path) -> None:
+    model = kinds.write("SwinForImageClassification", tmp_path / "model")
+    with pytest.raises(UsageError, match="--target-latency needs to know where the patches are"):
+        compress(job(tmp_path, model, flat_images, target_latency="0.8"))
 
 
 def test_what_the_clock_says_of_the_model_corrects_the_plan(

@@ -24,6 +24,7 @@ from vitshrink.compression.sizes import Size, requested_sizes
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData
 from vitshrink.models import cost
+from vitshrink.models.families import family_of, require_grid
 from vitshrink.models.maps import approximate_maps, landmarks_of
 from vitshrink.models.merged import Kept, merge_tokens, require_mergeable
 from vitshrink.models.resolution import mix_tokens
@@ -87,6 +88,8 @@ class Shrinking:
         offers: Sequence[Offer] = ()
         sizes = [Size("", cost.parameters(dense))]
         if config.target_latency is not None:
+            if family_of(dense).modality == "image":
+                require_grid(dense, "--target-latency")
             if config.tokens == "merge":
                 require_mergeable(dense)
             else:
