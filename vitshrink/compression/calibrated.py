@@ -169,10 +169,10 @@ class Rounding:
         family = family_of(self.model)
         for block in blocks_of(self.model):
             found = {role: _at(block, path) for role, path in family.modules.items()}
-            for norm, roles in NORMS.items() if family.norm == "before" else ():
+            for norm, roles in NORMS.items() if family.grid else ():
                 readers = [self.first(found[role]) for role in roles]  # type: ignore[index]
                 self._divide(block.get_submodule(norm), readers)
-            value = self.last(found["value"])
+            value = self.last(found["value"]) if {"value", "output"} <= set(found) else None
             if value is not None:
                 self._divide(value, [self.first(found["output"])])
 
@@ -216,7 +216,8 @@ class Rounding:
     def _groups(self) -> Iterator[list[Product]]:
         family, left = family_of(self.model), dict(self.products)
         for block in blocks_of(self.model):
-            readers = [self.first(_at(block, family.modules[role])) for role in ("query", "key", "value")]
+            paths = [family.modules[role] for role in ("query", "key", "value") if role in family.modules]
+            readers = [self.first(_at(block, path)) for path in paths]
             known = [reader for reader in readers if reader is not None]
             if known:
                 yield known
