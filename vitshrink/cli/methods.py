@@ -18,4 +18,6 @@ def methods_command() -> None:
         if method.options:
             options = ", ".join(f"{option}={default}" for option, default in method.options.items())
             console.say(f"  {method.name}: {options}", prose=True)
+    attentions = ", ".join(method.name for method in methods if method.kind == catalog.ATTENTIONS)
+    console.say(f"for plain attentions only, which `vitshrink inspect MODEL` tells of: {attentions}", prose=True)
     console.say(f"allocations: {', '.join(sorted(ALLOCATIONS))}", prose=True)
