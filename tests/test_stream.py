@@ -135,7 +135,7 @@ class Seen(CurvatureCollector):
     weights: ClassVar[dict[str, Tensor]] = {}
 
     def _sum_inputs(self) -> None:
-        self.weights.update({t.input_group: token_weights([self._importance[t.name]]) for t in self.targets})
+        self.weights.update({t.input_group: token_weights([self._importance[t.name][0]]) for t in self.targets})
         super()._sum_inputs()
 
 
