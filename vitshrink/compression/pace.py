@@ -24,9 +24,8 @@ from vitshrink.config.quantities import parse_latency
 from vitshrink.errors import TargetError, UsageError
 from vitshrink.methods.ranks import Storage
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import Role, family_of
+from vitshrink.models.families import Role
 from vitshrink.models.merged import Kept, reads_special_only, require_mergeable, special_tokens, tokens_of
-from vitshrink.models.reading import tokens_read
 from vitshrink.models.runtimes import find_runtime
 from vitshrink.models.targets import Target, blocks_of
 from vitshrink.runtime.cache import Cache
@@ -45,7 +44,6 @@ SEEN: Mapping[Role, Seen] = {
     "query": "asks",
     "key": "reads",
     "value": "reads",
-    "qkv": "reads",
     "output": "asks",
     "qkv": "reads",
     "fc1": "keeps",
@@ -53,7 +51,6 @@ SEEN: Mapping[Role, Seen] = {
     "up": "keeps",
     "gated": "keeps",
     "fc2": "keeps",
-    "other": "reads",
 }
 
 
@@ -275,18 +272,9 @@ class Paced:
 
 
 def length_of(dense: PreTrainedModel) -> int:
-    """Tokens of a sample that is timed. Raises UsageError where there is no one number of them."""
+    """Tokens of a sample that is timed."""
     inputs = example_inputs(dense)
-    read = [inputs["input_ids"].shape[1]] if "input_ids" in inputs else []
-    if not read and family_of(dense).grid:
-        return tokens_of(dense)
-    found = tokens_read(dense)
-    if len(found) != len(blocks_of(dense)) or len({*found, *read}) > 1:
-        raise UsageError(
-            f"--target-latency needs blocks that run once and read the same tokens, which those of "
-            f"{type(dense).__name__} do not: give a size instead."
-        )
-    return found[0]
+    return inputs["input_ids"].shape[1] if "input_ids" in inputs else tokens_of(dense)
 
 
 def seen_by(target: Target) -> Seen:

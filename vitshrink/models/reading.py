@@ -77,20 +77,6 @@ def chain_problem(model: PreTrainedModel) -> str | None:
     return None
 
 
-def tokens_read(model: PreTrainedModel) -> list[int]:
-    """Of the usual input, by each run of a block."""
-    found: list[int] = []
-
-    def see(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0].shape[1])
-
-    with ExitStack() as stack:
-        for block in find_blocks(model.base_model).values():
-            stack.callback(block.register_forward_pre_hook(see).remove)
-        _run(model, whole=True)
-    return found
-
-
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (one.shape == other.shape and torch.equal(one, other))
