@@ -62,6 +62,7 @@ def rows(output: str) -> list[list[str]]:
         "recovery",
         "quadtree",
         "merging",
+        "narrow",
         "same_bytes",
     ],
 )
@@ -382,6 +383,19 @@ def test_merging_is_taken_apart_step_by_step(
     unchanged, *changed = (row[3] for row in found[-6:])
     assert unchanged == found[-8][3]
     assert set(changed) != {unchanged}
+
+
+def test_narrower_layers_stand_beside_ranks_and_are_taken_apart(
+    benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"--model {vit_directory} --calibration {flat_images} --eval {flat_images} --limit 8 --samples 8 --repeats 1"
+    benchmark("narrow").main([*line.split(), "--fractions", "0.7", "--changes", "0.7", "--runtimes", "torch"])
+    found = rows(capsys.readouterr().out)
+    assert [row[1] for row in found[1:4]] == ["ranks", "narrower", "both"]
+    assert all(float(cell) > 0 for row in found[1:4] for cell in (row[2], row[3], *row[6:]))
+    changed = {row[0]: row[1] for row in found[-5:]}
+    assert changed["as the tool does it"] == found[2][3]
+    assert len(set(changed.values())) == 5
 
 
 def test_gptq_loses_less_at_the_outputs_than_rounding_to_nearest(benchmark: Benchmark) -> None:

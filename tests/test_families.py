@@ -153,6 +153,20 @@ def test_every_method_for_linear_layers_works_on_every_architecture(
     assert_close(outputs(shrunk, name), outputs(kinds.whole(load(tmp_path / "out")), name))
 
 
+@pytest.mark.slow
+@each_family
+def test_layers_get_narrower_wherever_it_is_known_what_they_are_for(
+    name: str, tmp_path: Path, flat_images: Path, text_file: Path
+) -> None:
+    data = text_file if kinds.is_text(name) else flat_images
+    if not {"fc1", "fc2"} <= set(family_of(kinds.build(name)).modules) and not family_of(kinds.build(name)).plain:
+        with pytest.raises(UsageError, match="--forms narrow .*no block has all layers of one"):
+            job(name, tmp_path, data, forms="narrow", keep=(0.9,))
+        return
+    shrunk = job(name, tmp_path, data, forms="narrow", keep=(0.9,))
+    assert_close(outputs(shrunk, name), outputs(kinds.whole(load(tmp_path / "out")), name))
+
+
 def test_methods_that_make_attentions_anew_are_for_plain_attentions_only() -> None:
     for name in kinds.ONE_OF_EACH:
         model = kinds.build(name)

@@ -57,7 +57,7 @@ class Frontier:
     seed: int
     """Of the choice of both."""
     forms: str
-    """What layers became: ``bits`` or ``rank``."""
+    """What layers became: ``bits``, ``rank``, ``narrow`` or ``rank+narrow``."""
     measure: str
     """The entry of ``fidelity`` that is the loss: ``kl``, in nats, or ``relative_error``."""
     parameters: int
