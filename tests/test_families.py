@@ -160,7 +160,7 @@ def test_layers_get_narrower_wherever_it_is_known_what_they_are_for(
 ) -> None:
     data = text_file if kinds.is_text(name) else flat_images
     if not {"fc1", "fc2"} <= set(family_of(kinds.build(name)).modules) and not family_of(kinds.build(name)).plain:
-        with pytest.raises(UsageError, match="--forms narrow .*no block has all layers of one"):
+        with pytest.raises(UsageError, match=r"--forms narrow .*no block has all layers of one"):
             job(name, tmp_path, data, forms="narrow", keep=(0.9,))
         return
     shrunk = job(name, tmp_path, data, forms="narrow", keep=(0.9,))
