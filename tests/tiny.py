@@ -39,7 +39,7 @@ IMAGE_CLASSIFIERS = (
 )
 IMAGE_MODELS = (*IMAGE_CLASSIFIERS, "ViTModel", "DeiTModel")
 TEXT_MODELS = ("BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM", "BertModel")
-ARRANGED_MODELS = ("BertForQuestionAnswering",)
+ARRANGED_MODELS = ("BertForQuestionAnswering", "BertForMultipleChoice")
 """Whose samples are more than running text."""
 ARCHITECTURES = (*IMAGE_MODELS, *TEXT_MODELS)
 PLAIN = tuple(name for name in ARCHITECTURES if name != "BertForTokenClassification")

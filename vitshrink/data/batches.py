@@ -14,10 +14,10 @@ from vitshrink.errors import DataError
 class Batch:
     """``inputs`` of the model: ``pixel_values`` (batch, channels, height, width), or token tensors (batch, tokens).
 
-    ``mask`` (batch, tokens) is True at real tokens, None for images. ``truncated`` counts texts cut to the
-    maximum length. ``places`` (batch, tokens, 2) is for heads that answer for some of the tokens: the first word, or
-    character, that a token stands for, and the one after its last; -1 where the head is not asked. None: it is asked
-    for all.
+    ``mask`` (batch, tokens), or (batch, choices, tokens) as the inputs, is True at real tokens, None for images.
+    ``truncated`` counts texts cut to the maximum length. ``places`` (batch, tokens, 2) is for heads that answer for
+    some of the tokens: the first word, or character, that a token stands for, and the one after its last; -1 where the
+    head is not asked. None: it is asked for all.
     """
 
     inputs: dict[str, Tensor]

@@ -54,6 +54,8 @@ class Columns:
     """Names of a model's labels where several apply to a sample: a table may have a column for each of them."""
     layout: str | None = None
     """Of samples that are more than a text and a label: a name in ``LAYOUTS``."""
+    choices: tuple[str, ...] = ()
+    """A column for each of several texts, where they are not in a list."""
     query: str | None = None
     """Of the query that a pair of texts belongs to."""
     several: tuple[str, ...] = ()

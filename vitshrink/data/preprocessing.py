@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
 from vitshrink.data.batches import BadSamples, Batch
+from vitshrink.data.choice_encoder import ChoiceEncoder
 from vitshrink.data.given import ReadyBatches
 from vitshrink.data.image_encoder import ImageEncoder
 from vitshrink.data.question_encoder import QuestionEncoder
@@ -38,6 +39,7 @@ _VOCABULARY_FILES = (
 _TEXT_ENCODERS: Mapping[str | None, type[TextEncoder]] = {
     "token-classification": WordEncoder,
     "question-answering": QuestionEncoder,
+    "multiple-choice": ChoiceEncoder,
 }
 """By task, where a sample is more than a text or a pair."""
 

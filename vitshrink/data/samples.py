@@ -44,6 +44,8 @@ class Sample:
     label: Label = None
     words: tuple[str, ...] | None = None
     """Of ``text``, where its words were told apart: there may be a label for each of them."""
+    choices: tuple[str, ...] | None = None
+    """That may follow ``text``, one of which is right."""
     query: str | None = None
     """What the pair of texts belongs to, where passages of a query are to be ranked."""
 
@@ -165,5 +167,7 @@ def _digest(sample: Sample) -> bytes:
         ):  # counted and named when it is decoded; here it only has to differ from the others
             content = f"unreadable {sample.key}".encode()
         return hashlib.sha256(content).digest()
-    texts = f"{sample.text}\x00{sample.text_pair}"  # the separator keeps ("ab", "c") apart from ("a", "bc")
+    texts = "\x00".join(
+        (f"{sample.text}", f"{sample.text_pair}", *(sample.choices or ()))
+    )  # the separator keeps ("ab", "c") apart from ("a", "bc")
     return hashlib.sha256(texts.encode(errors="surrogatepass")).digest()

@@ -60,11 +60,11 @@ class TextEncoder:
             tokens, truncated = self._tokenize(usable)
             order = list(range(len(usable)))
             if not in_order:
-                order.sort(key=lambda row: len(tokens[row]["input_ids"]))
+                order.sort(key=lambda row: _length(tokens[row]))
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 places = padded_places([tokens[row].pop("places", None) for row in rows], self.processor)
-                inputs = dict(self.processor.pad([tokens[row] for row in rows], return_tensors="pt"))
+                inputs = padded(self.processor, [tokens[row] for row in rows])
                 yield Batch(
                     inputs,
                     inputs["attention_mask"].bool(),
@@ -77,7 +77,7 @@ class TextEncoder:
     def _tokenize(self, samples: Sequence[Sample]) -> tuple[list[Row], list[bool]]:
         """The tokens of each sample by input name, and which samples were cut."""
         tokens = self._call(samples, truncation=False)
-        truncated = [len(row["input_ids"]) > self.max_length for row in tokens]
+        truncated = [_length(row) > self.max_length for row in tokens]
         long = [index for index, cut in enumerate(truncated) if cut]
         for index, row in zip(long, self._call([samples[i] for i in long], truncation=True), strict=True):
             tokens[index] = row
@@ -116,6 +116,20 @@ def require_fast(tokenizer: Any, what: str) -> None:
             f"the model {what}, and its {type(tokenizer).__name__} does not say where tokens come from: a "
             "tokenizer.json is needed. Save it with a newer transformers."
         )
+
+
+def padded(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """The tokens of samples as tensors (batch, tokens), or (batch, choices, tokens) where they have choices."""
+    if not isinstance(rows[0]["input_ids"][0], list):
+        return dict(tokenizer.pad(rows, return_tensors="pt"))
+    choices = len(rows[0]["input_ids"])
+    flat = [{name: row[name][index] for name in row} for row in rows for index in range(choices)]
+    return {name: each.unflatten(0, (-1, choices)) for name, each in tokenizer.pad(flat, return_tensors="pt").items()}
+
+
+def _length(row: Row) -> int:
+    """Tokens of a sample, or of its longest choice."""
+    return max(len(each) if isinstance(each, list) else len(row["input_ids"]) for each in row["input_ids"])
 
 
 def padded_places(rows: Sequence[Any], tokenizer: Any) -> Tensor | None:

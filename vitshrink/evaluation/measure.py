@@ -37,6 +37,9 @@ from vitshrink.models.structures import structure_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.modes import evaluating
 
+OTHER_CLASSES = ("masked-lm", "token-classification", "multiple-choice")
+"""Tasks whose classes are not those that labels of samples name."""
+
 OnBatch = Callable[[int], None]
 """Told how many samples were done since its last call."""
 
@@ -100,7 +103,10 @@ def evaluate_each(
         step = classification_step(label_of, _problem_type(models[0]))
     elif task == "token-classification":
         _require(label_of is not None or baseline is not None, "the data have no tags")
-        step = token_step(label_of, _class_names(models[0]))
+        step = token_step(label_of, _class_names(models[0], task))
+    elif task == "multiple-choice":
+        _require(label_of is not None or baseline is not None, "the data have no labels")
+        step = classification_step(label_of, "single_label_classification")
     elif task == "question-answering":
         _require(label_of is not None or baseline is not None, "the data have no answers")
         step = answer_step(label_of, unanswerable=unanswerable)
@@ -116,7 +122,7 @@ def evaluate_each(
     with _inference([*models, *([] if baseline is None else [baseline])], device):
         keys, columns = _rows(step, [_by_role(model, baseline) for model in models], batches, on_batch)
     return [
-        summarise(task, keys, each | _queries(queries, keys), _class_names(model), seed)
+        summarise(task, keys, each | _queries(queries, keys), _class_names(model, task), seed)
         for model, each in zip(models, columns, strict=True)
     ]
 
@@ -170,7 +176,7 @@ def check_labels(evaluation: Evaluation, num_labels: int) -> None:
     ten points more. Raises DataError.
     """
     scores = evaluation.dense
-    if not isinstance(scores, Accuracy) or evaluation.task in ("masked-lm", "token-classification"):
+    if not isinstance(scores, Accuracy) or evaluation.task in OTHER_CLASSES:
         return
     chance = 1 / num_labels
     limit = min(3 * chance, chance + 0.1)
@@ -215,7 +221,9 @@ def _problem_type(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "problem_type", None)
 
 
-def _class_names(model: nn.Module) -> dict[int, str]:
+def _class_names(model: nn.Module, task: str) -> dict[int, str]:
+    if task == "multiple-choice":
+        return {}  # the places of choices have no names
     names: Mapping[Any, Any] = getattr(getattr(model, "config", None), "id2label", None) or {}
     return {int(index): str(name) for index, name in names.items()}
 

@@ -244,6 +244,8 @@ def labels_of(
     if task == "token-classification":
         tags, rule = align_tags(samples, config.id2label, config.num_labels, class_map)
         return tags.__getitem__, rule
+    if task == "multiple-choice":
+        return _itself, "the place of the right choice, from 0"
     if task == "question-answering":
         return _itself, "answers that stand in the context"
     head = classification_head(config.problem_type, config.num_labels)

@@ -240,7 +240,7 @@ class Evaluation:
 
     task: str
     """``image-classification``, ``text-classification``, ``token-classification``, ``question-answering``,
-    ``masked-lm``, ``features`` or ``similarity`` (of pairs)."""
+    ``multiple-choice``, ``masked-lm``, ``features`` or ``similarity`` (of pairs)."""
     metric: str | None = None
     """The figure of ``dense`` and ``compressed`` that ``difference`` compares: ``top1``, ``f1_micro``, ``entity_f1``,
     ``answer_f1``, ``spearman``, ``ndcg_at_10``."""

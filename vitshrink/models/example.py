@@ -7,9 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.models.geometry import image_shape
+from vitshrink.models.tasks import task_of
 
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "xlm-roberta-xl")
 """Types of models whose positions begin after the number of the padding token, which is 1 as a rule."""
+
+CHOICES = 2
+"""Of a sample for which operations and latency of a multiple-choice model are given."""
 
 TEXT_TOKENS = 128
 """Length of the text for which operations and latency of a text model are given."""
@@ -33,5 +37,6 @@ def example_inputs(model: PreTrainedModel, batch_size: int = 1) -> dict[str, Ten
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(batch_size, *image_shape(config), generator=generator)}
     length = min(TEXT_TOKENS, text_length(config) or TEXT_TOKENS)
-    tokens = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
+    choices = (CHOICES,) if task_of(model) == "multiple-choice" else ()
+    tokens = torch.randint(config.vocab_size, (batch_size, *choices, length), generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -162,7 +162,7 @@ def head_for(task: str, config: Any, outputs: int) -> Head:
     """The head of a model for ``task`` that gives so many ``outputs``; ``config`` may be None."""
     if task == "features":
         return FEATURES
-    if task in ("masked-lm", "token-classification"):
+    if task in ("masked-lm", "token-classification", "multiple-choice"):
         return SOFTMAX
     if task == "question-answering":
         return SPANS

@@ -14,6 +14,7 @@ Task = Literal[
     "text-classification",
     "token-classification",
     "question-answering",
+    "multiple-choice",
     "masked-lm",
     "features",
 ]
@@ -24,6 +25,7 @@ TASKS: Mapping[str, Task] = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
     "ForMaskedLM": "masked-lm",
     "Model": "features",
 }

@@ -68,10 +68,10 @@ def trace_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
     inputs = example_inputs(model, batch_size)
     if "input_ids" in inputs:
         tokens, generator = inputs["input_ids"], torch.Generator().manual_seed(batch_size)
-        length = max(2, tokens.shape[1] // batch_size)  # another length for every batch size
-        tokens = tokens[:, :length].clone()  # a view would leave its base in the guards of torch.export
+        length = max(2, tokens.shape[-1] // batch_size)  # another length for every batch size
+        tokens = tokens[..., :length].clone()  # a view would leave its base in the guards of torch.export
         mask = torch.ones_like(tokens)
-        mask[-1, length // 2 :] = 0
+        mask[-1, ..., length // 2 :] = 0
         inputs = {"input_ids": tokens, "attention_mask": mask}
         kinds = getattr(model.config, "type_vocab_size", 0)
         if kinds and "token_type_ids" in signature(model.forward).parameters:
@@ -81,7 +81,9 @@ def trace_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
 
 def dynamic_dimensions(inputs: Mapping[str, Tensor], batch: Any, sequence: Any) -> dict[str, dict[int, Any]]:
     """The dimensions that may differ from call to call, as the exporter wants them written."""
-    return {name: {0: batch, 1: sequence} if "input_ids" in inputs else {0: batch} for name in inputs}
+    choices = "choices" if isinstance(batch, str) else batch
+    dimensions = (batch, choices, sequence) if inputs.get("input_ids", torch.empty(0)).ndim == 3 else (batch, sequence)
+    return {name: dict(enumerate(dimensions)) if "input_ids" in inputs else {0: batch} for name in inputs}
 
 
 def outputs_of(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ class Criterion:
         train_mode(self.answers.reader.model, dropout=self.dropout)
         loss = self.answers.losses(self.objective, batch, None if self.dense_anew else known).mean()
         for term in self.terms:
-            loss = loss + term(batch.mask)
+            loss = loss + term(batch.token_mask)
         return loss
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from vitshrink.data import BadSamples, Batch, Preprocessor, SampleSet
 from vitshrink.data.samples import Answers
-from vitshrink.data.text_encoder import padded_places
+from vitshrink.data.text_encoder import padded, padded_places
 from vitshrink.errors import DataError
 
 MEMORY = 2 * 2**30
@@ -44,6 +44,11 @@ class TrainingBatch:
     """(batch, tokens): where a masked language model is asked; None for other tasks."""
     places: Tensor | None = None
     """As in a ``Batch``."""
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """(sequences, tokens), as the blocks read them."""
+        return None if self.mask is None else self.mask.flatten(0, -2)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TrainingBatch":
         """On ``device``; accelerate moves what has this method."""
@@ -153,10 +158,13 @@ class TrainingSet(Dataset[Item]):
         for row, key in enumerate(batch.keys):
             if key not in by_key:  # calibrated on, and not trained on
                 continue
-            real = slice(None) if batch.mask is None else batch.mask[row]
-            inputs = {name: tensor[row][real] for name, tensor in batch.inputs.items()}
+            inputs = {name: tensor[row] for name, tensor in batch.inputs.items()}
+            places = None if batch.places is None else batch.places[row]
+            if batch.mask is not None:
+                real = batch.mask[row].reshape(-1, batch.mask.shape[-1]).any(0)  # choices are as long as the longest
+                inputs = {name: tensor[..., real] for name, tensor in inputs.items()}
+                places = None if places is None else places[real]
             index = by_key[key]
-            places = None if batch.places is None else batch.places[row][real]
             yield Item(index, inputs, None if self.labels is None else self.labels[index], places)
 
     def collate(self, items: Sequence[Item]) -> TrainingBatch:
@@ -167,7 +175,7 @@ class TrainingSet(Dataset[Item]):
             names = items[0].inputs
             return TrainingBatch({n: torch.stack([i.inputs[n] for i in items]) for n in names}, None, indices, labels)
         rows = [{name: tensor.tolist() for name, tensor in item.inputs.items()} for item in items]
-        inputs = dict(self.preprocessor.processor.pad(rows, return_tensors="pt"))
+        inputs = padded(self.preprocessor.processor, rows)
         places = padded_places([item.places for item in items], self.preprocessor.processor)
         return TrainingBatch(inputs, inputs["attention_mask"].bool(), indices, labels, places=places)
 

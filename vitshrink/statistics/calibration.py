@@ -202,7 +202,7 @@ class StatisticsCollector:
     def run(self, number: int, batch: CalibrationBatch) -> None:
         """One forward pass."""
         device = next(self.model.parameters()).device
-        self.next_batch(None if batch.mask is None else batch.mask.to(device), number)
+        self.next_batch(token_mask(batch, device), number)
         self.model(**to_device(batch.inputs, device))
 
     def state(self) -> dict[str, Tensor]:
@@ -274,6 +274,11 @@ def collect(
     with evaluating(model), StatisticsCollector(model, targets, needs) as collector:
         course(collector, batches, on_batch)
         return collector.statistics()
+
+
+def token_mask(batch: CalibrationBatch, device: torch.device) -> Tensor | None:
+    """Which tokens are real, (sequences, tokens) as the blocks read them: a sample of several choices has as many."""
+    return None if batch.mask is None else batch.mask.to(device).flatten(0, -2)
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from vitshrink.statistics.calibration import (
     real_tokens,
     samples_of,
     to_device,
+    token_mask,
 )
 from vitshrink.statistics.calls import joined
 from vitshrink.statistics.stats import LinearStats, Moments, gram_of
@@ -152,7 +153,7 @@ class CurvatureCollector:
     def run(self, number: int, batch: CalibrationBatch) -> None:
         """One forward pass, ``probes`` backward passes, and the sums over their tokens."""
         device = next(self.model.parameters()).device
-        self._mask = None if batch.mask is None else batch.mask.to(device)
+        self._mask = token_mask(batch, device)
         self.batch = number
         generator = batch_generator(self.seed, number)
         handles = [blocks_of(self.model)[0].register_forward_pre_hook(require_gradient)]

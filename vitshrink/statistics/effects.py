@@ -14,7 +14,7 @@ from vitshrink.errors import NumericsError
 from vitshrink.models.targets import blocks_of
 from vitshrink.runtime.modes import evaluating, frozen
 from vitshrink.runtime.precision import Passes
-from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device
+from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device, token_mask
 from vitshrink.statistics.calls import by_sample
 from vitshrink.statistics.curvature import batch_generator, random_functional, require_gradient
 from vitshrink.statistics.reference import Reference
@@ -91,7 +91,7 @@ def component_effects(
         stack.callback(hook.remove)
         watch.attach(model, stack)
         for number, batch in enumerate(batches, first):
-            watch.mask = None if batch.mask is None else batch.mask.to(device)
+            watch.mask = token_mask(batch, device)
             watch.batch, watch.samples = number, samples_of(batch)
             watch.begin()
             generator = batch_generator(seed, number)

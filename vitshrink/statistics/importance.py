@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vitshrink.models.targets import Target, blocks_of
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes
-from vitshrink.statistics.calibration import CalibrationBatch, to_device
+from vitshrink.statistics.calibration import CalibrationBatch, to_device, token_mask
 from vitshrink.statistics.curvature import (
     batch_generator,
     clipping,
@@ -56,7 +56,7 @@ def weights_of_tokens(
         for target in targets:
             stack.callback(model.get_submodule(target.name).register_full_backward_hook(see(target.name)).remove)
         for number, batch in enumerate(batches, first):
-            mask = None if batch.mask is None else batch.mask.to(device)
+            mask = token_mask(batch, device)
             found.append({})
             with torch.enable_grad():
                 with passes():

@@ -27,6 +27,7 @@ from vitshrink.statistics.calibration import (
     put_sums,
     samples_of,
     to_device,
+    token_mask,
 )
 from vitshrink.statistics.curvature import batch_generator, random_functional
 from vitshrink.statistics.recomputing import recomputing
@@ -95,7 +96,7 @@ class SensitivityCollector:
     def run(self, number: int, batch: CalibrationBatch) -> None:
         """One forward and one backward pass."""
         device = next(self.model.parameters()).device
-        self._mask = None if batch.mask is None else batch.mask.to(device)
+        self._mask = token_mask(batch, device)
         self._batch, self._samples = number, samples_of(batch)
         self._seen.clear()
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.names]
@@ -201,9 +202,10 @@ class SensitivityCollector:
         """The sample of each token; each token is one of its own where the first dimension has no samples."""
         shape = gradient.shape[:-1]
         numbers = torch.arange(shape.numel(), device=gradient.device)
-        if len(shape) == 1 or shape[0] != self._samples:
+        choices = masked and shape[0] % self._samples == 0  # several texts a sample
+        if len(shape) == 1 or not (choices or shape[0] == self._samples):
             return numbers
-        owners = numbers.view(shape) // shape[1:].numel()
+        owners = numbers.view(shape) // (shape.numel() // self._samples)
         return owners[self._mask] if masked else owners.flatten()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitshrink.models.blocks import hidden_of
 from vitshrink.runtime.modes import evaluating
-from vitshrink.statistics.calibration import CalibrationBatch, to_device
+from vitshrink.statistics.calibration import CalibrationBatch, to_device, token_mask
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ def hidden_batches(model: nn.Module, first_block: nn.Module, batches: Iterable[C
     handle = first_block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in batches:
-            mask = None if batch.mask is None else batch.mask.to(device)
+            mask = token_mask(batch, device)
             try:
                 with evaluating(model):
                     model(**to_device(batch.inputs, device))

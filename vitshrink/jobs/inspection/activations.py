@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vitshrink.errors import DataError
 from vitshrink.models.targets import Target
 from vitshrink.runtime.modes import evaluating
-from vitshrink.statistics.calibration import CalibrationBatch, to_device
+from vitshrink.statistics.calibration import CalibrationBatch, to_device, token_mask
 
 TOKENS = 1024
 """Tokens kept of each input: several for every channel of a small model, and 16 MB of the widest layer there is."""
@@ -74,7 +74,7 @@ def sample_activations(
         for batch in batches:
             if done * TOKENS_A_BATCH >= TOKENS:
                 break
-            chosen, mask = None, None if batch.mask is None else batch.mask.to(device)
+            chosen, mask = None, token_mask(batch, device)
             with evaluating(model):
                 model(**to_device(batch.inputs, device))
             done += 1

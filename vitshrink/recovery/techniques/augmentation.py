@@ -76,11 +76,11 @@ class Augmentation:
         tokens = batch.inputs["input_ids"]
         if part == 0 or self.mask_token is None:
             return batch
-        drawn = torch.stack([torch.rand(tokens.shape[1], generator=g) for g in generators]).to(tokens.device)
+        drawn = torch.stack([torch.rand(tokens.shape[1:], generator=g) for g in generators]).to(tokens.device)
         special = torch.isin(tokens, torch.tensor(list(self.special_tokens), device=tokens.device))
         real = ~special if batch.mask is None else batch.mask & ~special
         drawn = drawn.masked_fill(~real, 2)
-        hidden = (drawn < part) | (drawn == drawn.amin(1, keepdim=True)) & real  # one at least, where there is one
+        hidden = (drawn < part) | (drawn == drawn.amin(-1, keepdim=True)) & real  # one at least, where there is one
         inputs = {**batch.inputs, "input_ids": tokens.masked_fill(hidden, self.mask_token)}
         return replace(batch, inputs=inputs, selected=hidden)
 

@@ -57,7 +57,7 @@ def importance_of(dense: PreTrainedModel, batches: Sequence[TrainingBatch], seed
                 answer = dense(**batch.inputs)
                 functional = random_functional(dense, answer, batch, batch_generator(seed, number))
                 torch.autograd.backward(functional(answer).sum())
-                sums.add(outputs, batch.mask)
+                sums.add(outputs, batch.token_mask)
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,0 +1,162 @@
+"""Multiple choice: texts with several choices, read side by side, in all jobs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from vitshrink import load
+from vitshrink.cli.app import app
+from vitshrink.data import Preprocessor, open_samples
+from vitshrink.models.fidelity import SOFTMAX
+from vitshrink.models.readings import reading_of
+from vitshrink.statistics.curvature import random_functional
+
+NAME = "BertForMultipleChoice"
+Row = dict[str, Any]
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture(scope="module")
+def chooser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tiny.write(NAME, tmp_path_factory.mktemp("chooser") / "model")
+    model = tiny.build(NAME)
+    with torch.no_grad():
+        model.classifier.weight.mul_(5)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(chooser: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """48 questions with three choices; the label is what the model chooses, but for every fourth."""
+    import transformers
+
+    lines = tiny.write_text(tmp_path_factory.mktemp("texts") / "texts.txt", 192).read_text().splitlines()
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(chooser), load(chooser)
+    found = []
+    for number in range(48):
+        question, *choices = lines[4 * number : 4 * number + 4]
+        encoded = tokenizer([question] * 3, choices, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            chosen = int(model(**{name: tensor[None] for name, tensor in encoded.items()}).logits.argmax())
+        found.append({"question": question, "choices": choices, "label": (chosen + (number % 4 == 0)) % 3})
+    return found
+
+
+def write_lines(path: Path, rows: list[Row]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+WAYS: dict[str, Any] = {
+    "numbers": lambda row: row,
+    "letters": lambda row: row | {"label": "ABC"[row["label"]]},
+    "texts": lambda row: row | {"label": row["choices"][row["label"]]},
+    "marked": lambda row: {
+        "question": row["question"],
+        "choices": {"text": row["choices"], "label": ["1", "2", "3"]},
+        "answerKey": str(row["label"] + 1),
+    },
+    "columns": lambda row: {
+        "sent1": row["question"],
+        **{f"ending{index}": each for index, each in enumerate(row["choices"])},
+        "label": row["label"],
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_write_choices_gives_the_same_accuracy(
+    way: str, chooser: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    data = write_lines(tmp_path / "a.jsonl", [WAYS[way](row) for row in rows])
+    found = json.loads(run("eval", chooser, "--data", data, "--json"))["evaluation"]
+    assert found["metric"] == "top1"
+    assert found["dense"]["correct"] == 36
+
+
+def test_padding_changes_no_divergence_and_a_functional_is_one_a_sample(
+    chooser: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    data = open_samples(str(write_lines(tmp_path / "a.jsonl", rows[:6])), "text", layout="multiple-choice")
+    preprocessor, model = Preprocessor.from_checkpoint(chooser, "text", task="multiple-choice"), load(chooser)
+    other, reading = tiny.build(NAME, seed=1), reading_of(model)
+
+    def divergences(batch: Any) -> Tensor:
+        return SOFTMAX.divergence(*(reading.rows(each(**batch.inputs), batch) for each in (model, other)))
+
+    with torch.no_grad():
+        (together,) = preprocessor.batches(data, 6, in_order=True)
+        assert together.inputs["input_ids"].shape[:2] == (6, 3)
+        alone = torch.cat([divergences(batch) for batch in preprocessor.batches(data, 1, in_order=True)])
+        torch.testing.assert_close(divergences(together), alone, atol=1e-5, rtol=1e-4)
+        outputs = model(**together.inputs)
+        functional = random_functional(model, outputs, together, torch.Generator().manual_seed(0))
+        assert functional(outputs).shape == (6,)
+
+
+@pytest.mark.parametrize("options", [("--method", "whitened"), ("--method", "curvature"), ("--allocation", "measured")])
+def test_a_whole_job_ends_in_a_model_that_is_measured_the_same(
+    options: tuple[str, ...], chooser: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    data, small = write_lines(tmp_path / "a.jsonl", rows), tmp_path / "small"
+    run("compress", chooser, small, "--calibration", data, "--samples", 32, "--eval", data, "--keep", 0.8, *options)
+    report = json.loads((small / "report.json").read_text())
+    found = json.loads(run("eval", small, "--baseline", chooser, "--data", data, "--json"))["evaluation"]
+    assert found["compressed"] == report["evaluation"]["compressed"]
+    assert 0 < found["fidelity"]["kl"] < 3
+
+
+@pytest.mark.parametrize("bound", [("--max-kl", 0.5), ("--max-accuracy-drop", 40)])
+def test_every_bound_is_kept(bound: tuple[str, float], chooser: Path, rows: list[Row], tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", rows)
+    run("compress", chooser, tmp_path / "small", "--calibration", data, "--samples", 24, "--holdout", 24, *bound)
+    found = json.loads((tmp_path / "small" / "report.json").read_text())
+    assert found["bytes"]["compressed"] < found["bytes"]["dense"]
+
+
+@pytest.mark.parametrize("objective", ["distill", "supervised"])
+def test_training_makes_the_held_out_loss_smaller(
+    objective: str, chooser: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    data = write_lines(tmp_path / "a.jsonl", rows * 2)
+    run("compress", chooser, tmp_path / "small", "--calibration", data, "--keep", 0.5, "--method", "svd")
+    teacher = ("--teacher", chooser) if objective == "distill" else ()
+    options = ("--objective", objective, "--epochs", 6)
+    run("finetune", tmp_path / "small", tmp_path / "better", "--data", data, *teacher, *options)
+    recovery = json.loads((tmp_path / "better" / "report.json").read_text())["recovery"]
+    assert recovery["after"] < recovery["before"]
+
+
+FAULTS: dict[str, tuple[list[Row], str]] = {
+    "no such choice": (
+        [{"question": "so?", "choices": ["a", "film"], "label": 2}],
+        "row 1: the label '2' is none of the 2 choices",
+    ),
+    "one choice": ([{"question": "so?", "choices": ["a"], "label": 0}], "row 1: 1 choices: there have to be two"),
+    "others": (
+        [
+            {"question": "so?", "choices": ["a", "film"], "label": 0},
+            {"question": "so?", "choices": ["a", "film", "so"], "label": 0},
+        ],
+        "row 2: 3 choices, and row 1 has 2: give each as many",
+    ),
+    "no choices": ([{"question": "so?", "label": 0}], "no column looks like the text-pair"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_is_named_with_its_row(fault: str, chooser: Path, tmp_path: Path) -> None:
+    rows, message = FAULTS[fault]
+    assert message in " ".join(run("eval", chooser, "--data", write_lines(tmp_path / "a.jsonl", rows), code=1).split())
