@@ -264,10 +264,11 @@ def show(results: Results) -> None:
     if not done:
         raise SystemExit("nothing was timed yet.")
     baseline = done[BASELINE]["times"]
-    print_head(["variant", "KL", "same prediction", *(f"{name}, ms | time" for name in baseline)])
+    print_head(["variant", "KL", "same prediction", *(head for name in baseline for head in (f"{name}, ms", "time"))])
     for name, row in done.items():
         figures = [format(row[key], form) if key in row else "–" for key, form in FIGURES.items()]
-        cells = [f"{row['times'][each]:.2f} | {row['times'][each] / baseline[each]:.2f}" for each in baseline]
+        times = [(row["times"][each], row["times"][each] / baseline[each]) for each in baseline]
+        cells = [f"{figure:.2f}" for each in times for figure in each]
         print_row([name, *figures, *cells])
     for name, row in results.rows.items():
         if "skipped" in row:

@@ -213,7 +213,7 @@ class Pace:
             share = least_time / self.whole
             raise TargetError(
                 f"--target-latency {self.said} cannot be reached {self.clock.described}: the dense model takes "
-                f"{_ms(self.whole)}, and the fastest that ranks and tokens give about {_ms(least_time)}, {share:.2f} "
+                f"{_ms(self.whole)}, and the fastest that {self._offered} give about {_ms(least_time)}, {share:.2f} "
                 f"of it. Ask for {min(share * 1.05 + 0.005, 0.99):.2f} or more, choose a smaller --resolution or "
                 "another --runtime."
             )
@@ -240,6 +240,11 @@ class Pace:
         ranks = [candidate.grade for candidate in offer.graded]
         times = self.layers.matrix(target.shape, ranks, self.tokens[0])
         return Site(target.block, seen_by(target), times - times[:1], torch.tensor(losing, dtype=torch.float64))
+
+    @property
+    def _offered(self) -> str:
+        on_offer = {"ranks": bool(self.targets), "merged tokens": self.blocks is not None}
+        return " and ".join(name for name, there in on_offer.items() if there)
 
     @property
     def said(self) -> str:
