@@ -213,6 +213,8 @@ class CompressConfig(
             raise UsageError(f"{unfit[0]} is for ranks alone: {forms} takes --keep, --target-params and others.")
         if self.stores == "narrow" and (unfit := self.given(FACTORS_ONLY)):
             raise UsageError(f"{forms} has no factors: leave {unfit[0]} out, or pass --forms rank.")
+        if self.landmarks is not None and self.layers != "mlp":
+            raise UsageError(f"--landmarks replaces attentions, as {forms} does: choose one, or --layers mlp.")
         if self.allocation not in (None, "measured", "loss"):
             raise UsageError(
                 f"--allocation {self.allocation} shares out what has no common unit: {forms} has measured and loss."

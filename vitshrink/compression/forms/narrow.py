@@ -48,7 +48,7 @@ class Neurons(Plain):
 
     @property
     def label(self) -> str:
-        return f"{self.kept} neurons"
+        return f"{self.kept} neuron{'s' * (self.kept > 1)}"
 
     def shapes(self, dense: Shapes) -> Shapes:
         """Of its layers, from those of the dense ones."""
@@ -65,7 +65,7 @@ class Heads(Plain):
 
     @property
     def label(self) -> str:
-        return f"{self.heads} heads of {self.qk} and {self.value}"
+        return f"{self.heads} head{'s' * (self.heads > 1)} of {self.qk} and {self.value}"
 
     def shapes(self, dense: Shapes) -> Shapes:
         """Of its layers, from those of the dense ones."""
