@@ -1,5 +1,6 @@
 """Tiny models of all families that vitshrink is tested with, in the manner of ``tiny``: random, but reproducible."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedModel
 
 from vitshrink.models.loading import whole_images
+from vitshrink.models.tasks import TASKS
 
 _SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 _TOKENS = {name: tiny.VOCABULARY.index(token) for name, token in (("pad", "[PAD]"), ("cls", "[CLS]"), ("sep", "[SEP]"))}
@@ -66,12 +68,16 @@ IMAGE: dict[str, dict[str, Any]] = {
     "Siglip": {"vision_config": _SIZES | _IMAGE, "text_config": _SIZES | _TEXT},
 }
 
-_HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForImageClassification", "Model")
+_HEADS = ("ForSequenceClassification", "ForImageClassification", *TASKS)
+"""The first of them that a family has stands for it."""
+
 ARCHITECTURES = tuple(
-    name
-    for stem in (*TEXT, *IMAGE)
-    for name in (f"{stem}{head}" for head in _HEADS)
-    if hasattr(transformers, name) and name not in ("CLIPModel", "SiglipModel")  # pairs of encoders
+    dict.fromkeys(
+        name
+        for stem in (*TEXT, *IMAGE)
+        for name in (f"{stem}{head}" for head in _HEADS)
+        if hasattr(transformers, name) and name not in ("CLIPModel", "SiglipModel")  # pairs of encoders
+    )
 )
 
 
@@ -137,6 +143,18 @@ def write_tokenizer(name: str, directory: Path) -> None:
         mask_token="[MASK]",
         model_input_names=["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"],
     ).save_pretrained(directory)
+
+
+def write_samples(name: str, directory: Path, count: int = 24) -> Path:
+    """Unlabelled samples that a model can be calibrated on: images, lines of text, or questions with their contexts."""
+    if not is_text(name):
+        return tiny.write_images(directory / "images", count)
+    if not name.endswith("ForQuestionAnswering"):
+        return tiny.write_text(directory / "lines.txt", count)
+    lines = tiny.write_text(directory / "lines.txt", 2 * count).read_text().splitlines()
+    rows = [{"question": one, "context": other} for one, other in zip(lines[::2], lines[1::2], strict=True)]
+    (directory / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return directory / "questions.jsonl"
 
 
 def inputs(name: str, batch: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:

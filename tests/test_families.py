@@ -45,7 +45,7 @@ def assert_close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@each_family
+@each_architecture
 def test_blocks_layers_and_what_reads_the_same_are_found(name: str) -> None:
     model = kinds.build(name)
     family, targets = family_of(model), find_targets(model)
@@ -117,11 +117,8 @@ def plain(name: str, directory: Path) -> PreTrainedModel:
 
 
 @each_family
-def test_a_compressed_model_reloads_and_is_saved_again(
-    name: str, tmp_path: Path, flat_images: Path, text_file: Path
-) -> None:
-    data = text_file if kinds.is_text(name) else flat_images
-    shrunk = job(name, tmp_path, data, keep=(0.8,))
+def test_a_compressed_model_reloads_and_is_saved_again(name: str, tmp_path: Path) -> None:
+    shrunk = job(name, tmp_path, kinds.write_samples(name, tmp_path), keep=(0.8,))
     numbers = sum(parameter.numel() for parameter in shrunk.parameters())
     assert numbers < sum(parameter.numel() for parameter in plain(name, tmp_path / "model").parameters())
     assert_close(outputs(shrunk, name), outputs(kinds.whole(load(tmp_path / "out")), name))
@@ -131,25 +128,21 @@ def test_a_compressed_model_reloads_and_is_saved_again(
     assert halved.isfinite().all()
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "svd": {"method": "svd", "compensation": "none", "calibration": None, "keep": (0.8,)},
+    "asvd": {"method": "asvd", "keep": (0.8,)},
+    "whitened-int8": {"method": "whitened", "keep": (0.8,), "quantize": "int8"},
+    "residual": {"method": "mixed-rank", "keep": (0.8,), "compensation": "residual"},
+    "measured": {"method": "curvature", "keep": (0.8,), "allocation": "measured", "refine": 1},
+    "bits": {"bits": 5.0},
+}
+
+
 @pytest.mark.slow
-@each_architecture
-@pytest.mark.parametrize(
-    "entries",
-    [
-        {"method": "svd", "compensation": "none", "calibration": None, "keep": (0.8,)},
-        {"method": "asvd", "keep": (0.8,)},
-        {"method": "whitened", "keep": (0.8,), "quantize": "int8"},
-        {"method": "mixed-rank", "keep": (0.8,), "compensation": "residual"},
-        {"method": "curvature", "keep": (0.8,), "allocation": "measured", "refine": 1},
-        {"bits": 5.0},
-    ],
-    ids=["svd", "asvd", "whitened-int8", "mixed-rank", "measured", "bits"],
-)
-def test_every_method_for_linear_layers_works_on_every_architecture(
-    name: str, entries: dict[str, Any], tmp_path: Path, flat_images: Path, text_file: Path
-) -> None:
-    data = text_file if kinds.is_text(name) else flat_images
-    shrunk = job(name, tmp_path, data, **entries)
+@pytest.mark.parametrize("method", METHODS)
+@each_family
+def test_every_method_for_linear_layers_works_on_every_family(name: str, method: str, tmp_path: Path) -> None:
+    shrunk = job(name, tmp_path, kinds.write_samples(name, tmp_path), **METHODS[method])
     assert_close(outputs(shrunk, name), outputs(kinds.whole(load(tmp_path / "out")), name))
 
 
@@ -165,6 +158,14 @@ def test_layers_get_narrower_wherever_it_is_known_what_they_are_for(
         return
     shrunk = job(name, tmp_path, data, forms="narrow", keep=(0.9,))
     assert_close(outputs(shrunk, name), outputs(kinds.whole(load(tmp_path / "out")), name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["measured", "bits"])
+@pytest.mark.parametrize("name", [name for name in kinds.ARCHITECTURES if name not in kinds.ONE_OF_EACH])
+def test_every_other_head_is_compressed_as_well(name: str, method: str, tmp_path: Path) -> None:
+    shrunk = job(name, tmp_path, kinds.write_samples(name, tmp_path), **METHODS[method])
+    assert outputs(shrunk, name).isfinite().all()
 
 
 def test_methods_that_make_attentions_anew_are_for_plain_attentions_only() -> None:
@@ -261,8 +262,8 @@ def run(*arguments: str | Path) -> str:
 
 @pytest.mark.slow
 @each_family
-def test_every_command_works_on_every_family(name: str, tmp_path: Path, flat_images: Path, text_file: Path) -> None:
-    data = text_file if kinds.is_text(name) else flat_images
+def test_every_command_works_on_every_family(name: str, tmp_path: Path) -> None:
+    data = kinds.write_samples(name, tmp_path)
     model, small = kinds.write(name, tmp_path / "model"), tmp_path / "small"
     calibration = ("--calibration", data, "--samples", "8", "--batch-size", "4")
     assert name in run("inspect", model)
@@ -280,8 +281,8 @@ def test_every_command_works_on_every_family(name: str, tmp_path: Path, flat_ima
 
 @pytest.mark.slow
 @each_family
-def test_every_family_becomes_an_onnx_file(name: str, tmp_path: Path, flat_images: Path, text_file: Path) -> None:
-    data = text_file if kinds.is_text(name) else flat_images
+def test_every_family_becomes_an_onnx_file(name: str, tmp_path: Path) -> None:
+    data = kinds.write_samples(name, tmp_path)
     model, small = kinds.write(name, tmp_path / "model"), tmp_path / "small"
     run("compress", model, small, "--method", "svd", "--keep", "0.8", "--compensation", "none")
     run("export", small, tmp_path / "onnx", "--to", "onnx")
