@@ -10,8 +10,9 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedModel
 
-from vitshrink.models.loading import whole_images
+from vitshrink.models.families import FAMILIES
 from vitshrink.models.tasks import TASKS
+from vitshrink.models.whole_images import whole_images
 
 _SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 _TOKENS = {name: tiny.VOCABULARY.index(token) for name, token in (("pad", "[PAD]"), ("cls", "[CLS]"), ("sep", "[SEP]"))}
@@ -92,6 +93,12 @@ def stem_of(name: str) -> str:
 
 def is_text(name: str) -> bool:
     return stem_of(name) in TEXT
+
+
+def is_plain(name: str) -> bool:
+    """Whether the table of families says that its attentions are plain."""
+    kind = getattr(transformers, name).config_class.model_type
+    return any(family.model_type == kind and family.plain for family in FAMILIES)
 
 
 def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:

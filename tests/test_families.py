@@ -178,6 +178,14 @@ def test_methods_that_make_attentions_anew_are_for_plain_attentions_only() -> No
                 attentions_of(model, find_targets(model))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in kinds.ONE_OF_EACH if kinds.is_plain(name)])
+def test_attentions_made_anew_are_those_of_the_family(name: str, tmp_path: Path) -> None:
+    shrunk = job(name, tmp_path, kinds.write_samples(name, tmp_path), method="qk-joint", keep=(0.95,))
+    dense = outputs(plain(name, tmp_path / "model"), name)
+    assert (outputs(shrunk, name) - dense).norm() < 0.1 * dense.norm()
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
@@ -26,6 +26,7 @@ from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.models.source import WRAPPERS, Source, examine, resolve
 from vitshrink.models.tasks import Task, task_of
 from vitshrink.models.views import computed
+from vitshrink.models.whole_images import whole_images
 
 FLASH = "flash_attention_2"
 """The attention that computes in half precision only, so that it serves training with mixed precision."""
@@ -263,22 +264,6 @@ def usual_outputs(model: PreTrainedModel) -> list[str]:
         )
         model.config.chunk_size_feed_forward = 0
     return notes
-
-
-def whole_images(model: PreTrainedModel) -> list[str]:
-    """Make a masked autoencoder's encoder read all patches, in their order, in place. Returns what to know of it."""
-    hiding: list[Any] = [module for module in model.modules() if hasattr(module, "random_masking")]
-    for module in hiding:
-        module.random_masking = _nothing_hidden
-    if not hiding:
-        return []
-    return [f"{type(model).__name__} hides patches at random when it is called; here it reads whole images."]
-
-
-def _nothing_hidden(patches: Tensor, noise: object = None) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    """In the place of ``random_masking``: patches (batch, n, width), which are hidden (none), and their places."""
-    places = torch.arange(patches.shape[1], device=patches.device).expand(patches.shape[:2])
-    return patches, torch.zeros_like(places, dtype=patches.dtype), places
 
 
 def _check_size(source: Source, architecture: type[PreTrainedModel], options: Mapping[str, Any], where: str) -> None:
