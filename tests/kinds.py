@@ -69,6 +69,9 @@ IMAGE: dict[str, dict[str, Any]] = {
     "Siglip": {"vision_config": _SIZES | _IMAGE, "text_config": _SIZES | _TEXT},
 }
 
+ARRANGED = ("ForQuestionAnswering", "ForMultipleChoice")
+"""How classes end whose samples are more than running text."""
+
 _HEADS = ("ForSequenceClassification", "ForImageClassification", *TASKS)
 """The first of them that a family has stands for it."""
 
@@ -156,17 +159,21 @@ def write_samples(name: str, directory: Path, count: int = 24) -> Path:
     """Unlabelled samples that a model can be calibrated on: images, lines of text, or questions with their contexts."""
     if not is_text(name):
         return tiny.write_images(directory / "images", count)
-    if not name.endswith("ForQuestionAnswering"):
+    if not name.endswith(ARRANGED):
         return tiny.write_text(directory / "lines.txt", count)
-    lines = tiny.write_text(directory / "lines.txt", 2 * count).read_text().splitlines()
-    rows = [{"question": one, "context": other} for one, other in zip(lines[::2], lines[1::2], strict=True)]
-    (directory / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return directory / "questions.jsonl"
+    lines = tiny.write_text(directory / "lines.txt", 3 * count).read_text().splitlines()
+    rows = [{"question": one, "context": two} for one, two in zip(lines[::3], lines[1::3], strict=True)]
+    if name.endswith("ForMultipleChoice"):
+        texts = zip(lines[::3], lines[1::3], lines[2::3], strict=True)
+        rows = [{"question": one, "choices": others} for one, *others in texts]  # type: ignore[dict-item]
+    (directory / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return directory / "rows.jsonl"
 
 
 def inputs(name: str, batch: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Pixels (batch, 3, 32, 32), or tokens and attention mask (batch, 10) with the last row padded."""
-    return tiny.inputs("BertModel" if is_text(name) else "ViTModel", batch, seed)
+    """Pixels (batch, 3, 32, 32), or tokens and attention mask (batch, 10) with the last row padded; of one, choices."""
+    found = tiny.inputs("BertModel" if is_text(name) else "ViTModel", batch, seed)
+    return {key: each[None] for key, each in found.items()} if name.endswith("ForMultipleChoice") else found
 
 
 def whole(model: PreTrainedModel) -> PreTrainedModel:
