@@ -12,6 +12,7 @@ third command only prints. Texts are timed on the same samples in batches as the
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -60,6 +61,8 @@ TEXTS = 64
 
 FIGURES = {"kl": ".2g", "agreement": ".3f"}
 """Of an evaluation, and how they are written."""
+
+TIMES = {False: "of the clock", True: "of the processor"}
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -243,6 +246,7 @@ def workloads(bench: Bench, batch_sizes: Sequence[int]) -> dict[str, Batches]:
 def time_all(bench: Bench, rows: Sequence[Row], results: Results, work: Path, args: argparse.Namespace) -> None:
     """All models of the table in turn, and the shortest pass of each in milliseconds."""
     known = {row.name: row for row in rows}
+    clock = time.process_time if args.cpu_time else time.perf_counter
     there = {name: found for name, found in results.rows.items() if "skipped" not in found and name in known}
     for name, batches in workloads(bench, args.batches).items():
         print(f"timing {name} …", file=sys.stderr, flush=True)
@@ -250,7 +254,7 @@ def time_all(bench: Bench, rows: Sequence[Row], results: Results, work: Path, ar
         for each, found in there.items():
             file = None if found["file"] is None else work / found["file"]
             models[each] = Through(_opened(bench, known[each], file), batches).eval()
-        taken = cost.passes(models, {each: {} for each in models}, repeats=args.repeats)
+        taken = cost.passes(models, {each: {} for each in models}, repeats=args.repeats, clock=clock)
         for each, seconds in taken.items():
             times = results.rows[each].get("times", {}) | {name: 1000 * min(seconds) / len(batches)}
             results.add(each, results.rows[each] | {"times": times})
@@ -297,7 +301,7 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
         "calibration": f"{args.samples} samples",
         "evaluation": "none" if args.random else f"{args.limit or 'all'} samples of {Path(args.eval).name}",
         "threads": args.threads,
-        "time": "the shortest pass of each, all models in turn in one run; as a multiple of PyTorch's",
+        "time": f"{TIMES[args.cpu_time]}, shortest pass of each, all in turn in one run; as a multiple of PyTorch's",
         "merged tokens": "fractions of the operations",
     }
     packages = ("nncf", "openvino", "onnxruntime")
@@ -318,6 +322,7 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="rows of such names")
     known.add_argument("--again", action="store_true", help="time again, though nothing was built")
     known.add_argument("--repeats", type=int, default=15)
+    known.add_argument("--cpu-time", action="store_true", help="time of the processor, not of the clock: one thread")
     known.add_argument("--threads", type=int, default=1)
     known.add_argument("--batch-size", type=int, default=32, help="of the evaluation")
     known.add_argument("--max-length", type=int)

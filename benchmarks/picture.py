@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 FRACTION = "fraction"
 OURS = "curvature"
 OUR_BYTES = "ours"
-LEAST = 1e-7
+LEAST = 1e-5
 """Nats: divergences below are rounding, and drawn as if they were so large."""
 
 

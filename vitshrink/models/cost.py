@@ -136,12 +136,17 @@ def latency(
     return {name: _summary(times, batch_size, runtimes[name]) for name, times in seconds.items()}
 
 
+Clock = Callable[[], float]
+"""Seconds since whenever."""
+
+
 def passes(
     models: Mapping[str, nn.Module],
     inputs: Mapping[str, Mapping[str, Tensor]],
     *,
     repeats: int,
     warmup: int = 3,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each pass of each model, on inputs of its own, the models in turn."""
     if repeats < 1:
@@ -151,7 +156,7 @@ def passes(
     with evaluating(*models.values()), torch.inference_mode():
         for i in range(warmup + repeats):
             for name, model in models.items():
-                elapsed = _time(model, prepared[name])
+                elapsed = _time(model, prepared[name], clock)
                 if i >= warmup:
                     seconds[name].append(elapsed)
             if i >= warmup + FEWEST - 1 and sum(map(sum, seconds.values())) > ENOUGH:
@@ -199,13 +204,13 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kibibytes
 
 
-def _time(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+def _time(model: nn.Module, inputs: Mapping[str, Tensor], clock: Clock) -> float:
     device = next(model.parameters()).device
     _synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     model(**inputs)
     _synchronise(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _synchronise(device: torch.device) -> None:
