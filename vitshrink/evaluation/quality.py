@@ -168,6 +168,10 @@ class Fidelity:
     """Mean cosine of the features, token by token."""
     pooled_cosine: IfSet[float] = None
     """Mean cosine of the pooled features."""
+    neighbor_agreement: IfSet[float] = None
+    """Mean fraction of the ten samples nearest to a sample that both models name, by their pooled features."""
+    nearest_kept: IfSet[float] = None
+    """Fraction of the samples whose nearest one by the dense model is among the ten nearest by the compressed one."""
     prediction_spearman: Annotated[float | None, LeftOut(beside="mean_absolute_difference")] = None
     """Rank correlation of the two models' scores; None where one side is constant."""
     mean_absolute_difference: IfSet[float] = None

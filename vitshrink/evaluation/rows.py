@@ -148,7 +148,8 @@ class _Features:
 
     def columns(self, outputs: Mapping[str, Tensor]) -> Columns:
         pooled = _pooled(outputs, self.batch.mask, self.embeddings)
-        return _cosines(outputs, pooled, self.batch.mask, final=self._final)
+        vectors = {f"{role}.pooled": each.float() for role, each in pooled.items()}
+        return vectors | _cosines(outputs, pooled, self.batch.mask, final=self._final)
 
     @property
     def _final(self) -> bool:

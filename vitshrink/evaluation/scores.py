@@ -9,6 +9,7 @@ from torch import Tensor
 from vitshrink.errors import DataError
 from vitshrink.evaluation import entity_scores, metrics, ranking
 from vitshrink.evaluation.entities import kinds_of
+from vitshrink.evaluation.neighbors import neighbors_kept
 from vitshrink.evaluation.quality import (
     Accuracy,
     AnswerScores,
@@ -125,6 +126,10 @@ def _fidelity(columns: Columns, seed: int) -> Fidelity | None:
         return float(columns[name].mean()) if units is None else _proportion(columns[name], units)
 
     found = Fidelity(feature_cosine=mean("feature_cosine"), pooled_cosine=mean("pooled_cosine"))
+    if "dense.pooled" in columns and "compressed.pooled" in columns:
+        kept = neighbors_kept(columns["dense.pooled"], columns["compressed.pooled"], seed)
+        if kept is not None:
+            found = replace(found, neighbor_agreement=kept[0], nearest_kept=kept[1])
     if "agreement" in columns:
         units = columns["units"]
         found = replace(

@@ -218,6 +218,8 @@ def _fidelity_rows(fidelity: Fidelity) -> list[Row]:
         ("Squared error relative to dense", fidelity.relative_error, number, False),
         ("Cosine to dense features, token by token", fidelity.feature_cosine, number, False),
         ("Cosine to dense features, pooled", fidelity.pooled_cosine, number, False),
+        ("Ten nearest samples in common with dense", fidelity.neighbor_agreement, percent, False),
+        ("Nearest sample by dense among the ten nearest", fidelity.nearest_kept, percent, False),
         ("Rank correlation with dense predictions", fidelity.prediction_spearman, number, compared),
     ]
     return [Row(label, "", show(value), "") for label, value, show, known in shown if known or value is not None]
