@@ -6,7 +6,7 @@ What errors cost is what the output says of them (``statistics.sensitivity``): e
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,8 @@ class Product:
     divided: Tensor
     """By what the inputs are divided before they come, (n,)."""
     grid: Grid | None = None
+    output: Grid | None = None
+    """Of what it gives, where that meets another input in a product."""
 
     @property
     def weight(self) -> Tensor:
@@ -83,6 +85,11 @@ class Product:
         assert found is not None
         divided = self.divided.double()
         return found / divided / divided[:, None]
+
+    def answers(self) -> Values:
+        """What it gives for the tokens, in floating point."""
+        found = self.tokens @ self.weight.T + (0.0 if self.module.bias is None else self.module.bias.detach().float())
+        return Values.of(found, 0.5 * self.seen.sensitivity.outputs.float())
 
     def costs(self, scaled: Tensor) -> Tensor:
         """Of squared errors of inputs that are divided by ``scaled`` as well, (n,)."""
@@ -213,6 +220,15 @@ class Rounding:
             for reader in readers:
                 reader.grid = grid
 
+    def choose_outputs(self) -> None:
+        """Of queries and keys, so that runtimes multiply them as integers."""
+        family = family_of(self.model)
+        for block in blocks_of(self.model):
+            found = [self.last(_at(block, family.modules[role])) for role in ("query", "key")]
+            givers = [self.products[each] for each in found if each is not None and each in self.products]
+            for giver in givers if len(givers) == 2 else ():
+                giver.output, _ = best_grid(giver.answers(), self.dtype)
+
     def _groups(self) -> Iterator[list[Product]]:
         family, left = family_of(self.model), dict(self.products)
         for block in blocks_of(self.model):
@@ -243,25 +259,29 @@ class Rounding:
         return found
 
     def _rounded(self, layer: nn.Module) -> tuple[nn.Module, float]:
-        if isinstance(layer, Factors):
-            inner, outer = layer.inner, layer.outer
-            spec = StaticSpec(rank=inner.out_features)
-            made = StaticLinear(
-                inner.in_features, outer.out_features, spec, bias=outer.bias is not None, like=outer.weight
-            )
-            assert made.down is not None
-            shift, inner_loss = self._fill(made.down, self.products[inner])
-            own_shift, loss = self._fill(made, self.products[outer])
-            return _shifted(made, outer.bias, own_shift + outer.weight.detach().float() @ shift), inner_loss + loss
+        """What takes the place of a layer, and its loss."""
         if isinstance(layer, nn.Conv2d):
             convolution = StaticConv2d(layer)
             shift, loss = self._fill(convolution, self.products[layer])
             return _shifted(convolution, layer.bias, shift), loss
-        assert isinstance(layer, nn.Linear)
+        outer = self.last(layer)
+        assert outer is not None
+        inner = layer.inner if isinstance(layer, Factors) else None
+        reads, output = inner or outer, self.products[outer].output
         spec = StaticSpec(**layer.spec.to_dict()) if isinstance(layer, NarrowLinear) else StaticSpec()
-        made = StaticLinear(layer.in_features, layer.out_features, spec, bias=layer.bias is not None, like=layer.weight)
-        shift, loss = self._fill(made, self.products[layer])
-        return _shifted(made, layer.bias, shift), loss
+        rank, bits = None if inner is None else inner.out_features, None if output is None else 8
+        spec = replace(spec, rank=rank, output_bits=bits)
+        has_bias = outer.bias is not None
+        made = StaticLinear(reads.in_features, outer.out_features, spec, bias=has_bias, like=outer.weight)
+        shift, loss = self._fill(made, self.products[outer])
+        if inner is not None and made.down is not None:
+            inner_shift, inner_loss = self._fill(made.down, self.products[inner])
+            shift, loss = shift + outer.weight.detach().float() @ inner_shift, loss + inner_loss
+        if output is not None:
+            made.output_scale.fill_(output.scale)
+            made.output_zero.fill_(output.zero)
+            loss += self.products[outer].answers().loss(output)
+        return _shifted(made, outer.bias, shift), loss
 
     def _fill(self, made: StaticProduct, product: Product) -> tuple[Tensor, float]:
         """Integers and grids; returns what the outputs lack on average, (m,), and the loss."""
@@ -309,6 +329,7 @@ def calibrated(
     rounding.collect(batches, device, seed, on_batch)
     rounding.smooth()
     rounding.choose_grids()
+    rounding.choose_outputs()
     layers = rounding.round()
     return Calibrated(rounding.model.eval(), layers)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import OutputError, VitshrinkError
 from vitshrink.models.example import example_inputs
+from vitshrink.models.exported_attention import exported_attention
 
 
 def write_onnx(
@@ -23,7 +24,7 @@ def write_onnx(
 
     Raises OutputError.
     """
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), exported_attention(model):
         program = torch.onnx.export(
             model,
             (),

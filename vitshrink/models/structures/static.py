@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitshrink.models.structures.quantized import exact_on_this_cpu, multiplies_integers
-from vitshrink.models.structures.registry import read_entry, structure
+from vitshrink.models.structures.registry import read_entry, structure, unreadable
 
 LEVELS = 255
 """Of an input, from 0."""
@@ -27,18 +27,28 @@ LARGEST = 127
 @structure("static")
 @dataclass(frozen=True)
 class StaticSpec:
-    """Rank of a layer that has two factors, and inputs or outputs of one that has fewer than the dense model's."""
+    """What a layer has beside integers and the grid of its input.
+
+    Attributes:
+        rank: of one that has two factors.
+        inputs, outputs: of one that has fewer than the dense model's.
+        output_bits: 8 where outputs are rounded as well, for a product of two inputs behind it.
+    """
 
     rank: int | None = None
     inputs: int | None = None
     outputs: int | None = None
+    output_bits: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        return cls(**read_entry(entry, (), optional=("rank", "inputs", "outputs")))
+        spec = cls(**read_entry(entry, (), optional=("rank", "inputs", "outputs", "output_bits")))
+        if spec.output_bits not in (None, 8):
+            raise unreadable(entry, "outputs of 8 bits, where they are rounded")
+        return spec
 
     def fits(self, module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
@@ -88,16 +98,24 @@ class StaticProduct(nn.Module):
         """The weights in floating point, in the shape of ``integers``."""
         return self.integers.to(self.weight.dtype) * self.weight.view(-1, *[1] * (self.integers.dim() - 1))
 
-    def steps(self, x: Tensor) -> Tensor:
-        """x in steps of its grid, (float32) whole numbers."""
-        steps, zero = x.float() / self.input_scale.float(), self.input_zero.float()
+    def steps(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """x in steps of a grid, (float32) whole numbers."""
+        steps, zero = x.float() / scale.float(), zero.float()
         return torch.minimum(torch.maximum(steps.round(), -zero), LEVELS - zero) if self.rounds else steps
+
+    def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """x on a grid, (float32) unless it has another type."""
+        scale = scale.float()
+        if torch.onnx.is_in_onnx_export():
+            codes = _node("QuantizeLinear", (x.float(), scale, zero), x.shape, dtype=torch.uint8)
+            return _node("DequantizeLinear", (codes, scale, zero), x.shape).to(x.dtype)
+        return (self.steps(x, scale, zero) * scale).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) to (…, out)."""
         if torch.onnx.is_in_onnx_export():
             return self._onnx("MatMul", x, (*x.shape[:-1], len(self.integers)), self.integers.T, 1)
-        flat = self.steps(x.reshape(-1, self.integers.shape[1]))
+        flat = self.steps(x.reshape(-1, self.integers.shape[1]), self.input_scale, self.input_zero)
         if self.rounds and multiplies_integers(flat, self.integers):
             centred = 128 - self.input_zero.float()  # so that a step fits int8
             y = torch._int_mm((flat - centred).to(torch.int8), self.integers.T)
@@ -110,20 +128,10 @@ class StaticProduct(nn.Module):
 
     def _onnx(self, kind: str, x: Tensor, shape: Any, integers: Tensor, axis: int, **attributes: Any) -> Tensor:
         """The product as a runtime recognises it."""
-        node: Any = torch.onnx.ops.symbolic
-        grid = (self.input_scale.float(), self.input_zero)
-        codes = node("QuantizeLinear", (x.float(), *grid), dtype=torch.uint8, shape=x.shape, version=18)
-        read = node("DequantizeLinear", (codes, *grid), dtype=torch.float32, shape=x.shape, version=18)
+        read = self._rounded(x.float(), self.input_scale, self.input_zero)
         scales = self.weight.float().squeeze(1)  # no zero points: with them OpenVINO multiplies in floating point
-        matrix = node(
-            "DequantizeLinear",
-            (integers, scales),
-            {"axis": axis},
-            dtype=torch.float32,
-            shape=integers.shape,
-            version=18,
-        )
-        y: Tensor = node(kind, (read, matrix), attributes, dtype=torch.float32, shape=shape, version=18)
+        matrix = _node("DequantizeLinear", (integers, scales), integers.shape, axis=axis)
+        y = _node(kind, (read, matrix), shape, **attributes)
         if self.bias is not None:
             y = y + self.bias.float().view(-1, *[1] * (self.integers.dim() - 2))
         return y.to(x.dtype)
@@ -132,19 +140,26 @@ class StaticProduct(nn.Module):
 class StaticLinear(StaticProduct):
     """A product in the place of a linear layer, or two of them, of which the inner one is ``down``, without a bias."""
 
+    output_scale: Tensor
+    output_zero: Tensor
+
     def __init__(self, in_features: int, out_features: int, spec: StaticSpec, *, bias: bool, like: Tensor) -> None:
         super().__init__(torch.Size((out_features, spec.rank or in_features)), bias, like)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.down: StaticProduct | None = None
         if spec.rank is not None:
             self.down = StaticProduct(torch.Size((spec.rank, in_features)), False, like)
+        if spec.output_bits is not None:
+            self.register_buffer("output_scale", like.new_empty(()))
+            self.register_buffer("output_zero", torch.empty((), dtype=torch.uint8, device=like.device))
 
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix this layer stands for."""
         return self.matrix() if self.down is None else self.matrix() @ self.down.matrix()
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if self.down is None else self.down(x))
+        y = super().forward(x if self.down is None else self.down(x))
+        return y if self.spec.output_bits is None else self._rounded(y, self.output_scale, self.output_zero)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.spec.rank}, bias={self.bias is not None}"
@@ -186,6 +201,12 @@ class StaticConv2d(StaticProduct):
             kernel = torch.empty(self.integers.shape, device="meta")
             shape = F.conv2d(x.to("meta"), kernel, None, *options).shape
             return self._onnx("Conv", x, shape, self.integers, 0, **attributes)
-        rounded = self.steps(x) * self.input_scale.float()
+        rounded = self._rounded(x.float(), self.input_scale, self.input_zero)
         bias = None if self.bias is None else self.bias.float()
         return F.conv2d(rounded, self.matrix().float(), bias, *options).to(x.dtype)
+
+
+def _node(kind: str, inputs: Any, shape: Any, *, dtype: torch.dtype = torch.float32, **attributes: Any) -> Tensor:
+    """An operator of ONNX, in a program that becomes an ONNX file."""
+    found: Tensor = torch.onnx.ops.symbolic(kind, inputs, attributes, dtype=dtype, shape=shape, version=18)
+    return found

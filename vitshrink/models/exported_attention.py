@@ -1,0 +1,62 @@
+"""Attention as programs that leave PyTorch compute it: two products and a softmax, without what no model needs there.
+
+The kernel of PyTorch is exported with a mask of booleans where nothing is masked, and with a search for NaN behind the
+softmax, for rows of which everything is masked. Runtimes compute both on every entry of every attention map.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "vitshrink-exported"
+
+
+def attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Queries, keys and values (batch, heads, tokens, d) to (batch, tokens, heads, d)."""
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def mask_of(
+    *, attention_mask: Tensor | None = None, dtype: torch.dtype = torch.float32, **_unused: Any
+) -> Tensor | None:
+    """What is added to scores, (batch, 1, 1, tokens), for a mask (batch, tokens) of which every row has a token."""
+    if attention_mask is None:
+        return None
+    masked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return masked.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)[:, None, None]
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask_of)
+
+
+@contextmanager
+def exported_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes so."""
+    found = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    before = {key: getattr(config, "_attn_implementation", None) for key, config in found.items()}
+    try:
+        for config in found.values():
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for key, config in found.items():
+            config._attn_implementation = before[key]
