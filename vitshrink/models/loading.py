@@ -25,7 +25,6 @@ from vitshrink.models.readings import read_as
 from vitshrink.models.sentences import MEAN, Embedding
 from vitshrink.models.source import WRAPPERS, Source, examine, resolve
 from vitshrink.models.tasks import Task, task_of
-from vitshrink.models.views import computed
 from vitshrink.models.whole_images import whole_images
 
 FLASH = "flash_attention_2"
@@ -76,10 +75,7 @@ def moved(
 ) -> PreTrainedModel:
     """The model itself, on another device and in another type; transformers does not say what its ``to`` takes."""
     untyped: Any = model
-    kept = list(computed(model)) if dtype is not None else []
     same: PreTrainedModel = untyped.to(device=device, dtype=dtype)
-    for buffers, name, tensor in kept:
-        buffers[name] = tensor.to(same.device)
     return same
 
 
