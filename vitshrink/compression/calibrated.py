@@ -221,7 +221,7 @@ class Rounding:
                 reader.grid = grid
 
     def choose_outputs(self) -> None:
-        """Of queries and keys, so that runtimes multiply them as integers."""
+        """Of queries and keys, so that runtimes may multiply them as integers."""
         family = family_of(self.model)
         for block in blocks_of(self.model):
             found = [self.last(_at(block, family.modules[role])) for role in ("query", "key")]
