@@ -114,7 +114,7 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Product(Program):
     """A linear layer with random weights, of which every rank takes as long: dense, or two factors."""
 

@@ -17,7 +17,7 @@ SHARE = 1 / 8
 """Of the memory that is free: what the activations of all blocks may take before they are computed twice."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Recomputing:
     """Decides pass by pass whether the blocks of a model keep their activations; the gradients are the same."""
 

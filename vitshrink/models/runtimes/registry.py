@@ -22,7 +22,7 @@ from vitshrink.models.tracing import dynamic_dimensions, outputs_of, quiet, trac
 from vitshrink.runtime.extras import require
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A model in float32, or a part of one, and what it is traced with."""
 
