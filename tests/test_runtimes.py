@@ -24,6 +24,7 @@ def test_every_runtime_is_told_on_the_command_line() -> None:
     assert files == {name.replace("-", "_") for name in RUNTIMES}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, where it first compiles
 @pytest.mark.parametrize(
     "name", ["torch", pytest.param("torch-compile", marks=pytest.mark.slow), "onnxruntime", "openvino"]
 )

@@ -102,7 +102,10 @@ def require_floating_point(model: PreTrainedModel) -> None:
 
 def integer_table(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The word embeddings with rows of integers, by name; none where they are tied to the output."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # some image models cannot say what they read patches with
+        return {}
     if not isinstance(table, nn.Embedding) or (head is not None and head.weight is table.weight):
         return {}
     name = next(name for name, module in model.named_modules() if module is table)

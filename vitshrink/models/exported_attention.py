@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "vitshrink-exported"
@@ -33,9 +38,19 @@ def attention(
 
 
 def mask_of(
-    *, attention_mask: Tensor | None = None, dtype: torch.dtype = torch.float32, **_unused: Any
+    *,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **rest: Any,
 ) -> Tensor | None:
-    """What is added to scores, (batch, 1, 1, tokens), for a mask (batch, tokens) of which every row has a token."""
+    """What is added to scores: (batch, 1, 1, tokens), for a mask (batch, tokens) of which every row has a token.
+
+    Where not every token sees all others, as transformers has it for attention without a kernel.
+    """
+    if mask_function is not bidirectional_mask_function:
+        found: Tensor = eager_mask(mask_function=mask_function, attention_mask=attention_mask, dtype=dtype, **rest)
+        return found
     if attention_mask is None:
         return None
     masked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
