@@ -165,6 +165,9 @@ def test_openvino_multiplies_integers(kind: str, made: Made, tmp_path: Path) -> 
     ]
     model = vitshrink.load(made(kind))
     products = [module for module in model.modules() if isinstance(module, StaticProduct)]
+    grids = [module for module in products if isinstance(module, StaticLinear) and module.spec.output_bits]
+    assert grids
+    assert all(int(module.output_zero) == 128 for module in grids)
     assert sum("I8" in each or "i8" in each for each in fast) >= len(products)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.grids import Grid, Values, best_grid
+from vitshrink.compression.grids import Grid, Values, best_grid, best_grid_around
 from vitshrink.compression.quantization import integer_table, require_floating_point
 from vitshrink.compression.rounding import at_steps
 from vitshrink.models.checkpoint import replace_layers
@@ -227,7 +227,7 @@ class Rounding:
             found = [self.last(_at(block, family.modules[role])) for role in ("query", "key")]
             givers = [self.products[each] for each in found if each is not None and each in self.products]
             for giver in givers if len(givers) == 2 else ():
-                giver.output, _ = best_grid(giver.answers(), self.dtype)
+                giver.output = best_grid_around(giver.answers(), self.dtype)
 
     def _groups(self) -> Iterator[list[Product]]:
         family, left = family_of(self.model), dict(self.products)

@@ -31,6 +31,12 @@ class Grid:
         scale = float(torch.tensor(max((high - low) / cls.levels, least)).to(dtype))
         return cls(scale, round(min(max(-low / scale, 0), cls.levels)))
 
+    @classmethod
+    def around(cls, most: float, dtype: torch.dtype = torch.float32) -> "Grid":
+        """That from about -``most`` to ``most``, with 0 in its middle: what products of two inputs ask for."""
+        scale = float(torch.tensor(max(2 * most / cls.levels, torch.finfo(dtype).tiny)).to(dtype))
+        return cls(scale, (cls.levels + 1) // 2)
+
     def rounded(self, x: Tensor) -> Tensor:
         """x on the grid."""
         return ((x / self.scale).round().clamp(-self.zero, self.levels - self.zero)) * self.scale
@@ -70,3 +76,9 @@ def best_grid(values: Values, dtype: torch.dtype = torch.float32) -> tuple[Grid,
         high = best[2]
         best = min([best, *((values.loss(Grid.between(least * s, high, dtype)), least * s, high) for s in SHARES)])
     return Grid.between(best[1], best[2], dtype), best[0]
+
+
+def best_grid_around(values: Values, dtype: torch.dtype = torch.float32) -> Grid:
+    """As ``best_grid``, of those with 0 in their middle."""
+    most = float(values.values.abs().max()) if len(values.values) else 1.0
+    return min((Grid.around(most * share, dtype) for share in SHARES), key=values.loss)

@@ -2,6 +2,9 @@
 
 The kernel of PyTorch is exported with a mask of booleans where nothing is masked, and with a search for NaN behind the
 softmax, for rows of which everything is masked. Runtimes compute both on every entry of every attention map.
+
+Queries and keys that lie on grids are rounded here, right before their product: OpenVINO multiplies integers where it
+finds them on both sides, and not behind a change of the layout.
 """
 
 from collections.abc import Iterator
@@ -18,11 +21,15 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vitshrink.models.structures.attention import layout_of
+from vitshrink.models.structures.merging import Merging
+from vitshrink.models.structures.static import StaticLinear
+
 NAME = "vitshrink-exported"
 
 
 def attention(
-    _module: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -31,6 +38,10 @@ def attention(
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     """Queries, keys and values (batch, heads, tokens, d) to (batch, tokens, heads, d)."""
+    query, key = (
+        x if layer is None else layer.rounded_output(x)
+        for layer, x in zip(_deferring(module), (query, key), strict=True)
+    )
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -61,6 +72,17 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask_of)
 
 
+def _layers(module: nn.Module) -> list[StaticLinear | None]:
+    """What makes queries and what makes keys in an attention, where the outputs lie on grids."""
+    layout = layout_of(module, nn.Module)
+    found = [] if layout is None else [getattr(module, layout.query), getattr(module, layout.key)]
+    return [layer if isinstance(layer, StaticLinear) else None for layer in found] or [None, None]
+
+
+def _deferring(module: nn.Module) -> list[StaticLinear | None]:
+    return [layer if layer is not None and layer.defers else None for layer in _layers(module)]
+
+
 @contextmanager
 def exported_attention(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes so."""
@@ -68,10 +90,18 @@ def exported_attention(model: nn.Module) -> Iterator[None]:
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
     before = {key: getattr(config, "_attn_implementation", None) for key, config in found.items()}
+    # blocks that merge tokens read the keys, too
+    merging = [block.attention for block in model.modules() if isinstance(block, Merging)]
+    plain = [module for module in model.modules() if module not in merging]
+    layers = [layer for module in plain for layer in _layers(module) if layer is not None]
     try:
         for config in found.values():
             config._attn_implementation = NAME
+        for layer in layers:
+            layer.defers = True
         yield
     finally:
         for key, config in found.items():
             config._attn_implementation = before[key]
+        for layer in layers:
+            layer.defers = False

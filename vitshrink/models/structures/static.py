@@ -142,6 +142,8 @@ class StaticLinear(StaticProduct):
 
     output_scale: Tensor
     output_zero: Tensor
+    defers = False
+    """Whether what reads the outputs rounds them."""
 
     def __init__(self, in_features: int, out_features: int, spec: StaticSpec, *, bias: bool, like: Tensor) -> None:
         super().__init__(torch.Size((out_features, spec.rank or in_features)), bias, like)
@@ -159,6 +161,10 @@ class StaticLinear(StaticProduct):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x if self.down is None else self.down(x))
+        return y if self.defers else self.rounded_output(y)
+
+    def rounded_output(self, y: Tensor) -> Tensor:
+        """Outputs, in any layout, on their grid where they have one."""
         return y if self.spec.output_bits is None else self._rounded(y, self.output_scale, self.output_zero)
 
     def extra_repr(self) -> str:
