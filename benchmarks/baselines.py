@@ -18,7 +18,7 @@ from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.compression.findings import Findings
 from vitshrink.data import Batch
 from vitshrink.errors import TargetError
-from vitshrink.methods import Factorisation
+from vitshrink.methods import Factorization
 from vitshrink.models.fidelity import feature_rows
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target, blocks_of
@@ -38,20 +38,20 @@ RANK_GRID = 16
 def fisher_weighted(compressor: Compressor, job: Job) -> Findings:
     """FWSVD (Hsu et al. 2022, arXiv 2207.00112): SVD of the weights, each row weighted by its Fisher information.
 
-    Minimises Σ_i s_i² ‖W_i − Ŵ_i‖² with s_i² = Σ_j E[(∂L/∂W_ij)²] over the calibration samples. The paper takes the
+    Minimizes Σ_i s_i² ‖W_i − Ŵ_i‖² with s_i² = Σ_j E[(∂L/∂W_ij)²] over the calibration samples. The paper takes the
     gradients of the loss on labels; here they are those of our label-free objective, as no method is given labels.
     """
     dense, targets = compressor.dense, compressor.material.targets
     with job.stage("calibrate", "Row importance"):
         importance = row_importance(dense, targets, calibration_of(compressor), compressor.config.seed)
-    factors: dict[str, Factorisation] = {}
-    with job.stage("factorise", "Factorising"), torch.no_grad():
+    factors: dict[str, Factorization] = {}
+    with job.stage("factorize", "Factorizing"), torch.no_grad():
         for target in targets:
             layer = dense.get_submodule(target.name)
             scale = importance[target.name].sqrt()
             scale = scale.clamp_min(1e-6 * float(scale.max()))[:, None]
             U, S, Vh = full_svd(scale * layer.weight.double())
-            factors[target.name] = Factorisation.from_spectrum(U * S / scale, Vh, S.square())
+            factors[target.name] = Factorization.from_spectrum(U * S / scale, Vh, S.square())
     return Findings(factors, {}, {})
 
 

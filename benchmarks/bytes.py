@@ -1,6 +1,6 @@
 """Size against quality: ours and the peers, each in the bytes of its own files, in one table of one run.
 
-    python benchmarks/bytes.py --model MODEL --calibration UNLABELLED --eval LABELLED --samples 256 \\
+    python benchmarks/bytes.py --model MODEL --calibration UNLABELED --eval LABELED --samples 256 \\
         --sizes 5.0MB 4.2MB 3.5MB 3.0MB 2.6MB 2.0MB --results deit-tiny.json --picture deit-tiny.svg
     python benchmarks/bytes.py --results deit-tiny.json --picture deit-tiny.svg
 
@@ -66,10 +66,10 @@ class Bench:
             source.directory, source.family.modality, max_length=args.max_length, offline=args.offline
         )
         samples = open_data(DataConfig(args.eval), source, offline=args.offline).at_most(args.limit, 0)
-        unlabelled = open_data(DataConfig(args.calibration), source, offline=args.offline)
+        unlabeled = open_data(DataConfig(args.calibration), source, offline=args.offline)
         options = {"samples": args.samples, "batch_size": args.batch_size}
         calibrations = {
-            seed: read_calibration(unlabelled, preprocessor, Job(Silent()), seed=seed, **options) for seed in args.seeds
+            seed: read_calibration(unlabeled, preprocessor, Job(Silent()), seed=seed, **options) for seed in args.seeds
         }
         if shared := max(overlap(calibration.samples, samples) for calibration in calibrations.values()):
             print(f"warning: {shared} evaluation samples are among the calibration samples", file=sys.stderr)
@@ -90,7 +90,7 @@ class Bench:
             device=torch.device("cpu"),
             batch_size=self.batch_size,
             embedding=source.embedding,
-            labelled=self.samples.labels_are is not None,
+            labeled=self.samples.labels_are is not None,
         ).evaluation
 
     def run(self, row: Row, seed: int) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def circumstances(args: argparse.Namespace, samples: SampleSet) -> dict[str, Any
     packages = ("nncf", "openvino", "onnxruntime", "torchao")
     return {
         "model": Path(args.model).name,
-        "calibration": f"{args.samples} samples of {Path(args.calibration).name}, unlabelled",
+        "calibration": f"{args.samples} samples of {Path(args.calibration).name}, unlabeled",
         "seeds": ", ".join(map(str, args.seeds)),
         "evaluation": f"{len(samples)} samples of {Path(args.eval).name}",
         "peers": ", ".join(f"{package} {version(package)}" for package in packages),
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known.add_argument("--model", help="dense checkpoint: a directory or a Hub id")
     known.add_argument("--calibration", help="samples to calibrate on, as for vitshrink compress")
-    known.add_argument("--eval", help="labelled samples to test on")
+    known.add_argument("--eval", help="labeled samples to test on")
     known.add_argument("--samples", type=int, default=256, help="calibration samples (default: 256)")
     known.add_argument("--limit", type=int, help="test samples (default: all)")
     known.add_argument("--sizes", nargs="*", default=[], metavar="SIZE", help="of our rows, such as 3.5MB")

@@ -4,7 +4,7 @@ Every row goes through the parts that ``vitshrink compress`` is made of, in memo
 read once, the dense model answers once. A fraction is that of the weights of the linear layers of the encoder; the
 column ``keep`` is what to pass to ``vitshrink compress --keep`` for the same size.
 
-    python benchmarks/fidelity.py --model MODEL --calibration UNLABELLED --eval LABELLED --methods svd curvature
+    python benchmarks/fidelity.py --model MODEL --calibration UNLABELED --eval LABELED --methods svd curvature
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Entry:
     """Parts of ``vitshrink.statistics.curvature`` that an ablation takes out."""
     dtype: torch.dtype = torch.float32
     """What the weights are rounded to in the file."""
-    factorise: Callable[[Compressor, Job], Findings] = Compressor.learn
+    factorize: Callable[[Compressor, Job], Findings] = Compressor.learn
     planner: Callable[[Compressor, Findings], Callable[[int], Plan]] | None = None
 
 
@@ -106,7 +106,7 @@ KFAC_LEMS = Entry(
 ENTRIES: dict[str, Entry] = {
     "svd": Entry("svd"),
     "asvd": Entry("asvd"),
-    "fwsvd": Entry("svd", factorise=fisher_weighted),
+    "fwsvd": Entry("svd", factorize=fisher_weighted),
     "svd-llm": Entry("whitened", compensation="none"),
     "flar": Entry("whitened", compensation="none", planner=feature_error_search),
     "whitened": Entry("whitened"),
@@ -162,7 +162,7 @@ class Bench:
     calibrations: Mapping[int, CalibrationData]
     batch_size: int
     baseline: nn.Module
-    labelled: bool
+    labeled: bool
     refine: int
 
     @property
@@ -187,7 +187,7 @@ class Bench:
             baseline=self.baseline,
             device=next(self.dense.parameters()).device,
             batch_size=self.batch_size,
-            labelled=self.labelled,
+            labeled=self.labeled,
         ).evaluation
 
     def compression(self, entry: Entry, seed: int) -> Compressor:
@@ -231,21 +231,21 @@ class Bench:
                 plan = compression.plan(factors, budget)
             model = compression.build(factors, plan, job)
             elapsed = time.perf_counter() - started
-            before = [first[1].timings.get(stage, 0.0) for stage in ("calibrate", "factorise")]
-            statistics, factorising = (job.timings.get(stage, 0.0) for stage in ("calibrate", "factorise"))
-            building = elapsed - (statistics + factorising - sum(before))
+            before = [first[1].timings.get(stage, 0.0) for stage in ("calibrate", "factorize")]
+            statistics, factorizing = (job.timings.get(stage, 0.0) for stage in ("calibrate", "factorize"))
+            building = elapsed - (statistics + factorizing - sum(before))
             evaluation = self.evaluate(model.to(entry.dtype).float())
             assert evaluation.fidelity is not None
             yield Outcome(
                 score=evaluation.score,
                 fidelity=plain(evaluation.fidelity),
                 kept=self.encoder_parameters(model) / self.encoder_parameters(self.dense),
-                seconds=(statistics, factorising, building),
+                seconds=(statistics, factorizing, building),
             )
 
     def first_factors(self, entry: Entry, seed: int) -> tuple[Findings, Job]:
         job = Job(Silent())
-        return entry.factorise(self.compression(entry, seed), job), job
+        return entry.factorize(self.compression(entry, seed), job), job
 
 
 @contextmanager
@@ -258,13 +258,13 @@ def replaced(parts: Mapping[str, Any]) -> Iterator[None]:
 
 def same_start(entry: Entry) -> Entry:
     """What entries with equal first factors have in common: they differ in what comes after."""
-    centred = (entry.compensation or get_method(entry.method).compensation) != "none"
+    centered = (entry.compensation or get_method(entry.method).compensation) != "none"
     allocation = entry.allocation or get_method(entry.method).allocation
     measured = "measured" if allocation == "measured" else None
     return replace(
         entry,
         allocation=measured,
-        compensation=str(centred),
+        compensation=str(centered),
         storage=None,
         refine=None,
         planner=None,
@@ -282,10 +282,10 @@ def open_bench(args: argparse.Namespace) -> Bench:
     samples = open_data(DataConfig(args.eval), source, offline=args.offline)
     if args.limit is not None and args.limit < len(samples):
         samples = samples.select(args.limit, 0)
-    unlabelled = open_data(DataConfig(args.calibration), source, offline=args.offline)
+    unlabeled = open_data(DataConfig(args.calibration), source, offline=args.offline)
     calibrations = {
         seed: read_calibration(
-            unlabelled, preprocessor, Job(Silent()), samples=args.samples, seed=seed, batch_size=args.batch_size
+            unlabeled, preprocessor, Job(Silent()), samples=args.samples, seed=seed, batch_size=args.batch_size
         )
         for seed in args.seeds
     }
@@ -302,7 +302,7 @@ def open_bench(args: argparse.Namespace) -> Bench:
         batch_size=args.batch_size,
         # masked-token figures hook into the model itself, so that its outputs cannot be played back
         baseline=dense if task_of(dense) == "masked-lm" else Remembered(dense),
-        labelled=samples.labels_are is not None,
+        labeled=samples.labels_are is not None,
         refine=args.refine,
     )
 
@@ -351,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
     known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known.add_argument("--model", required=True, help="dense checkpoint: a directory or a Hub id")
     known.add_argument("--calibration", required=True, help="samples to calibrate on, as for vitshrink compress")
-    known.add_argument("--eval", required=True, help="labelled samples to test on")
+    known.add_argument("--eval", required=True, help="labeled samples to test on")
     known.add_argument("--samples", type=int, default=500, help="calibration samples (default: 500)")
     known.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5], metavar="F")
     known.add_argument("--methods", nargs="+", default=PEERS, choices=[*ENTRIES, "all"], metavar="METHOD")
@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model=f"{args.model}, {cost.parameters(bench.dense):,} parameters, "
             f"{bench.encoder_parameters(bench.dense):,} of them in the encoder's linear layers",
             device=next(bench.dense.parameters()).device,
-            calibration=f"{args.calibration}, {len(bench.calibrations[args.seeds[0]].samples)} samples, unlabelled",
+            calibration=f"{args.calibration}, {len(bench.calibrations[args.seeds[0]].samples)} samples, unlabeled",
             seeds=", ".join(map(str, args.seeds)),
             tested_on=f"{args.eval}, {len(bench.samples)} samples",
         )

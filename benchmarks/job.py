@@ -125,15 +125,15 @@ def bare_passes(model: PreTrainedModel, batches: Sequence[Batch], passes: Passes
 
 def _seconds(run: Callable[[Batch], None], batches: Sequence[Batch]) -> float:
     run(batches[0])  # to warm up
-    _synchronise()
+    _synchronize()
     started = time.perf_counter()
     for batch in batches:
         run(batch)
-    _synchronise()
+    _synchronize()
     return time.perf_counter() - started
 
 
-def _synchronise() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

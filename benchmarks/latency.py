@@ -1,6 +1,6 @@
 """Time against quality: ours and the peers, each in the runtime that it is made for, timed in turn in one run.
 
-    python benchmarks/latency.py --model MODEL --calibration UNLABELLED --eval LABELLED --samples 64 \\
+    python benchmarks/latency.py --model MODEL --calibration UNLABELED --eval LABELED --samples 64 \\
         --work deit-tiny-latency --picture deit-tiny-latency.svg
     python benchmarks/latency.py --random --blocks 4 --work vit-b-latency      # ViT-B/16, random weights, time alone
     python benchmarks/latency.py --work deit-tiny-latency --picture deit-tiny-latency.svg

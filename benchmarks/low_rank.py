@@ -3,7 +3,7 @@
 Two questions: how many bytes a low-rank part beside the integers would save, and whether two factors alone ever lose
 less than the integers that take as many bytes. Factors are taken to cost --bits a number and to lose nothing by it.
 
-    python benchmarks/low_rank.py --model MODEL --calibration UNLABELLED
+    python benchmarks/low_rank.py --model MODEL --calibration UNLABELED
 """
 
 import argparse

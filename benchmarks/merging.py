@@ -3,7 +3,7 @@
 The weights are the dense model's. "evenly" merges as many patches in every block (token merging as its paper has it),
 and keeps all that reach the last MLP. "evenly, the rest not computed" also gives up the patches that no head reads.
 
-    python benchmarks/merging.py --model MODEL --calibration UNLABELLED --eval IMAGES
+    python benchmarks/merging.py --model MODEL --calibration UNLABELED --eval IMAGES
 """
 
 import argparse
@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = load_dense(args.model)
     dense = loaded.model.to(find_device(args.device))
     preprocessor = Preprocessor.from_checkpoint(loaded.directory, loaded.family.modality, config=dense.config)
-    unlabelled = open_data(DataConfig(args.calibration), loaded, offline=False).select(SAMPLES, args.seed)
-    curves = measured_curves(Trials.on(dense, list(preprocessor.batches(unlabelled, 32))), Job(Silent()))
+    unlabeled = open_data(DataConfig(args.calibration), loaded, offline=False).select(SAMPLES, args.seed)
+    curves = measured_curves(Trials.on(dense, list(preprocessor.batches(unlabeled, 32))), Job(Silent()))
     test = open_data(DataConfig(args.eval), loaded, offline=False).at_most(args.limit, 0)
     held_out, baseline = list(preprocessor.batches(test, 32)), DenseOutputs(dense)
     whole = cost.macs(dense, example_inputs(dense))
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_circumstances(
         "Merged tokens",
         model=args.model,
-        calibration=f"{len(unlabelled)} samples of {args.calibration}, seed {args.seed}",
+        calibration=f"{len(unlabeled)} samples of {args.calibration}, seed {args.seed}",
         evaluation=f"{len(test)} samples of {args.eval}",
         figures="KL(dense ‖ merged), nats; share of the samples with the same prediction",
     )

@@ -4,7 +4,7 @@ One calibration serves all rows; nothing is learned again on compressed models, 
 repair themselves. A fraction is that of the weights of the encoder's linear layers. Times are the shortest of passes
 in turn, as fractions of the dense model's in the same runtime.
 
-    python benchmarks/narrow.py --model MODEL --calibration UNLABELLED --eval IMAGES --runtimes torch openvino
+    python benchmarks/narrow.py --model MODEL --calibration UNLABELED --eval IMAGES --runtimes torch openvino
 """
 
 import argparse
@@ -152,9 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = load_dense(args.model)
     dense = loaded.model.eval()
     preprocessor = Preprocessor.from_checkpoint(loaded.directory, loaded.family.modality, config=dense.config)
-    unlabelled = open_data(DataConfig(args.calibration), loaded, offline=False)
+    unlabeled = open_data(DataConfig(args.calibration), loaded, offline=False)
     calibration = read_calibration(
-        unlabelled, preprocessor, Job(Silent()), samples=args.samples, seed=args.seed, batch_size=32
+        unlabeled, preprocessor, Job(Silent()), samples=args.samples, seed=args.seed, batch_size=32
     )
     test = open_data(DataConfig(args.eval), loaded, offline=False).at_most(args.limit, 0)
     held_out, baseline = list(preprocessor.batches(test, 32)), DenseOutputs(dense)

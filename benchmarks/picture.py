@@ -55,7 +55,7 @@ def draw(lines: Iterable[str], output: Path) -> None:
         shown = zip(*points, *whole, strict=True)
         axes.plot(*shown, marker="o", label=method, linewidth=3 if ours else 1.5, zorder=2 + ours)
     if dense is not None:
-        axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label="dense")
+        axes.axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
     axes.set_xlabel("kept of the weights of the encoder")
     axes.set_ylabel(score)
     axes.set_ylim(bottom=0)

@@ -1,6 +1,6 @@
 """What recovery gives back, and what its techniques cost: Markdown tables.
 
-    python benchmarks/recovery.py --small COMPRESSED --teacher DENSE --data UNLABELLED --eval LABELLED --minutes 5
+    python benchmarks/recovery.py --small COMPRESSED --teacher DENSE --data UNLABELED --eval LABELED --minutes 5
     python benchmarks/recovery.py --memory
 
 With ``--small``, one row a technique: each trains the same compressed directory on the same samples, and is judged on

@@ -3,7 +3,7 @@
 Every matrix is rounded at the same fineness, with nothing allocated, so that only the rounding differs; sizes between
 two finenesses are interpolated in the logarithm of the divergence. Bytes are those that the tool predicts.
 
-    python benchmarks/rounding.py --model MODEL --calibration UNLABELLED --eval LABELLED --seeds 0 1 2
+    python benchmarks/rounding.py --model MODEL --calibration UNLABELED --eval LABELED --seeds 0 1 2
 """
 
 import argparse
@@ -179,9 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = load_dense(args.model)
     dense = loaded.model.to(find_device(args.device))
     preprocessor = Preprocessor.from_checkpoint(loaded.directory, loaded.family.modality, config=dense.config)
-    unlabelled = open_data(DataConfig(args.calibration), loaded, offline=False)
-    calibration = {seed: list(preprocessor.batches(unlabelled.at_most(args.samples, seed), 32)) for seed in args.seeds}
-    test = open_data(DataConfig(args.eval), loaded, offline=False, labelled=True).at_most(args.limit, 0)
+    unlabeled = open_data(DataConfig(args.calibration), loaded, offline=False)
+    calibration = {seed: list(preprocessor.batches(unlabeled.at_most(args.samples, seed), 32)) for seed in args.seeds}
+    test = open_data(DataConfig(args.eval), loaded, offline=False, labeled=True).at_most(args.limit, 0)
     bench = Bench(dense, calibration, list(preprocessor.batches(test, 32)), DenseOutputs(dense))
     print_circumstances(
         "Steps of the rounding",

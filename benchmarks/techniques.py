@@ -3,7 +3,7 @@
 Every row is a job of ``vitshrink compress``, written, read again and measured as the tool does it. Figures are kept in
 --results, so that a run that was stopped goes on, and rows of several runs make one table.
 
-    python benchmarks/techniques.py --model MODEL --calibration UNLABELLED --eval LABELLED --results tiny.json \\
+    python benchmarks/techniques.py --model MODEL --calibration UNLABELED --eval LABELED --results tiny.json \\
         --keep 0.93 --tokens 100 148 --landmarks 49 --recovery 1 --stop-after 10
     python benchmarks/techniques.py --results tiny.json
 """
@@ -220,8 +220,8 @@ def circumstances(given: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    parser.add_argument("--calibration", help="unlabelled samples")
-    parser.add_argument("--eval", help="labelled samples")
+    parser.add_argument("--calibration", help="unlabeled samples")
+    parser.add_argument("--eval", help="labeled samples")
     parser.add_argument("--results", type=Path, help="file (JSON) that keeps the figures; alone: its table")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--limit", type=int, help="evaluate on this many")

@@ -79,7 +79,7 @@ def masked_lm_directory(checkpoint: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def flat_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 unlabelled images in one folder."""
+    """24 unlabeled images in one folder."""
     return tiny.write_images(tmp_path_factory.mktemp("flat-images"), 24)
 
 

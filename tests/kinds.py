@@ -156,7 +156,7 @@ def write_tokenizer(name: str, directory: Path) -> None:
 
 
 def write_samples(name: str, directory: Path, count: int = 24) -> Path:
-    """Unlabelled samples that a model can be calibrated on: images, lines of text, or questions with their contexts."""
+    """Unlabeled samples that a model can be calibrated on: images, lines of text, or questions with their contexts."""
     if not is_text(name):
         return tiny.write_images(directory / "images", count)
     if not name.endswith(ARRANGED):

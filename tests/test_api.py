@@ -260,7 +260,7 @@ def test_tokens_that_the_model_cannot_take_are_named(
 @pytest.mark.parametrize(
     "form",
     [
-        *("data set", "rows", "frame", "generator", "labelled", "arrays", "array", "paths"),
+        *("data set", "rows", "frame", "generator", "labeled", "arrays", "array", "paths"),
         *("inference tensor", "inference mode", "inference model", "return_dict"),
     ],
 )
@@ -276,7 +276,7 @@ def test_images_in_any_usual_form_do(
         "rows": lambda: [{"image": image} for image in images],
         "frame": lambda: pd.Series(images),
         "generator": lambda: (image for image in images),
-        "labelled": lambda: [(image, 3) for image in images],
+        "labeled": lambda: [(image, 3) for image in images],
         "arrays": lambda: [np.asarray(image) for image in images],
         "array": lambda: np.stack([np.asarray(image) for image in images]),
         "paths": lambda: sorted(map(str, flat_images.iterdir())),

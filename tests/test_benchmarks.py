@@ -56,7 +56,7 @@ def rows(output: str) -> list[list[str]]:
         "evaluation",
         "fidelity",
         "speed",
-        "quantisation",
+        "quantization",
         "export",
         "techniques",
         "recovery",
@@ -197,7 +197,7 @@ def test_every_combination_with_integers_is_a_row(
     learned_images: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    benchmark("quantisation").main(
+    benchmark("quantization").main(
         f"--model {vit_directory} --calibration {flat_images} --eval {learned_images} --samples 8 --keep 0.8 "
         "--repeats 1".split()
     )

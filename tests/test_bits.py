@@ -228,7 +228,7 @@ class Interrupting(Silent):
         yield advance
 
 
-@pytest.mark.parametrize(("title", "done"), [("Calibrating", [4]), ("Factorising", [])])
+@pytest.mark.parametrize(("title", "done"), [("Calibrating", [4]), ("Factorizing", [])])
 def test_an_interrupted_job_goes_on_where_it_was(
     vit_directory: Path, flat_images: Path, tmp_path: Path, title: str, done: list[int]
 ) -> None:
@@ -291,7 +291,7 @@ def test_what_makes_no_sense_is_explained(
 
 
 def test_what_is_rounded_once_is_not_rounded_again(coded: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         quantize_checkpoint(QuantizeJob(str(coded(VIT)), str(tmp_path / "out")))
     with pytest.raises(CheckpointError, match="already compressed"):
         compress(CompressConfig(str(coded(VIT)), str(tmp_path / "out"), keep=(0.5,), method="svd"))

@@ -21,7 +21,7 @@ from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch
 from vitshrink.errors import NumericsError, OutputError
 from vitshrink.jobs.compress import CompressionResult, compress
-from vitshrink.methods import Factorisation, available_methods
+from vitshrink.methods import Factorization, available_methods
 from vitshrink.report import figures
 from vitshrink.runtime.cache import Cache
 from vitshrink.statistics.digests import data_digest, model_digest
@@ -51,7 +51,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     count(estimation, "collect", "statistics")
     count(estimation, "collect_curvature", "statistics")
-    count(LayerEstimator, "_factorise", "factors")
+    count(LayerEstimator, "_factorize", "factors")
     return done
 
 
@@ -211,15 +211,15 @@ def test_a_directory_that_cannot_be_made_is_named(job: Job, tmp_path: Path) -> N
 
 
 def test_factors_with_a_failure_are_not_kept(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    check, calls = Factorisation.check_finite, []
+    check, calls = Factorization.check_finite, []
 
-    def fail_once(self: Factorisation) -> Factorisation:
+    def fail_once(self: Factorization) -> Factorization:
         calls.append(self)
         if len(calls) == 1:
             raise NumericsError("it did not converge.")
         return check(self)
 
-    monkeypatch.setattr(Factorisation, "check_finite", fail_once)
+    monkeypatch.setattr(Factorization, "check_finite", fail_once)
     failed = job()
     assert any("did not converge" in warning for warning in failed.report.warnings)
     assert [path.name.partition("-")[0] for path in files(tmp_path)] == ["linearstats"]

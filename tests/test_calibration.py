@@ -65,7 +65,7 @@ def inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list
 
 def gram_of(stats: LinearStats, weight: Tensor) -> Tensor:
     """E[(Wx)(Wx)ᵀ], whichever side was observed."""
-    return stats.output_covariance(weight.detach().double(), centred=False)
+    return stats.output_covariance(weight.detach().double(), centered=False)
 
 
 def assert_same(a: dict[str, LinearStats], b: dict[str, LinearStats], tolerance: float = 1e-5) -> None:
@@ -293,9 +293,9 @@ def test_the_spread_of_inputs_far_from_zero_is_not_lost(curved: bool, role: str)
         x = torch.cat([each[batch.mask].double() for each, batch in zip(seen[target.name], batches, strict=True)])
         torch.testing.assert_close(found[target.name].mean, x.mean(0), rtol=1e-7, atol=1e-5)
         wanted = weight @ (x - x.mean(0)).T @ (x - x.mean(0)) @ weight.T / len(x)
-        covariance = found[target.name].output_covariance(weight, centred=True)
+        covariance = found[target.name].output_covariance(weight, centered=True)
         assert (covariance - wanted).abs().max() < 1e-4 * wanted.abs().max()
         plain = weight @ x.T @ x @ weight.T / len(x)
         torch.testing.assert_close(
-            found[target.name].output_covariance(weight, centred=False), plain, rtol=1e-6, atol=0
+            found[target.name].output_covariance(weight, centered=False), plain, rtol=1e-6, atol=0
         )

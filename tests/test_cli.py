@@ -76,7 +76,7 @@ def test_a_job_prints_its_progress_to_stderr_and_its_result_to_stdout(
 ) -> None:
     result = shrink("--calibration", flat_images, "--samples", "8", "--compensation", "bias", "--holdout", "8")
     assert result.exit_code == 0
-    for line in ("Loading the model", "Reading calibration data (8)", "Factorising (12)", "Evaluating (8)"):
+    for line in ("Loading the model", "Reading calibration data (8)", "Factorizing (12)", "Evaluating (8)"):
         assert line in result.stderr.splitlines()
     assert re.search(r"^Parameters +24.0 k +19.2 k$", result.stdout, re.MULTILINE)
     assert "KL(dense" in result.stdout
@@ -174,20 +174,20 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("colour", [True, False])
-def test_a_terminal_gets_bars_that_vanish_and_colours_unless_not_wanted(
-    shrink: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, colour: bool
+@pytest.mark.parametrize("color", [True, False])
+def test_a_terminal_gets_bars_that_vanish_and_colors_unless_not_wanted(
+    shrink: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, color: bool
 ) -> None:
-    if not colour:
+    if not color:
         monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     terminal = Terminal()
     monkeypatch.setattr(console, "errors", Console(file=terminal, highlight=False, width=60))
     assert shrink().exit_code == 0
-    assert "Factorising" in terminal.getvalue()
+    assert "Factorizing" in terminal.getvalue()
     assert "12/12" in terminal.getvalue()
     assert "warning: the result is not evaluated" in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())
-    assert bool(re.search(r"\x1b\[[\d;]*3\d[\d;]*m", terminal.getvalue())) == colour
+    assert bool(re.search(r"\x1b\[[\d;]*3\d[\d;]*m", terminal.getvalue())) == color
 
 
 def test_every_flag_is_an_entry_of_a_recipe_and_the_other_way_round() -> None:
@@ -592,7 +592,7 @@ main()
     assert "curvature" in process.stdout
 
 
-def test_a_real_process_keeps_json_pure_where_colour_is_forced(vit_directory: Path, tmp_path: Path) -> None:
+def test_a_real_process_keeps_json_pure_where_color_is_forced(vit_directory: Path, tmp_path: Path) -> None:
     process = subprocess.run(
         [
             sys.executable,

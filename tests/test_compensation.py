@@ -88,7 +88,7 @@ def test_the_fit_comes_close_to_the_closed_form_optimum(m: int, n: int, shift: f
     """The start is optimal for the dense model's inputs; the inputs after compression are others."""
     weight, x = problem(m, n, 400)
     moved = x + shift * torch.randn(x.shape, generator=generator(5), dtype=torch.float64) * x.abs().mean(0)
-    covariance = LinearStats.from_inputs(moved).covariance(centred=True)
+    covariance = LinearStats.from_inputs(moved).covariance(centered=True)
     factors = whitened(weight, LinearStats.from_inputs(x))
     rank = 8
     up, down = factors.up[:, :rank], factors.down[:rank]

@@ -412,14 +412,14 @@ def test_the_predicted_loss_follows_the_measured_divergence() -> None:
     model, batch = tiny.build(CLASSIFIER), batch_of(CLASSIFIER, 64)
     targets = find_targets(model)
     stats = collect_curvature(model, targets, [batch], probes=8)
-    factorise = get_method("curvature").factorise
+    factorize = get_method("curvature").factorize
     with torch.no_grad():
         dense = model(**batch.inputs).logits.log_softmax(-1)
     predicted, measured = [], []
     for target in targets:
         layer = model.get_submodule(target.name)
         weight = layer.weight.detach().clone()
-        factors = factorise(weight.double(), stats[target.name], centred=False)
+        factors = factorize(weight.double(), stats[target.name], centered=False)
         for rank in (8, 16, 24, 28):
             with torch.no_grad():
                 layer.weight.copy_(factors.up[:, :rank] @ factors.down[:rank])
@@ -445,7 +445,7 @@ def test_the_method_loses_less_than_the_best_approximation_of_the_weights() -> N
         with torch.no_grad():
             for target in targets:
                 layer = compressed.get_submodule(target.name)
-                factors = get_method(name).factorise(layer.weight.double(), stats[target.name], centred=False)
+                factors = get_method(name).factorize(layer.weight.double(), stats[target.name], centered=False)
                 layer.weight.copy_(factors.up[:, :16] @ factors.down[:16])
             now = compressed(**test.inputs).logits.log_softmax(-1)
         return float(F.kl_div(now, dense, log_target=True, reduction="batchmean"))

@@ -47,7 +47,7 @@ def test_transparency_is_dropped_not_blended() -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(file_format: str) -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped(file_format: str) -> None:
     values = np.array([[0, 128, 257, 1000, 32768, 65535]], dtype=np.uint16)
     image = decode_image(encoded(Image.fromarray(values), file_format))
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 4, 128, 255]

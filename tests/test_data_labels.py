@@ -15,13 +15,13 @@ IMAGENET = list(imagenet_classes())
 IMAGENET_NAMES = list(imagenet_classes().values())
 
 
-def labelled(labels: Sequence[Label], labels_are: LabelsAre | None, names: list[str] | None = None) -> SampleSet:
+def labeled(labels: Sequence[Label], labels_are: LabelsAre | None, names: list[str] | None = None) -> SampleSet:
     samples = [Sample(f"row {number}", text="x", label=label) for number, label in enumerate(labels, 1)]
     return SampleSet("set", "text", samples, names, labels_are)
 
 
 def folders(*names: str) -> SampleSet:
-    return labelled(names, "names", sorted(names))
+    return labeled(names, "names", sorted(names))
 
 
 def placeholders(count: int) -> dict[int, str]:
@@ -52,13 +52,13 @@ def test_the_full_name_goes_before_a_synonym() -> None:
 
 
 def test_class_label_names_in_another_order_are_permuted_back() -> None:
-    samples = labelled([0, 1, 2], "names", ["entailment", "neutral", "contradiction"])
+    samples = labeled([0, 1, 2], "names", ["entailment", "neutral", "contradiction"])
     model = {0: "contradiction", 1: "entailment", 2: "neutral"}
     assert align_labels(samples, model, 3)[0] == {0: 1, 1: 2, 2: 0}
 
 
 def test_equal_names_in_the_same_order_are_told_apart_by_position() -> None:
-    samples = labelled([134, 517], "names", IMAGENET_NAMES)
+    samples = labeled([134, 517], "names", IMAGENET_NAMES)
     assert IMAGENET_NAMES[134] == IMAGENET_NAMES[517] == "crane"
     mapping, rule = align_labels(samples, dict(enumerate(IMAGENET_NAMES)), 1000)
     assert mapping == {134: 134, 517: 517}
@@ -66,7 +66,7 @@ def test_equal_names_in_the_same_order_are_told_apart_by_position() -> None:
 
 
 def test_classes_without_samples_need_no_match() -> None:
-    samples = labelled([0], "names", ["cat", "unicorn"])
+    samples = labeled([0], "names", ["cat", "unicorn"])
     assert align_labels(samples, {0: "dog", 1: "cat"}, 2)[0] == {0: 1}
 
 
@@ -88,7 +88,7 @@ def test_names_that_fit_nowhere_are_refused(names: list[str], model: list[str], 
     with pytest.raises(DataError, match=message):
         align_labels(folders(*names), dict(enumerate(model)), len(model))
     with pytest.raises(DataError, match=message):
-        align_labels(labelled(range(len(names)), "names", names), dict(enumerate(model)), len(model))
+        align_labels(labeled(range(len(names)), "names", names), dict(enumerate(model)), len(model))
 
 
 # WordNet ids
@@ -140,30 +140,30 @@ def test_integer_names_of_the_model_go_by_name() -> None:
 
 
 def test_integers_without_names_go_by_value_and_the_rule_says_so() -> None:
-    mapping, rule = align_labels(labelled([1, 0, 1], "integers"), {0: "negative", 1: "positive"}, 2)
+    mapping, rule = align_labels(labeled([1, 0, 1], "integers"), {0: "negative", 1: "positive"}, 2)
     assert mapping == {0: 0, 1: 1}
     assert "no class names to check" in rule
 
 
 def test_truth_values_are_zero_and_one() -> None:
-    assert align_labels(labelled([True, False], "integers"), placeholders(2), 2)[0] == {True: 1, False: 0}
+    assert align_labels(labeled([True, False], "integers"), placeholders(2), 2)[0] == {True: 1, False: 0}
 
 
 def test_one_class_is_allowed_and_said() -> None:
-    assert align_labels(labelled([1, 1], "integers"), placeholders(3), 3)[1].endswith("1 of 3 classes occur")
+    assert align_labels(labeled([1, 1], "integers"), placeholders(3), 3)[1].endswith("1 of 3 classes occur")
 
 
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (labelled([0, 1, 2], "integers"), "row 3 has the label '2', class 2, but the model has the classes 0 to 1"),
+        (labeled([0, 1, 2], "integers"), "row 3 has the label '2', class 2, but the model has the classes 0 to 1"),
         (folders("0", "7"), "label '7', class 7"),
-        (labelled([-1, -1], "integers"), "every label is -1.*use a labelled split"),
-        (labelled([0, -1], "names", ["a", "b"]), r"row 2 has no label \(-1\)"),
-        (labelled([None, "a"], "names"), r"row 1 has no label \(None\)"),
-        (labelled([0, 5], "names", ["a", "b"]), "row 2 has the label 5, but there are 2 class names"),
-        (labelled([0.5], "scores"), "scores, not classes"),
-        (labelled([None], None), "has no labels"),
+        (labeled([-1, -1], "integers"), "every label is -1.*use a labeled split"),
+        (labeled([0, -1], "names", ["a", "b"]), r"row 2 has no label \(-1\)"),
+        (labeled([None, "a"], "names"), r"row 1 has no label \(None\)"),
+        (labeled([0, 5], "names", ["a", "b"]), "row 2 has the label 5, but there are 2 class names"),
+        (labeled([0.5], "scores"), "scores, not classes"),
+        (labeled([None], None), "has no labels"),
     ],
 )
 def test_labels_that_cannot_be_classes_are_refused(samples: SampleSet, message: str) -> None:
@@ -173,13 +173,13 @@ def test_labels_that_cannot_be_classes_are_refused(samples: SampleSet, message: 
 
 def test_integers_go_by_name_where_the_classes_are_called_by_other_numbers() -> None:
     stars = {index: str(index + 1) for index in range(5)}
-    mapping, rule = align_labels(labelled([1, 5], "integers"), stars, 5)
+    mapping, rule = align_labels(labeled([1, 5], "integers"), stars, 5)
     assert mapping == {1: 0, 5: 4}
     assert rule.startswith("class names, which are numbers")
     with pytest.raises(DataError, match=r"labels '1', '4' could be class indices, or the names.*--class-map"):
-        align_labels(labelled([1, 4], "integers"), stars, 5)
+        align_labels(labeled([1, 4], "integers"), stars, 5)
     with pytest.raises(DataError, match="'6' is none of them"):
-        align_labels(labelled([1, 6], "integers"), stars, 5)
+        align_labels(labeled([1, 6], "integers"), stars, 5)
 
 
 @pytest.mark.parametrize("names", [("LABEL_1", "LABEL_0"), ("label 1", "label 0")])
@@ -199,7 +199,7 @@ def test_truth_values_by_name_are_zero_and_one(model: dict[int, str]) -> None:
 
 
 def test_numbers_of_a_stream_are_classes_where_they_are_whole() -> None:
-    assert align_labels(labelled([1.0, 0.0], "scores"), placeholders(2), 2)[0] == {1.0: 1, 0.0: 0}
+    assert align_labels(labeled([1.0, 0.0], "scores"), placeholders(2), 2)[0] == {1.0: 1, 0.0: 0}
 
 
 # Class maps
@@ -235,7 +235,7 @@ def test_lists_of_wordnet_ids(tmp_path: Path) -> None:
 
 def test_a_class_map_renumbers_integers(tmp_path: Path) -> None:
     (tmp_path / "map.tsv").write_text("1\t0\n2\t1\n")
-    assert align_labels(labelled([1, 2], "integers"), placeholders(2), 2, tmp_path / "map.tsv")[0] == {1: 0, 2: 1}
+    assert align_labels(labeled([1, 2], "integers"), placeholders(2), 2, tmp_path / "map.tsv")[0] == {1: 0, 2: 1}
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_metadata_without_labels_leave_class_folders_and_say_why_a_flat_folder_h
     flat = open_samples(tmp_path / "flat", "image")
     assert flat.labels_are is None
     assert "metadata.csv: no column looks like the label. Give --label-column. Columns: file_name, caption." in str(
-        flat.unlabelled
+        flat.unlabeled
     )
     assert labels(open_samples(tmp_path / "flat", "image", label_column="caption")) == ["a cat"]
     (tmp_path / "flat" / "metadata.csv").write_text("name,size\nx,1\n")
@@ -420,7 +420,7 @@ def test_rows_without_an_image_are_bad_samples_that_say_where_it_was_looked_for(
 
 
 def test_a_table_without_header_by_a_recipe(tmp_path: Path) -> None:
-    rows = ['news\tf\t2012\t1\t5.000\ta "b\tc', "news\tf\t2012\t2\t2.5\td\te\tlicence\tsource"]
+    rows = ['news\tf\t2012\t1\t5.000\ta "b\tc', "news\tf\t2012\t2\t2.5\td\te\tlicense\tsource"]
     (tmp_path / "sts.csv").write_text("\n".join(rows) + "\n")
     recipe = tmp_path / "sts.yaml"
     recipe.write_text(
@@ -545,7 +545,7 @@ def test_webdataset_shards(tmp_path: Path, flat_images: Path) -> None:
         assert samples.digests == open_samples(flat_images, "image").digests[:3]
 
 
-def test_blank_rows_of_unlabelled_text_are_no_samples(tmp_path: Path) -> None:
+def test_blank_rows_of_unlabeled_text_are_no_samples(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["", "a", " ", "b"]}).to_parquet(tmp_path / "x.parquet")
     samples = open_samples(tmp_path / "x.parquet", "text")
     assert [(s.key, s.text) for s in samples.samples] == [("row 2", "a"), ("row 4", "b")]
@@ -611,7 +611,7 @@ def test_damaged_shards_are_named(tmp_path: Path, name: str, content: bytes) -> 
 # Names
 
 
-def test_a_path_that_does_not_exist_brings_its_neighbours(tmp_path: Path) -> None:
+def test_a_path_that_does_not_exist_brings_its_neighbors(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match=r"no file or folder .*Did you mean 'images'"):
         open_samples(tmp_path / "imags", "image")

@@ -84,7 +84,7 @@ KEYS = {
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_key_of_a_recipe_is_honoured_or_refused_by_name(tmp_path: Path, source: str, key: str) -> None:
+def test_every_key_of_a_recipe_is_honored_or_refused_by_name(tmp_path: Path, source: str, key: str) -> None:
     table = Dataset.from_dict({"text": ["hello"]})
     match source:
         case "t.json" | "t.jsonl":
@@ -193,7 +193,7 @@ def test_labels_are_found_by_their_usual_names(tmp_path: Path, name: str, column
         table.to_parquet(file)
     samples = open_samples(file, "text")
     assert contents(samples) == [("a", 1), ("b", 0)]
-    assert samples.unlabelled is None
+    assert samples.unlabeled is None
 
 
 def test_names_that_only_may_be_labels_make_way_for_those_that_are(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_names_that_only_may_be_labels_make_way_for_those_that_are(tmp_path: Pat
     assert contents(samples) == [("a", 1)]
     samples = open_samples(write(tmp_path / "x.csv", "text,category,class\na,film,1\n"), "text")
     assert samples.labels_are is None
-    assert "class and category could each be the label. Give --label-column." in str(samples.unlabelled)
+    assert "class and category could each be the label. Give --label-column." in str(samples.unlabeled)
 
 
 def test_an_evaluation_without_labels_says_which_columns_there_are(bert_directory: Path, tmp_path: Path) -> None:

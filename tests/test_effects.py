@@ -23,7 +23,7 @@ def parts_of(model: PreTrainedModel, batches: list[Batch], method: str = "svd") 
     found = {}
     for target in targets:
         weight = weights_of(model, [target])[target.name].double()
-        factors = get_method(method).factorise(weight, stats[target.name], centred=False)
+        factors = get_method(method).factorize(weight, stats[target.name], centered=False)
         found[target.name] = Components(factors.up, factors.down, stats[target.name].mean)
     return found
 

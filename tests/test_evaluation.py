@@ -427,7 +427,7 @@ def test_half_precision_models_take_float32_batches() -> None:
     assert 0 < found.fidelity.kl < 0.5
 
 
-def labelled(correct: int, samples: int, num_labels: int) -> Evaluation:
+def labeled(correct: int, samples: int, num_labels: int) -> Evaluation:
     labels = [i % num_labels for i in range(samples)]
     answers = [label if i < correct else (label + 1) % num_labels for i, label in enumerate(labels)]
     return evaluate(
@@ -440,7 +440,7 @@ def labelled(correct: int, samples: int, num_labels: int) -> Evaluation:
 )
 def test_an_accuracy_near_chance_is_called_permuted_labels(correct: int, samples: int, num_labels: int) -> None:
     with pytest.raises(DataError, match="permuted"):
-        check_labels(labelled(correct, samples, num_labels), num_labels)
+        check_labels(labeled(correct, samples, num_labels), num_labels)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_an_accuracy_near_chance_is_called_permuted_labels(correct: int, samples
     [(20, 650, 1000), (60, 200, 10), (45, 60, 2), (0, 5, 1000), (2, 4, 2), (55, 100, 5)],
 )
 def test_weak_models_and_few_samples_pass_the_label_check(correct: int, samples: int, num_labels: int) -> None:
-    check_labels(labelled(correct, samples, num_labels), num_labels)
+    check_labels(labeled(correct, samples, num_labels), num_labels)
 
 
 def test_the_label_check_leaves_other_tasks_alone() -> None:

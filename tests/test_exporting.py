@@ -136,7 +136,7 @@ def test_mixed_tokens_become_onnx(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "torch"])
-def test_quantised_mixed_tokens_take_batches_of_any_size(form: str, compressed: Compressed, tmp_path: Path) -> None:
+def test_quantized_mixed_tokens_take_batches_of_any_size(form: str, compressed: Compressed, tmp_path: Path) -> None:
     name = "ViTForImageClassification"
     small = compressed(name, method="svd", tokens="mixed", token_budget=10, quantize="int8").directory
     assert export(str(small), str(tmp_path / "out"), form).batch_sizes == (1, 2, 7)

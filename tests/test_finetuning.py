@@ -154,7 +154,7 @@ def test_integer_weights_are_not_trained(small: Path, vit_directory: Path, flat_
     out = tmp_path / "out"
     result = run("finetune", tmp_path / "int8", out, "--teacher", vit_directory, "--data", flat_images, "--offline")
     assert result.exit_code == 1
-    assert "is quantised: train what it was made from" in " ".join(result.stderr.split())
+    assert "is quantized: train what it was made from" in " ".join(result.stderr.split())
     assert not out.exists()
 
 
@@ -251,20 +251,20 @@ def test_the_evaluation_data_may_have_columns_of_other_names(
     name = "BertForSequenceClassification"
     small = compressed(name, keep=(0.7,)).directory
     sentences = text_file.read_text().splitlines()
-    training, labelled = tmp_path / "training.jsonl", tmp_path / "labelled.jsonl"
+    training, labeled = tmp_path / "training.jsonl", tmp_path / "labeled.jsonl"
     training.write_text("".join(json.dumps({"words": s, "sentence": "no"}) + "\n" for s in sentences))
     rows = [{"said": s, "text": "no", "kind": tiny.TEXT_CLASSES[i % 2]} for i, s in enumerate(sentences[:20])]
-    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labeled.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--epochs", 1, "--batch-size", 8, "--text-column", "words", "--eval-text-column", "said", "--json"]
     result = run(
-        *("finetune", small, tmp_path / "out", "--teacher", checkpoint(name), "--data", training, "--eval", labelled),
+        *("finetune", small, tmp_path / "out", "--teacher", checkpoint(name), "--data", training, "--eval", labeled),
         *(*flags, "--eval-label-column", "kind"),
     )
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["evaluation"]["samples"] == 20
     refused = run(
-        *("finetune", small, tmp_path / "no", "--teacher", checkpoint(name), "--data", training, "--eval", labelled),
+        *("finetune", small, tmp_path / "no", "--teacher", checkpoint(name), "--data", training, "--eval", labeled),
         *("--text-column", "words", "--eval-text-column", "sayd"),
     )
     assert refused.exit_code != 0
-    assert "labelled.jsonl has no column 'sayd'. Did you mean 'said'?" in refused.stderr
+    assert "labeled.jsonl has no column 'sayd'. Did you mean 'said'?" in refused.stderr

@@ -157,7 +157,7 @@ def test_one_sample_is_enough_and_so_are_copies_of_it(
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
-def test_grey_and_transparent_images_are_read_as_the_model_takes_them(
+def test_gray_and_transparent_images_are_read_as_the_model_takes_them(
     channels: int, mode: str, flat_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitshrink.report.figures.available", lambda: False)

@@ -97,7 +97,7 @@ def test_the_output_loss_is_that_of_the_truncated_layer(method: str) -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(6, 9, generator=generator).double()
     x = (torch.randn(50, 9, generator=generator) * torch.arange(1, 10)).double()
-    factors = get_method(method).factorise(W, LinearStats.from_inputs(x), centred=False)
+    factors = get_method(method).factorize(W, LinearStats.from_inputs(x), centered=False)
     lost = output_loss(W, factors, x)
     y = x @ W.T
     for rank in range(7):
@@ -111,7 +111,9 @@ def test_whitening_loses_least_and_equal_scales_make_asvd_plain() -> None:
     x = torch.randn(4000, 8, generator=generator).double() @ torch.randn(8, 8, generator=generator).double()
     x = x / x.abs().mean(0)
     stats = LinearStats.from_inputs(x)
-    lost = {m: output_loss(W, get_method(m).factorise(W, stats, centred=False), x) for m in ("svd", "asvd", "whitened")}
+    lost = {
+        m: output_loss(W, get_method(m).factorize(W, stats, centered=False), x) for m in ("svd", "asvd", "whitened")
+    }
     assert torch.allclose(lost["svd"], lost["asvd"], atol=1e-6)
     assert bool((lost["whitened"] <= lost["svd"] + 1e-9).all())
 

@@ -189,13 +189,13 @@ def test_labels_are_used_where_there_are_any_and_wanted(vit: LoadedModel, learne
     assert found.label_rule is not None
     assert found.label_rule.startswith("class names")
     assert found.fingerprint == samples.fingerprint()
-    unlabelled = measured(vit, samples, job(), labelled=False)
-    assert unlabelled.evaluation.dense is None
-    assert unlabelled.label_rule is None
-    assert unlabelled.evaluation.fidelity == found.evaluation.fidelity
+    unlabeled = measured(vit, samples, job(), labeled=False)
+    assert unlabeled.evaluation.dense is None
+    assert unlabeled.label_rule is None
+    assert unlabeled.evaluation.fidelity == found.evaluation.fidelity
 
 
-def test_unlabelled_samples_need_a_baseline(vit: LoadedModel, flat: SampleSet) -> None:
+def test_unlabeled_samples_need_a_baseline(vit: LoadedModel, flat: SampleSet) -> None:
     found = measured(vit, flat, job())
     assert found.evaluation.fidelity is not None
     assert found.evaluation.fidelity.kl > 0
@@ -335,7 +335,7 @@ found = measure(
     baseline=loaded.model,
     device=torch.device("cpu"),
     batch_size=4,
-    labelled=False,
+    labeled=False,
     max_bad_samples=2,
 )
 processes.leave()
@@ -364,7 +364,7 @@ def test_two_processes_measure_what_one_does(vit_directory: Path, class_images: 
         baseline=loaded.model,
         device=torch.device("cpu"),
         batch_size=4,
-        labelled=False,
+        labeled=False,
         max_bad_samples=2,
     )
     evaluation, fingerprint, reasons, warnings = found[0]
@@ -413,9 +413,9 @@ def test_sentence_pairs_are_compared_by_their_cosine(checkpoint: Checkpoint, pai
     assert found.evaluation.samples == 10
     assert isinstance(own.observer, Recorder)
     assert own.observer.stages == {"Evaluating": (20, 20)}
-    unlabelled = measured(loaded, samples, job(), labelled=False)
-    assert unlabelled.evaluation.dense is None
-    assert unlabelled.evaluation.fidelity is not None
+    unlabeled = measured(loaded, samples, job(), labeled=False)
+    assert unlabeled.evaluation.dense is None
+    assert unlabeled.evaluation.fidelity is not None
 
 
 def test_a_pair_of_which_one_sentence_is_empty_is_left_out(checkpoint: Checkpoint, pairs: Path) -> None:

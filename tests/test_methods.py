@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError, UsageError
-from vitshrink.methods import Factorisation, attention_methods, available_methods, find_method, get_method
+from vitshrink.methods import Factorization, attention_methods, available_methods, find_method, get_method
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
@@ -47,11 +47,11 @@ def statistics(weight: Tensor, x: Tensor) -> LinearStats:
     )
 
 
-def factorise(name: str, weight: Tensor, x: Tensor, *, centred: bool = False) -> Factorisation:
-    return get_method(name).factorise(weight, statistics(weight, x), centred=centred)
+def factorize(name: str, weight: Tensor, x: Tensor, *, centered: bool = False) -> Factorization:
+    return get_method(name).factorize(weight, statistics(weight, x), centered=centered)
 
 
-def output_error(weight: Tensor, factors: Factorisation, rank: int, x: Tensor) -> float:
+def output_error(weight: Tensor, factors: Factorization, rank: int, x: Tensor) -> float:
     difference = weight - factors.up[:, :rank] @ factors.down[:rank]
     return float((x @ difference.T).square().sum(1).mean())
 
@@ -60,7 +60,7 @@ def output_error(weight: Tensor, factors: Factorisation, rank: int, x: Tensor) -
 @every_shape
 def test_full_rank_reproduces_the_weight(name: str, shape: tuple[int, int]) -> None:
     weight, x = layer(shape)
-    factors = factorise(name, weight, x)
+    factors = factorize(name, weight, x)
     torch.testing.assert_close(factors.up @ factors.down, weight, rtol=1e-7, atol=1e-7)
 
 
@@ -68,7 +68,7 @@ def test_full_rank_reproduces_the_weight(name: str, shape: tuple[int, int]) -> N
 @every_shape
 def test_losses_fall_to_zero_and_the_first_is_the_largest(name: str, shape: tuple[int, int]) -> None:
     weight, x = layer(shape)
-    loss = factorise(name, weight, x).loss
+    loss = factorize(name, weight, x).loss
     assert len(loss) == min(shape) + 1
     assert (loss[:-1] >= loss[1:]).all()
     assert loss[-1] <= 1e-9 * loss[0]
@@ -82,8 +82,8 @@ def test_inputs_are_left_untouched_and_the_result_is_deterministic(name: str, sh
     assert stats.gram is not None
     assert stats.abs_mean is not None
     before = weight.clone(), stats.gram.clone(), stats.mean.clone(), stats.abs_mean.clone()
-    first = get_method(name).factorise(weight, stats, centred=True)
-    second = get_method(name).factorise(weight, stats, centred=True)
+    first = get_method(name).factorize(weight, stats, centered=True)
+    second = get_method(name).factorize(weight, stats, centered=True)
     for was, now in zip(before, (weight, stats.gram, stats.mean, stats.abs_mean), strict=True):
         assert torch.equal(was, now)
     assert torch.equal(first.up, second.up)
@@ -105,8 +105,8 @@ def test_finite_where_the_statistics_are_degenerate(name: str, shape: tuple[int,
         weight = torch.zeros_like(weight)
     else:
         weight = weight[:, :1] @ weight[:1]
-    for centred in (False, True):
-        factors = factorise(name, weight, x, centred=centred).check_finite()
+    for centered in (False, True):
+        factors = factorize(name, weight, x, centered=centered).check_finite()
         scale = output_error(weight, factors, 0, x)
         assert output_error(weight, factors, min(shape), x) <= 1e-9 * scale + 1e-20
 
@@ -117,8 +117,8 @@ def test_every_slice_is_the_best_of_its_rank_in_the_methods_own_metric(name: str
     """Nestedness: the loss curve says what slicing really loses, relative to losing everything."""
     weight, x = layer(shape)
     stats = statistics(weight, x)
-    factors = get_method(name).factorise(
-        weight, stats, centred=False, **({"shrinkage": 0.0} if name == "curvature" else {})
+    factors = get_method(name).factorize(
+        weight, stats, centered=False, **({"shrinkage": 0.0} if name == "curvature" else {})
     )
     inputs = {
         Needs.WEIGHTS: torch.eye(shape[1], dtype=torch.float64),
@@ -145,7 +145,7 @@ def test_curvature_loses_least_at_the_output(shape: tuple[int, int]) -> None:
     weight, x = layer(shape)
     generator = torch.Generator().manual_seed(3)
     g = torch.randn(400, shape[0], generator=generator, dtype=torch.float64) * torch.logspace(0, -2, shape[0])
-    H, C = g.T @ g / len(g), LinearStats.from_inputs(x).covariance(centred=False)
+    H, C = g.T @ g / len(g), LinearStats.from_inputs(x).covariance(centered=False)
     stats = replace(
         LinearStats.from_inputs(x),
         gradient_gram=H if shape[0] <= shape[1] else None,
@@ -156,10 +156,10 @@ def test_curvature_loses_least_at_the_output(shape: tuple[int, int]) -> None:
         losses = {}
         for name in available_methods():
             options = {"shrinkage": 0.0} if name == "curvature" else {}
-            factors = get_method(name).factorise(weight, stats, centred=False, **options)
+            factors = get_method(name).factorize(weight, stats, centered=False, **options)
             losses[name] = curvature_loss(weight - factors.up[:, :rank] @ factors.down[:rank], H, C)
         assert losses["curvature"] <= min(losses.values()) * (1 + 1e-9)
-        best = get_method("curvature").factorise(weight, stats, centred=False, shrinkage=0.0)
+        best = get_method("curvature").factorize(weight, stats, centered=False, shrinkage=0.0)
         torch.testing.assert_close(torch.tensor(losses["curvature"]).double(), best.loss[rank], rtol=1e-6, atol=0)
         for _ in range(10):
             noise = 1 + 1e-3 * torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)
@@ -172,7 +172,7 @@ def test_a_layer_that_no_gradient_reaches_costs_nothing() -> None:
     stats = replace(
         LinearStats.from_inputs(x), gradient_gram=torch.zeros(6, 6, dtype=torch.float64), gradient_power=0.0
     )
-    factors = get_method("curvature").factorise(weight, stats, centred=True)
+    factors = get_method("curvature").factorize(weight, stats, centered=True)
     assert (factors.loss == 0).all()
     torch.testing.assert_close(factors.up @ factors.down, weight)
 
@@ -181,13 +181,13 @@ def test_a_layer_that_no_gradient_reaches_costs_nothing() -> None:
 @pytest.mark.parametrize("rank", [1, 4, 7])
 def test_whitened_has_the_least_output_error_on_its_calibration_set(shape: tuple[int, int], rank: int) -> None:
     weight, x = layer(shape)
-    errors = {name: output_error(weight, factorise(name, weight, x), rank, x) for name in available_methods()}
+    errors = {name: output_error(weight, factorize(name, weight, x), rank, x) for name in available_methods()}
     assert errors["whitened"] <= min(errors.values()) * (1 + 1e-9)
     generator = torch.Generator().manual_seed(1)
-    best = factorise("whitened", weight, x)
+    best = factorize("whitened", weight, x)
     for _ in range(20):  # and no small change of the factors is better
         up = best.up[:, :rank] * (1 + 1e-3 * torch.randn(shape[0], rank, generator=generator, dtype=torch.float64))
-        changed = Factorisation(up, best.down[:rank], best.loss)
+        changed = Factorization(up, best.down[:rank], best.loss)
         assert output_error(weight, changed, rank, x) >= errors["whitened"] * (1 - 1e-9)
 
 
@@ -199,17 +199,17 @@ def test_the_output_gram_gives_the_same_factors_as_the_input_gram(shape: tuple[i
     stats = LinearStats.from_inputs(x)
     z = x @ weight.T
     observed = LinearStats(stats.tokens, stats.mean, output_gram=z.T @ z / len(x))
-    for centred in (False, True):
-        one = get_method("whitened").factorise(weight, stats, centred=centred)
-        other = get_method("whitened").factorise(weight, observed, centred=centred)
+    for centered in (False, True):
+        one = get_method("whitened").factorize(weight, stats, centered=centered)
+        other = get_method("whitened").factorize(weight, observed, centered=centered)
         torch.testing.assert_close(one.up[:, :3] @ one.down[:3], other.up[:, :3] @ other.down[:3])
 
 
 def test_pca_projects_on_the_principal_components_of_the_inputs() -> None:
     weight, x = layer((9, 9))
-    centred = x - x.mean(0)
-    V = torch.linalg.svd(centred, full_matrices=False)[2][:4]
-    found = get_method("pca").factorise(weight, LinearStats.from_inputs(x), centred=True)
+    centered = x - x.mean(0)
+    V = torch.linalg.svd(centered, full_matrices=False)[2][:4]
+    found = get_method("pca").factorize(weight, LinearStats.from_inputs(x), centered=True)
     torch.testing.assert_close(found.up[:, :4] @ found.down[:4], weight @ V.T @ V)
 
 
@@ -217,29 +217,29 @@ def test_pca_of_a_wide_layer_needs_its_outputs_only() -> None:
     weight, x = layer((8, 20))
     z = x @ weight.T
     seen = LinearStats(len(x), x.mean(0), output_gram=z.T @ z / len(x))
-    one, other = (get_method("pca").factorise(weight, stats) for stats in (LinearStats.from_inputs(x), seen))
+    one, other = (get_method("pca").factorize(weight, stats) for stats in (LinearStats.from_inputs(x), seen))
     torch.testing.assert_close(one.up[:, :3] @ one.down[:3], other.up[:, :3] @ other.down[:3])
 
 
 def test_taking_the_mean_out_is_never_worse() -> None:
     weight, x = layer((10, 14))
     mean = x.mean(0)
-    plain, centred = (factorise("whitened", weight, x, centred=centred) for centred in (False, True))
+    plain, centered = (factorize("whitened", weight, x, centered=centered) for centered in (False, True))
     for rank in range(1, 10):
-        assert output_error(weight, centred, rank, x - mean) <= output_error(weight, plain, rank, x) * (1 + 1e-9)
+        assert output_error(weight, centered, rank, x - mean) <= output_error(weight, plain, rank, x) * (1 + 1e-9)
 
 
 def test_asvd_scales_by_the_chosen_statistic() -> None:
     weight, x = layer((8, 8))
     stats = LinearStats.from_inputs(x)
     asvd, svd = get_method("asvd"), get_method("svd")
-    flat = asvd.factorise(weight, stats, centred=False, alpha=0.0)
-    plain = svd.factorise(weight, None, centred=False)
+    flat = asvd.factorize(weight, stats, centered=False, alpha=0.0)
+    plain = svd.factorize(weight, None, centered=False)
     torch.testing.assert_close(flat.up[:, :3] @ flat.down[:3], plain.up[:, :3] @ plain.down[:3])
-    largest = asvd.factorise(weight, stats, centred=False, scaling="abs-max")
+    largest = asvd.factorize(weight, stats, centered=False, scaling="abs-max")
     torch.testing.assert_close(largest.loss[0], (weight.square() * stats.abs_max).sum())
     with pytest.raises(UsageError, match="unknown scaling 'abs_men'"):
-        asvd.factorise(weight, stats, centred=False, scaling="abs_men")
+        asvd.factorize(weight, stats, centered=False, scaling="abs_men")
 
 
 @every_method
@@ -247,7 +247,7 @@ def test_not_finite_is_an_error_and_not_a_result(name: str) -> None:
     weight, x = layer((6, 6))
     weight[1, 1] = float("inf")
     with pytest.raises(NumericsError, match="NaN or Inf"):
-        factorise(name, weight, x).check_finite()
+        factorize(name, weight, x).check_finite()
 
 
 @every_method
@@ -255,17 +255,17 @@ def test_methods_that_need_data_say_so(name: str) -> None:
     method = get_method(name)
     weight, _ = layer((6, 6))
     if method.needs is Needs.WEIGHTS:
-        assert method.factorise(weight, None, centred=False).up.shape == (6, 6)
+        assert method.factorize(weight, None, centered=False).up.shape == (6, 6)
     else:
         with pytest.raises(NumericsError, match="needs calibration"):
-            method.factorise(weight, None, centred=False)
+            method.factorize(weight, None, centered=False)
 
 
 @pytest.mark.parametrize("name", [*available_methods(), *attention_methods()])
 def test_every_method_says_in_a_sentence_what_it_does_and_names_its_paper(name: str) -> None:
     method = find_method(name)
     assert re.fullmatch(r"\S.*\.", method.summary)
-    told = " ".join((method.factorise.__doc__ or "").split())
+    told = " ".join((method.factorize.__doc__ or "").split())
     assert re.search(r"arXiv \d{4}\.\d{5}|[A-Z]\w+,? (19|20)\d\d", told)
 
 
@@ -277,9 +277,9 @@ def test_an_unknown_method_names_the_nearest() -> None:
 def test_a_measured_loss_is_carried_over_measured_again_or_between() -> None:
     up, down = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     loss = torch.tensor([8.0, 4.0, 2.0, 0.0], dtype=torch.float64)
-    before = Factorisation(up, down, 2 * loss, torch.tensor([4.0, 3.0, 1.0, 0.0], dtype=torch.float64))
-    again = Factorisation(up, down, 2 * loss, torch.tensor([16.0, 6.0, 1.0, 0.0], dtype=torch.float64))
-    new = Factorisation(up, down, loss)
+    before = Factorization(up, down, 2 * loss, torch.tensor([4.0, 3.0, 1.0, 0.0], dtype=torch.float64))
+    again = Factorization(up, down, 2 * loss, torch.tensor([16.0, 6.0, 1.0, 0.0], dtype=torch.float64))
+    new = Factorization(up, down, loss)
     for share, want in ((0.0, [4, 3, 1, 0]), (1.0, [8, 3, 0.5, 0]), (0.5, [32**0.5, 3, 0.5**0.5, 0])):
         measured = new.measured_between(before, again, share).measured
         assert measured is not None

@@ -1,4 +1,4 @@
-"""Which layers may be factorised, and loading dense checkpoints strictly."""
+"""Which layers may be factorized, and loading dense checkpoints strictly."""
 
 import json
 import shutil
@@ -346,10 +346,10 @@ def test_double_weights_too_large_for_float32_are_refused(tmp_path: Path) -> Non
         models.load_dense(directory)
 
 
-def test_a_quantised_checkpoint_is_refused(copied: Callable[[str], Path]) -> None:
+def test_a_quantized_checkpoint_is_refused(copied: Callable[[str], Path]) -> None:
     directory = copied("ViTModel")
     edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match=r"already quantised \('gptq'\)"):
+    with pytest.raises(CheckpointError, match=r"already quantized \('gptq'\)"):
         models.load_dense(directory)
 
 

@@ -282,7 +282,7 @@ def test_labels_that_are_no_scores_are_refused_before_the_work(
     job = ("compress", model, tmp_path / "out", "--method", "svd", "--keep", 0.8, "--calibration", data)
     message = run(*job, "--finetune", "supervised", code=1)
     assert said in message
-    assert "Factorising" not in message
+    assert "Factorizing" not in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "model"]
 
 

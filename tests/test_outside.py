@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from outside.case import Case, draw, singles
 from outside.data import Data
-from outside.judgement import figure_problems, process_problems
+from outside.judgment import figure_problems, process_problems
 from outside.oddity import ODDITIES
 from outside.place import Place
 from outside.process import Ended
@@ -70,7 +70,7 @@ def test_what_a_process_did_is_judged(status: int | None, stdout: str, stderr: s
     ],
 )
 def test_figures_are_held_against_what_was_made(evaluation: dict[str, object], bad: int, kind: str | None) -> None:
-    data = Data(Path("data"), [], good=5, bad=1, labelled=True, right=True, counted=True)
+    data = Data(Path("data"), [], good=5, bad=1, labeled=True, right=True, counted=True)
     document = {"evaluation": evaluation, "bad_samples": {str(number): "is bad" for number in range(bad)}}
     found = {problem.partition(":")[0] for problem in figure_problems(document, data)}
     assert found == ({kind} if kind else set())

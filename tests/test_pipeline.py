@@ -32,7 +32,7 @@ from vitshrink.jobs import inputs
 from vitshrink.jobs import result as written
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.evaluate import evaluate_checkpoint
-from vitshrink.methods import Factorisation, available_methods, get_method, registry
+from vitshrink.methods import Factorization, available_methods, get_method, registry
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
 from vitshrink.models.loading import LoadedModel
@@ -326,7 +326,7 @@ def test_several_sizes_come_from_one_calibration(vit_directory: Path, flat_image
         holdout=8,
     )
     results = compress(config, Recorder())
-    assert seen.count("Calibrating") == seen.count("Factorising") == 1
+    assert seen.count("Calibrating") == seen.count("Factorizing") == 1
     assert [result.directory for result in results] == [tmp_path / "out" / f"keep-{keep}" for keep in keeps]
     for keep, result in zip(keeps, results, strict=True):
         assert keep - 0.01 < cost.parameters(load(result)) / result.report.parameters.dense <= keep
@@ -457,17 +457,17 @@ def test_layers_without_a_bias_are_compressed_too(tmp_path: Path, flat_images: P
         assert layer.bias is None
 
 
-def test_a_layer_that_cannot_be_factorised_stays_dense_and_is_reported(
+def test_a_layer_that_cannot_be_factorized_stays_dense_and_is_reported(
     monkeypatch: pytest.MonkeyPatch, vit_directory: Path, tmp_path: Path
 ) -> None:
     svd = get_method("svd")
 
-    def failing(weight: Tensor, stats: None, *, centred: bool = False) -> Factorisation:
+    def failing(weight: Tensor, stats: None, *, centered: bool = False) -> Factorization:
         if weight.shape == (64, 32):
             raise NumericsError("it did not converge.")
-        return svd.factorise(weight, stats, centred=centred)
+        return svd.factorize(weight, stats, centered=centered)
 
-    monkeypatch.setitem(registry._METHODS, "svd", replace(svd, factorise=failing))
+    monkeypatch.setitem(registry._METHODS, "svd", replace(svd, factorize=failing))
     (result,) = compress(job(vit_directory, tmp_path / "out"))
     failed = [layer for layer in result.report.layers if "fc1" in layer.name]
     assert [layer.rank for layer in failed] == [None, None]
@@ -483,12 +483,12 @@ def test_factors_that_are_not_finite_are_a_failure_and_none_left_an_error(
 ) -> None:
     svd = get_method("svd")
 
-    def poisoned(weight: Tensor, stats: None, *, centred: bool = False) -> Factorisation:
-        factors = svd.factorise(weight, stats, centred=centred)
+    def poisoned(weight: Tensor, stats: None, *, centered: bool = False) -> Factorization:
+        factors = svd.factorize(weight, stats, centered=centered)
         return replace(factors, up=factors.up * float("nan"))
 
-    monkeypatch.setitem(registry._METHODS, "svd", replace(svd, factorise=poisoned))
-    with pytest.raises(NumericsError, match="no layer could be factorised"):
+    monkeypatch.setitem(registry._METHODS, "svd", replace(svd, factorize=poisoned))
+    with pytest.raises(NumericsError, match="no layer could be factorized"):
         compress(job(vit_directory, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
@@ -633,7 +633,7 @@ def test_nothing_to_measure_on_is_warned_of(vit_directory: Path, tmp_path: Path)
         ({"method": "asvd", "calibration": "x", "options": {"alhpa": 1}}, "'alhpa'. Did you mean 'alpha'"),
         ({"method": "asvd", "calibration": "x", "options": {"alpha": "much"}}, "such as alpha=0.5"),
         ({"method": "asvd", "calibration": "x", "options": {"alpha": True}}, "such as alpha=0.5"),
-        ({"method": "asvd", "calibration": "x", "options": {"centred": 1}}, "unknown --option .*'centred'"),
+        ({"method": "asvd", "calibration": "x", "options": {"centered": 1}}, "unknown --option .*'centered'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_any_work(tmp_path: Path, entries: dict[str, Any], said: str) -> None:

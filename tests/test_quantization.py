@@ -156,7 +156,7 @@ def test_integers_are_multiplied_exactly_or_not_at_all(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification", "BertForMaskedLM"])
 @pytest.mark.parametrize(("weights", "activations"), [("int8", "dynamic"), ("int4", None)])
-def test_a_quantised_checkpoint_reloads_with_stock_calls(
+def test_a_quantized_checkpoint_reloads_with_stock_calls(
     checkpoint: Callable[[str], Path], tmp_path: Path, name: str, weights: str, activations: str | None
 ) -> None:
     source = checkpoint(name)
@@ -193,7 +193,7 @@ def test_half_precision_models_keep_their_type(tmp_path: Path, dtype: torch.dtyp
         assert (model(**inputs).logits.float() - dense).norm() < 0.08 * dense.norm()
 
 
-def test_compress_quantises_its_result(
+def test_compress_quantizes_its_result(
     compressed: Compressed, vit_directory: Path, flat_images: Path, tmp_path: Path
 ) -> None:
     plain = compressed("ViTForImageClassification")
@@ -270,7 +270,7 @@ def test_what_makes_no_sense_is_explained(vit_directory: Path, tmp_path: Path) -
         quantize_checkpoint(QuantizeJob(source, output, eval="./nowhere"))
     assert not Path(output).exists()
     quantize_checkpoint(QuantizeJob(source, output))
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         quantize_checkpoint(QuantizeJob(output, str(tmp_path / "twice")))
     with pytest.raises(UsageError, match="pass --quantize"):
         CompressConfig("a", "b", keep=(0.5,), activations="none")
@@ -332,7 +332,7 @@ def test_a_bound_holds_for_the_integers(
 
 
 @pytest.mark.parametrize("form", [pytest.param("torch", marks=pytest.mark.slow), "dense"])
-def test_a_quantised_model_is_exported(bert_directory: Path, tmp_path: Path, form: str) -> None:
+def test_a_quantized_model_is_exported(bert_directory: Path, tmp_path: Path, form: str) -> None:
     quantize_checkpoint(QuantizeJob(str(bert_directory), str(tmp_path / "int8")))
     found = export(str(tmp_path / "int8"), str(tmp_path / "out"), form, tolerance=0.05)
     assert found.difference <= (1e-5 if form == "torch" else 0.05 * found.largest)
@@ -369,7 +369,7 @@ def test_four_bits_leave_eight_to_factors() -> None:
 
 
 @pytest.mark.parametrize("method", ["heads-joint", "cholesky"])
-def test_models_with_other_attentions_are_quantised(compressed: Compressed, tmp_path: Path, method: str) -> None:
+def test_models_with_other_attentions_are_quantized(compressed: Compressed, tmp_path: Path, method: str) -> None:
     small = compressed("ViTForImageClassification", method=method, keep=(0.85,)).directory
     quantize_checkpoint(QuantizeJob(str(small), str(tmp_path / "out")))
     models = [vitshrink.load(str(directory)) for directory in (small, tmp_path / "out")]

@@ -124,7 +124,7 @@ def cells(report: Report) -> dict[str, tuple[str, str, str]]:
     return {row.name: (row.dense, row.compressed, row.change) for row in summary_rows(report)}
 
 
-UNLABELLED = made(evaluation=EVALUATION | {"metric": None, "dense": None, "compressed": None, "difference": None})
+UNLABELED = made(evaluation=EVALUATION | {"metric": None, "dense": None, "compressed": None, "difference": None})
 BARE = made(
     evaluation=None,
     bytes={},
@@ -162,8 +162,8 @@ SIMILARITY = made(
 ONE_MODEL = made(evaluation=EVALUATION | {"dense": None, "difference": None, "fidelity": None})
 every_kind = pytest.mark.parametrize(
     "report",
-    [made(), UNLABELLED, BARE, HEADLESS, SIMILARITY, ONE_MODEL, made(layers=[])],
-    ids=["full", "unlabelled", "bare", "headless", "similarity", "one-model", "no-layers"],
+    [made(), UNLABELED, BARE, HEADLESS, SIMILARITY, ONE_MODEL, made(layers=[])],
+    ids=["full", "unlabeled", "bare", "headless", "similarity", "one-model", "no-layers"],
 )
 
 
@@ -359,7 +359,7 @@ def test_titles_and_cards_do_not_tell_local_paths() -> None:
         (made(), "−19.4 points top-1 (81.4 % → 62.0 % on 650 samples); a real drop"),
         (changed("difference.significant", False), "within noise"),
         (changed("difference.drop", -0.02), "a real gain"),
-        (UNLABELLED, "68.0 % same predictions"),
+        (UNLABELED, "68.0 % same predictions"),
         (HEADLESS, "0.970 cosine to dense features"),
         (ONE_MODEL, "the dense model was not run"),
         (BARE, "not measured"),
@@ -531,7 +531,7 @@ def test_texts_have_no_thumbnails() -> None:
     assert reports.with_thumbnails([disagreement("row 1")], samples) == (disagreement("row 1"),)
 
 
-def test_pictures_are_valid_svg_in_the_colours_of_the_page() -> None:
+def test_pictures_are_valid_svg_in_the_colors_of_the_page() -> None:
     pytest.importorskip("matplotlib")
     drawn = [figures.rank_plan(made()), figures.error_by_layer(made()), figures.trade_off([made(), smaller()])]
     for svg in drawn:

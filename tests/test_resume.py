@@ -1,4 +1,4 @@
-"""Real jobs that are killed with SIGKILL while they calibrate, factorise, refine, train and evaluate, and go on."""
+"""Real jobs that are killed with SIGKILL while they calibrate, factorize, refine, train and evaluate, and go on."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def weights(directory: Path) -> dict[str, bytes]:
 Counted = dict[str, int]
 
 BATCH = ("vitshrink.statistics.curvature", "CurvatureCollector.run")
-LAYER = ("vitshrink.methods", "Factorisation.check_finite")
+LAYER = ("vitshrink.methods", "Factorization.check_finite")
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ MOMENTS = {
         2 * PARTS + 5,
         {"batches": 20 - 2},
     ),
-    "while factorising": (*LAYER, 7, {"batches": ALL["batches"] - 4, "layers": 60}),
+    "while factorizing": (*LAYER, 7, {"batches": ALL["batches"] - 4, "layers": 60}),
     "while measuring": ("vitshrink.compression.estimation", "shared_effects", 0, {"batches": 16, "layers": 60}),
     "in the first round": (*BATCH, 4 + 2, {"batches": 20 - 6, "layers": 60}),
     "in the second round": (*LAYER, 12 + 12 + 5, {"batches": 8, "layers": 60}),
@@ -252,7 +252,7 @@ def stop_at_first_layer(entries: dict[str, Any], said: list[str]) -> None:
             said.append(message)
 
         def stage(self, title: str, total: int | None = None) -> Any:
-            if title == "Factorising":
+            if title == "Factorizing":
                 raise Stopped
             return super().stage(title, total)
 
@@ -263,7 +263,7 @@ def stop_at_first_layer(entries: dict[str, Any], said: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, vit_directory: Path, flat_images: Path) -> Path:
-    """A folder with the state of a job that was killed while it factorised."""
+    """A folder with the state of a job that was killed while it factorized."""
     folder = tmp_path_factory.mktemp("interrupted")
     job = {"model": str(vit_directory), "calibration": str(flat_images), "output": str(folder / "out")}
     job |= {"keep": [0.8, 0.6], "samples": 16, "holdout": 8, "batch_size": 4, "save_every": 0}

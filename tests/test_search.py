@@ -271,7 +271,7 @@ def test_a_dry_run_searches_and_writes_nothing(bounded: Bounded, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_layers_that_cannot_be_factorised_stay_dense(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_cannot_be_factorized_stay_dense(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:
     least = Compressor.least_budget
     budgets = []
 

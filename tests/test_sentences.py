@@ -229,7 +229,7 @@ def test_what_cannot_be_computed_is_named_and_never_replaced_by_the_mean(
     assert refused.exit_code == 1
     assert told in refused.stderr
     assert "cannot be measured as this model makes it" in refused.stderr
-    assert "Factoris" not in refused.stderr  # before the work
+    assert "Factoriz" not in refused.stderr  # before the work
     done = run(*shrink, "--calibration", text_file, "--samples", 8)
     assert done.exit_code == 0, done.stderr
     report = Report.read(tmp_path / "out")

@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "overlapping": (lambda _: archive({"a": entry(), "b": entry()}, bytes(8)), "not a readable"),
     "shape overflow": (lambda _: archive({"a": entry(shape=(2**40, 2**40))}, bytes(8)), "not a readable"),
     "unknown dtype": (lambda _: archive({"a": entry("F32000")}, bytes(8)), "not a readable"),
-    "quantised": (lambda _: archive({"a": entry("F8_E4M3", (8,))}, bytes(8)), "'a' is of type F8_E4M3"),
+    "quantized": (lambda _: archive({"a": entry("F8_E4M3", (8,))}, bytes(8)), "'a' is of type F8_E4M3"),
     "no tensor": (lambda _: archive({}), "no floating-point tensor"),
     "integers only": (lambda _: archive({"a": entry("I32")}, bytes(8)), "no floating-point tensor"),
 }

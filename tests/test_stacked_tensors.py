@@ -90,7 +90,7 @@ def test_the_loss_of_a_stack_is_the_error_of_each_block_on_its_own_inputs(form: 
         layers = [model.get_submodule(attention.places[role]) for role in ("query", "key", "value")]
         weight = torch.cat([layer.weight for layer in layers]).detach().double()  # type: ignore[arg-type]
         error = weight - (projection.matrix(block) @ projection.inputs).detach().double()
-        lost += (error @ stats.covariance(centred=True) * error).sum()
+        lost += (error @ stats.covariance(centered=True) * error).sum()
         bias = torch.cat([layer.bias for layer in layers]).detach().double()  # type: ignore[arg-type]
         own = projection.bias.view(2, -1)[block].detach().double()  # type: ignore[operator, union-attr]
         torch.testing.assert_close(own, bias + error @ stats.mean, rtol=1e-4, atol=1e-5)

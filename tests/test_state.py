@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitshrink.config.options import CompressConfig
 from vitshrink.jobs.compress import compress
-from vitshrink.methods import Factorisation, get_method
+from vitshrink.methods import Factorization, get_method
 from vitshrink.runtime.entries import packed, read_metadata, read_tensors, same_bits, unpacked, write_tensors
 from vitshrink.runtime.state import Progress, state_directory
 from vitshrink.statistics.stats import LinearStats, gram_of
@@ -65,9 +65,9 @@ def test_factors_follow_again_from_statistics_that_were_read(name: str, tmp_path
     weight, stats = torch.randn(12, 12).double(), statistics()
     write_tensors(tmp_path / "file", packed({"layer": stats}), {})
     again = unpacked(LinearStats, read_tensors(tmp_path / "file", CPU))["layer"]
-    factorise = get_method(name).factorise
-    one, other = (factorise(weight, each, centred=True) for each in (stats, again))
-    for field in fields(Factorisation):
+    factorize = get_method(name).factorize
+    one, other = (factorize(weight, each, centered=True) for each in (stats, again))
+    for field in fields(Factorization):
         first, second = getattr(one, field.name), getattr(other, field.name)
         assert (first is None and second is None) or same_bits(first, second)
 

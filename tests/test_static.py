@@ -71,7 +71,7 @@ def source(compressed: Compressed, checkpoint: Callable[[str], Path]) -> Callabl
 def made(
     source: Callable[[str], Path], flat_images: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Made:
-    """A quantised checkpoint, made once for every kind."""
+    """A quantized checkpoint, made once for every kind."""
     root, known = tmp_path_factory.mktemp("static"), {}
 
     def directory(kind: str) -> Path:
@@ -253,5 +253,5 @@ def test_what_makes_no_sense_is_explained(made: Made, flat_images: Path, tmp_pat
             QuantizeJob("model", output, activations="static", **options)
     with pytest.raises(UsageError, match="vitshrink quantize"):
         CompressConfig("model", output, keep=(0.5,), quantize="int8", activations="static", **data)
-    with pytest.raises(UsageError, match="quantised already"):
+    with pytest.raises(UsageError, match="quantized already"):
         quantize_checkpoint(QuantizeJob(str(made("dense")), output, activations="static", **data))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.compression.repairs.stream import Lack, best_ridge, passage, regression, restore_stream, writers
-from vitshrink.methods import Factorisation, get_method
+from vitshrink.methods import Factorization, get_method
 from vitshrink.models import fidelity
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.families import family_of
@@ -24,8 +24,8 @@ from vitshrink.statistics.walk import hidden_batches
 ENCODERS = ("ViTModel", "DeiTModel", "BertModel")
 
 
-def factorise(_name: str, weight: Tensor, stats: LinearStats) -> Factorisation:
-    return get_method("curvature").factorise(weight, stats)
+def factorize(_name: str, weight: Tensor, stats: LinearStats) -> Factorization:
+    return get_method("curvature").factorize(weight, stats)
 
 
 def many(name: str, samples: int = 48, seed: int = 7) -> list[Batch]:
@@ -43,7 +43,7 @@ def restored(model: PreTrainedModel, rank: int, batches: list[Batch]) -> tuple[P
     truncated, targets, _ = compress(model, rank)
     repaired, _, _ = compress(model, rank)
     stats = collect_curvature(model, targets, batches)
-    restore_stream(repaired, model, targets, stats, factorise, batches)
+    restore_stream(repaired, model, targets, stats, factorize, batches)
     return truncated, repaired
 
 

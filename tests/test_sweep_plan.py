@@ -118,7 +118,7 @@ def test_bounds_are_shared_and_overridden_by_flags_and_jobs(tmp_path: Path) -> N
         ({"matrix": {"model": ["a/m", "b/m"], "keep": [0.5]}}, "two jobs are called 'm-keep-0.5'"),
         ({"matrix": {"model": ["m"], "size": [{"keep": [0.5, 0.6]}]}}, "several sizes as an axis"),
         ({"matrix": {"model": ["m"], "a": [{"keep": 0.5}], "b": [{"keep": 0.6}]}}, "two axes set 'keep'"),
-        ({"matrix": {"model": ["m"], "keep": [0.5]}, "gates": {"max_drop": 1}}, "--max-drop needs labelled samples"),
+        ({"matrix": {"model": ["m"], "keep": [0.5]}, "gates": {"max_drop": 1}}, "--max-drop needs labeled samples"),
         ({"matrix": {"model": ["m"], "keep": [0.5]}, "gates": {"max_dorp": 1}}, "unknown gate"),
         ({"matrix": {"model": ["m"], "keep": [0.5]}, "time_limit": "soon"}, "cannot read 'soon'"),
         ({"matrix": {"model": ["m"], "method": ["svdd"], "keep": [0.5]}}, "Did you mean 'svd'"),
@@ -234,10 +234,10 @@ def test_a_fingerprint_follows_names_and_labels_and_nothing_else(
     changed(inputs / "truth.txt")
     assert now() == first
     (inputs / "data" / "val" / "cat").rename(inputs / "data" / "val" / "dog")
-    relabelled = now()
-    assert relabelled != first
+    relabeled = now()
+    assert relabeled != first
     (inputs / "model" / "vocab.txt").write_text("a file more")
-    assert now() not in (first, relabelled)
+    assert now() not in (first, relabeled)
 
 
 def test_what_lies_on_the_hub_counts_with_its_commit_where_that_is_known(

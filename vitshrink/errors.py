@@ -33,7 +33,7 @@ class CheckpointError(VitshrinkError):
 
 
 class DataError(VitshrinkError):
-    """A data set is missing, empty, mislabelled or unreadable."""
+    """A data set is missing, empty, mislabeled or unreadable."""
 
 
 class NumericsError(VitshrinkError):

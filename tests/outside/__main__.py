@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 from .case import Case, draw, plain, singles
-from .judgement import Verdict
+from .judgment import Verdict
 from .oddity import ODDITIES
 from .zygote import Zygotes
 

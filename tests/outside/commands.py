@@ -100,7 +100,7 @@ def _small(job: Job, *flags: str) -> list[str]:
 
 
 def _evaluate(job: Job) -> Lines:
-    baseline = [] if job.data.labelled or "MaskedLM" in job.checkpoint.architecture else ["--baseline", job.model]
+    baseline = [] if job.data.labeled or "MaskedLM" in job.checkpoint.architecture else ["--baseline", job.model]
     return [["eval", job.model, "--data", job.source, *job.data.flags, *job.bad, *baseline, "--json"]]
 
 

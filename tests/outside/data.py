@@ -1,4 +1,4 @@
-"""What a data generator has made, as far as the command line and the judgement need it."""
+"""What a data generator has made, as far as the command line and the judgment need it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ class Data:
     """Flags that name the columns, as ``eval`` has them."""
     good: int
     bad: int
-    labelled: bool
+    labeled: bool
     """Whether there are labels."""
     right: bool
     """Whether the labels are what the model answers, so that its accuracy is 1."""

@@ -20,7 +20,7 @@ def _noise(*shape: int, dtype: type = np.uint8, most: int = 256) -> Image.Image:
 
 
 @oddity(Images, outcome="works")
-def grey_image(images: Images) -> None:
+def gray_image(images: Images) -> None:
     _first(images, _noise(32, 40))
 
 

@@ -20,7 +20,7 @@ ROWS = 20
 
 @dataclass
 class Row:
-    """``good`` says whether it can be used; of ``labelled`` ones the label is what the model answers."""
+    """``good`` says whether it can be used; of ``labeled`` ones the label is what the model answers."""
 
     text: Any
     pair: str | None = None

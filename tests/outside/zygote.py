@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from .case import Case
-from .judgement import Verdict, judge
+from .judgment import Verdict, judge
 from .process import preload
 
 Startup = tuple[tuple[str, str], ...]

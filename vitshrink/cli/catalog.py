@@ -64,7 +64,7 @@ def _entered(function: ast.FunctionDef, usual: Mapping[str, Mapping[str, Any]]) 
             continue
         said = {word.arg: _value(word.value) for word in call.keywords if word.arg is not None}
         known = {**usual[call.func.id], **said}
-        options = {name: default for name, default in _defaults(function).items() if name != "centred"}
+        options = {name: default for name, default in _defaults(function).items() if name != "centered"}
         summary = (ast.get_docstring(function) or "").splitlines()[0]
         chosen = (known["needs"].lower(), known["allocation"], known["compensation"])
         yield Facts(str(_value(call.args[0])), call.func.id, *chosen, options, summary)

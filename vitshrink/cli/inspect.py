@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @command(InspectJob, FigureOptions, JsonOptions)
 def inspect_command(flags: dict[str, Any], figures: FigureOptions, display: JsonOptions) -> None:
-    """List the layers of MODEL that can be factorised: shape, break-even rank, effective rank, energy by rank.
+    """List the layers of MODEL that can be factorized: shape, break-even rank, effective rank, energy by rank.
 
     Before them it says what was found in the model, and what will be left alone.
     With --calibration the spectra are those of the layers' outputs on real samples, which is what counts.

@@ -68,7 +68,7 @@ def slope(start: tuple[int, float, int], end: tuple[int, float, int]) -> float:
 
 
 def _least_total_loss(offers: Sequence[Offer], budget: int, losses: Losses) -> Plan:
-    """Minimise the summed loss within the budget: the Lagrangian solution on the sites' convex hulls.
+    """Minimize the summed loss within the budget: the Lagrangian solution on the sites' convex hulls.
 
     Every step along a hull has a price; steps are taken from the best gain a unit of cost downwards, a step that no
     longer fits ends its site, and what is left over is spent on single candidates between the hull's corners.
@@ -184,7 +184,7 @@ def allocate(offers: Sequence[Offer], budget: int, allocation: Allocation) -> Pl
     least = least_cost(offers)
     if budget < least:
         raise TargetError(
-            f"the layers to factorise have to fit in {budget:,} {unit}, but the smallest ranks need {least:,}."
+            f"the layers to factorize have to fit in {budget:,} {unit}, but the smallest ranks need {least:,}."
         )
     plan = allocation(offers, budget)
     if plan_cost(offers, plan) > budget:

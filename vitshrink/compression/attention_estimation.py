@@ -41,12 +41,12 @@ class AttentionEstimator:
         attentions = attentions_of(self.dense, self.targets)
         findings = Findings({}, {}, self._statistics(attentions, job))
         sites = sites_of(attentions, self.method, self.config.options)
-        with job.stage("factorise", "Factorising", len(attentions)) as advance:
+        with job.stage("factorize", "Factorizing", len(attentions)) as advance:
             for attention in attentions:
                 self._decompose([site for site in sites if site.attentions[0] == attention], findings, job)
                 advance(1)
         if not findings.layers:
-            raise NumericsError("no attention could be factorised; the warnings say why.")
+            raise NumericsError("no attention could be factorized; the warnings say why.")
         return findings
 
     def _statistics(self, attentions: Sequence[Attention], job: Job) -> Mapping[str, LinearStats]:
@@ -73,7 +73,7 @@ class AttentionEstimator:
         ranks = self.method.ranks(stack[0].dimensions, **options)
         try:
             wanted = [site.part for site in sites]
-            parts = self.method.factorise(replace(first, following=others), ranks, wanted, **options)
+            parts = self.method.factorize(replace(first, following=others), ranks, wanted, **options)
             for site in sites:
                 findings.layers[site.name] = parts[site.part].check_finite()
         except NumericsError as error:

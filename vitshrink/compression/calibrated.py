@@ -31,7 +31,7 @@ MOVED = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Exponents of an input channel's peak in what it is divided by, its weights being multiplied by the same."""
 
 NORMS = {"layernorm_before": ("query", "key", "value"), "layernorm_after": ("fc1",)}
-"""Of a block that normalises what its layers read: norms that nothing else reads, and who reads them."""
+"""Of a block that normalizes what its layers read: norms that nothing else reads, and who reads them."""
 
 MOST = 0.05
 """Loss of one layer, in nats, at which it is left in floating point."""
@@ -322,7 +322,7 @@ def calibrated(
     layers, as by ``find_targets``. Low-rank layers
     lose their pivots, see ``models.plain``.
 
-    Raises UsageError where the model is quantised already, NumericsError and DataError as calibration does.
+    Raises UsageError where the model is quantized already, NumericsError and DataError as calibration does.
     """
     require_floating_point(model)
     rounding = Rounding.of(model, dtype, include, exclude)

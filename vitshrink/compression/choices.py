@@ -68,7 +68,7 @@ class Choices:
                 what = f"method {method.name!r}"
             raise UsageError(
                 f"{what} needs calibration data: pass --calibration with a folder, a file, a recipe or a Hub data set "
-                "(a few hundred unlabelled samples do), or use --method svd --compensation none."
+                "(a few hundred unlabeled samples do), or use --method svd --compensation none."
             )
         check_options(method, config.options)
         if isinstance(method, AttentionMethod):

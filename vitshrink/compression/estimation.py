@@ -18,7 +18,7 @@ from vitshrink.compression.repairs.bias import SHIFTING
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
-from vitshrink.methods import Factorisation, LayerMethod
+from vitshrink.methods import Factorization, LayerMethod
 from vitshrink.models.families import precision_for
 from vitshrink.models.targets import Target, linear_of
 from vitshrink.runtime import processes
@@ -74,13 +74,13 @@ class LayerEstimator:
         return stats
 
     def learn(self, job: Job) -> Findings:
-        """Calibrate on the dense model and factorise each target once; a rank is then a slice."""
+        """Calibrate on the dense model and factorize each target once; a rank is then a slice."""
         memory = self._memory(job)
         stats = self._known(memory, job)
-        layers = memory.read(Factorisation)
+        layers = memory.read(Factorization)
         if layers:
             return Findings(layers, {}, stats)
-        findings = self._factorise(stats, job)
+        findings = self._factorize(stats, job)
         if kept := memory.read(Measured):
             return _with_measured(findings, kept)
         findings = self._measured(self.dense, findings, job)
@@ -92,7 +92,7 @@ class LayerEstimator:
     def refine(
         self, before: Findings, plan: Plan, model: PreTrainedModel, rebuilt: Rebuild, job: Job, step: str = ""
     ) -> Findings:
-        """Estimate the statistics again on ``model``, compressed by ``plan``, and factorise for those.
+        """Estimate the statistics again on ``model``, compressed by ``plan``, and factorize for those.
 
         What a layer must keep depends on what the others lost. The factors are those of the dense weights again. How
         much of its budget each layer gets follows from what its components do in the dense model, in the compressed
@@ -112,7 +112,7 @@ class LayerEstimator:
             stats = laid_out({name: before.stats[name].refined_by(again[name]) for name in again})
             memory.write(stats)
         measured = self._measured(model, before, job)
-        refined = self._factorise(stats, job)
+        refined = self._factorize(stats, job)
         chosen = self._best_measured(refined, before, measured, rebuilt, job)
         chosen = replace(chosen, layers=laid_out(chosen.layers))
         if not refined.failures:
@@ -126,7 +126,7 @@ class LayerEstimator:
         stats = memory.read(LinearStats) if measured or not self.measures else {}
         if not stats:
             return None
-        return _with_measured(self._factorise(stats, job), measured)
+        return _with_measured(self._factorize(stats, job), measured)
 
     def kept(self, step: str) -> bool:
         """Whether an interrupted run of the job has completed a step."""
@@ -153,10 +153,10 @@ class LayerEstimator:
             return stats[name].mean
         return torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
 
-    def factorise(self, name: str, weight: Tensor, stats: LinearStats | None) -> Factorisation:
+    def factorize(self, name: str, weight: Tensor, stats: LinearStats | None) -> Factorization:
         """Nested factors of a weight (m, n) for the layer of this name."""
-        centred = self.compensation != "none" and linear_of(self.dense, name).bias is not None
-        return self.method.factorise(weight, stats, centred=centred, **self.config.options)
+        centered = self.compensation != "none" and linear_of(self.dense, name).bias is not None
+        return self.method.factorize(weight, stats, centered=centered, **self.config.options)
 
     def _memory(self, job: Job) -> Memory:
         """Where what follows from the dense model alone is kept."""
@@ -171,7 +171,7 @@ class LayerEstimator:
             "compensation": self.compensation,
             "measured": [self.config.seed, MEASURED_SAMPLES] if self.measures else None,
         }
-        return Cached(cache, {LinearStats: key, Factorisation: key | choices})
+        return Cached(cache, {LinearStats: key, Factorization: key | choices})
 
     def _key(self, device: torch.device) -> dict[str, Any]:
         """All that the statistics of the dense model follow from."""
@@ -262,39 +262,39 @@ class LayerEstimator:
                 advance(1)
         return min(candidates, key=lambda each: each[0])[1]
 
-    def _factorise(self, stats: Mapping[str, LinearStats], job: Job) -> Findings:
+    def _factorize(self, stats: Mapping[str, LinearStats], job: Job) -> Findings:
         """Nested factors of every target; one whose decomposition fails is left out, kept as it is and reported.
 
         Several processes share the layers out, and all of them get all factors.
         """
-        with job.stage("factorise", "Factorising", len(self.targets)) as advance:
+        with job.stage("factorize", "Factorizing", len(self.targets)) as advance:
             with processes.together():
-                mine = self._factorise_share(stats, advance)
+                mine = self._factorize_share(stats, advance)
             findings = Findings({}, {}, stats)
             for number, target in enumerate(self.targets):
                 found = mine.get(target.name)
                 if processes.started():
-                    found = moved(found, "cpu") if isinstance(found, Factorisation) else found
+                    found = moved(found, "cpu") if isinstance(found, Factorization) else found
                     found = processes.from_process(number % processes.count(), found)
-                if isinstance(found, Factorisation):
+                if isinstance(found, Factorization):
                     findings.layers[target.name] = moved(found, linear_of(self.dense, target.name).weight.device)
                 else:
                     findings.failures[target.name] = str(found)
                     job.warn(f"{target.name} stays dense: {found}")
         if not findings.layers:
-            raise NumericsError("no layer could be factorised; the warnings say why.")
+            raise NumericsError("no layer could be factorized; the warnings say why.")
         return findings
 
     @torch.no_grad()
-    def _factorise_share(
+    def _factorize_share(
         self, stats: Mapping[str, LinearStats], advance: Callable[[int], None]
-    ) -> dict[str, Factorisation | str]:
+    ) -> dict[str, Factorization | str]:
         """The factors of this process's share of the targets, or why there are none."""
-        found: dict[str, Factorisation | str] = {}
+        found: dict[str, Factorization | str] = {}
         for target in processes.share(self.targets):
             layer = linear_of(self.dense, target.name)
             try:
-                factors = self.factorise(target.name, layer.weight.double(), stats.get(target.name))
+                factors = self.factorize(target.name, layer.weight.double(), stats.get(target.name))
                 found |= laid_out({target.name: factors.check_finite()})
             except NumericsError as error:
                 found[target.name] = str(error)

@@ -13,7 +13,7 @@ class Findings:
     """What a method found at its sites, why sites that are missing are, and the statistics behind it.
 
     Attributes:
-        layers: by site, a ``Factorisation`` of a layer, a ``Part`` of an attention, or the ``Metric`` of a matrix.
+        layers: by site, a ``Factorization`` of a layer, a ``Part`` of an attention, or the ``Metric`` of a matrix.
         failures: by site, why nothing was found; such a site is kept as it is.
         stats: by layer.
     """

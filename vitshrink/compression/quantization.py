@@ -76,7 +76,7 @@ def quantized(
     not at all. Heads, norms, positions and the patch projection stay as they are. ``dtype`` is that in which scales
     will be stored (the model's if not given).
 
-    Raises UsageError where the model is quantised already.
+    Raises UsageError where the model is quantized already.
     """
     require_floating_point(model)
     rounded = cast_view(view_of(model), dtype or model.dtype)
@@ -94,10 +94,10 @@ def quantized(
 
 
 def require_floating_point(model: PreTrainedModel) -> None:
-    """Raises UsageError where the model is quantised already."""
+    """Raises UsageError where the model is quantized already."""
     known = (Spec, QuantizedEmbeddingSpec, CodedSpec, StaticSpec)
     if any(isinstance(layer.spec, known) for layer in compressed_layers(model).values()):
-        raise UsageError("the model is quantised already: start from the one in floating point.")
+        raise UsageError("the model is quantized already: start from the one in floating point.")
 
 
 def integer_table(model: PreTrainedModel) -> dict[str, nn.Module]:

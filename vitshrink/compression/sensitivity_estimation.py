@@ -40,7 +40,7 @@ class SensitivityEstimator:
             found = self._collected(job)
             memory.write(dict(found))
         findings = Findings({}, {}, found)
-        with job.stage("factorise", "Factorising", len(self.sites)) as advance:
+        with job.stage("factorize", "Factorizing", len(self.sites)) as advance:
             for name in self.sites:
                 try:
                     findings.layers[name] = self._metric(name, found.get(name), job)

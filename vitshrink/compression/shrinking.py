@@ -131,7 +131,7 @@ class Shrinking:
         What an interrupted run has left in ``progress`` is not computed again.
 
         Raises:
-            NumericsError: no layer can be factorised.
+            NumericsError: no layer can be factorized.
             DataError: nothing is held out, and the size depends on it.
             GateError: no size keeps within the bound.
         """

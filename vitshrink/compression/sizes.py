@@ -17,7 +17,7 @@ STREAM_ENTRY = 70
 LEFT = {
     "bits": "what is not rounded, and a tenth of a bit for every other weight,",
     "narrow": "what gets no narrower, and the fewest neurons and the smallest heads everywhere else,",
-    "rank": "what is not factorised, and rank {} everywhere else,",
+    "rank": "what is not factorized, and rank {} everywhere else,",
     "rank+narrow": "what is left as it is, and rank {} or the fewest neurons and the smallest heads everywhere else,",
 }
 """Of the smallest model, by what layers become; with the rank that it has."""

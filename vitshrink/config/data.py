@@ -58,10 +58,10 @@ def columns_of(options: Options, prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions(Options):
-    """Unlabelled samples to learn from."""
+    """Unlabeled samples to learn from."""
 
     calibration: str | None = option(
-        None, "Unlabelled samples: a folder, a file, a recipe or a Hub data set.", panel=DATA, in_memory=False
+        None, "Unlabeled samples: a folder, a file, a recipe or a Hub data set.", panel=DATA, in_memory=False
     )
     calibration_split: str | None = option(None, "Its split.", panel=DATA)
     samples: int = option(512, "How many to use.", panel=DATA, low=1)

@@ -51,14 +51,14 @@ class FrontierJob(
     example: ClassVar = "vitshrink frontier ./model --calibration ./photos"
     reworded: ClassVar = {
         "holdout": {"help": "How many others measure what is lost; 0 for predictions alone."},
-        "calibration": {"help": "Unlabelled samples: a folder, a file, a recipe or a Hub data set.", "panel": DATA},
+        "calibration": {"help": "Unlabeled samples: a folder, a file, a recipe or a Hub data set.", "panel": DATA},
     }
 
     def check(self) -> None:
         if self.calibration is None:
             raise UsageError(
                 "what sizes lose is learned from samples: pass --calibration with a folder, a file, a recipe or a Hub "
-                "data set (a few hundred unlabelled samples do)."
+                "data set (a few hundred unlabeled samples do)."
             )
 
     def at(self, size: str) -> CompressConfig:

@@ -75,6 +75,6 @@ class MethodOptions(Options):
 
     def check(self) -> None:
         if self.quantize is None and self.activations is not None:
-            raise UsageError("--activations says how a quantised model computes: pass --quantize int8 as well.")
+            raise UsageError("--activations says how a quantized model computes: pass --quantize int8 as well.")
         if self.quantize is not None:
             quantized_bits(self.quantize, self.activations)

@@ -128,7 +128,7 @@ class QuantizeJob(
         if self.calibration is None:
             raise UsageError(
                 "--activations static goes by what reaches every layer: pass --calibration with a few hundred "
-                "unlabelled samples, or --activations dynamic, which needs none."
+                "unlabeled samples, or --activations dynamic, which needs none."
             )
         if self.weights not in (None, "int8"):
             raise UsageError(f"--weights {self.weights}: with --activations static weights are int8.")
@@ -145,13 +145,13 @@ class QuantizeJob(
         if given := self.given(CURVATURE_ONLY):
             chosen = self.rounding == "nearest"
             how = "leave it out, or --rounding nearest" if chosen else "pass --calibration with a few hundred"
-            raise UsageError(f"{given[0]} is for rounding that goes by unlabelled samples: {how}.")
+            raise UsageError(f"{given[0]} is for rounding that goes by unlabeled samples: {how}.")
         quantized_bits(self.weights or "int8", self.activations)
 
     def _check_curvature(self) -> None:
         if self.calibration is None:
             raise UsageError(
-                "--rounding curvature goes by what the outputs say of a few hundred unlabelled samples: pass "
+                "--rounding curvature goes by what the outputs say of a few hundred unlabeled samples: pass "
                 "--calibration with a folder, a file, a recipe or a Hub data set."
             )
         if given := self.given(NEAREST_ONLY):

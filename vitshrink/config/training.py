@@ -41,7 +41,7 @@ class FinetuneConfig(Options):
     minutes: float | None = option(None, "Time that training may take at most.", panel=TRAINING, above=0)
     learning_rate: float | None = option(None, "Peak; that of the objective if not given.", panel=TRAINING, above=0)
     batch_size: int = option(16, "Samples a batch, for each process.", panel=TRAINING, low=1)
-    accumulation: int = option(1, "Batches for each step of the optimiser.", panel=TRAINING, low=1)
+    accumulation: int = option(1, "Batches for each step of the optimizer.", panel=TRAINING, low=1)
     patience: int = option(4, "Stop after this many evaluations without a gain.", panel=TRAINING, low=1)
     train: Trained = option("all", "all parameters, or only the low-rank factors.", panel=TRAINING)
     label_smoothing: float = option(0.1, "Of the supervised objective.", panel=TRAINING, low=0, high=1)

@@ -48,7 +48,7 @@ class Columns:
     """Several, separated by commas, are a column for each label or score: ``several``."""
     flags: str = "--"
     """How the flags begin that name them, ``--eval-`` for the evaluation data of ``compress``."""
-    unlabelled: str | None = None
+    unlabeled: str | None = None
     """Why there is no label, and what to do about it; None where there is one."""
     model_labels: tuple[str, ...] = ()
     """Names of a model's labels where several apply to a sample: a table may have a column for each of them."""
@@ -67,7 +67,7 @@ class Columns:
         return f"columns {', '.join(self.several)}" if self.several else f"column {self.label!r}"
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         return self.label is not None or bool(self.several)
 
     def labels(self, column: Callable[[str | None], Sequence[Any]]) -> list[Any]:
@@ -131,7 +131,7 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
         several = _each(wanted.model_labels, available)
     if label is None and not several and len(likely) == 1:
         ((label,),) = likely
-    unlabelled = None if label or several else f"{_undecided(likely, 'label')} {remedy} {shown}"
+    unlabeled = None if label or several else f"{_undecided(likely, 'label')} {remedy} {shown}"
     image, text, pair = complete()
     for column in (image, text, pair, label, *several):
         if column is not None and available.count(column) > 1:
@@ -141,7 +141,7 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
         query = None
     if query is None and pair is not None and _plain(text or "") == "query":
         query = text
-    return Columns(image, text, pair, label, flags, unlabelled, query=query, several=several)
+    return Columns(image, text, pair, label, flags, unlabeled, query=query, several=several)
 
 
 def named_column(

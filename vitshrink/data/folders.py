@@ -113,11 +113,11 @@ def open_image_folder(
     plain = SampleSet(source, "image", samples, notes=passed.notes(source))
     metadata = read_metadata(_metadata_files(root, folder, found), wanted)
     plain.notes += metadata.notes(source, folder, set(files))
-    if metadata.labelled and labels is None:
+    if metadata.labeled and labels is None:
         blank = (None,) * len(metadata.several) or None
         labels_of = [metadata.labels.get(file, blank) for file in files]
         values, labels_are = typed_labels(metadata.name, labels_of, metadata.several)
-        return _labelled(plain, values, labels_are, list(metadata.several) or class_names(values, labels_are))
+        return _labeled(plain, values, labels_are, list(metadata.several) or class_names(values, labels_are))
     for flag, column in (("image-column", wanted.image), ("label-column", wanted.label)):
         if column is not None and not metadata.name:
             raise UsageError(f"{wanted.flags}{flag} {column}: {folder} is a folder of images, without columns.")
@@ -129,17 +129,17 @@ def open_image_folder(
             "move one of them away, so that it is clear which images have a class."
         )
     if flat and labels is None:
-        return replace(plain, unlabelled=metadata.unlabelled or _tables_beside(root, folder, wanted.flags))
+        return replace(plain, unlabeled=metadata.unlabeled or _tables_beside(root, folder, wanted.flags))
     if flat and labels is not None:
         names = read_ground_truth(labels, flat)
-        return _labelled(plain, names, "names", sorted(set(names)))
+        return _labeled(plain, names, "names", sorted(set(names)))
     if labels is not None:
         raise UsageError(f"{folder} has class folders: a file of labels ({labels}) is for a flat folder.")
     classes = [entry.name for entry in _visible(folder) if entry.is_dir()]
-    return _labelled(plain, [file.relative_to(folder).parts[0] for file in files], "names", classes)
+    return _labeled(plain, [file.relative_to(folder).parts[0] for file in files], "names", classes)
 
 
-def _labelled(
+def _labeled(
     samples: SampleSet, labels: Sequence[Label], labels_are: LabelsAre | None, names: list[str] | None
 ) -> SampleSet:
     rows = [replace(sample, label=label) for sample, label in zip(samples.samples, labels, strict=True)]

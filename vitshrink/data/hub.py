@@ -94,7 +94,7 @@ def open_hub(address: Address, kind: Kind, wanted: Columns, *, offline: bool = F
         features = split.stream.features
     columns, label_names, labels_are = _schema(split.address, kind, features, wanted)
     samples = _HubSamples(split, columns)
-    return SampleSet(str(split.address), kind, samples, label_names, labels_are, unlabelled=columns.unlabelled)
+    return SampleSet(str(split.address), kind, samples, label_names, labels_are, unlabeled=columns.unlabeled)
 
 
 def holds_saved(folder: Path) -> bool:
@@ -133,14 +133,14 @@ def _sample_set(address: Address, kind: Kind, wanted: Columns, dataset: Any) -> 
     columns, label_names, labels_are = _schema(address, kind, dataset.features, wanted)
     if columns.layout is not None:
         found = list(arranged_samples(dataset, columns, str(address)))
-        return SampleSet(str(address), kind, found, None, labels_are, unlabelled=columns.unlabelled)
+        return SampleSet(str(address), kind, found, None, labels_are, unlabeled=columns.unlabeled)
     samples = stored_samples(dataset, columns)
-    if columns.labelled and (label_names is None or columns.several):  # known by value, as in tables
+    if columns.labeled and (label_names is None or columns.several):  # known by value, as in tables
         where = f"{address}: {columns.place}"
         labels, labels_are = typed_labels(where, [sample.label for sample in samples], columns.several)
         samples = [replace(sample, label=label) for sample, label in zip(samples, labels, strict=True)]
         label_names = label_names or class_names(labels, labels_are)
-    return SampleSet(str(address), kind, samples, label_names, labels_are, unlabelled=columns.unlabelled)
+    return SampleSet(str(address), kind, samples, label_names, labels_are, unlabeled=columns.unlabeled)
 
 
 def _with_split(address: Address, splits: Sequence[str]) -> Address:
@@ -265,7 +265,7 @@ def _schema(
     if wanted.layout is not None:
         layout = LAYOUTS[wanted.layout]
         columns = layout.columns(str(address), list(features), wanted)
-        return columns, None, layout.labels_are if columns.labelled else None
+        return columns, None, layout.labels_are if columns.labeled else None
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     if kind == "image" and wanted.image is None and len(images) == 1:
         wanted = replace(wanted, image=images[0])

@@ -62,7 +62,7 @@ def with_bytes(sample: Sample) -> Sample:
 
 def _is_spacing(sample: Sample, columns: Columns) -> bool:
     """Blank rows of running text (as in WikiText) separate paragraphs; with labels they would be broken samples."""
-    return columns.text is not None and not columns.labelled and not (sample.text or "").strip()
+    return columns.text is not None and not columns.labeled and not (sample.text or "").strip()
 
 
 def _fetch(dataset: Any, column: str, row: int) -> bytes:

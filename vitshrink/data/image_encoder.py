@@ -141,8 +141,8 @@ class ImageEncoder:
         done = {} if self._geometry is None else {"do_resize": False, "do_center_crop": False}
         if self._levels is None:
             return torch.as_tensor(self.processor(images, return_tensors="pt", **done)["pixel_values"])
-        levelled = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np", **done)
-        encoded = levelled["pixel_values"]
+        leveled = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np", **done)
+        encoded = leveled["pixel_values"]
         return torch.from_numpy(_apply_levels(encoded, self._levels))
 
 
@@ -181,7 +181,7 @@ def _processor_error(samples: Sequence[Sample], error: Exception) -> CheckpointE
 
 
 def _levels(processor: Any, mode: str) -> NDArray[np.float32] | None:
-    """What rescaling and normalising make of each byte, (channels, 256); None where they do anything else.
+    """What rescaling and normalizing make of each byte, (channels, 256); None where they do anything else.
 
     Looking the results up takes a quarter of the time of computing them in float64, and gives the same bits: that is
     tried here, on noise, so that a processor with steps of its own keeps its own output.

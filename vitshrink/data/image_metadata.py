@@ -22,8 +22,8 @@ class Metadata:
     labels: dict[Path, Any] = field(default_factory=dict)
     several: tuple[str, ...] = ()
     """The columns of labels where each has one of its own."""
-    labelled: bool = False
-    unlabelled: str | None = None
+    labeled: bool = False
+    unlabeled: str | None = None
     ignored: list[str] = field(default_factory=list)
 
     def notes(self, source: str, folder: Path, images: Collection[Path]) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ class Metadata:
         missing = [path for path in self.labels if folder in path.parents and path not in images]
         if missing:
             notes.append(f"{source}: {len(missing)} images of {self.name} are not there ({missing[0].name} …).")
-        unnamed = [path for path in images if path not in self.labels] if self.labelled else []
+        unnamed = [path for path in images if path not in self.labels] if self.labeled else []
         if unnamed:
             notes.append(f"{source}: {len(unnamed)} images are not in {self.name} ({min(unnamed).name} …).")
         return tuple(notes)
@@ -53,11 +53,11 @@ def read_metadata(files: Sequence[Path], wanted: Columns) -> Metadata:
             continue
         columns = find_columns(str(file), "image", table.columns, replace(wanted, image=image))
         found.name = f"{found.name} and {file}" if found.name else str(file)
-        if found.labelled and columns.several != found.several:
+        if found.labeled and columns.several != found.several:
             raise DataError(f"{file} has other columns of labels than {found.name.removesuffix(f' and {file}')}.")
-        found.labelled |= columns.labelled
+        found.labeled |= columns.labeled
         found.several = columns.several
-        found.unlabelled = found.unlabelled or (columns.unlabelled and f"{file}: {columns.unlabelled}")
+        found.unlabeled = found.unlabeled or (columns.unlabeled and f"{file}: {columns.unlabeled}")
         names, labels = table.column(columns.image), columns.labels(table.column)
         for name, label in zip(names, labels, strict=True):
             if name is not None:

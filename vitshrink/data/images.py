@@ -41,13 +41,13 @@ def read_image_bytes(source: ImageSource) -> bytes:
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""What Pillow calls 8-bit images of these channels: grey, colour, and colour with opacity."""
+"""What Pillow calls 8-bit images of these channels: gray, color, and color with opacity."""
 
 
 def decode_image(source: ImageSource, mode: str = "RGB") -> Image.Image:
     """An upright image of one of the ``MODES``, with 8 bits a channel.
 
-    The EXIF orientation is applied, transparency dropped where the mode has none, and 16-bit grey scaled by 1/257
+    The EXIF orientation is applied, transparency dropped where the mode has none, and 16-bit gray scaled by 1/257
     (Pillow would clip it).
 
     Raises:
@@ -85,8 +85,8 @@ def _upright(image: Image.Image, mode: str) -> Image.Image:
         raise ImageError(f"has {width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert(mode)
+        gray = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert(mode)
     if image.mode in ("I", "F"):
         raise ImageError(
             f"has 32-bit samples (mode {image.mode}), whose range is not defined: convert it to 8 or 16 bits"

@@ -238,7 +238,7 @@ def _first_keys(samples: SampleSet) -> dict[Label, str]:
     if samples.labels_are is None:
         raise DataError(
             f"{samples.source} has no labels: "
-            + (samples.unlabelled or "name their column, or pass class folders, --labels FILE or another split.")
+            + (samples.unlabeled or "name their column, or pass class folders, --labels FILE or another split.")
         )
     keys: dict[Label, str] = {}
     for sample in samples.samples:
@@ -253,7 +253,7 @@ def _first_keys(samples: SampleSet) -> dict[Label, str]:
         raise DataError(f"{samples.source} has scores, not classes: they are for a regression, or for text similarity.")
     missing = [label for label in (None, -1) if label in keys]
     if missing and len(keys) == len(missing):
-        raise DataError(f"{samples.source}: every label is {missing[0]}, as in test splits: use a labelled split.")
+        raise DataError(f"{samples.source}: every label is {missing[0]}, as in test splits: use a labeled split.")
     if missing:
         raise DataError(f"{samples.source}: {keys[missing[0]]} has no label ({missing[0]}), while others have one.")
     return keys

@@ -47,11 +47,11 @@ class CalibrationData:
 
 
 def open_data(
-    data: DataConfig, model: LoadedModel, *, offline: bool, job: Job | None = None, labelled: bool = False
+    data: DataConfig, model: LoadedModel, *, offline: bool, job: Job | None = None, labeled: bool = False
 ) -> SampleSet:
     """The samples that ``data`` names, of the kind that the model reads.
 
-    ``job`` warns of what was left out and, where labels are wanted (``labelled``), of columns none of which holds them.
+    ``job`` warns of what was left out and, where labels are wanted (``labeled``), of columns none of which holds them.
     """
     samples = open_samples(
         data.source,
@@ -72,8 +72,8 @@ def open_data(
         for note in samples.notes:
             if note not in job.warnings:  # calibration and evaluation may share a source
                 job.warn(note)
-        if labelled and samples.unlabelled and uses_labels(model, samples):
-            job.warn(f"{samples.source} is used without labels: {samples.unlabelled}")
+        if labeled and samples.unlabeled and uses_labels(model, samples):
+            job.warn(f"{samples.source} is used without labels: {samples.unlabeled}")
     return samples
 
 

@@ -68,7 +68,7 @@ class SampleSet:
     ``labels_are`` says what ``Sample.label`` holds: ``names`` (strings, or indices into ``label_names``), ``integers``
     without names, ``scores`` of a regression, ``lists`` of any number of names, integers or scores, ``columns`` with a
     number for each of ``label_names``, ``tags`` (names or integers) for each of the ``words``, the ``answers`` to a
-    question, or None where the source has no labels; ``unlabelled`` may say why, and what to do about it. ``notes`` are
+    question, or None where the source has no labels; ``unlabeled`` may say why, and what to do about it. ``notes`` are
     what the user should know of how the source was read.
     """
 
@@ -78,7 +78,7 @@ class SampleSet:
     label_names: list[str] | None = None
     labels_are: LabelsAre | None = None
     recipe: Recipe | None = None
-    unlabelled: str | None = None
+    unlabeled: str | None = None
     notes: tuple[str, ...] = ()
     apart: bool = False
     """Whether a model reads the two texts of a pair apart, and learns from each of them."""

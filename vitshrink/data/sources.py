@@ -246,14 +246,14 @@ def _table_samples(table: Table, path: Path, kind: Kind, wanted: Columns) -> Sam
         Sample(f"row {number}", image, text, pair, label, query=query)
         for number, (image, text, pair, label, query) in enumerate(rows, start=1)
     ]
-    unlabelled = columns.unlabelled
+    unlabeled = columns.unlabeled
     notes: tuple[str, ...] = ()
     if table.running:
-        unlabelled = f".txt is read as running text, a sample a line. {_RENAME}"
+        unlabeled = f".txt is read as running text, a sample a line. {_RENAME}"
         if len(samples) > 1 and all("\t" in (sample.text or "") for sample in samples):
-            notes = (f"{path}: every line holds a tab, but {unlabelled}",)
+            notes = (f"{path}: every line holds a tab, but {unlabeled}",)
     names = list(columns.several) or class_names(labels, labels_are)
-    return SampleSet(str(path), kind, samples, names, labels_are, unlabelled=unlabelled, notes=notes)
+    return SampleSet(str(path), kind, samples, names, labels_are, unlabeled=unlabeled, notes=notes)
 
 
 _RENAME = "If it is a table call it .tsv or .csv, or name its columns in a recipe."

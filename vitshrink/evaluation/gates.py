@@ -106,9 +106,9 @@ class Gates:
             latency_ratio: median time of a pass over that of the baseline.
         """
         score = drop = fidelity = None
-        unlabelled = "nothing was evaluated"
+        unlabeled = "nothing was evaluated"
         if evaluation is not None:
-            score, fidelity, unlabelled = evaluation.score, evaluation.fidelity, "the data have no labels"
+            score, fidelity, unlabeled = evaluation.score, evaluation.fidelity, "the data have no labels"
             drop = None if evaluation.difference is None else evaluation.difference.drop
         fidelity = fidelity or Fidelity()
         other = {
@@ -117,11 +117,11 @@ class Gates:
             "max_error": "the models give probabilities, or no two scores that differ; use --max-kl",
         }
         figures = (
-            ("min_accuracy", _percent(score), unlabelled),
-            ("max_drop", _percent(drop), unlabelled),
-            ("max_changed", percent_changed(fidelity), other["max_changed"] if evaluation else unlabelled),
-            ("max_kl", fidelity.kl, other["max_kl"] if evaluation else unlabelled),
-            ("max_error", fidelity.relative_error, other["max_error"] if evaluation else unlabelled),
+            ("min_accuracy", _percent(score), unlabeled),
+            ("max_drop", _percent(drop), unlabeled),
+            ("max_changed", percent_changed(fidelity), other["max_changed"] if evaluation else unlabeled),
+            ("max_kl", fidelity.kl, other["max_kl"] if evaluation else unlabeled),
+            ("max_error", fidelity.relative_error, other["max_error"] if evaluation else unlabeled),
             ("max_size", nbytes, "the weight files were not measured"),
             ("max_latency_ratio", latency_ratio, "the time of a pass was not measured"),
         )

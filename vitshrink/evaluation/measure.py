@@ -29,7 +29,7 @@ from vitshrink.evaluation.rows import (
     pair_columns,
     sentence_step,
 )
-from vitshrink.evaluation.scores import summarise
+from vitshrink.evaluation.scores import summarize
 from vitshrink.evaluation.token_rows import token_step
 from vitshrink.models import cost
 from vitshrink.models.sentences import MEAN, Embedding
@@ -122,7 +122,7 @@ def evaluate_each(
     with _inference([*models, *([] if baseline is None else [baseline])], device):
         keys, columns = _rows(step, [_by_role(model, baseline) for model in models], batches, on_batch)
     return [
-        summarise(task, keys, each | _queries(queries, keys), _class_names(model, task), seed)
+        summarize(task, keys, each | _queries(queries, keys), _class_names(model, task), seed)
         for model, each in zip(models, columns, strict=True)
     ]
 
@@ -157,7 +157,7 @@ def evaluate_pairs(
     if not keys:
         raise DataError("no sentence has a partner: the two sides of the pairs share no key.")
     return [
-        summarise(
+        summarize(
             "similarity",
             keys,
             pair_columns(_select(one, first_keys, keys), _select(other, second_keys, keys), embeddings)
@@ -203,7 +203,7 @@ def _require(measurable: bool, why: str) -> None:
     if not measurable:
         raise UsageError(
             f"nothing to measure: {why} and there is no model to compare with. "
-            "Name the dense model with --baseline, or use labelled data."
+            "Name the dense model with --baseline, or use labeled data."
         )
 
 

@@ -68,7 +68,7 @@ class Options(TypedDict, total=False):
     embedding: Embedding
     baseline_embedding: Embedding | None
     seed: int
-    labelled: bool
+    labeled: bool
     class_map: Path | None
     max_bad_samples: int | None
     workers: int | None
@@ -94,7 +94,7 @@ def measure_each(
     embedding: Embedding = MEAN,
     baseline_embedding: Embedding | None = None,
     seed: int = 0,
-    labelled: bool = True,
+    labeled: bool = True,
     class_map: Path | None = None,
     max_bad_samples: int | None = None,
     workers: int | None = None,
@@ -112,7 +112,7 @@ def measure_each(
     if task == "features":
         require_embedding(embedding, samples)
         _remark(embedding, baseline_embedding or embedding, job)
-    label_of, rule = labels_of(models[0], samples, task, class_map) if labelled else (None, None)
+    label_of, rule = labels_of(models[0], samples, task, class_map) if labeled else (None, None)
     mine = replace(samples, samples=processes.share(samples.samples))
 
     def read(part: SampleSet) -> Iterable[Batch]:
@@ -127,7 +127,7 @@ def measure_each(
                 models,
                 *(read(_side(mine, first=first)) for first in (True, False)),
                 queries=queries_of(samples),
-                score_of=_number if labelled and samples.labels_are is not None else None,
+                score_of=_number if labeled and samples.labels_are is not None else None,
                 baseline=baseline,
                 embedding=embedding,
                 baseline_embedding=baseline_embedding,
@@ -234,7 +234,7 @@ def _num_labels(model: nn.Module) -> int:
 def labels_of(
     model: nn.Module, samples: SampleSet, task: str, class_map: Path | None
 ) -> tuple[Callable[[Any], Any] | None, str | None]:
-    """From a sample's label to the model's class, or to a score, and the rule by which; None where nothing is labelled.
+    """From a sample's label to the model's class, or to a score, and the rule by which; None where nothing is labeled.
 
     Raises DataError for labels that cannot be aligned.
     """

@@ -31,7 +31,7 @@ SIGNIFICANCE = 0.05
 _SHOWN_DISAGREEMENTS = 24
 
 
-def summarise(task: str, keys: list[str], columns: Columns, names: Mapping[int, str], seed: int) -> Evaluation:
+def summarize(task: str, keys: list[str], columns: Columns, names: Mapping[int, str], seed: int) -> Evaluation:
     """The figures of rows, one a key; ``names`` are those of the classes, ``seed`` drives the resampling.
 
     Raises DataError when the texts had no token to hide.

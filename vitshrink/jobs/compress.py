@@ -236,9 +236,9 @@ def _measured(
     measurements: Sequence[Measurement | None] = [None] * len(saved)
     if data.evaluation is not None and data.preprocessor is not None:
         models = [each.written.model for each in saved]
-        labelled = config.eval is not None or config.max_accuracy_drop is not None
+        labeled = config.eval is not None or config.max_accuracy_drop is not None
         measurements = session.measure_each(
-            models, data.evaluation, data.preprocessor, against=source, job=job, labelled=labelled
+            models, data.evaluation, data.preprocessor, against=source, job=job, labeled=labeled
         )
     for each, measurement in zip(saved, measurements, strict=True):
         each.job.include(job)

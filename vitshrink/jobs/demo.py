@@ -212,7 +212,7 @@ def _comparison_page(table: str, reports: Mapping[Path, Report]) -> str:
     return (
         "# Compression methods on the digits\n\n"
         "A ViT trained on the scanned digits of scikit-learn, compressed to "
-        f"{KEEP:.0%} of its parameters\nwith {CALIBRATION_IMAGES} unlabelled training images. "
+        f"{KEEP:.0%} of its parameters\nwith {CALIBRATION_IMAGES} unlabeled training images. "
         f"Evaluated on {HELD_OUT} images that neither training nor\ncompression has seen. "
         "KL (nats) is the divergence from the dense model.\n\n"
         f"{table}\n\n{links}\n"

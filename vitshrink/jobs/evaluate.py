@@ -213,9 +213,9 @@ def evaluate_checkpoint(
             require_running(each.model, timed_in)
     preprocessor = session.preprocessor()
     samples = session.evaluation_samples(data, limit)
-    if reference is None and samples.labels_are is None and samples.unlabelled and uses_labels(loaded, samples):
+    if reference is None and samples.labels_are is None and samples.unlabeled and uses_labels(loaded, samples):
         raise UsageError(
-            f"{samples.source} has no labels, and there is no --baseline to compare with: {samples.unlabelled}"
+            f"{samples.source} has no labels, and there is no --baseline to compare with: {samples.unlabeled}"
         )
     measurement = session.measure(loaded.model, samples, preprocessor, against=reference)
     peak_memory = max(processes.gather(cost.peak_memory_bytes(session.device)))

@@ -41,7 +41,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     source, teacher = session.source, session.baseline
     source.companions.tell(job)
     before = replace(_compressed_report(config, source, teacher), left_out=source.companions.left)
-    check(source.model, config.finetune, dense=teacher is not None, labelled=True)
+    check(source.model, config.finetune, dense=teacher is not None, labeled=True)
     with published(Path(config.output), session, 2 * source.source.nbytes, overwrite=config.overwrite) as staging:
         with processes.together():
             preprocessor = session.preprocessor()
@@ -98,7 +98,7 @@ def _opened(config: FinetuneJob, job: Job) -> Session:
     if not compressed_layers(source.model):
         raise CheckpointError(f"{source.directory} is not compressed: there is nothing to recover.")
     if any(not parameter.is_floating_point() for parameter in source.model.parameters()):
-        raise CheckpointError(f"{source.directory} is quantised: train what it was made from, and quantise the result.")
+        raise CheckpointError(f"{source.directory} is quantized: train what it was made from, and quantize the result.")
     if config.teacher is None:
         return session
     teacher = session.load(config.teacher, "Loading the teacher")

@@ -139,7 +139,7 @@ class _Work:
         if not models or self.held_out is None:
             return []
         measured = self.session.measure_each(
-            models, self.held_out, self.preprocessor, against=self.session.source, labelled=False
+            models, self.held_out, self.preprocessor, against=self.session.source, labeled=False
         )
         found = [each.evaluation.fidelity for each in measured]
         return [each for each in found if each is not None]

@@ -91,7 +91,7 @@ def compress(
 
     Args:
         model: a ViT, DeiT or BERT of transformers, on any device and of any floating-point type.
-        calibration: unlabelled samples. A list, series or array of PIL images, of arrays of bytes or of texts or pairs
+        calibration: unlabeled samples. A list, series or array of PIL images, of arrays of bytes or of texts or pairs
             of them; a ``datasets.Dataset`` or data frame with a column of them; a ``DataLoader`` or any iterable of
             batches with the model's inputs; or what ``--calibration`` takes: a folder, a file, a recipe, a Hub data
             set.
@@ -110,7 +110,7 @@ def compress(
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"model: a model of transformers is needed, not a {type(model).__name__}.")
     if getattr(model, "is_quantized", False):
-        raise UsageError("model: it is quantised already: start from the floating-point one.")
+        raise UsageError("model: it is quantized already: start from the floating-point one.")
     config = _config(model, calibration, {"keep": keep} | choices)
     chosen, job = Choices.of(config), Job(observer or Silent())
     family_of(model)
@@ -134,9 +134,9 @@ def compress(
     judged = moved(small if exact else copy.deepcopy(small), dtype=torch.float32)
     measurement = None
     if held_out is not None and preprocessor is not None:
-        labelled = config.max_accuracy_drop is not None
+        labeled = config.max_accuracy_drop is not None
         (measurement,) = session.measure_each(
-            [judged], held_out, preprocessor, against=session.source, job=shrunk.job, labelled=labelled
+            [judged], held_out, preprocessor, against=session.source, job=shrunk.job, labeled=labeled
         )
     description = Description.of(shrinking, data, preprocessor)
     layers = description.layers(shrunk.findings, shrunk.plan)

@@ -37,10 +37,10 @@ class Inputs:
         calibrated = shrinking.choices.calibrated or trains_on_calibration(config)
         calibration, held_out = None, None
         if config.calibration_data is not None:
-            unlabelled = session.samples(config.calibration_data)
-            calibration = calibration_of(config, unlabelled, preprocessor, session.job) if calibrated else None
+            unlabeled = session.samples(config.calibration_data)
+            calibration = calibration_of(config, unlabeled, preprocessor, session.job) if calibrated else None
             if Bound.of(config) is not None or (config.eval_data is None and not config.dry_run):
-                held_out = held_out_of(config, unlabelled, session.job, calibrated=calibrated)
+                held_out = held_out_of(config, unlabeled, session.job, calibrated=calibrated)
         evaluation = held_out
         if config.eval_data is not None:
             evaluation = None if config.dry_run else session.evaluation_samples(config.eval_data, config.eval_limit)
@@ -109,7 +109,7 @@ def _material(
         seed=config.seed,
         offline=config.offline,
     )
-    check(shrinking.base, config.finetune, dense=True, labelled=material.label_of is not None)
+    check(shrinking.base, config.finetune, dense=True, labeled=material.label_of is not None)
     check_tokens(config.finetune, task_of(shrinking.base), "merged" if shrinking.merges else None)
     if config.finetune.data:
         session.warn_of_overlap(material.samples, evaluation, "are also trained on")

@@ -40,7 +40,7 @@ def quantize_checkpoint(config: QuantizeJob, observer: Observer | None = None) -
     then rounded on the CPU, whatever the ``device`` on which models are measured.
 
     Raises:
-        UsageError: a model that is quantised already.
+        UsageError: a model that is quantized already.
         CheckpointError, DataError, OutputError: as the parts that read and write, and all that ``compress`` raises.
     """
     if config.rounds == "curvature":
@@ -59,7 +59,7 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
     needed = 2 * cost.parameters(source.model)
     with published(Path(config.output), session, needed, overwrite=config.overwrite) as staging:
         made = None if data.calibration is None else _static(config, session, data.calibration)
-        with job.stage("quantize", "Quantising, saving and verifying"):
+        with job.stage("quantize", "Quantizing, saving and verifying"):
             # the source stays as it is: it may be the baseline
             written = write_result(
                 made or source.model,
@@ -74,7 +74,7 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
         evaluation = None
         if data.evaluation is not None and data.preprocessor is not None:
             (measurement,) = session.measure_each(
-                [written.model], data.evaluation, data.preprocessor, against=dense, labelled=config.eval is not None
+                [written.model], data.evaluation, data.preprocessor, against=dense, labeled=config.eval is not None
             )
             evaluation = measurement.record(data.preprocessor.description)
         report = _report(config, session, data, dense, written, evaluation)

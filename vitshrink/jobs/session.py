@@ -137,7 +137,7 @@ class Session:
             DataError: samples that cannot be read, or labels that cannot be aligned.
             CheckpointError: pairs of sentences, which this model's embeddings cannot compare.
         """
-        samples = open_data(data, self.source, offline=self.settings.offline, job=self.job, labelled=True)
+        samples = open_data(data, self.source, offline=self.settings.offline, job=self.job, labeled=True)
         samples = samples.at_most(limit, self.settings.seed)
         require_embedding(self.source.embedding, samples)
         labels_of(self.source.model, samples, self.source.task, self.settings.class_map)
@@ -163,7 +163,7 @@ class Session:
         *,
         against: LoadedModel | None,
         job: Job | None = None,
-        labelled: bool = True,
+        labeled: bool = True,
     ) -> Sequence[Measurement]:
         """Measure models in one pass, in which what they are compared with (``against``) runs once.
 
@@ -181,7 +181,7 @@ class Session:
             embedding=self.source.embedding,
             baseline_embedding=None if against is None else against.embedding,
             seed=self.settings.seed,
-            labelled=labelled,
+            labeled=labeled,
             class_map=self.settings.class_map,
             max_bad_samples=self.settings.max_bad_samples,
             workers=self.settings.workers,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from vitshrink.errors import NumericsError, UsageError
-from vitshrink.methods.registry import Factorisation, method
+from vitshrink.methods.registry import Factorization, method
 from vitshrink.statistics.algebra import full_svd
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
@@ -22,8 +22,8 @@ def _scales(stats: LinearStats | None, alpha: float, scaling: str) -> tuple[Tens
 
 @method("asvd", needs=Needs.SCALES)
 def asvd(
-    weight: Tensor, stats: LinearStats | None, *, centred: bool = False, alpha: float = 0.5, scaling: str = "abs-mean"
-) -> Factorisation:
+    weight: Tensor, stats: LinearStats | None, *, centered: bool = False, alpha: float = 0.5, scaling: str = "abs-mean"
+) -> Factorization:
     """SVD of W S with S = diag(E|x_j|^α) (ASVD, Yuan et al. 2023, arXiv 2312.05821).
 
     Ŵ = P_r(W S) S⁻¹; ``loss`` is ‖(W − Ŵ) S‖_F². After a LayerNorm the channel scales are nearly equal, and the result
@@ -32,4 +32,4 @@ def asvd(
     """
     S, unit = _scales(stats, alpha, scaling)
     U, values, Vh = full_svd(weight * S)
-    return Factorisation.from_spectrum(U * values, Vh / S, (values * unit).square())
+    return Factorization.from_spectrum(U * values, Vh / S, (values * unit).square())

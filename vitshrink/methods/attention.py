@@ -56,7 +56,7 @@ class AttentionWeights:
 
     def covariance(self, role: str) -> Tensor:
         """Of the inputs around their mean, (n, n). Raises NumericsError where it was not collected."""
-        return self.stats[role].covariance(centred=True)
+        return self.stats[role].covariance(centered=True)
 
     def mean(self, role: str) -> Tensor:
         """Of the inputs, (n,)."""
@@ -77,7 +77,7 @@ class Part:
 
     def check_finite(self) -> "Part":
         if not torch.isfinite(self.loss).all():
-            raise NumericsError("the factorisation gave NaN or Inf.")
+            raise NumericsError("the factorization gave NaN or Inf.")
         return self
 
 
@@ -98,7 +98,7 @@ Structures = Callable[..., dict[str, Structure]]
 class AttentionMethod(Method):
     """A registered method for attentions."""
 
-    factorise: Decompose
+    factorize: Decompose
     structures: Structures
     parts: Mapping[str, tuple[str, ...]]
     """What there is to choose the rank of, and the roles it replaces."""
@@ -143,7 +143,7 @@ def attention_method(
         enter(
             AttentionMethod(
                 name=name,
-                factorise=function,
+                factorize=function,
                 needs=Needs.COVARIANCE,
                 allocation=allocation,
                 compensation="none",

@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from vitshrink.methods.registry import Factorisation, method
+from vitshrink.methods.registry import Factorization, method
 from vitshrink.methods.whitened import whitened
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
 @method("mixed-rank", needs=Needs.COVARIANCE, allocation="energy", compensation="residual")
-def mixed_rank(weight: Tensor, stats: LinearStats | None, *, centred: bool = True) -> Factorisation:
+def mixed_rank(weight: Tensor, stats: LinearStats | None, *, centered: bool = True) -> Factorization:
     """Activation-aware SVD, ranks by layer energy, then a learned residual (Azizi et al. 2024, arXiv 2402.06004).
 
     The factors are those of ``whitened``: their spectrum is the activation-weighted one whose kept share is the layer's
@@ -17,4 +17,4 @@ def mixed_rank(weight: Tensor, stats: LinearStats | None, *, centred: bool = Tru
     stage fits layer by layer. Step sizes and the rank of
     the residual are this project's own.
     """
-    return whitened(weight, stats, centred=centred)
+    return whitened(weight, stats, centered=centered)

@@ -64,7 +64,7 @@ def values(attention: AttentionWeights) -> Values:
     kept.
     """
     weight, stats = attention.weights["output"], attention.stats["output"]
-    C, root, head = positive(stats.covariance(centred=True)), output_root(weight, stats), attention.dimensions.head
+    C, root, head = positive(stats.covariance(centered=True)), output_root(weight, stats), attention.dimensions.head
     basis, inverse = torch.zeros_like(C), torch.zeros_like(C)
     for start in range(0, len(C), head):
         own = slice(start, start + head)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
-from vitshrink.methods.registry import Factorisation
+from vitshrink.methods.registry import Factorization
 from vitshrink.statistics.algebra import roots
 from vitshrink.statistics.stats import LinearStats
 
@@ -33,7 +33,7 @@ class Elimination:
     """
 
     order: Tensor
-    factors: Factorisation
+    factors: Factorization
 
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -134,7 +134,7 @@ def eliminated(weight: Tensor, covariance: Tensor, root: Tensor, choose: Choose)
         there = there[stays]
     up, down = torch.cat(ups[::-1], 1), torch.cat(downs[::-1])
     energies = (root @ up).square().sum(0)
-    return Elimination(torch.cat(orders[::-1]), Factorisation.from_spectrum(up, down, energies).check_finite())
+    return Elimination(torch.cat(orders[::-1]), Factorization.from_spectrum(up, down, energies).check_finite())
 
 
 def positive(covariance: Tensor) -> Tensor:
@@ -161,4 +161,4 @@ def output_root(weight: Tensor, stats: LinearStats) -> Tensor:
 @torch.no_grad()
 def neurons(weight: Tensor, stats: LinearStats, step: int) -> Elimination:
     """Neurons of an MLP with the second layer W (m, n), ``step`` at a time."""
-    return eliminated(weight, stats.covariance(centred=True), output_root(weight, stats), fewest(step))
+    return eliminated(weight, stats.covariance(centered=True), output_root(weight, stats), fewest(step))

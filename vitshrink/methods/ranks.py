@@ -1,4 +1,4 @@
-"""Rank arithmetic: how many numbers a rank costs, and where a factorisation stops paying.
+"""Rank arithmetic: how many numbers a rank costs, and where a factorization stops paying.
 
 The only place that knows these formulas. ``m`` is the number of outputs of a layer, ``n`` its number of inputs.
 """

@@ -15,7 +15,7 @@ from vitshrink.statistics.needs import Needs
 
 
 @dataclass(frozen=True, eq=False)
-class Factorisation:
+class Factorization:
     """Nested factors of one layer: the best rank-r form is a slice.
 
     Attributes:
@@ -29,7 +29,7 @@ class Factorisation:
     loss: Tensor
     measured: Tensor | None = None
 
-    def measured_between(self, before: "Factorisation", again: "Factorisation", share: float) -> "Factorisation":
+    def measured_between(self, before: "Factorization", again: "Factorization", share: float) -> "Factorization":
         """With the loss that was measured of other factors of this layer ``before``, and ``again`` by ``share``.
 
         What was measured again is first scaled, rank by rank, as the loss of these factors is to that of those.
@@ -41,22 +41,22 @@ class Factorisation:
         return replace(self, measured=measured.cummin(0).values)
 
     @classmethod
-    def from_spectrum(cls, up: Tensor, down: Tensor, energies: Tensor) -> "Factorisation":
+    def from_spectrum(cls, up: Tensor, down: Tensor, energies: Tensor) -> "Factorization":
         """``energies`` (k,): the loss that each component in turn takes away."""
         tail = energies.flip(0).cumsum(0).flip(0)
         return cls(up, down, torch.cat([tail, tail.new_zeros(1)]))
 
-    def check_finite(self) -> "Factorisation":
+    def check_finite(self) -> "Factorization":
         for part, name in ((self.up, "up"), (self.down, "down"), (self.loss, "loss")):
             if not torch.isfinite(part).all():
-                raise NumericsError(f"the factorisation gave NaN or Inf in its {name!r} part.")
+                raise NumericsError(f"the factorization gave NaN or Inf in its {name!r} part.")
         return self
 
 
-Factorise = Callable[..., Factorisation]
-"""``f(weight (m, n), stats, *, centred, **options)``: weight and stats in float64, neither changed.
+Factorize = Callable[..., Factorization]
+"""``f(weight (m, n), stats, *, centered, **options)``: weight and stats in float64, neither changed.
 
-``centred`` says that the bias will absorb (W − Ŵ) μ, so only what varies around the mean μ of x has to be kept."""
+``centered`` says that the bias will absorb (W − Ŵ) μ, so only what varies around the mean μ of x has to be kept."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Method:
     """A registered method, with the allocation, compensation and storage that go with it."""
 
     name: str
-    factorise: Callable[..., Any]
+    factorize: Callable[..., Any]
     needs: Needs
     allocation: str
     compensation: str
@@ -73,20 +73,20 @@ class Method:
     @property
     def summary(self) -> str:
         """First line of the docstring."""
-        return (self.factorise.__doc__ or "").strip().splitlines()[0]
+        return (self.factorize.__doc__ or "").strip().splitlines()[0]
 
     @property
     def options(self) -> dict[str, Any]:
         """What ``--option`` sets, and the defaults: the arguments that are given by name."""
-        parameters = inspect.signature(self.factorise).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centred"}
+        parameters = inspect.signature(self.factorize).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "centered"}
 
 
 @dataclass(frozen=True)
 class LayerMethod(Method):
-    """A method that factorises linear layers, one by one."""
+    """A method that factorizes linear layers, one by one."""
 
-    factorise: Factorise
+    factorize: Factorize
 
 
 _METHODS: dict[str, Method] = {}
@@ -107,10 +107,10 @@ def method(
     allocation: str = "uniform-ratio",
     compensation: str = "none",
     storage: Storage = "factors",
-) -> Callable[[Factorise], Factorise]:
+) -> Callable[[Factorize], Factorize]:
     """Enter the decorated function as method ``name``."""
 
-    def entered(function: Factorise) -> Factorise:
+    def entered(function: Factorize) -> Factorize:
         enter(LayerMethod(name, function, needs, allocation, compensation, storage))
         return function
 

@@ -2,17 +2,17 @@
 
 from torch import Tensor
 
-from vitshrink.methods.registry import Factorisation, method
+from vitshrink.methods.registry import Factorization, method
 from vitshrink.statistics.algebra import full_svd
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats
 
 
 @method("svd", needs=Needs.WEIGHTS)
-def svd(weight: Tensor, stats: LinearStats | None, *, centred: bool = False) -> Factorisation:
+def svd(weight: Tensor, stats: LinearStats | None, *, centered: bool = False) -> Factorization:
     """Truncated SVD of the weights alone (Eckart and Young, 1936); needs no data.
 
-    Minimises ‖W − Ŵ‖_F; ``loss`` is that error squared.
+    Minimizes ‖W − Ŵ‖_F; ``loss`` is that error squared.
     """
     U, S, Vh = full_svd(weight)
-    return Factorisation.from_spectrum(U * S, Vh, S.square())
+    return Factorization.from_spectrum(U * S, Vh, S.square())

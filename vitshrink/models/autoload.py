@@ -11,7 +11,7 @@ from typing import Any
 from vitshrink.models.format import QUANT_METHOD
 
 REGISTRY = "transformers.quantizers.auto"
-"""The module that holds transformers' table of quantisation methods."""
+"""The module that holds transformers' table of quantization methods."""
 
 
 class CompressedConfig:

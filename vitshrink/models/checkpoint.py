@@ -51,7 +51,7 @@ def save(
     """Write the model as a checkpoint directory that ``from_pretrained`` loads once vitshrink is imported.
 
     The weights are cast to ``dtype`` (the source's, or else the model's, if none is given), tensors are named as in
-    the source's files, and its companions are copied: processor, tokenizer, sentence modules, licence. ``metadata``
+    the source's files, and its companions are copied: processor, tokenizer, sentence modules, license. ``metadata``
     (JSON) goes into the config, ``extra_files`` (by names relative to the directory) beside the weights. The model
     itself is not changed, unless ``in_place`` spares the copy. Writing is not atomic: give a staging directory, see
     ``publication.publish``.

@@ -1,6 +1,6 @@
 """The files beside the weights: which of them a result takes from its source directory, and why it leaves the others.
 
-Processor, tokenizer, licence and the whole folders of sentence-transformers' modules are taken. Code and pickles never
+Processor, tokenizer, license and the whole folders of sentence-transformers' modules are taken. Code and pickles never
 are: a module's plain state dict is written as safetensors in its place. No link is followed out of the directory.
 """
 

@@ -63,7 +63,7 @@ def stored_bytes(model: nn.Module) -> int:
 def macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Multiply-accumulate operations of one forward pass of ``inputs``, attention included.
 
-    Half of the floating-point operations that torch counts; normalisations, activations and additions are left out,
+    Half of the floating-point operations that torch counts; normalizations, activations and additions are left out,
     as usual. Pass one sample for the MACs of a sample.
     """
     return int(_counted(model, inputs).get_total_flops()) // 2
@@ -206,14 +206,14 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
 
 def _time(model: nn.Module, inputs: Mapping[str, Tensor], clock: Clock) -> float:
     device = next(model.parameters()).device
-    _synchronise(device)
+    _synchronize(device)
     start = clock()
     model(**inputs)
-    _synchronise(device)
+    _synchronize(device)
     return clock() - start
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

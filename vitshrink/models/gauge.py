@@ -1,4 +1,4 @@
-"""Choosing which inputs of a low-rank layer carry the identity (pivoting factorisation, PIFA, arXiv 2501.19090)."""
+"""Choosing which inputs of a low-rank layer carry the identity (pivoting factorization, PIFA, arXiv 2501.19090)."""
 
 import math
 
@@ -15,7 +15,7 @@ WELL_CONDITIONED = 200.0
 
 
 def best_window(rows: Tensor) -> int:
-    """First of the ``rank`` neighbouring inputs that are best made the identity; rows (rank, in) are orthonormal.
+    """First of the ``rank`` neighboring inputs that are best made the identity; rows (rank, in) are orthonormal.
 
     The block at the start or the end is taken when it is well conditioned, otherwise the best conditioned of all.
 
@@ -30,7 +30,7 @@ def best_window(rows: Tensor) -> int:
     conditions = ends | {start: _condition(rows, start, rank) for start in range(STRIDE, n - rank, STRIDE)}
     best = min(conditions, key=lambda start: conditions[start])
     if not conditions[best] < 1e7:
-        raise NumericsError("no block of neighbouring inputs spans the row space.")
+        raise NumericsError("no block of neighboring inputs spans the row space.")
     return best
 
 

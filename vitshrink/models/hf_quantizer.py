@@ -1,4 +1,4 @@
-"""The hook by which transformers loads compressed checkpoints, through its registry of quantisation methods.
+"""The hook by which transformers loads compressed checkpoints, through its registry of quantization methods.
 
 transformers builds the dense model on the meta device, calls the hook, which puts structures (low-rank layers, mostly)
 where the checkpoint's ``quantization_config`` lists them, and then fills the model from the files as it always does.

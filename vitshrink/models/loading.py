@@ -1,4 +1,4 @@
-"""The model families that vitshrink knows, their linear layers that may be factorised, and loading them."""
+"""The model families that vitshrink knows, their linear layers that may be factorized, and loading them."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -119,14 +119,14 @@ def load_dense(
 
 
 def is_compressed(source: Source) -> bool:
-    """Whether vitshrink wrote it. Raises CheckpointError when something else quantised it."""
+    """Whether vitshrink wrote it. Raises CheckpointError when something else quantized it."""
     quantization = source.config.get("quantization_config")
     if not quantization:
         return False
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != QUANT_METHOD:
         raise CheckpointError(
-            f"{source.directory} is already quantised ({method or quantization!r}): start from the original checkpoint."
+            f"{source.directory} is already quantized ({method or quantization!r}): start from the original checkpoint."
         )
     return True
 

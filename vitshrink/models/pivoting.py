@@ -25,7 +25,7 @@ def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
 
     The inputs of an MLP's second layer are its hidden units, and those may be put in any order: they are sorted so that
     the pivots come first, along with the outputs of the first layer. Elsewhere the order of the channels is given, and
-    the best block of neighbouring ones is taken. Neither needs a gather when the model runs.
+    the best block of neighboring ones is taken. Neither needs a gather when the model runs.
 
     Raises:
         NumericsError: naming a layer whose row space no block of inputs spans.
@@ -52,7 +52,7 @@ def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
 def _full_row_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with orthonormal rows in down (rank, in), even where the product is of a lower rank.
 
-    Rows that the product does not use are random: those of a factorisation may have no block that can be inverted.
+    Rows that the product does not use are random: those of a factorization may have no block that can be inverted.
     """
     Q, R = torch.linalg.qr(down.T)
     mixed = up @ R.T

@@ -14,7 +14,7 @@ def plain_view(model: PreTrainedModel) -> PreTrainedModel:
     """A view of the model without entropy-coded matrices and without pivots: the same function of its inputs.
 
     Pivots save parameters, but runtimes do not see a matrix product in an identity beside a matrix: they slice and add
-    for it, and quantise its parts apart.
+    for it, and quantize its parts apart.
     """
     view = view_of(model)
     decode_all(view)

@@ -51,7 +51,7 @@ COMPANIONS = (
     "COPYING*",
     "NOTICE*",
 )
-"""Files beside the weights that a compressed copy needs: image processor, tokenizer, sentence modules, licence."""
+"""Files beside the weights that a compressed copy needs: image processor, tokenizer, sentence modules, license."""
 
 WITHIN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What torch.compile and FSDP put into names, before parts of the model as well; no model has a part of this name."""

@@ -1,4 +1,4 @@
-"""The blocks of a model, and its linear layers that may be factorised."""
+"""The blocks of a model, and its linear layers that may be factorized."""
 
 import re
 from collections import Counter
@@ -29,7 +29,7 @@ _ROLES: dict[str, tuple[Role, ...]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """One linear layer that may be factorised."""
+    """One linear layer that may be factorized."""
 
     name: str
     """Module name in memory, such as ``vit.layers.0.attention.q_proj``."""
@@ -76,7 +76,7 @@ def find_targets(
     exclude: Sequence[str] = (),
     outside: bool = False,
 ) -> list[Target]:
-    """The dense linear layers of the blocks that may be factorised, block by block.
+    """The dense linear layers of the blocks that may be factorized, block by block.
 
     Embeddings, poolers, heads and tied weights are never among them. ``include`` and ``exclude`` are regular
     expressions searched in the layers' names; with ``include``, only layers that match one of them are kept. Where what
@@ -93,13 +93,13 @@ def find_targets(
             f"--include instead; they are called {', '.join(target.name for target in everything[:6])} …"
         )
     if not targets:
-        raise UsageError("the model has no dense linear layer to factorise: it is already compressed.")
+        raise UsageError("the model has no dense linear layer to factorize: it is already compressed.")
     names = [target.name for target in targets]
     included = matching(names, include, "include") if include else set(names)
     others = find_outside(model) if outside and layers == "all" and not include else []
     kept = included - matching([*names, *others], exclude, "exclude")
     if not kept:
-        raise UsageError("no layer is left to factorise: the exclude expressions match every included layer.")
+        raise UsageError("no layer is left to factorize: the exclude expressions match every included layer.")
     return [target for target in targets if target.name in kept]
 
 

@@ -132,7 +132,7 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
                 dtype = entry.get_dtype()
                 if dtype not in _DTYPES:
                     raise CheckpointError(
-                        f"{path}: the tensor {name!r} is of type {dtype}, as quantised checkpoints have. "
+                        f"{path}: the tensor {name!r} is of type {dtype}, as quantized checkpoints have. "
                         "Start from the float32, float16 or bfloat16 checkpoint."
                     )
                 tensors[name] = StoredTensor(_DTYPES[dtype], tuple(entry.get_shape()))

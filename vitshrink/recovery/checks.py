@@ -12,7 +12,7 @@ from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.models.tasks import Task, task_of
 
 
-def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labelled: bool) -> None:
+def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labeled: bool) -> None:
     """Raises UsageError for an objective that a model does not allow, or that lacks what it needs; before any work."""
     check_tokens(config, task_of(model), tokens_kind(model))
     check_blocks(config, model)
@@ -23,8 +23,8 @@ def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labell
     task = task_of(model)
     if task in ("features", "masked-lm"):
         raise UsageError(f"supervised fine-tuning needs a model that predicts labels, and this is one for {task}.")
-    if not labelled:
-        raise UsageError("supervised fine-tuning needs labels, and the samples have none: pass labelled data.")
+    if not labeled:
+        raise UsageError("supervised fine-tuning needs labels, and the samples have none: pass labeled data.")
     if (config.distillation or config.features) and not dense:
         raise UsageError("distillation learns from the dense model: pass it as --teacher.")
     if config.features and not config.distillation:

@@ -53,7 +53,7 @@ def open_material(
         DataError: no such data, or labels that are not the model's.
     """
     if data is not None:
-        samples = open_data(data, model, offline=offline, job=job, labelled=config.objective == "supervised")
+        samples = open_data(data, model, offline=offline, job=job, labeled=config.objective == "supervised")
     elif calibration is not None:
         samples = calibration.chosen
     else:

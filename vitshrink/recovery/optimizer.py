@@ -16,7 +16,7 @@ BETAS = (0.9, 0.99)
 
 
 class MuonAndAdamW(Optimizer):
-    """Both as one optimiser, since a gradient scaler knows one only.
+    """Both as one optimizer, since a gradient scaler knows one only.
 
     Muon (Jordan et al., 2024; arXiv 2502.16982) makes every step of a matrix orthogonal: all its directions move alike,
     those that few samples show as well. ``lr`` of a group is what the training sets, times its ``share``.
@@ -35,7 +35,7 @@ class MuonAndAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of each, on the state that this optimiser saves and loads."""
+        """One step of each, on the state that this optimizer saves and loads."""
         loss = None if closure is None else closure()
         for part, group in zip(self._parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state

@@ -28,7 +28,7 @@ class Progress:
     seconds: float | None = None
     """Most that training may take."""
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     elapsed: float = 0.0
     """Seconds, over all runs."""
     rate: float = 1.0
@@ -113,7 +113,7 @@ class Progress:
             return False
         if not fmean(self.losses[WINDOW:]) > ALARM * fmean(self.losses[:WINDOW]):
             return False
-        del self.losses[WINDOW:]  # the judgement that follows stands for as many steps
+        del self.losses[WINDOW:]  # the judgment that follows stands for as many steps
         return True
 
     def destroyed(self, loss: float) -> bool:

@@ -68,7 +68,7 @@ def recover(
         DataError: too few samples, or too many unusable ones.
         NumericsError: the model's answers are not finite before training.
     """
-    check(model, config, dense=dense is not None, labelled=material.label_of is not None)
+    check(model, config, dense=dense is not None, labeled=material.label_of is not None)
     start = model_digest(model) if config.checkpoints else ""
     split = read_and_split(material, preprocessor, config, job, seed=seed, max_bad_samples=max_bad_samples)
     with whole_factors(model), prepared(model, dense, split, config, seed) as ready:

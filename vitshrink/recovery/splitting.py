@@ -32,7 +32,7 @@ def held_out_count(usable: int, validation: float, source: str) -> int:
     if usable < 2 * LEAST_HELD_OUT:
         raise DataError(
             f"{source} has {usable} usable samples: recovery needs at least {2 * LEAST_HELD_OUT}, of which "
-            f"{LEAST_HELD_OUT} are held out to judge it. A few hundred unlabelled ones do."
+            f"{LEAST_HELD_OUT} are held out to judge it. A few hundred unlabeled ones do."
         )
     return min(MOST_HELD_OUT, max(LEAST_HELD_OUT, round(validation * usable)))
 

@@ -1,6 +1,6 @@
 """Canvas and export of the pictures: matplotlib where it is installed, inline SVG out of it.
 
-Text and axes take the colour of the page around them, so one picture serves a light and a dark page.
+Text and axes take the color of the page around them, so one picture serves a light and a dark page.
 """
 
 import io
@@ -8,9 +8,9 @@ import re
 from typing import Any
 
 # The palette of Okabe and Ito, without the black and yellow that vanish on one of the two backgrounds.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6fd1")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6fd1")
 INK = "#010203"
-"""Stands for the colour of the page's text until the picture is placed in it."""
+"""Stands for the color of the page's text until the picture is placed in it."""
 
 
 def available() -> bool:
@@ -36,7 +36,7 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def svg(figure: Any) -> str:
-    """The figure as an SVG element in the colours and the font of the page."""
+    """The figure as an SVG element in the colors and the font of the page."""
     import matplotlib
 
     for text in figure.findobj(matplotlib.text.Text):

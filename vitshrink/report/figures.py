@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from vitshrink.config.names import shown
 from vitshrink.evaluation.quality import Evaluation
-from vitshrink.report.drawing import COLOURS, INK, available, canvas, svg
+from vitshrink.report.drawing import COLORS, INK, available, canvas, svg
 from vitshrink.report.making import LayerEntry
 from vitshrink.report.record import Report
 from vitshrink.report.summary import metric_name
@@ -18,9 +18,9 @@ __all__ = ["available", "error_by_layer", "rank_plan", "trade_off"]
 
 
 def rank_plan(report: Report) -> str | None:
-    """Blocks by place in the block, coloured by the fraction of the weights kept, with the rank written in.
+    """Blocks by place in the block, colored by the fraction of the weights kept, with the rank written in.
 
-    Of integers coloured by bits, which are written in.
+    Of integers colored by bits, which are written in.
     """
     shown = [layer for layer in report.layers if layer.block is not None]
     if not shown:
@@ -29,7 +29,7 @@ def rank_plan(report: Report) -> str | None:
     figure, axes = canvas(max(4.5, 0.62 * len(blocks) + 2.4), 0.42 * len(places) + 1.5)
     import matplotlib
 
-    colours = matplotlib.colormaps["viridis"]
+    colors = matplotlib.colormaps["viridis"]
     from matplotlib.patches import Rectangle
 
     coded = report.coded_bits is not None
@@ -38,9 +38,9 @@ def rank_plan(report: Report) -> str | None:
     for layer in shown:
         x, y = blocks.index(int(layer.block or 0)), places.index(layer.place)
         share = (layer.bits or 0.0) / most if coded else min(layer.kept, 1.0)
-        colour = (0.5, 0.5, 0.5, 0.35) if layer.dense else colours(share)
-        axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=colour, linewidth=0))
-        light = not layer.dense and sum(colour[:3]) > 1.5
+        color = (0.5, 0.5, 0.5, 0.35) if layer.dense else colors(share)
+        axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=color, linewidth=0))
+        light = not layer.dense and sum(color[:3]) > 1.5
         ink = INK if layer.dense else "#1a1a1a" if light else "#ffffff"
         axes.text(x, y, layer.stored, ha="center", va="center", fontsize=8, color=ink)
     axes.set_xlim(-0.5, len(blocks) - 0.5)
@@ -51,7 +51,7 @@ def rank_plan(report: Report) -> str | None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, most), colours)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, most), colors)
     bar = figure.colorbar(scale, ax=axes, pad=0.02, aspect=12)
     bar.set_label("bits a weight" if coded else "fraction of the weights kept")
     bar.outline.set_visible(False)
@@ -71,7 +71,7 @@ def error_by_layer(report: Report) -> str | None:
     for i, place in enumerate(_places(shown)):
         line = sorted((layer.block or 0, layer.relative_error or 0.0) for layer in shown if layer.place == place)
         axes.plot(
-            *zip(*line, strict=True), color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, label=_plain(place)
+            *zip(*line, strict=True), color=COLORS[i % len(COLORS)], marker="o", markersize=4, label=_plain(place)
         )
     axes.set_xlabel("block")
     axes.set_ylabel("relative error")
@@ -122,7 +122,7 @@ def _by_size(points: Sequence[_Point], label: str, dense: float | None) -> str:
             [point.kept for point in line],
             [point.score for point in line],
             yerr=list(zip(*(point.spread for point in line), strict=True)),
-            color=COLOURS[i % len(COLOURS)],
+            color=COLORS[i % len(COLORS)],
             marker="o",
             markersize=5,
             capsize=3,
@@ -147,7 +147,7 @@ def _by_method(points: Sequence[_Point], label: str, dense: float | None) -> str
     figure, axes = canvas(9.6, 0.36 * len(rows) + 1.3)
     for row, point in enumerate(rows):
         spread = [[side] for side in point.spread]
-        axes.errorbar([point.score], [row], xerr=spread, color=COLOURS[0], marker="o", markersize=5, capsize=3)
+        axes.errorbar([point.score], [row], xerr=spread, color=COLORS[0], marker="o", markersize=5, capsize=3)
     if dense is not None:
         axes.axvline(dense, color=INK, alpha=0.5, linewidth=1, linestyle="--", label="dense")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -6,7 +6,7 @@ from pathlib import Path
 from vitshrink.config.names import shown_data
 from vitshrink.errors import OutputError
 from vitshrink.report import figures
-from vitshrink.report.drawing import COLOURS, INK, canvas, svg
+from vitshrink.report.drawing import COLORS, INK, canvas, svg
 from vitshrink.report.frontier import Frontier, headings, rows
 from vitshrink.report.render import render_frontier
 
@@ -17,7 +17,7 @@ def frontier_picture(frontier: Frontier) -> str:
     axes.plot(
         [point.target_bytes / 1e6 for point in frontier.points],
         [point.predicted for point in frontier.points],
-        color=COLOURS[0],
+        color=COLORS[0],
         label=frontier.predicted_name,
     )
     measured = [
@@ -33,7 +33,7 @@ def frontier_picture(frontier: Frontier) -> str:
         ]
         label = f"measured {frontier.loss_name} on {frontier.holdout} others"
         style = {"marker": "o", "markersize": 5, "capsize": 3, "linestyle": "none"}
-        axes.errorbar(sizes, losses, yerr=spread, color=COLOURS[1], label=label, **style)
+        axes.errorbar(sizes, losses, yerr=spread, color=COLORS[1], label=label, **style)
     for point in frontier.points:
         if point.knee:
             place, label = point.target_bytes / 1e6, f"knee: {point.target_size}"

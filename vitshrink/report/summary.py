@@ -325,7 +325,7 @@ def _real(report: Report) -> Fact:
     question = "Is the drop real?"
     difference = None if report.evaluation is None else report.evaluation.difference
     if report.evaluation is None or difference is None or difference.drop is None:
-        return Fact(question, "cannot be told", "needs labelled samples for both models")
+        return Fact(question, "cannot be told", "needs labeled samples for both models")
     drop = _gain_range(report.evaluation.metric, difference.drop_interval)
     detail = f"95 % interval {drop}; {p_value(difference.p_value)} ({difference.test})"
     if not difference.significant:

@@ -84,7 +84,7 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
 
 
 def block(number: int) -> range:
-    """This process's share of ``number`` things in a row: neighbours, and in the order of the ranks."""
+    """This process's share of ``number`` things in a row: neighbors, and in the order of the ranks."""
     start, stop = ((each * number + count() - 1) // count() for each in (rank(), rank() + 1))
     return range(start, stop)
 

@@ -163,7 +163,7 @@ class StatisticsCollector:
     """Hooks on the target layers; removes only its own hooks when the ``with`` block ends.
 
     Layers that read the same tensor (query, key, value) share one set of sums. A layer with fewer outputs than inputs
-    is observed at its output, where the Gram is smaller: E[(Wx)(Wx)ᵀ] is all that its factorisation needs.
+    is observed at its output, where the Gram is smaller: E[(Wx)(Wx)ᵀ] is all that its factorization needs.
     """
 
     model: nn.Module

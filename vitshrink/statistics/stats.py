@@ -66,17 +66,17 @@ class LinearStats:
             gram=gram_of(x) / x.shape[0],
         )
 
-    def covariance(self, *, centred: bool) -> Tensor:
-        """E[x xᵀ], less μμᵀ when ``centred``; (n, n)."""
+    def covariance(self, *, centered: bool) -> Tensor:
+        """E[x xᵀ], less μμᵀ when ``centered``; (n, n)."""
         if self.gram is None:
             raise NumericsError("the input Gram of this layer was not collected.")
-        return self.gram - torch.outer(self.mean, self.mean) if centred else self.gram
+        return self.gram - torch.outer(self.mean, self.mean) if centered else self.gram
 
-    def output_covariance(self, weight: Tensor, *, centred: bool) -> Tensor:
+    def output_covariance(self, weight: Tensor, *, centered: bool) -> Tensor:
         """W C Wᵀ, (m, m), without ever forming C where the outputs were collected instead."""
         if self.output_gram is None:
-            return weight @ self.covariance(centred=centred) @ weight.T
-        if not centred:
+            return weight @ self.covariance(centered=centered) @ weight.T
+        if not centered:
             return self.output_gram
         shift = weight @ self.mean
         return self.output_gram - torch.outer(shift, shift)
@@ -119,7 +119,7 @@ class Moments:
         assert self.shift is not None
         found = copy.copy(self)
         found.rest = self.rest @ weight.T
-        # not summed anew: what is centred later has to cancel to the last digit
+        # not summed anew: what is centered later has to cancel to the last digit
         found.shift, found.rest_total = weight.double() @ self.shift, weight.double() @ self.rest_total
         return found
 

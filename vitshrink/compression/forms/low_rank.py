@@ -11,7 +11,7 @@ from vitshrink.compression.candidates import Candidate, Cost, Form, Offer, Site
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.forms.registry import Material
 from vitshrink.compression.repairs.bias import SHIFTING, shifted_bias
-from vitshrink.methods import Factorisation
+from vitshrink.methods import Factorization
 from vitshrink.methods.ranks import break_even_rank, rank_cost
 from vitshrink.models.checkpoint import HEADER_BYTES, replace_layers
 from vitshrink.models.structures.low_rank import LowRankLinear
@@ -53,7 +53,7 @@ class LowRankMaker:
     def build(self, model: PreTrainedModel, chosen: Mapping[str, Form], findings: Findings) -> None:
         replace_layers(model, {name: self._truncated(name, form, findings) for name, form in chosen.items()})
 
-    def _offer(self, target: Target, found: Factorisation | None) -> Offer:
+    def _offer(self, target: Target, found: Factorization | None) -> Offer:
         multiple, shape = self.material.multiple, target.shape
         ranks = range(multiple, break_even_rank(*shape, self.material.storage) + 1, multiple)
         losses = self._losses(found)
@@ -69,7 +69,7 @@ class LowRankMaker:
             most=ranks[-1] + multiple - 1 if ranks else 0,
         )
 
-    def _losses(self, found: Factorisation | None) -> list[float]:
+    def _losses(self, found: Factorization | None) -> list[float]:
         if found is None:
             return []
         loss = found.measured if self.material.measures and found.measured is not None else found.loss

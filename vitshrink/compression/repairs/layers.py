@@ -88,7 +88,7 @@ class LayerRepairs:
                 self.material.dense,
                 layers,
                 findings.stats,
-                estimator.factorise,
+                estimator.factorize,
                 calibration.batches,
                 seed=estimator.config.seed + 5,
                 passes=estimator.passes,

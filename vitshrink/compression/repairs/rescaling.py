@@ -61,7 +61,7 @@ def rescale_components(
     """Fit a gain for every component of the smaller layers ``names``, and their biases, in place; no size changes.
 
     What truncation takes away has a systematic part: fewer components of queries and keys, for one, leave every
-    attention flatter. Gauss-Newton steps on the gains and biases of all layers at once take that part back: c minimises
+    attention flatter. Gauss-Newton steps on the gains and biases of all layers at once take that part back: c minimizes
     Σ (t_s − φ_s·c)² + ρ Σ_i E[φ_i²] c_i² / w_i, with t what the compressed model lacks along a random direction of its
     output that is as long as the Fisher information of the softmax is there, φ the effects of what c changes, and w
     ``SHIFTS`` for biases and 1 for gains. The ridge ρ is the one with the least leave-one-out error. A step that does

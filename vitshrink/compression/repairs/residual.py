@@ -24,7 +24,7 @@ def fit_residual(weight: Tensor, up: Tensor, down: Tensor, covariance: Tensor) -
     """Residual error compensation: Ŵ = W_r + A B with A B fitted to the layer's output error by gradient descent.
 
     The first components of ``up`` (m, k) and ``down`` (k, n) stay as they are; the last ones are where A and B start
-    from. Minimises tr(E C Eᵀ), E = W − W_r − A B, that is the mean squared output error on the activations with
+    from. Minimizes tr(E C Eᵀ), E = W − W_r − A B, that is the mean squared output error on the activations with
     covariance C (n, n) (Azizi et al. 2024, arXiv 2402.06004), by gradient steps scaled with the factors' own Grams
     (Tong, Ma and Chi 2021, arXiv 2005.08898), which need no step size to be tuned. The best iterate is returned: never
     worse than the start.

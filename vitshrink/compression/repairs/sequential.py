@@ -83,7 +83,7 @@ def _whole_statistics(
 def refit(layer: LowRankLinear, dense: nn.Linear, stats: LinearStats) -> None:
     """Fit the layer's residual, then its bias, to the inputs that ``stats`` describes."""
     weight = dense.weight.double()
-    covariance = stats.covariance(centred=layer.bias is not None)
+    covariance = stats.covariance(centered=layer.bias is not None)
     up, down = layer.factors()
     up, down = fit_residual(weight, up.double(), down.double(), covariance)
     layer.set_factors(up, down)

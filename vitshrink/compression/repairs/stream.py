@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.compression.repairs.bias import shifted_bias
 from vitshrink.compression.repairs.products import product_of
-from vitshrink.methods import Factorisation
+from vitshrink.methods import Factorization
 from vitshrink.models.families import Family, Role, family_of
 from vitshrink.models.reading import chain_problem
 from vitshrink.models.structures.low_rank import LowRankLinear
@@ -33,7 +33,7 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 WRITERS: tuple[Role, ...] = ("output", "fc2")
 """The layers whose output is added to the stream, in the order in which they do it."""
 
-Factorise = Callable[[str, Tensor, LinearStats], Factorisation]
+Factorize = Callable[[str, Tensor, LinearStats], Factorization]
 """Nested factors of a layer, from its name, a weight (m, n) for it, and the statistics of its inputs."""
 
 
@@ -63,7 +63,7 @@ def restore_stream(
     dense: PreTrainedModel,
     targets: Sequence[Target],
     stats: Mapping[str, LinearStats],
-    factorise: Factorise,
+    factorize: Factorize,
     batches: Sequence[CalibrationBatch],
     *,
     seed: int = 0,
@@ -75,7 +75,7 @@ def restore_stream(
     Truncation leaves every layer with an error of its own, and the stream with the sum of them. A part of that sum
     follows from what later layers read. With r what the stream of the compressed model lacks where a layer adds to it,
     and x what the layer reads there, W is replaced by W + ``SHARE`` B, where B x is the ridge regression of r on x, and
-    factorised again for these inputs, at its rank. Each layer meets what those before it, already refitted, give.
+    factorized again for these inputs, at its rank. Each layer meets what those before it, already refitted, give.
     The ridge is the one that explains most of either half of the samples by the other; none, where that is nothing.
 
     Args:
@@ -109,7 +109,7 @@ def restore_stream(
                         for number, half in enumerate(halves):
                             each = slice(number, None, 2)
                             half.add(met.read[each], lacking[each], weight[target.name][each])
-                refit(model, dense, target, stats[target.name], factorise, [half.of_all() for half in halves])
+                refit(model, dense, target, stats[target.name], factorize, [half.of_all() for half in halves])
                 on_layer(target.name)
             with processes.together():
                 for batch in here:
@@ -201,7 +201,7 @@ def refit(
     dense: nn.Module,
     target: Target,
     stats: LinearStats,
-    factorise: Factorise,
+    factorize: Factorize,
     halves: Sequence[Lack],
 ) -> None:
     """Give one layer the factors and the bias with which it adds its share of what is lacking."""
@@ -221,7 +221,7 @@ def refit(
     weight, bias = kept.weight.double(), kept.bias.double()
     wanted = weight if ridge is None else weight + SHARE * regression(covariance, cross, ridge)
     gram = covariance + torch.outer(mean, mean)
-    found = factorise(target.name, wanted, replace(stats, mean=mean, gram=gram, output_gram=None))
+    found = factorize(target.name, wanted, replace(stats, mean=mean, gram=gram, output_gram=None))
     up, down = found.up[:, : layer.rank], found.down[: layer.rank]
     layer.set_factors(up, down)
     layer.bias.copy_(shifted_bias(bias + SHARE * lacking, weight, up @ down, mean))

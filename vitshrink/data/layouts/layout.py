@@ -34,7 +34,7 @@ class Layout(ABC):
         text = named_column(source, available, wanted.text, self.first, wanted.flags, "text")
         label = named_column(source, available, wanted.label, self.labels, wanted.flags, "label", needed=False)
         remedy = f"no column looks like the labels. Give {wanted.flags}label-column."
-        return replace(wanted, text=text, label=label, unlabelled=None if label else remedy)
+        return replace(wanted, text=text, label=label, unlabeled=None if label else remedy)
 
     @abstractmethod
     def sample(self, key: str, row: Mapping[str, Any], columns: Columns, names: Sequence[str] | None) -> Sample:
@@ -62,9 +62,9 @@ class Layout(ABC):
     def samples(self, source: str, rows: Iterable[Mapping[str, Any]], columns: Columns) -> SampleSet:
         """Those of a table."""
         found = list(self.read(source, rows, columns))
-        labelled = any(sample.label is not None for sample in found)
-        labels_are = self.labels_are if labelled else None
-        return SampleSet(source, "text", found, None, labels_are, unlabelled=columns.unlabelled)
+        labeled = any(sample.label is not None for sample in found)
+        labels_are = self.labels_are if labeled else None
+        return SampleSet(source, "text", found, None, labels_are, unlabeled=columns.unlabeled)
 
 
 def listed(value: Any, column: str | None) -> list[Any]:

@@ -12,7 +12,7 @@ from vitshrink.jobs.inspection.activations import Activations
 from vitshrink.jobs.inspection.layers import LayerInspection
 from vitshrink.jobs.inspection.spectra import METHODS, LayerSpectrum
 from vitshrink.models.targets import Target
-from vitshrink.report.drawing import COLOURS, INK, canvas, svg
+from vitshrink.report.drawing import COLORS, INK, canvas, svg
 from vitshrink.statistics.stats import LinearStats
 
 METHOD_NAMES = {"svd": "plain SVD", "asvd": "activation-scaled SVD", "whitened": "whitened (least loss)"}
@@ -24,12 +24,12 @@ def explained_variance(spectra: Sequence[LayerSpectrum]) -> str:
     """Share of the squared spectrum over the rank, plain beside scaled, a line a block."""
     roles, blocks = _roles(spectra), sorted({each.block for each in spectra})
     figure, axes = canvas(8.6, 1.9 * len(roles) + 0.8, len(roles), 2, sharex=True, sharey=True, squeeze=False)
-    colour = _depth(blocks)
+    color = _depth(blocks)
     for row, role in enumerate(roles):
         for column, method in enumerate(("svd", "asvd")):
             panel = axes[row, column]
             for each in (each for each in spectra if each.role == role):
-                panel.plot(_fractions(each.explained[method]), each.explained[method], color=colour(each.block), lw=1.1)
+                panel.plot(_fractions(each.explained[method]), each.explained[method], color=color(each.block), lw=1.1)
             panel.grid(alpha=0.2, color=INK)
             if row == 0:
                 panel.set_title(METHOD_NAMES[method], fontsize=11)
@@ -50,10 +50,10 @@ def output_loss(spectra: Sequence[LayerSpectrum]) -> str:
         panel.set_visible(False)
     for panel, role in zip(axes.flat, roles, strict=False):
         members = [each for each in spectra if each.role == role]
-        for method, colour in zip(METHODS, COLOURS, strict=False):
+        for method, color in zip(METHODS, COLORS, strict=False):
             shortest = min(len(each.lost[method]) for each in members)
             mean = torch.stack([each.lost[method][:shortest] for each in members]).mean(0)
-            panel.plot(_fractions(mean), mean.clamp_min(1e-5), color=colour, lw=1.5, label=METHOD_NAMES[method])
+            panel.plot(_fractions(mean), mean.clamp_min(1e-5), color=color, lw=1.5, label=METHOD_NAMES[method])
         panel.set_title(role, fontsize=10)
         panel.set_yscale("log")
         panel.set_ylim(1e-4, 1.1)
@@ -111,8 +111,8 @@ def effective_rank(
         lines: dict[str, list[tuple[int, float]]] = {}
         for target, each in zip(targets, layers, strict=True):
             lines.setdefault(target.role, []).append((target.block, each.effective_rank / min(each.shape)))
-        for (role, line), colour in zip(lines.items(), COLOURS, strict=False):
-            panel.plot(*zip(*sorted(line), strict=True), color=colour, marker="o", markersize=4, label=role)
+        for (role, line), color in zip(lines.items(), COLORS, strict=False):
+            panel.plot(*zip(*sorted(line), strict=True), color=color, marker="o", markersize=4, label=role)
         panel.set_title(title, fontsize=11)
         panel.set_xlabel("block")
         panel.set_ylim(0, 1)
@@ -162,9 +162,9 @@ def predicted_loss(spectra: Sequence[LayerSpectrum]) -> str | None:
 def _densities(grid: NDArray[Any], densities: Mapping[int, NDArray[Any]], label: str) -> str:
     blocks = sorted(densities)
     figure, axes = canvas(8.6, 3.8)
-    colour = _depth(blocks)
+    color = _depth(blocks)
     for block in blocks:
-        axes.plot(grid, densities[block], color=colour(block), lw=1.4)
+        axes.plot(grid, densities[block], color=color(block), lw=1.4)
     axes.set_xlabel(label)
     axes.set_ylabel("density")
     axes.set_xlim(grid[0], grid[-1])
@@ -199,8 +199,8 @@ def _fractions(curve: Tensor) -> Tensor:
 def _depth(blocks: Sequence[int]) -> Any:
     import matplotlib
 
-    colours = matplotlib.colormaps["viridis"]
-    return lambda block: colours(0.05 + 0.85 * blocks.index(block) / max(1, len(blocks) - 1))
+    colors = matplotlib.colormaps["viridis"]
+    return lambda block: colors(0.05 + 0.85 * blocks.index(block) / max(1, len(blocks) - 1))
 
 
 def _depth_bar(figure: Any, axes: Any, blocks: Sequence[int]) -> None:

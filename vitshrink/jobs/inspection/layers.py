@@ -44,7 +44,7 @@ def inspect_layers(
         weight = model.get_submodule(target.name).weight
         assert isinstance(weight, Tensor)
         with torch.no_grad():
-            loss = method.factorise(weight.double(), stats.get(target.name), centred=bool(stats)).loss
+            loss = method.factorize(weight.double(), stats.get(target.name), centered=bool(stats)).loss
         shares = (loss[:-1] - loss[1:]).clamp_min(0) / loss[0].clamp_min(1e-300)
         ranks = sorted({rank_at(fraction, target.shape) for fraction in fractions})
         found.append(

@@ -25,7 +25,7 @@ CAPTIONS = {
         "What a rank loses of the outputs",
         "Share of the energy of a layer's outputs that is lost on the sampled tokens, mean over the blocks: the same "
         "measure for every method. Where plain and scaled run together, scaling by activations does not help, as after "
-        "a normalisation that evens out the channels.",
+        "a normalization that evens out the channels.",
     ),
     "attention-inputs": (
         "Scales of the attention inputs",

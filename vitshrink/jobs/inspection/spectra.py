@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitshrink.jobs.inspection.activations import Activations
-from vitshrink.methods import Factorisation, get_method
+from vitshrink.methods import Factorization, get_method
 from vitshrink.methods.ranks import largest_rank
 from vitshrink.models.targets import Target
 from vitshrink.statistics.stats import LinearStats
@@ -57,7 +57,7 @@ def layer_spectra(
         weight = model.get_submodule(target.name).weight
         assert isinstance(weight, Tensor)
         W, statistics = weight.double(), stats[target.name]
-        factors = {name: get_method(name).factorise(W, statistics, centred=False) for name in METHODS}
+        factors = {name: get_method(name).factorize(W, statistics, centered=False) for name in METHODS}
         tokens = activations.inputs[target.input_group].to(W)
         assert statistics.abs_mean is not None
         found.append(
@@ -74,7 +74,7 @@ def layer_spectra(
     return found
 
 
-def output_loss(W: Tensor, factors: Factorisation, x: Tensor) -> Tensor:
+def output_loss(W: Tensor, factors: Factorization, x: Tensor) -> Tensor:
     """Share of the energy of W x, x (tokens, n), that is lost at each rank, (k + 1,); 0 where there is no energy."""
     exact = x @ W.T
     components = x @ factors.down.T
@@ -94,6 +94,6 @@ def _share(loss: Tensor) -> Tensor:
 def _predicted(target: Target, W: Tensor, statistics: LinearStats | None) -> float | None:
     if statistics is None:
         return None
-    loss = get_method("curvature").factorise(W, statistics, centred=True).loss
+    loss = get_method("curvature").factorize(W, statistics, centered=True).loss
     m, n = target.shape
     return float(loss[largest_rank(m, n, HALF * m * n, "gauge")])

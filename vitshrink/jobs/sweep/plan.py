@@ -215,7 +215,7 @@ def _plain(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_known(wanted: Mapping[str, Any], combinations: Sequence[Combination], where: str) -> None:
-    """A misspelt exception would silently leave nothing out."""
+    """A misspelled exception would silently leave nothing out."""
     known = sorted({key for each in combinations for key in (*each.labels, *each.entries)})
     for key in _plain(wanted):
         if combinations and key not in known:
@@ -275,7 +275,7 @@ def _require_figures(gates: Gates, config: CompressConfig, where: str) -> None:
     """Raises UsageError for a bound that nothing will be measured for; before any job is run."""
     for name in ("min_accuracy", "max_drop"):
         if getattr(gates, name) is not None and config.eval is None:
-            raise UsageError(f"{where}: {flag_of(name)} needs labelled samples: set 'eval'.")
+            raise UsageError(f"{where}: {flag_of(name)} needs labeled samples: set 'eval'.")
     for name in FIDELITIES:
         unmeasured = config.eval is None and (config.calibration is None or config.holdout == 0)
         if getattr(gates, name) is not None and unmeasured:

@@ -17,7 +17,7 @@ class LayerSpec:
     """What a checkpoint says of one compressed layer: enough to build it empty, before its tensors are read.
 
     Attributes:
-        pivot: first of the ``rank`` neighbouring input channels on which the inner factor is the identity, which is
+        pivot: first of the ``rank`` neighboring input channels on which the inner factor is the identity, which is
             then not stored; None when both factors are stored whole.
     """
 
@@ -60,12 +60,12 @@ class LayerSpec:
 class LowRankLinear(nn.Module):
     """y = up (down x) + b, with up (out, rank) and down (rank, in).
 
-    With a pivot, down is the identity on ``rank`` neighbouring inputs, and only its other columns are stored: r(m+n−r)
+    With a pivot, down is the identity on ``rank`` neighboring inputs, and only its other columns are stored: r(m+n−r)
     numbers, the degrees of freedom of a rank-r matrix (PIFA, arXiv 2501.19090), and as many multiplications less. The
     block is contiguous, so nothing is gathered: h = x[pivots] + down' x[others] reads slices.
 
     The output factor is called ``weight`` on purpose: transformers without vitshrink then meets a tensor of the wrong
-    shape and refuses to load, where an unknown name would leave it with a randomly initialised layer and a warning.
+    shape and refuses to load, where an unknown name would leave it with a randomly initialized layer and a warning.
     """
 
     def __init__(

@@ -59,12 +59,12 @@ class QuantizedSpec:
         numbers = [value for name, value in entry.items() if name != "activations"]
         known = {"bits", "activations"} <= set(entry) <= {field.name for field in fields(cls)}
         if not known or any(type(number) is not int for number in numbers):
-            raise CheckpointError(f"cannot read the description {entry!r} of a quantised layer: it is damaged.")
+            raise CheckpointError(f"cannot read the description {entry!r} of a quantized layer: it is damaged.")
         spec = cls(**entry)
         modes = {8: ("none", "dynamic"), 4: ("none",)}
         least = min(*(entry.get(name, 1) for name in ("rank", "inputs", "outputs")), 1 + entry.get("pivot", 0))
         if spec.activations not in modes.get(spec.bits, ()) or least < 1:
-            raise CheckpointError(f"cannot build the quantised layer {entry!r}: upgrade vitshrink.")
+            raise CheckpointError(f"cannot build the quantized layer {entry!r}: upgrade vitshrink.")
         return spec
 
     def fits(self, module: nn.Module) -> bool:
@@ -209,7 +209,7 @@ class QuantizedEmbeddingSpec:
     def from_dict(cls, entry: Any) -> Self:
         """Raises CheckpointError when the entry is not one that this version writes."""
         if entry != {"bits": 8}:
-            raise CheckpointError(f"cannot read the description {entry!r} of a quantised embedding: upgrade vitshrink.")
+            raise CheckpointError(f"cannot read the description {entry!r} of a quantized embedding: upgrade vitshrink.")
         return cls()
 
     def fits(self, module: nn.Module) -> bool:

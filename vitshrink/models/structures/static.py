@@ -117,9 +117,9 @@ class StaticProduct(nn.Module):
             return self._onnx("MatMul", x, (*x.shape[:-1], len(self.integers)), self.integers.T, 1)
         flat = self.steps(x.reshape(-1, self.integers.shape[1]), self.input_scale, self.input_zero)
         if self.rounds and multiplies_integers(flat, self.integers):
-            centred = 128 - self.input_zero.float()  # so that a step fits int8
-            y = torch._int_mm((flat - centred).to(torch.int8), self.integers.T)
-            y = y + centred * self.integers.sum(1, dtype=torch.float32)
+            centered = 128 - self.input_zero.float()  # so that a step fits int8
+            y = torch._int_mm((flat - centered).to(torch.int8), self.integers.T)
+            y = y + centered * self.integers.sum(1, dtype=torch.float32)
         else:
             y = F.linear(flat, self.integers.float())
         y = y * (self.input_scale.float() * self.weight.float().squeeze(1))
@@ -127,7 +127,7 @@ class StaticProduct(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _onnx(self, kind: str, x: Tensor, shape: Any, integers: Tensor, axis: int, **attributes: Any) -> Tensor:
-        """The product as a runtime recognises it."""
+        """The product as a runtime recognizes it."""
         read = self._rounded(x.float(), self.input_scale, self.input_zero)
         scales = self.weight.float().squeeze(1)  # no zero points: with them OpenVINO multiplies in floating point
         matrix = _node("DequantizeLinear", (integers, scales), integers.shape, axis=axis)

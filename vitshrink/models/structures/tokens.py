@@ -17,7 +17,7 @@ SCORERS = ("blur", "features")
 
 
 class MixedEmbeddings(Joined):
-    """Embeddings of the leaves of a quadtree over the image (mixed-resolution tokenisation, arXiv 2304.00287).
+    """Embeddings of the leaves of a quadtree over the image (mixed-resolution tokenization, arXiv 2304.00287).
 
     The larger patches are embedded by the checkpoint's own projection after the image has been averaged to their
     resolution, and stand at the mean of the positions that they cover. Every image of a batch gets the same number of

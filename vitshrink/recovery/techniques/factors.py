@@ -16,7 +16,7 @@ from vitshrink.models.targets import layers_in_blocks
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """The same product from factors of equal Grams, upᵀ up = down downᵀ: (out, rank) and (rank, in), float64.
 
-    Of all factorisations of a matrix these have the least norm, and a step in either factor moves the product about as
+    Of all factorizations of a matrix these have the least norm, and a step in either factor moves the product about as
     far as the same step in the other: one learning rate then suits both.
     """
     Q_up, R_up = torch.linalg.qr(up.double())

@@ -1,7 +1,7 @@
 """Integers on top of low rank: bytes, accuracy, divergence and latency of one model in every combination.
 
-python benchmarks/quantisation.py --model MODEL --calibration UNLABELLED --eval LABELLED --keep 0.8 0.7
-python benchmarks/quantisation.py --model MODEL --compressed SMALLER_MODEL --eval LABELLED
+python benchmarks/quantization.py --model MODEL --calibration UNLABELED --eval LABELED --keep 0.8 0.7
+python benchmarks/quantization.py --model MODEL --compressed SMALLER_MODEL --eval LABELED
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
             inputs = {name: tensor[:, : given.length] for name, tensor in inputs.items()}
         timed[batch] = cost.latency(models, inputs, repeats=given.repeats)
     print_circumstances(
-        "Quantisation",
+        "Quantization",
         model=Path(given.model).name + (f", calibrated on {given.samples} samples" if given.keep else ""),
         data=f"{len(data)} samples of {Path(given.eval).name}",
         latency=f"milliseconds at batch 1 and 8, median of {given.repeats}",

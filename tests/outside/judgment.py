@@ -225,9 +225,9 @@ def figure_problems(report: dict[str, Any], data: Data) -> Iterator[str]:
     if len(bad) != data.bad:
         yield f"bad samples: {len(bad)} are counted, there are {data.bad}"
     scores = found["dense"] or {}
-    if data.labelled and found["metric"] is None:
+    if data.labeled and found["metric"] is None:
         yield "labels: they are there, and nothing is said of them"
-    if data.labelled and data.right and found["metric"] == "top1" and scores.get("top1") != 1:
+    if data.labeled and data.right and found["metric"] == "top1" and scores.get("top1") != 1:
         yield f"accuracy: the labels are the model's own answers, and it is said to have {scores.get('top1')} right"
 
 
