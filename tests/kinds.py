@@ -69,6 +69,9 @@ IMAGE: dict[str, dict[str, Any]] = {
     "Siglip": {"vision_config": _SIZES | _IMAGE, "text_config": _SIZES | _TEXT},
 }
 
+DUALS = ("CLIPModel", "SiglipModel")
+"""Both towers at once."""
+
 ARRANGED = ("ForQuestionAnswering", "ForMultipleChoice")
 """How classes end whose samples are more than running text."""
 
@@ -80,7 +83,7 @@ ARCHITECTURES = tuple(
         name
         for stem in (*TEXT, *IMAGE)
         for name in (f"{stem}{head}" for head in _HEADS)
-        if hasattr(transformers, name) and name not in ("CLIPModel", "SiglipModel")  # pairs of encoders
+        if hasattr(transformers, name) and name not in DUALS
     )
 )
 
@@ -124,11 +127,20 @@ def build(name: str, seed: int = 0, **entries: Any) -> PreTrainedModel:
 def write(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **entries: Any) -> Path:
     """A complete checkpoint directory: weights, config, and the image processor or tokenizer that belongs to it."""
     build(name, **entries).to(dtype).save_pretrained(directory)
-    if is_text(name):
+    if is_text(name) or name in DUALS:
         write_tokenizer(name, directory)
-    else:
+    if not is_text(name):
         tiny.write_processor(directory)
     return directory
+
+
+def write_captions(directory: Path, count: int = 24, column: str = "caption") -> Path:
+    """Images, and a table with a text for each."""
+    images = sorted(tiny.write_images(directory / "images", count).iterdir())
+    lines = tiny.write_text(directory / "lines.txt", count).read_text().splitlines()
+    rows = (f"images/{image.name},{line}\n" for image, line in zip(images, lines, strict=True))
+    (directory / "captions.csv").write_text(f"file_name,{column}\n" + "".join(rows))
+    return directory / "captions.csv"
 
 
 def write_tokenizer(name: str, directory: Path) -> None:

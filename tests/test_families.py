@@ -234,7 +234,7 @@ def test_an_encoder_that_hides_patches_reads_them_all(tmp_path: Path) -> None:
         ("llama", "LlamaForCausalLM", "it is a decoder"),
         ("vit_mae", "ViTMAEForPreTraining", "Supported are ViTMAEModel: load it as one of these"),
         ("bert", "BertForPreTraining", "Supported are BertForSequenceClassification, .*BertForMaskedLM"),
-        ("clip", "CLIPModel", "a pair of encoders.*CLIPVisionModel or CLIPTextModel"),
+        ("align", "AlignModel", "a pair of encoders.*AlignVisionModel or AlignTextModel"),
         ("wav2vec2", "Wav2Vec2Model", "it reads input_values"),
         ("nomic_bert", "SomebodysModel", "transformers .* has no model SomebodysModel.*never run"),
         ("vit", "RobertaModel", "a model of type 'roberta'"),

@@ -132,7 +132,7 @@ class Search:
         dense = self.compressor.dense
         # a masked LM is asked for its logits at a few tokens, by a hook that has to reach the model itself, and hidden
         # states are too many to keep
-        self.baseline = dense if task_of(dense) in ("masked-lm", "features") else DenseOutputs(dense)
+        self.baseline = dense if task_of(dense) in ("masked-lm", "features", "image-text") else DenseOutputs(dense)
 
     @classmethod
     def on(

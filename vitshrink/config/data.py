@@ -22,6 +22,10 @@ class DataConfig:
     """File with the classes of a flat folder of images."""
     flags: str = "--"
     """How the flags begin that name the columns."""
+    texts: str | None = None
+    """Texts for a dual encoder, where they do not lie beside the images."""
+    templates: tuple[str, ...] = ()
+    """How the name of a class becomes a text for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +68,17 @@ class CalibrationOptions(Options):
         None, "Unlabeled samples: a folder, a file, a recipe or a Hub data set.", panel=DATA, in_memory=False
     )
     calibration_split: str | None = option(None, "Its split.", panel=DATA)
+    calibration_texts: str | None = option(
+        None, "Texts beside them, for CLIP and SigLIP, where images have no captions.", panel=DATA
+    )
     samples: int = option(512, "How many to use.", panel=DATA, low=1)
 
     @property
     def calibration_data(self) -> DataConfig | None:
         if self.calibration is None:
             return None
-        return DataConfig(self.calibration, self.calibration_split, **columns_of(self))
+        columns = columns_of(self)
+        return DataConfig(self.calibration, self.calibration_split, **columns, texts=self.calibration_texts)
 
 
 @dataclass(frozen=True, kw_only=True)

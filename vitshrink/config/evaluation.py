@@ -12,6 +12,13 @@ class EvaluationOptions(Options):
 
     eval: str | None = option(None, "Samples to evaluate on.", panel=DATA, changes="report", in_memory=False)
     eval_split: str | None = option(None, "Its split.", panel=DATA, changes="report", in_memory=False)
+    eval_texts: str | None = option(
+        None,
+        "Texts beside them, for CLIP and SigLIP, where images have neither captions nor classes.",
+        panel=DATA,
+        changes="report",
+        in_memory=False,
+    )
     eval_limit: int | None = option(
         None, "Evaluate on this many at most.", panel=DATA, low=1, changes="report", in_memory=False
     )
@@ -45,7 +52,9 @@ class SeparateEvaluationOptions(EvaluationColumnOptions, EvaluationOptions):
         if self.eval is None:
             return None
         columns = columns_of(self, "eval_")
-        return DataConfig(self.eval, self.eval_split, **columns, labels=self.eval_labels, flags="--eval-")
+        return DataConfig(
+            self.eval, self.eval_split, **columns, labels=self.eval_labels, flags="--eval-", texts=self.eval_texts
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

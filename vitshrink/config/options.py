@@ -352,6 +352,12 @@ class MeasuredOptions(Options):
     labels: str | None = option(
         None, "File with the classes of a flat folder of images: `image class` lines.", panel=DATA
     )
+    texts: str | None = option(
+        None, "Texts beside them, for CLIP and SigLIP, where images have neither captions nor classes.", panel=DATA
+    )
+    template: tuple[str, ...] = option(
+        (), "How a class becomes a text for CLIP and SigLIP, such as 'a photo of a {}.'; repeat it.", panel=DATA
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,6 +389,9 @@ class EvalJob(
     }
 
     def check(self) -> None:
+        for template in self.template:
+            if "{}" not in template:
+                raise UsageError(f"--template {template!r} has no {{}}, where the name of the class goes.")
         if self.tokens == "merge":
             raise UsageError(
                 "--tokens merge measures on samples in which blocks tokens are merged, and eval evaluates what there "
@@ -391,7 +400,10 @@ class EvalJob(
 
     @property
     def eval_data(self) -> DataConfig:
-        return DataConfig(self.data, self.split, **columns_of(self), labels=self.labels)
+        columns = columns_of(self)
+        return DataConfig(
+            self.data, self.split, **columns, labels=self.labels, texts=self.texts, templates=self.template
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

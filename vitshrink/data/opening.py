@@ -16,6 +16,7 @@ from vitshrink.data import (
     open_samples,
 )
 from vitshrink.data.layouts import LAYOUTS
+from vitshrink.data.pairs import open_pairs
 from vitshrink.data.samples import Drawable
 from vitshrink.models.fidelity import BERNOULLI, REGRESSION
 from vitshrink.models.loading import LoadedModel
@@ -53,6 +54,8 @@ def open_data(
 
     ``job`` warns of what was left out and, where labels are wanted (``labeled``), of columns none of which holds them.
     """
+    if model.task == "image-text":
+        return _told(open_pairs(data, labelled=labelled, offline=offline), model, job, labelled=labelled)
     samples = open_samples(
         data.source,
         model.family.modality,
@@ -67,7 +70,11 @@ def open_data(
         flags=data.flags,
         offline=offline,
     )
-    samples = replace(samples, apart=model.embedding.known)
+    return _told(replace(samples, apart=model.embedding.known), model, job, labelled=labelled)
+
+
+def _told(samples: SampleSet, model: LoadedModel, job: Job | None, *, labelled: bool) -> SampleSet:
+    """The samples, once ``job`` has been told what there is to know of them."""
     if job is not None:
         for note in samples.notes:
             if note not in job.warnings:  # calibration and evaluation may share a source

@@ -13,6 +13,7 @@ from vitshrink.data.batches import BadSamples, Batch
 from vitshrink.data.choice_encoder import ChoiceEncoder
 from vitshrink.data.given import ReadyBatches
 from vitshrink.data.image_encoder import ImageEncoder
+from vitshrink.data.pair_encoder import PairEncoder
 from vitshrink.data.question_encoder import QuestionEncoder
 from vitshrink.data.recipes import Kind
 from vitshrink.data.samples import SampleSet
@@ -20,7 +21,8 @@ from vitshrink.data.text_encoder import TextEncoder
 from vitshrink.data.timm_transform import TimmTransform
 from vitshrink.data.word_encoder import WordEncoder
 from vitshrink.errors import CheckpointError, DataError, UsageError
-from vitshrink.models.example import text_length
+from vitshrink.models.duals import FILLED
+from vitshrink.models.example import text_config, text_length
 from vitshrink.models.families import reads_any_size
 from vitshrink.models.geometry import image_shape
 from vitshrink.models.sentences import NO_SETTINGS, TextSettings
@@ -50,7 +52,7 @@ class Preprocessor:
     ``description`` says what it does to a sample: figures of two evaluations can be compared only where it is the same.
     """
 
-    def __init__(self, encoder: ImageEncoder | TextEncoder | ReadyBatches) -> None:
+    def __init__(self, encoder: ImageEncoder | TextEncoder | PairEncoder | ReadyBatches) -> None:
         self._encoder = encoder
         self.kind: Kind = encoder.kind
         self.processor: Any = encoder.processor
@@ -95,6 +97,10 @@ class Preprocessor:
         """
         if config is None:
             config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
+        if kind == "image-text":
+            images = cls.from_checkpoint(path, "image", config=config, offline=offline)
+            texts = cls.from_checkpoint(path, "text", config=config, max_length=max_length, offline=offline)
+            return cls._of_pairs(images, texts, config)
         if kind == "image":
             _require(path, _IMAGE_PROCESSOR_FILES, "image processor")
             processor = _load(AutoImageProcessor.from_pretrained, path, offline, "image processor")
@@ -113,6 +119,13 @@ class Preprocessor:
         _check_vocabulary(path, tokenizer, config)
         settings = TextSettings.read(Path(path)) if Path(path).is_dir() else NO_SETTINGS
         return cls._of_texts(path, tokenizer, config, max_length, settings, task)
+
+    @classmethod
+    def _of_pairs(cls, images: "Preprocessor", texts: "Preprocessor", config: Any) -> "Preprocessor":
+        assert isinstance(images._encoder, ImageEncoder)
+        assert isinstance(texts._encoder, TextEncoder)
+        filled = text_length(config) if config.model_type in FILLED else None
+        return cls(PairEncoder(images._encoder, texts._encoder, filled))
 
     @classmethod
     def _of_texts(
@@ -147,6 +160,9 @@ class Preprocessor:
             UsageError: it is none, or ``max_length`` is not one that the model can take.
             CheckpointError: a tokenizer with another vocabulary than the model.
         """
+        if kind == "image-text":
+            images, texts = cls.of(processor, "image", config), cls.of(processor, "text", config, max_length=max_length)
+            return cls._of_pairs(images, texts, config)
         part = "image_processor" if kind == "image" else "tokenizer"
         processor = getattr(processor, part, processor)  # a processor of several modalities holds one for each
         if not isinstance(processor, BaseImageProcessor if kind == "image" else PreTrainedTokenizerBase):
@@ -185,6 +201,8 @@ class Preprocessor:
         encoder = self._encoder
         if isinstance(encoder, ImageEncoder):
             batches = encoder.batches(samples, batch_size, bad, workers)
+        elif isinstance(encoder, PairEncoder):
+            batches = encoder.batches(samples, batch_size, bad, workers, in_order)
         else:
             batches = encoder.batches(samples, batch_size, bad, in_order)
         for batch in batches:
@@ -247,7 +265,7 @@ def _timm_transform(path: str | Path, height: int, width: int) -> TimmTransform:
 
 
 def _check_vocabulary(path: str | Path, tokenizer: Any, config: Any) -> None:
-    size = getattr(config, "vocab_size", None)
+    size = getattr(text_config(config), "vocab_size", None)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise CheckpointError(f"the tokenizer of {path} has no words: its vocabulary file is missing or empty.")
     if size is not None and len(tokenizer) > size:

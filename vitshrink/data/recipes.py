@@ -13,7 +13,8 @@ from vitshrink.config.written import read_yaml, truth
 from vitshrink.data.tables import DELIMITERS, Quoting
 from vitshrink.errors import DataError, UsageError
 
-Kind = Literal["image", "text"]
+Kind = Literal["image", "text", "image-text"]
+"""What a sample is; ``image-text``: an image and a text, of which a model reads each apart."""
 
 
 @dataclass(frozen=True)

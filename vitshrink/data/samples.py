@@ -81,13 +81,21 @@ class SampleSet:
     unlabeled: str | None = None
     notes: tuple[str, ...] = ()
     apart: bool = False
-    """Whether a model reads the two texts of a pair apart, and learns from each of them."""
+    """Whether a model reads the two texts of a pair apart, or an image and its text, and learns from each of them."""
+    captioned: bool = False
+    """Whether image and text of a sample belong together."""
+    prompts: Sequence["Sample"] = ()
+    """Texts for the classes of images, for a dual encoder to tell them by; their keys begin with the class."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read_apart(self) -> "SampleSet":
-        """As a model reads them: pairs of texts that are read apart as twice as many samples, without labels."""
+        """As a model reads them: pairs that are read apart as twice as many samples, without labels."""
+        if self.apart and self.kind == "image-text":
+            images = [replace(sample, text=None) for sample in self.samples if sample.image is not None]
+            texts = [replace(sample, image=None) for sample in self.samples if sample.text is not None]
+            return replace(self, samples=[*images, *texts], labels_are=None)
         if not self.apart or not any(sample.text_pair is not None for sample in self.samples):
             return self
         found = [
@@ -166,6 +174,7 @@ def _digest(sample: Sample) -> bytes:
             ValueError,
         ):  # counted and named when it is decoded; here it only has to differ from the others
             content = f"unreadable {sample.key}".encode()
+        content += b"" if sample.text is None else f"\x00{sample.text}".encode(errors="surrogatepass")
         return hashlib.sha256(content).digest()
     texts = "\x00".join(
         (f"{sample.text}", f"{sample.text_pair}", *(sample.choices or ()))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vitshrink.errors import DataError, UsageError, VitshrinkError
+from vitshrink.evaluation import duals
 from vitshrink.evaluation.answer_rows import answer_step
+from vitshrink.evaluation.duals import vectors_step
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.quality import Accuracy, Evaluation
 from vitshrink.evaluation.rows import (
@@ -117,6 +119,9 @@ def evaluate_each(
     elif task == "features":
         _require(baseline is not None, "the model has no head")
         step = features_step(_embeddings(embedding, baseline_embedding))
+    elif task == "image-text":
+        _require(baseline is not None, "the samples have neither captions nor classes")
+        step = vectors_step()
     else:
         raise ValueError(f"unknown task {task!r}")
     with _inference([*models, *([] if baseline is None else [baseline])], device):
@@ -167,6 +172,47 @@ def evaluate_pairs(
         )
         for one, other in zip(first_columns, second_columns, strict=True)
     ]
+
+
+def evaluate_dual(
+    models: Sequence[nn.Module],
+    images: Iterable[Batch],
+    texts: Iterable[Batch],
+    *,
+    pairs: Sequence[tuple[str, str]] = (),
+    classes: Mapping[str, int] | None = None,
+    names: Sequence[str] = (),
+    baseline: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    on_batch: OnBatch | None = None,
+) -> list[Evaluation]:
+    """Dual encoders, by how often the nearest of some texts is the right one for an image.
+
+    Either ``pairs`` of the keys of an image and a text belong together, or ``classes`` says which class an image, by
+    its key, is of; then the keys of texts begin with the class that they stand for and a bar, and ``names`` are those
+    of the classes. A pair of which one side was unusable is left out. Otherwise as ``evaluate_each``.
+    """
+    comparisons = [_by_role(model, baseline) for model in models]
+    with _inference([*models, *([] if baseline is None else [baseline])], device):
+        text_keys, text_columns = _rows(vectors_step(), comparisons, texts, on_batch)
+        keys, image_columns = _rows(vectors_step(), comparisons, images, on_batch)
+    scale = float(models[0].logit_scale.detach().exp())  # type: ignore[operator]
+    found = []
+    for left, right in zip(image_columns, text_columns, strict=True):
+        if classes is not None:
+            labels = torch.tensor([classes[key] for key in keys])
+            told = torch.tensor([int(key.partition("|")[0]) for key in text_keys])
+            columns = duals.of_classes(left, right, told, labels, scale)
+            found.append(summarise("image-text", keys, columns, dict(enumerate(names)), seed))
+            continue
+        rows, others = ({key: row for row, key in enumerate(each)} for each in (keys, text_keys))
+        kept = [(one, other) for one, other in pairs if one in rows and other in others]
+        if not kept:
+            raise DataError("no pair of an image and a text is left: one side of each could not be used.")
+        columns = duals.of_pairs(left, right, [(rows[one], others[other]) for one, other in kept])
+        found.append(summarise("image-text", [one for one, _ in kept], columns, {}, seed))
+    return found
 
 
 def check_labels(evaluation: Evaluation, num_labels: int) -> None:

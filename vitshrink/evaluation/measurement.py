@@ -12,15 +12,17 @@ from vitshrink.data import (
     BadSamples,
     Batch,
     Preprocessor,
+    Sample,
     SampleSet,
     align_label_lists,
     align_labels,
 )
 from vitshrink.data.opening import Cut, warn_of_bad
+from vitshrink.data.pairs import classes_of
 from vitshrink.data.samples import Answers
 from vitshrink.data.tags import align_tags
 from vitshrink.errors import CheckpointError, DataError
-from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_each, evaluate_pairs
+from vitshrink.evaluation import Evaluation, Masking, check_labels, evaluate_dual, evaluate_each, evaluate_pairs
 from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.models.fidelity import BERNOULLI, REGRESSION, classification_head
 from vitshrink.models.sentences import MEAN, Embedding
@@ -122,7 +124,9 @@ def measure_each(
 
     with job.stage("evaluate", "Evaluating", len(samples) * (1 + pairs)) as advance:
         ticks = _scaled(advance, processes.count())
-        if pairs:
+        if task == "image-text" and labelled and (samples.captioned or samples.prompts):
+            evaluations = _dual(models, samples, read, baseline=baseline, device=device, seed=seed, on_batch=ticks)
+        elif pairs:
             evaluations = evaluate_pairs(
                 models,
                 *(read(_side(mine, first=first)) for first in (True, False)),
@@ -164,6 +168,34 @@ def measure_each(
         Measurement(evaluation, samples, samples.source, fingerprint, rule, bad, pooling, similarity)
         for evaluation in evaluations
     ]
+
+
+def _dual(
+    models: Sequence[nn.Module], samples: SampleSet, read: Callable[[SampleSet], Iterable[Batch]], **options: Any
+) -> list[Evaluation]:
+    """Of a dual encoder: by the classes of images, or by the pairs that they are with texts."""
+    if samples.prompts:
+        classes = classes_of(samples)
+        known = [sample for sample in samples.samples if sample.key in classes]
+        images = replace(samples, samples=processes.share(known))
+        texts = replace(samples, samples=processes.share(samples.prompts))
+        names = samples.label_names or []
+        return evaluate_dual(models, read(images), read(texts), classes=classes, names=names, **options)
+    image_of = {id_of(sample): sample.key for sample in reversed(samples.samples)}
+    text_of = {sample.text: sample.key for sample in reversed(samples.samples)}
+    pairs = [(image_of[id_of(sample)], text_of[sample.text]) for sample in samples.samples]
+    first, second = ({pair[side] for pair in pairs} for side in (0, 1))
+    sides = (
+        [replace(sample, text=None) for sample in samples.samples if sample.key in first],
+        [replace(sample, image=None) for sample in samples.samples if sample.key in second],
+    )
+    images, texts = (replace(samples, samples=processes.share(side)) for side in sides)
+    return evaluate_dual(models, read(images), read(texts), pairs=pairs, **options)
+
+
+def id_of(sample: Sample) -> object:
+    """What two samples of the same image have in common."""
+    return sample.image if isinstance(sample.image, Path) else sample.key
 
 
 def _gather(bad: BadSamples, cut: Cut, samples: SampleSet) -> None:
@@ -238,8 +270,8 @@ def labels_of(
 
     Raises DataError for labels that cannot be aligned.
     """
-    if samples.labels_are is None or task in ("masked-lm", "features"):
-        return None, None
+    if samples.labels_are is None or task in ("masked-lm", "features", "image-text"):
+        return None, rule_of(samples) if task == "image-text" else None
     config: Any = model.config
     if task == "token-classification":
         tags, rule = align_tags(samples, config.id2label, config.num_labels, class_map)
@@ -254,6 +286,11 @@ def labels_of(
     align = align_label_lists if head is BERNOULLI else align_labels
     mapping, rule = align(samples, config.id2label, config.num_labels, class_map)
     return mapping.__getitem__, rule
+
+
+def rule_of(samples: SampleSet) -> str | None:
+    """How a dual encoder tells the classes of images."""
+    return f"classes by texts such as {samples.prompts[0].text!r}" if samples.prompts else None
 
 
 def _score_of(samples: SampleSet, scores: int) -> Callable[[Any], Any]:

@@ -147,6 +147,31 @@ class Ranking(Quality):
 
 @final
 @dataclass(frozen=True)
+class Retrieval(Quality):
+    """How well a dual encoder finds the texts of images, and the images of texts."""
+
+    metric: ClassVar[str] = "recall_at_1"
+
+    recall_at_1: float
+    """Mean of ``text_at_1`` and ``image_at_1``."""
+    interval: Interval
+    """Of ``recall_at_1``."""
+    text_at_1: float
+    """Fraction of the pairs whose image has a text of its own nearest to it."""
+    text_at_5: float
+    """Among the five nearest."""
+    text_at_10: float
+    """Among the ten nearest."""
+    image_at_1: float
+    """Fraction of the pairs whose text has an image of its own nearest to it."""
+    image_at_5: float
+    """Among the five nearest."""
+    image_at_10: float
+    """Among the ten nearest."""
+
+
+@final
+@dataclass(frozen=True)
 class Fidelity:
     """How alike the compressed and the dense model are. A head has some of these figures; the others are left out."""
 
@@ -244,15 +269,15 @@ class Evaluation:
 
     task: str
     """``image-classification``, ``text-classification``, ``token-classification``, ``question-answering``,
-    ``multiple-choice``, ``masked-lm``, ``features`` or ``similarity`` (of pairs)."""
+    ``multiple-choice``, ``masked-lm``, ``features``, ``similarity`` (of pairs) or ``image-text``."""
     metric: str | None = None
     """The figure of ``dense`` and ``compressed`` that ``difference`` compares: ``top1``, ``f1_micro``, ``entity_f1``,
-    ``answer_f1``, ``spearman``, ``ndcg_at_10``."""
+    ``answer_f1``, ``spearman``, ``ndcg_at_10``, ``recall_at_1``."""
     samples: int
     """How many were measured."""
-    dense: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | None = None
+    dense: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | Retrieval | None = None
     """How good the dense model is."""
-    compressed: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | None = None
+    compressed: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | Retrieval | None = None
     """How good the compressed model is."""
     fidelity: Fidelity | None = None
     """How alike they are."""

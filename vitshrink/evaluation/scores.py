@@ -23,11 +23,13 @@ from vitshrink.evaluation.quality import (
     Interval,
     LabelScores,
     Ranking,
+    Retrieval,
 )
 from vitshrink.evaluation.rows import Columns
 from vitshrink.models.fidelity import REGRESSION
 
 SIGNIFICANCE = 0.05
+ROLES = ("dense", "compressed")
 _SHOWN_DISAGREEMENTS = 24
 
 
@@ -56,13 +58,15 @@ def summarize(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
 
 def _quality(
     role: str, columns: Columns, seed: int
-) -> Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | None:
+) -> Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | Retrieval | None:
     if f"{role}.prediction" in columns and ranking.is_ranking(columns):
         return ranking.ranking(role, columns, seed)
     if f"{role}.answer_f1" in columns:
         return _answers(columns[f"{role}.answer_f1"], columns[f"{role}.exact"], seed)
     if f"{role}.truth.entities" in columns:
         return entity_scores.entity_scores(role, columns, seed)
+    if f"{role}.texts_found" in columns:
+        return _retrieval(role, columns, seed)
     if f"{role}.top1" in columns:
         return _accuracy(role, columns, seed)
     if f"{role}.chosen" in columns and "truth" in columns:
@@ -70,6 +74,13 @@ def _quality(
     if f"{role}.prediction" in columns and "target" in columns:
         return _correlation(columns[f"{role}.prediction"], columns["target"], seed)
     return None
+
+
+def _retrieval(role: str, columns: Columns, seed: int) -> Retrieval:
+    texts, images = (columns[f"{role}.{side}_found"].double() for side in ("texts", "images"))
+    both = (texts + images)[:, 0] / 2
+    shares = [float(share) for side in (texts, images) for share in side.mean(0)]
+    return Retrieval(float(both.mean()), metrics.bootstrap_ratio(both, torch.ones_like(both), seed), *shares)
 
 
 def _correlation(prediction: Tensor, target: Tensor, seed: int) -> Correlation:
@@ -169,6 +180,11 @@ def _difference(columns: Columns, seed: int) -> Difference:
         lost = ranking.of_queries("dense", columns) - ranking.of_queries("compressed", columns)
         drop, interval = float(lost.mean()), metrics.bootstrap_ratio(lost, torch.ones_like(lost), seed)
         p_value, test = metrics.sign_flip_p_value(lost, seed), "sign flips, query by query"
+    elif "dense.texts_found" in columns:
+        sides = [columns[f"{role}.{side}_found"][:, 0].double() for role in ROLES for side in ("texts", "images")]
+        lost = (sides[0] + sides[1] - sides[2] - sides[3]) / 2
+        drop, interval = float(lost.mean()), metrics.bootstrap_ratio(lost, torch.ones_like(lost), seed)
+        p_value, test = metrics.sign_flip_p_value(lost, seed), "sign flips, pair by pair"
     elif (found := _paired(columns)) is not None:
         score, target, dense, compressed = found
         drop = score(dense, target) - score(compressed, target)

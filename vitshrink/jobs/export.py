@@ -95,6 +95,12 @@ def export(
     source.companions.tell(job)
     if form == "dense" and not compressed_layers(source.model):
         raise UsageError(f"{model} has no compressed layer: it is the dense checkpoint already.")
+    if form != "dense" and source.task == "image-text":
+        kind = type(source.model).__name__.removesuffix("Model")
+        raise UsageError(
+            f"{model} is a dual encoder, and --to {form} is for one tower: save it with --to dense, then one tower of "
+            f"that ({kind}VisionModel or {kind}TextModel: from_pretrained, then save_pretrained), and export the tower."
+        )
     with published(Path(output), session, 5 * cost.parameters(source.model), overwrite=overwrite) as staging:
         with job.stage("export", f"Writing {'the dense checkpoint' if form == 'dense' else form}"):
             written = write(session, staging)

@@ -33,6 +33,7 @@ from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import cast, save, verify
 from vitshrink.models.companions import Companions
+from vitshrink.models.duals import read_together
 from vitshrink.models.example import example_inputs
 from vitshrink.models.families import family_of
 from vitshrink.models.loading import check_config, check_finite, held, moved, usual_outputs
@@ -142,6 +143,7 @@ def compress(
     layers = description.layers(shrunk.findings, shrunk.plan)
     report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement, paced=shrunk.paced)
     plainly_read(small)
+    read_together(small)
     return Compressed(
         moved(small, dtype=dtype),
         replace(report, command=None),
@@ -205,6 +207,11 @@ def _samples(
     if _is_address(calibration):
         samples = session.samples(config.calibration_data or DataConfig(str(calibration)))
         return _preprocessor(session, origin, processor, config), samples
+    if kind == "image-text":
+        raise UsageError(
+            "calibration: for a dual encoder name what --calibration takes: a table of images and captions, or a "
+            "folder of images with calibration_texts=FILE."
+        )
     most = config.samples + config.holdout
     task = session.source.task
     columns = Columns(

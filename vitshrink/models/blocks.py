@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitshrink.errors import CheckpointError
+from vitshrink.models.duals import towers_of
 from vitshrink.models.structures import structure_of
 
 FEWEST_LAYERS = 2
@@ -19,10 +20,14 @@ def find_blocks(base: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a base model, by name and in order; those of all stages, where it has several.
 
     Of all lists whose members have linear layers those at places of one kind (``encoder.layers.#.blocks``) are taken
-    that have the most. Where their members are lists of like modules themselves, stages or groups, it is those.
+    that have the most. Where their members are lists of like modules themselves, stages or groups, it is those. A dual
+    encoder has the blocks of both towers.
 
     Raises CheckpointError where there is no such list.
     """
+    if towers := towers_of(base):
+        blocks = {tower: find_blocks(base.get_submodule(tower)) for tower in towers}
+        return {f"{tower}.{name}": block for tower, found in blocks.items() for name, block in found.items()}
     lists: dict[str, list[tuple[str, Members]]] = {}
     for name, module in base.named_modules():
         listed = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import CheckpointError, NumericsError, OutputError
 from vitshrink.models import cost
+from vitshrink.models.duals import read_together
 from vitshrink.models.families import family_of
 from vitshrink.models.hf_quantizer import list_structures
 from vitshrink.models.loading import LoadedModel, load_source, moved, quiet_transformers
@@ -127,7 +128,9 @@ def load(
     Raises CheckpointError.
     """
     source = examine(resolve(path_or_id, offline=offline, revision=revision))
-    return moved(load_source(source, dtype=dtype or source.dtype, attention=attention).model, device or "cpu")
+    model = load_source(source, dtype=dtype or source.dtype, attention=attention).model
+    read_together(model)
+    return moved(model, device or "cpu")
 
 
 @torch.no_grad()

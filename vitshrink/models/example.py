@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vitshrink.models.duals import FILLED
 from vitshrink.models.geometry import image_shape
 from vitshrink.models.tasks import task_of
 
@@ -19,11 +20,17 @@ TEXT_TOKENS = 128
 """Length of the text for which operations and latency of a text model are given."""
 
 
+def text_config(config: Any) -> Any:
+    """The part of a config that is about texts: that of a tower, in a dual encoder."""
+    return getattr(config, "text_config", config)
+
+
 def text_length(config: Any) -> int | None:
     """Of the longest text that a model can take, in tokens; None where its positions have no end.
 
     Models like RoBERTa count positions from the one after their padding token's.
     """
+    config = text_config(config)
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return None
@@ -34,9 +41,15 @@ def example_inputs(model: PreTrainedModel, batch_size: int = 1) -> dict[str, Ten
     """Inputs of the usual shape, the same every time: to count operations and compare outputs, not to judge a model."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(batch_size, *image_shape(config), generator=generator)}
+    task, inputs = task_of(model), {}
+    if task == "image-text" or model.main_input_name == "pixel_values":
+        inputs["pixel_values"] = torch.randn(batch_size, *image_shape(config), generator=generator)
+        if task != "image-text":
+            return inputs
     length = min(TEXT_TOKENS, text_length(config) or TEXT_TOKENS)
-    choices = (CHOICES,) if task_of(model) == "multiple-choice" else ()
-    tokens = torch.randint(config.vocab_size, (batch_size, *choices, length), generator=generator)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    choices = (CHOICES,) if task == "multiple-choice" else ()
+    vocabulary = text_config(config).vocab_size
+    inputs["input_ids"] = torch.randint(vocabulary, (batch_size, *choices, length), generator=generator)
+    if not (task == "image-text" and config.model_type in FILLED):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs

@@ -17,13 +17,15 @@ from transformers.models.auto import modeling_auto
 
 from vitshrink.errors import CheckpointError, DependencyError, UsageError
 from vitshrink.models.blocks import find_blocks
+from vitshrink.models.duals import DUALS
 from vitshrink.models.tasks import TASKS, architecture_of
 
 Role = Literal["query", "key", "value", "qkv", "output", "fc1", "gate", "up", "gated", "fc2", "other"]
 """What a linear layer of a block is for. ``qkv`` and ``gated`` are one layer for several; the hidden units of ``gate``,
 ``up`` and ``gated`` belong together, so that they keep their order. ``other``: nobody knows."""
 
-Modality = Literal["image", "text"]
+Modality = Literal["image", "text", "image-text"]
+"""What a model reads; ``image-text``: either, each by a tower of its own."""
 
 Modules = Mapping[Role, str]
 """The linear layers of a block by role, relative to the block."""
@@ -32,6 +34,9 @@ INPUTS: Mapping[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
 """What models read, by the name of their main input."""
 
 TIMM = "timm_wrapper"
+
+NAFLEX = ("siglip2", "siglip2_vision_model")
+"""Types of models that read lists of patches and the shapes of the images that these are from."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,8 @@ def family_named(model_type: str, architecture: str, where: str) -> Family:
             f"{where}: the architecture {architecture} (model type {model_type!r}) is not supported: {problem}"
         )
     known = {family.model_type: family for family in FAMILIES}
+    if architecture in DUALS:
+        return replace(known[model_type], modality="image-text", norm=None)
     return known.get(model_type) or Family(model_type, INPUTS[_class(architecture).main_input_name])
 
 
@@ -240,13 +247,17 @@ def _problem(model_type: str, architecture: str) -> str | None:
         and model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     ):
         return "it is a decoder, which writes one token after another; vitshrink compresses encoders such as BERT."
+    if model_type in NAFLEX:
+        return (
+            "it reads images of any shape as lists of patches (NaFlex). Use a SigLIP 2 checkpoint of one image size, "
+            "such as google/siglip2-base-patch16-224, which is a SiglipModel."
+        )
     if not architecture.endswith(tuple(TASKS)):
         return f"vitshrink does not know what its outputs are for. {_nearest(architecture)}"
     if kind.main_input_name not in INPUTS:
         return f"it reads {kind.main_input_name}, and vitshrink has images and texts only ({', '.join(INPUTS)})."
-    if architecture.endswith("Model") and {"text_config", "vision_config"} <= set(
-        getattr(kind.config_class, "sub_configs", ())
-    ):
+    towers = {"text_config", "vision_config"} <= set(getattr(kind.config_class, "sub_configs", ()))
+    if architecture.endswith("Model") and towers and architecture not in DUALS:
         return (
             "it is a pair of encoders. Save one alone, as "
             f"{architecture.removesuffix('Model')}VisionModel or {architecture.removesuffix('Model')}TextModel: "

@@ -160,7 +160,7 @@ def classification_head(problem_type: str | None, outputs: int) -> Head:
 
 def head_for(task: str, config: Any, outputs: int) -> Head:
     """The head of a model for ``task`` that gives so many ``outputs``; ``config`` may be None."""
-    if task == "features":
+    if task in ("features", "image-text"):
         return FEATURES
     if task in ("masked-lm", "token-classification", "multiple-choice"):
         return SOFTMAX

@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from vitshrink.errors import CheckpointError, DependencyError, UsageError, VitshrinkError
 from vitshrink.models.companions import Companions, companions_of
+from vitshrink.models.duals import read_apart
 from vitshrink.models.families import Family, family_named, family_of
 from vitshrink.models.fidelity import PROBLEM_TYPES
 from vitshrink.models.format import QUANT_METHOD
@@ -89,6 +90,7 @@ def held(model: PreTrainedModel, dtype: torch.dtype, origin: Path | None = None)
     companions = Companions(directory) if origin is None else companions_of(origin)
     embedding = MEAN if origin is None else embedding_of(origin, model)
     read_as(model, embedding)
+    read_apart(model)
     return LoadedModel(model, source, dtype, family_of(model), companions, embedding)
 
 
@@ -193,6 +195,7 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     check_finite(model, f"{source.directory}")
     embedding = embedding_of(source.directory, model)
     read_as(model, embedding)
+    read_apart(model)
     return LoadedModel(
         model.eval(),
         source,

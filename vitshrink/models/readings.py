@@ -74,8 +74,16 @@ class Sentences(Reading):
         return self.embedding(wide(outputs["last_hidden_state"]), batch.mask)
 
 
+class Towers(Reading):
+    """The vector, of length 1, that a dual encoder makes of an image or of a text."""
+
+    def rows(self, outputs: Any, batch: Asked) -> Tensor:  # noqa: ARG002
+        return wide(outputs["embeds"])
+
+
 _READINGS: Mapping[str, Reading] = {
     "features": Hidden(),
+    "image-text": Towers(),
     "token-classification": Tokens(),
     "question-answering": Ends(),
 }

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import UsageError
 from vitshrink.models.blocks import find_blocks
+from vitshrink.models.duals import towers_of
 from vitshrink.models.families import Role, family_of
 from vitshrink.models.hf_quantizer import base_prefix
 from vitshrink.models.reading import called, groups_of
@@ -44,6 +45,14 @@ class Target:
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks of a model, in order; those of all stages where it has several."""
     return nn.ModuleList(named_blocks(model).values())
+
+
+def first_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that read nothing of another: the first one, or the first of each tower of a dual encoder."""
+    blocks, towers = named_blocks(model), towers_of(model.base_model)
+    if not towers:
+        return [next(iter(blocks.values()))]
+    return [next(block for name, block in blocks.items() if name.startswith(f"{tower}.")) for tower in towers]
 
 
 def named_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import CheckpointError
+from vitshrink.models.duals import DUALS
 from vitshrink.models.fidelity import Head, head_for
 
 Task = Literal[
@@ -17,6 +18,7 @@ Task = Literal[
     "multiple-choice",
     "masked-lm",
     "features",
+    "image-text",
 ]
 
 TASKS: Mapping[str, Task] = {
@@ -39,6 +41,8 @@ def architecture_of(model: nn.Module) -> str:
 
 def task_named(architecture: str, where: str) -> Task:
     """What a class of this name is for. Raises CheckpointError, which names ``where`` it was read."""
+    if architecture in DUALS:
+        return "image-text"
     for ending, task in TASKS.items():
         if architecture.endswith(ending):
             return task

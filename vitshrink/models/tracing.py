@@ -73,7 +73,8 @@ def trace_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
         tokens = tokens[..., :length].clone()  # a view would leave its base in the guards of torch.export
         mask = torch.ones_like(tokens)
         mask[-1, ..., length // 2 :] = 0
-        inputs = {"input_ids": tokens, "attention_mask": mask}
+        images = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+        inputs = {"input_ids": tokens, "attention_mask": mask, **images}
         kinds = getattr(model.config, "type_vocab_size", 0)
         if kinds and "token_type_ids" in signature(model.forward).parameters:
             inputs["token_type_ids"] = torch.randint(kinds, tokens.shape, generator=generator)

@@ -14,6 +14,11 @@ from vitshrink.models.tasks import Task, task_of
 
 def check(model: PreTrainedModel, config: FinetuneConfig, *, dense: bool, labeled: bool) -> None:
     """Raises UsageError for an objective that a model does not allow, or that lacks what it needs; before any work."""
+    if task_of(model) == "image-text":
+        raise UsageError(
+            f"{type(model).__name__} is a dual encoder, which vitshrink compresses and does not train: leave "
+            "--finetune out, or train one tower, saved alone with save_pretrained."
+        )
     check_tokens(config, task_of(model), tokens_kind(model))
     check_blocks(config, model)
     if config.objective == "distill":

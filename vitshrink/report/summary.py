@@ -37,6 +37,7 @@ PIPELINES = {
     "question-answering": "question-answering",
     "masked-lm": "fill-mask",
     "features": "feature-extraction",
+    "image-text": "zero-shot-image-classification",
 }
 METRIC_NAMES = {
     "top1": "top-1",
@@ -52,6 +53,13 @@ METRIC_NAMES = {
     "answer_exact": "exact match",
     "spearman": "Spearman",
     "ndcg_at_10": "nDCG@10",
+    "recall_at_1": "recall@1",
+    "text_at_1": "texts of images, recall@1",
+    "text_at_5": "texts of images, recall@5",
+    "text_at_10": "texts of images, recall@10",
+    "image_at_1": "images of texts, recall@1",
+    "image_at_5": "images of texts, recall@5",
+    "image_at_10": "images of texts, recall@10",
 }
 
 

@@ -13,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.readings import reading_of
-from vitshrink.models.targets import Target, blocks_of
+from vitshrink.models.targets import Target, first_blocks
 from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes
@@ -156,7 +156,7 @@ class CurvatureCollector:
         self._mask = token_mask(batch, device)
         self.batch = number
         generator = batch_generator(self.seed, number)
-        handles = [blocks_of(self.model)[0].register_forward_pre_hook(require_gradient)]
+        handles = [block.register_forward_pre_hook(require_gradient) for block in first_blocks(self.model)]
         for target in self.targets:
             module = self.model.get_submodule(target.name)
             handles.append(module.register_forward_pre_hook(partial(self._enter, target)))
@@ -278,13 +278,14 @@ class CurvatureCollector:
 
     def _sum_inputs(self) -> None:
         weights: dict[str, list[Tensor]] = {}
-        for target in self.targets:
+        met = [target for target in self.targets if target.input_group in self._x]  # one tower of a dual encoder
+        for target in met:
             known, tokens = self._importance.get(target.name, {}), self._x[target.input_group]
             parts = [known.get(number, each.new_zeros(len(each))) for number, each in enumerate(tokens)]
             weights.setdefault(target.input_group, []).append(joined(parts))
         mixed = {group: token_weights(each, self.token_weight) for group, each in weights.items()}
         found: dict[str, Moments] = {}
-        for target in self.targets:
+        for target in met:
             group = target.input_group
             narrow = target.shape[0] < target.shape[1]
             if group not in found:

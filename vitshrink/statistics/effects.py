@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import NumericsError
-from vitshrink.models.targets import blocks_of
+from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import evaluating, frozen
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device, token_mask
@@ -87,8 +87,8 @@ def component_effects(
     missing: list[Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        hook = blocks_of(model)[0].register_forward_pre_hook(require_gradient)
-        stack.callback(hook.remove)
+        for block in first_blocks(model):
+            stack.callback(block.register_forward_pre_hook(require_gradient).remove)
         watch.attach(model, stack)
         for number, batch in enumerate(batches, first):
             watch.mask = token_mask(batch, device)

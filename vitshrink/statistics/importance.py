@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.models.targets import Target, blocks_of
+from vitshrink.models.targets import Target, first_blocks
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, to_device, token_mask
@@ -52,7 +52,8 @@ def weights_of_tokens(
 
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        stack.callback(blocks_of(model)[0].register_forward_pre_hook(require_gradient).remove)
+        for block in first_blocks(model):
+            stack.callback(block.register_forward_pre_hook(require_gradient).remove)
         for target in targets:
             stack.callback(model.get_submodule(target.name).register_full_backward_hook(see(target.name)).remove)
         for number, batch in enumerate(batches, first):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.structures.coded import has_positions
-from vitshrink.models.targets import blocks_of
+from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import (
@@ -100,7 +100,7 @@ class SensitivityCollector:
         self._batch, self._samples = number, samples_of(batch)
         self._seen.clear()
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.names]
-        handles.append(blocks_of(self.model)[0].register_forward_pre_hook(_start))
+        handles += [block.register_forward_pre_hook(_start) for block in first_blocks(self.model)]
         try:
             with torch.enable_grad(), recomputing(self.model):
                 with self.passes():

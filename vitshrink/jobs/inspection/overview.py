@@ -56,9 +56,10 @@ def overview(model: PreTrainedModel, targets: Sequence[Target]) -> Overview:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) and name not in chosen
     ]
+    reads = family.modality.replace("-", "s and ")
     known = "" if family.layouts else ", without an entry in the table of families"
     return Overview(
-        f"{type(model).__name__} ({family.model_type}{known}): reads {family.modality}s, for {task_of(model)}",
+        f"{type(model).__name__} ({family.model_type}{known}): reads {reads}s, for {task_of(model)}",
         dict(Counter(name.rpartition(".")[0] for name in named_blocks(model))),
         dict(Counter(target.role for target in targets)),
         tuple(outside),
