@@ -1,6 +1,6 @@
 """What compression leaves of several checkpoints, each by the measure of its head, as a Markdown table.
 
-    python benchmarks/checkpoints.py --checkpoint MODEL UNLABELLED TEST --checkpoint MODEL2 UNLABELLED2 TEST2 \\
+    python benchmarks/checkpoints.py --checkpoint MODEL UNLABELED TEST --checkpoint MODEL2 UNLABELED2 TEST2 \\
         --keep 0.7 0.5 --bits 4 3 --samples 96 --limit 200 --results checkpoints.json
     python benchmarks/checkpoints.py --results checkpoints.json
 
@@ -100,7 +100,7 @@ def show(results: Results) -> None:
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """What all rows of a table have in common."""
     return {
-        "calibration": f"{args.samples} samples, unlabelled, seed {args.seed}",
+        "calibration": f"{args.samples} samples, unlabeled, seed {args.seed}",
         "evaluation": f"at most {args.limit} samples, the same for dense and compressed",
         "method": "curvature for --keep (ranks), integers for --bits; nothing is trained",
         "columns": "shares of the dense model's parameters and bytes; KL in nats, errors as a share of the spread",
@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
         nargs=3,
         action="append",
         default=[],
-        metavar=("MODEL", "UNLABELLED", "TEST"),
+        metavar=("MODEL", "UNLABELED", "TEST"),
         help="a directory, samples to calibrate on, and samples to test on; repeat it",
     )
     known.add_argument("--keep", type=float, nargs="*", default=[0.7, 0.5], help="shares of the parameters")

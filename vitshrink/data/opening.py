@@ -55,7 +55,7 @@ def open_data(
     ``job`` warns of what was left out and, where labels are wanted (``labeled``), of columns none of which holds them.
     """
     if model.task == "image-text":
-        return _told(open_pairs(data, labelled=labelled, offline=offline), model, job, labelled=labelled)
+        return _told(open_pairs(data, labeled=labeled, offline=offline), model, job, labeled=labeled)
     samples = open_samples(
         data.source,
         model.family.modality,
@@ -70,10 +70,10 @@ def open_data(
         flags=data.flags,
         offline=offline,
     )
-    return _told(replace(samples, apart=model.embedding.known), model, job, labelled=labelled)
+    return _told(replace(samples, apart=model.embedding.known), model, job, labeled=labeled)
 
 
-def _told(samples: SampleSet, model: LoadedModel, job: Job | None, *, labelled: bool) -> SampleSet:
+def _told(samples: SampleSet, model: LoadedModel, job: Job | None, *, labeled: bool) -> SampleSet:
     """The samples, once ``job`` has been told what there is to know of them."""
     if job is not None:
         for note in samples.notes:

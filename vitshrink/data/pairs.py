@@ -19,7 +19,7 @@ TEMPLATE = "a photo of a {}."
 """How a class becomes a text, where nobody says otherwise."""
 
 
-def open_pairs(data: DataConfig, *, labelled: bool, offline: bool) -> SampleSet:
+def open_pairs(data: DataConfig, *, labeled: bool, offline: bool) -> SampleSet:
     """What ``data`` names: its images, with its ``texts``, its own captions, or else its classes where that will do.
 
     Images and texts that are no pairs are put side by side, the fewer of them again from the first on.
@@ -43,10 +43,10 @@ def open_pairs(data: DataConfig, *, labelled: bool, offline: bool) -> SampleSet:
     captions = _captions(data, source, offline=offline)
     if captions is not None:
         return _captioned(_listed(images), _listed(captions))
-    if labelled and images.label_names:
+    if labeled and images.label_names:
         prompts = prompts_of(images.label_names, data.templates or (TEMPLATE,))
         return replace(_listed(images), kind="image-text", apart=True, prompts=prompts)
-    flag = f"{data.flags}texts" if labelled else "--calibration-texts"
+    flag = f"{data.flags}texts" if labeled else "--calibration-texts"
     raise DataError(
         f"{images.source} has images and no captions, and the model reads texts as well: pass {flag} FILE with a text "
         "a line, which need not belong to the images, or a table with a column of images and one of captions "

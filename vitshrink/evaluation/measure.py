@@ -204,14 +204,14 @@ def evaluate_dual(
             labels = torch.tensor([classes[key] for key in keys])
             told = torch.tensor([int(key.partition("|")[0]) for key in text_keys])
             columns = duals.of_classes(left, right, told, labels, scale)
-            found.append(summarise("image-text", keys, columns, dict(enumerate(names)), seed))
+            found.append(summarize("image-text", keys, columns, dict(enumerate(names)), seed))
             continue
         rows, others = ({key: row for row, key in enumerate(each)} for each in (keys, text_keys))
         kept = [(one, other) for one, other in pairs if one in rows and other in others]
         if not kept:
             raise DataError("no pair of an image and a text is left: one side of each could not be used.")
         columns = duals.of_pairs(left, right, [(rows[one], others[other]) for one, other in kept])
-        found.append(summarise("image-text", [one for one, _ in kept], columns, {}, seed))
+        found.append(summarize("image-text", [one for one, _ in kept], columns, {}, seed))
     return found
 
 

@@ -124,7 +124,7 @@ def measure_each(
 
     with job.stage("evaluate", "Evaluating", len(samples) * (1 + pairs)) as advance:
         ticks = _scaled(advance, processes.count())
-        if task == "image-text" and labelled and (samples.captioned or samples.prompts):
+        if task == "image-text" and labeled and (samples.captioned or samples.prompts):
             evaluations = _dual(models, samples, read, baseline=baseline, device=device, seed=seed, on_batch=ticks)
         elif pairs:
             evaluations = evaluate_pairs(
