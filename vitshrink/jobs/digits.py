@@ -1,8 +1,10 @@
-"""The scanned digits of scikit-learn (1797 images of 8×8 pixels) as files, and a small ViT trained on them."""
+"""1797 scanned digits of 8×8 pixels as files, and a small ViT trained on them.
+
+``digits.npz`` beside this file holds the scans; ``digits.txt`` says whose they are and under which license.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile
 
@@ -13,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vitshrink.errors import DependencyError
 from vitshrink.models.loading import quiet_transformers
 
+SCANS = Path(__file__).with_name("digits.npz")
 CLASSES = tuple("0123456789")
 IMAGE_SIZE = 8
 PATCH_SIZE = 2
@@ -29,16 +31,10 @@ def write_digits(folder: Path, *, seed: int = 0) -> None:
     """Write the digits as PNG: ``train/<class>/``, ``val/<class>/`` and, without labels, ``calibration/``.
 
     The calibration images are training images, so nothing of the held-out part is seen before evaluation.
-    Raises DependencyError without scikit-learn.
     """
-    if find_spec("sklearn") is None:
-        raise DependencyError(
-            'the demo takes its images from scikit-learn, which is not installed: pip install "vitshrink[demo]".'
-        )
-    from sklearn.datasets import load_digits
-
-    scans, labels = load_digits(return_X_y=True)
-    pixels = np.round(scans.reshape(-1, IMAGE_SIZE, IMAGE_SIZE) * (255 / 16)).astype(np.uint8)
+    with np.load(SCANS, allow_pickle=False) as held:
+        pixels = np.round(held["scans"] * (255 / 16)).astype(np.uint8)
+        labels = held["labels"]
     order = np.random.default_rng(seed).permutation(len(pixels))
     for position, index in enumerate(order):
         part = "val" if position < HELD_OUT else "train"

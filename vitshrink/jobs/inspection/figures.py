@@ -77,8 +77,7 @@ def pre_activations(activations: Activations) -> str | None:
     grid = np.linspace(0, edge, 240)
 
     def folded(values: NDArray[Any]) -> NDArray[Any]:
-        estimate = _density(values)
-        return np.asarray(estimate(grid) + estimate(-grid))
+        return _density(values, grid) + _density(values, -grid)
 
     return _densities(
         grid, {block: folded(_thinned(values).numpy()) for block, values in samples.items()}, "|pre-activation|"
@@ -97,7 +96,7 @@ def attention_inputs(targets: Sequence[Target], stats: Mapping[str, LinearStats]
         return None
     edge = max(float(np.quantile(values, 0.99)) for values in deviations.values())
     grid = np.linspace(0, 1.2 * edge, 240)
-    drawn = {block: np.asarray(_density(values)(grid)) for block, values in deviations.items()}
+    drawn = {block: _density(values, grid) for block, values in deviations.items()}
     return _densities(grid, drawn, "standard deviation of a channel of the attention input")
 
 
@@ -174,14 +173,14 @@ def _densities(grid: NDArray[Any], densities: Mapping[int, NDArray[Any]], label:
     return svg(figure)
 
 
-def _density(values: NDArray[Any]) -> Any:
-    """Gaussian kernels, Scott's bandwidth; values that are all alike get a narrow peak."""
-    from scipy.stats import gaussian_kde
-
+def _density(values: NDArray[Any], grid: NDArray[Any]) -> NDArray[Any]:
+    """At each point of ``grid``: Gaussian kernels, Scott's bandwidth; values that are all alike get a narrow peak."""
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values) <= 1e-9 * max(1.0, float(np.abs(values).max())):
         values = values + np.linspace(-1e-3, 1e-3, len(values)) * max(1.0, float(np.abs(values).max()))
-    return gaussian_kde(values)
+    width = values.std(ddof=1) * len(values) ** -0.2
+    kernels = [np.exp(-0.5 * np.square((point - values) / width)).mean() for point in grid]
+    return np.array(kernels) / (width * np.sqrt(2 * np.pi))
 
 
 def _thinned(values: Tensor) -> Tensor:

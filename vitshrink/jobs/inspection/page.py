@@ -12,7 +12,7 @@ from vitshrink.jobs.inspection.activations import Activations
 from vitshrink.jobs.inspection.layers import LayerInspection
 from vitshrink.jobs.inspection.spectra import LayerSpectrum
 from vitshrink.models.targets import Target
-from vitshrink.report import render_figures
+from vitshrink.report import drawing, render_figures
 from vitshrink.statistics.stats import LinearStats
 
 CAPTIONS = {
@@ -51,14 +51,9 @@ CAPTIONS = {
 
 
 def check_available() -> None:
-    """Raises DependencyError, before any work, where matplotlib or scipy is missing."""
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise DependencyError(
-            f'--figures needs matplotlib and scipy ({error}): pip install "vitshrink[figures]".'
-        ) from error
+    """Raises DependencyError, before any work, where matplotlib cannot be imported."""
+    if not drawing.available():
+        raise DependencyError("--figures needs matplotlib, which cannot be imported: pip install matplotlib.")
 
 
 def write_figures(
