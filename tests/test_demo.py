@@ -8,8 +8,6 @@ from vitshrink.errors import OutputError
 from vitshrink.jobs import demo
 from vitshrink.jobs.digits import train_digits_model, write_digits
 
-pytest.importorskip("sklearn")
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from vitshrink.errors import DependencyError
 from vitshrink.jobs import digits
-
-pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +35,12 @@ def test_calibration_is_flat_and_holds_nothing_of_the_held_out_part(images: Path
     assert not pixels(images / "calibration") & pixels(images / "val")
 
 
-def test_without_scikit_learn_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digits, "find_spec", lambda _: None)
-    with pytest.raises(DependencyError, match=r"vitshrink\[demo\]"):
-        digits.write_digits(tmp_path)
+def test_the_scans_are_those_of_the_data_set() -> None:
+    scans, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    with np.load(digits.SCANS, allow_pickle=False) as held:
+        assert np.array_equal(held["scans"].reshape(len(scans), -1), scans)
+        assert np.array_equal(held["labels"], labels)
+    assert "CC BY 4.0" in digits.SCANS.with_suffix(".txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -102,8 +102,6 @@ def test_a_table_has_a_row_and_a_command_for_every_size_that_was_built(survey: S
 def test_a_directory_gets_the_figures_with_a_picture_where_it_can_be_drawn(
     survey: Survey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: bool
 ) -> None:
-    if drawn:
-        pytest.importorskip("matplotlib")
     monkeypatch.setattr(figures, "available", lambda: drawn)
     folder = tmp_path / "new" / "sizes"
     found = document(survey("--json", "--output", folder))

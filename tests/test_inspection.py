@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,7 +13,7 @@ from test_calibration import batch_of
 from torch import Tensor, nn
 
 from vitshrink.errors import DataError
-from vitshrink.jobs.inspection import inspect_layers, layer_spectra, rank_at, sample_activations, write_figures
+from vitshrink.jobs.inspection import figures, inspect_layers, layer_spectra, rank_at, sample_activations, write_figures
 from vitshrink.jobs.inspection.spectra import output_loss
 from vitshrink.methods import get_method
 from vitshrink.methods.ranks import break_even_rank
@@ -118,6 +119,15 @@ def test_whitening_loses_least_and_equal_scales_make_asvd_plain() -> None:
     assert bool((lost["whitened"] <= lost["svd"] + 1e-9).all())
 
 
+def test_densities_are_those_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    grid, values = np.linspace(-3, 3, 50), np.random.default_rng(0).normal(size=400) ** 3
+    assert np.allclose(figures.density(values, grid), stats.gaussian_kde(values)(grid))
+    alike = figures.density(np.ones(64), np.linspace(0.9, 1.1, 4001))
+    assert np.isfinite(alike).all()
+    assert alike.sum() * 0.2 / 4000 == pytest.approx(1, abs=1e-3)
+
+
 def test_sampled_tokens_are_no_padding_and_the_same_for_all_layers() -> None:
     model = tiny.build("BertModel")
     targets = find_targets(model)
@@ -135,8 +145,6 @@ def test_sampled_tokens_are_no_padding_and_the_same_for_all_layers() -> None:
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForMaskedLM"])
 def test_every_figure_is_written_with_its_numbers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
     model = tiny.build(name)
     targets = find_targets(model)
     batches = [batch_of(tiny.inputs(name, batch=8, seed=seed)) for seed in range(2)]

@@ -532,7 +532,6 @@ def test_texts_have_no_thumbnails() -> None:
 
 
 def test_pictures_are_valid_svg_in_the_colors_of_the_page() -> None:
-    pytest.importorskip("matplotlib")
     drawn = [figures.rank_plan(made()), figures.error_by_layer(made()), figures.trade_off([made(), smaller()])]
     for svg in drawn:
         assert svg is not None
@@ -546,7 +545,6 @@ def test_pictures_are_valid_svg_in_the_colors_of_the_page() -> None:
 
 def test_models_of_one_size_stand_below_each_other_with_their_methods() -> None:
     """An axis of sizes that differ in the fifth digit says nothing."""
-    pytest.importorskip("matplotlib")
     methods = ("svd", "whitened", "$x_{y}$ \udce9")
     alike = [made(method=m, parameters=reports.before_after(10**6, 499_800 + 5 * i)) for i, m in enumerate(methods)]
     text = "".join(ElementTree.fromstring(str(figures.trade_off(alike))).itertext())

@@ -18,7 +18,7 @@ def resolve_precision(device: torch.device, wanted: str) -> str:
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    # torch 2.9 does not tell what a CPU can
+    # torch 2.10 does not tell what a CPU can
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 

@@ -77,7 +77,7 @@ def pre_activations(activations: Activations) -> str | None:
     grid = np.linspace(0, edge, 240)
 
     def folded(values: NDArray[Any]) -> NDArray[Any]:
-        return _density(values, grid) + _density(values, -grid)
+        return density(values, grid) + density(values, -grid)
 
     return _densities(
         grid, {block: folded(_thinned(values).numpy()) for block, values in samples.items()}, "|pre-activation|"
@@ -96,7 +96,7 @@ def attention_inputs(targets: Sequence[Target], stats: Mapping[str, LinearStats]
         return None
     edge = max(float(np.quantile(values, 0.99)) for values in deviations.values())
     grid = np.linspace(0, 1.2 * edge, 240)
-    drawn = {block: _density(values, grid) for block, values in deviations.items()}
+    drawn = {block: density(values, grid) for block, values in deviations.items()}
     return _densities(grid, drawn, "standard deviation of a channel of the attention input")
 
 
@@ -173,7 +173,7 @@ def _densities(grid: NDArray[Any], densities: Mapping[int, NDArray[Any]], label:
     return svg(figure)
 
 
-def _density(values: NDArray[Any], grid: NDArray[Any]) -> NDArray[Any]:
+def density(values: NDArray[Any], grid: NDArray[Any]) -> NDArray[Any]:
     """At each point of ``grid``: Gaussian kernels, Scott's bandwidth; values that are all alike get a narrow peak."""
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values) <= 1e-9 * max(1.0, float(np.abs(values).max())):
