@@ -1,5 +1,6 @@
 """The pictures that tell when scaling by activations helps and when it does not."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def pre_activations(activations: Activations) -> str | None:
     grid = np.linspace(0, edge, 240)
 
     def folded(values: NDArray[Any]) -> NDArray[Any]:
-        return density(values, grid) + density(values, -grid)
+        return np.asarray(density(values, grid) + density(values, -grid))
 
     return _densities(
         grid, {block: folded(_thinned(values).numpy()) for block, values in samples.items()}, "|pre-activation|"
@@ -178,9 +179,9 @@ def density(values: NDArray[Any], grid: NDArray[Any]) -> NDArray[Any]:
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values) <= 1e-9 * max(1.0, float(np.abs(values).max())):
         values = values + np.linspace(-1e-3, 1e-3, len(values)) * max(1.0, float(np.abs(values).max()))
-    width = values.std(ddof=1) * len(values) ** -0.2
+    width = float(values.std(ddof=1)) * len(values) ** -0.2
     kernels = [np.exp(-0.5 * np.square((point - values) / width)).mean() for point in grid]
-    return np.array(kernels) / (width * np.sqrt(2 * np.pi))
+    return np.asarray(kernels) / (width * math.sqrt(2 * math.pi))
 
 
 def _thinned(values: Tensor) -> Tensor:
