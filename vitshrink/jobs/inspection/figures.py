@@ -180,8 +180,8 @@ def density(values: NDArray[Any], grid: NDArray[Any]) -> NDArray[Any]:
     if np.ptp(values) <= 1e-9 * max(1.0, float(np.abs(values).max())):
         values = values + np.linspace(-1e-3, 1e-3, len(values)) * max(1.0, float(np.abs(values).max()))
     width = float(values.std(ddof=1)) * len(values) ** -0.2
-    kernels = [np.exp(-0.5 * np.square((point - values) / width)).mean() for point in grid]
-    return np.asarray(kernels) / (width * math.sqrt(2 * math.pi))
+    scale = width * math.sqrt(2 * math.pi)
+    return np.array([np.exp(-0.5 * np.square((point - values) / width)).mean() / scale for point in grid])
 
 
 def _thinned(values: Tensor) -> Tensor:
