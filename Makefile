@@ -2,6 +2,7 @@
 # make test    lint, types and the fast tests; make test-slow the others
 # make test-lowest  some of the fast tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 # make ci      lint, types, all tests, and the branch coverage of the fast ones
+# make docs    the documentation site, into build/site/; offline once installed
 # make outside odd checkpoints, data and surroundings; COUNT=1000 SEED=7 for more, others
 # Each sets up its own environment in .venv first; PYTHON=python3.12 make test picks the interpreter.
 
@@ -25,7 +26,7 @@ LOWEST_TESTS := tests/test_api.py tests/test_autoload.py tests/test_cli.py tests
 	tests/test_exporting.py tests/test_finetuning.py tests/test_report.py tests/test_runtimes.py tests/test_start.py
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test test-slow test-lowest ci outside clean
+.PHONY: help venv demo check test test-slow test-lowest ci outside docs clean
 
 help:
 	@echo "make demo   the whole job on an embedded example, into $(OUTPUT)/"
@@ -34,6 +35,7 @@ help:
 	@echo "make test-lowest  some of the fast tests with the oldest versions that pyproject.toml allows, in $(LOWEST)/"
 	@echo "make ci     both, and the branch coverage of the fast ones: what continuous integration runs"
 	@echo "make outside  the command line on odd input by chance: COUNT=$(COUNT) cases from SEED=$(SEED)"
+	@echo "make docs   the documentation site, into build/site/; a broken link fails"
 	@echo "make check  lint and types only"
 	@echo "make venv   only the environment, in $(VENV)/"
 	@echo "make clean  remove the environment, caches and demo output"
@@ -80,6 +82,11 @@ ci:
 
 outside: $(INSTALLED)
 	$(BIN)/python -m tests.outside --singles --count $(COUNT) --seed $(SEED)
+
+# the theme's notes on its own future are no concern of the build
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "open build/site/index.html, or, to search too: $(BIN)/python -m http.server --directory build/site"
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
