@@ -7,7 +7,7 @@ from typing import Any
 import tiny
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel
 
 from vitshrink.models.families import FAMILIES
@@ -72,6 +72,9 @@ IMAGE: dict[str, dict[str, Any]] = {
 DUALS = ("CLIPModel", "SiglipModel")
 """Both towers at once."""
 
+BYTES_VOCABULARY = 290
+"""Bytes, special tokens, and merges that end in whole words."""
+
 ARRANGED = ("ForQuestionAnswering", "ForMultipleChoice")
 """How classes end whose samples are more than running text."""
 
@@ -134,6 +137,26 @@ def write(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **e
     return directory
 
 
+def write_bytes_tokenizer(directory: Path, *, add_prefix_space: bool) -> Path:
+    """A byte-level BPE tokenizer as RoBERTa's, which tells words at the beginning of a text from others."""
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BYTES_VOCABULARY, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    learned.train_from_iterator([" ".join(tiny.WORDS)] * 3, trainer)
+    made = json.loads(learned.to_str())["model"]
+    transformers.RobertaTokenizer(
+        vocab=made["vocab"],
+        merges=[tuple(merge) for merge in made["merges"]],
+        add_prefix_space=add_prefix_space,
+        model_max_length=48,
+    ).save_pretrained(directory)
+    return directory
+
+
 def write_captions(directory: Path, count: int = 24, column: str = "caption") -> Path:
     """Images, and a table with a text for each."""
     images = sorted(tiny.write_images(directory / "images", count).iterdir())
@@ -144,19 +167,10 @@ def write_captions(directory: Path, count: int = 24, column: str = "caption") ->
 
 
 def write_tokenizer(name: str, directory: Path) -> None:
-    """A WordPiece tokenizer of the words of ``tiny``, that gives what models of this kind take."""
-    words = Tokenizer(
-        models.WordPiece({token: number for number, token in enumerate(tiny.VOCABULARY)}, unk_token="[UNK]")
-    )
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    cls, sep = (("[CLS]", _TOKENS["cls"]), ("[SEP]", _TOKENS["sep"]))
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[cls, sep]
-    )
+    """The tokenizer of ``tiny``, which gives what models of this kind take."""
     typed = stem_of(name) in ("Electra", "Albert")
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=tiny.tokenizer().backend_tokenizer,
         model_max_length=48,
         pad_token="[PAD]",
         unk_token="[UNK]",

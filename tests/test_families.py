@@ -205,9 +205,10 @@ def test_what_keeps_blocks_from_being_run_one_after_another_is_said(name: str, p
     assert found is None if problem is None else found is not None and found.startswith(problem)
 
 
-def test_a_model_that_does_not_run_in_half_precision_is_not_written_so(tmp_path: Path, text_file: Path) -> None:
+def test_a_model_that_does_not_run_in_half_precision_is_refused_before_any_work(tmp_path: Path) -> None:
+    """The samples are not even looked for."""
     with pytest.raises(CheckpointError, match=r"DebertaModel does not run in half precision.*--dtype float32"):
-        job("DebertaModel", tmp_path, text_file, method="svd", keep=(0.8,), compensation="none", dtype="float16")
+        job("DebertaModel", tmp_path, tmp_path / "nothing.txt", keep=(0.8,), dtype="float16")
 
 
 def test_a_table_that_is_read_but_not_called_is_left_alone() -> None:
@@ -261,12 +262,16 @@ def test_a_whole_checkpoint_of_another_kind_is_refused(
         compress(CompressConfig(str(tmp_path / "model"), str(tmp_path / "out"), keep=(0.8,), method="svd"))
 
 
-def test_timm_is_asked_for_where_it_is_missing() -> None:
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_what_timm_lacks_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("timm") is None:
-        with pytest.raises(DependencyError, match=r"timm.*pip install timm"):
+        with pytest.raises(DependencyError, match=r"timm and torchvision cannot be imported: pip install timm torchv"):
             family_named("timm_wrapper", "TimmWrapperModel", "config.json")
-    else:
-        assert family_named("timm_wrapper", "TimmWrapperModel", "config.json").modality == "image"
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DependencyError, match=r"and torchvision cannot be imported: pip install torchvision"):
+        family_named("timm_wrapper", "TimmWrapperModel", "another.json")
 
 
 def run(*arguments: str | Path) -> str:

@@ -107,8 +107,13 @@ def write_processor(directory: Path, height: int = IMAGE_SIZE, width: int = IMAG
 def write_tokenizer(directory: Path) -> None:
     """A WordPiece tokenizer that spells any lower-case text: vocab.txt, tokenizer.json and its config."""
     (directory / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    tokenizer().save_pretrained(directory)
+
+
+def tokenizer(model_max_length: int = 64) -> transformers.BertTokenizer:
+    """WordPiece over ``VOCABULARY``."""
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
-    transformers.BertTokenizer(vocab=vocabulary, model_max_length=64).save_pretrained(directory)
+    return transformers.BertTokenizer(vocab=vocabulary, model_max_length=model_max_length)
 
 
 def write_sentence_encoder(directory: Path, *modules: tuple[str, dict[str, object], torch.nn.Module | None]) -> Path:

@@ -23,11 +23,13 @@ from vitshrink.data.word_encoder import WordEncoder
 from vitshrink.errors import CheckpointError, DataError, UsageError
 from vitshrink.models.duals import FILLED
 from vitshrink.models.example import text_config, text_length
-from vitshrink.models.families import reads_any_size
+from vitshrink.models.families import TIMM, reads_any_size
 from vitshrink.models.geometry import image_shape
 from vitshrink.models.sentences import NO_SETTINGS, TextSettings
 
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_TIMM_FILES: Mapping[str, tuple[str, ...]] = {TIMM: ("config.json",)}
+"""Where transformers has the settings of an image processor by type of model, if elsewhere."""
 _VOCABULARY_FILES = (
     "tokenizer.json",
     "vocab.txt",
@@ -102,7 +104,7 @@ class Preprocessor:
             texts = cls.from_checkpoint(path, "text", config=config, max_length=max_length, offline=offline)
             return cls._of_pairs(images, texts, config)
         if kind == "image":
-            _require(path, _IMAGE_PROCESSOR_FILES, "image processor")
+            _require(path, (*_IMAGE_PROCESSOR_FILES, *_TIMM_FILES.get(config.model_type, ())), "image processor")
             processor = _load(AutoImageProcessor.from_pretrained, path, offline, "image processor")
             if style != "checkpoint" and resolution is not None:
                 raise UsageError(f"--preprocess {style} goes by the model's own size: leave --resolution out.")

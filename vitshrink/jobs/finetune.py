@@ -42,6 +42,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     source.companions.tell(job)
     before = replace(_compressed_report(config, source, teacher), left_out=source.companions.left)
     check(source.model, config.finetune, dense=teacher is not None, labeled=True)
+    dtype = session.dtype(config.dtype)
     with published(Path(config.output), session, 2 * source.source.nbytes, overwrite=config.overwrite) as staging:
         with processes.together():
             preprocessor = session.preprocessor()
@@ -65,7 +66,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
         )
         with job.stage("save", "Saving and verifying"):
             extra = {"recipe.yaml": config.to_yaml()}
-            written = write_result(model, staging, session, dtype=session.dtype(config.dtype), extra_files=extra)
+            written = write_result(model, staging, session, dtype=dtype, extra_files=extra)
         measurement = None
         if samples is not None:
             measurement = session.measure(written.model, samples, preprocessor, against=teacher)

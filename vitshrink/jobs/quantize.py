@@ -54,7 +54,7 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
     session.source.companions.tell(job)
     if config.could_lose_less and not is_compressed(session.source.source):
         job.warn(LESS)
-    data = _Data.open(config, session)
+    dtype, data = session.dtype(config.dtype), _Data.open(config, session)
     source = session.source
     needed = 2 * cost.parameters(source.model)
     with published(Path(config.output), session, needed, overwrite=config.overwrite) as staging:
@@ -65,7 +65,7 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
                 made or source.model,
                 staging,
                 session,
-                dtype=session.dtype(config.dtype),
+                dtype=dtype,
                 finish=None if made else _nearest(config, source),
                 in_place=False,
             )

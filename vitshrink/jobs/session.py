@@ -15,6 +15,7 @@ from vitshrink.data.opening import open_data
 from vitshrink.errors import UsageError
 from vitshrink.evaluation.measurement import Measurement, labels_of, measure_each, require_embedding
 from vitshrink.models.exported import exported_file, load_exported
+from vitshrink.models.families import require_dtype
 from vitshrink.models.geometry import image_shape
 from vitshrink.models.loading import LoadedModel, load_dense, require_attention
 from vitshrink.models.resolution import set_resolution
@@ -110,8 +111,13 @@ class Session:
         return replace(self, baseline=baseline)
 
     def dtype(self, name: str | None) -> torch.dtype:
-        """The type that a result is stored in: of this name, or the source's."""
-        return getattr(torch, name) if name else self.source.source_dtype
+        """The type that a result is stored in: of this name, or the source's.
+
+        Raises CheckpointError where the model does not run in it.
+        """
+        found: torch.dtype = getattr(torch, name) if name else self.source.source_dtype
+        require_dtype(self.source.model, found)
+        return found
 
     def preprocessor(self) -> Preprocessor:
         """How samples become the model's inputs. Raises CheckpointError and UsageError."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from vitshrink.errors import CheckpointError, NumericsError, OutputError
 from vitshrink.models import cost
 from vitshrink.models.duals import read_together
-from vitshrink.models.families import family_of
+from vitshrink.models.families import require_dtype
 from vitshrink.models.hf_quantizer import list_structures
 from vitshrink.models.loading import LoadedModel, load_source, moved, quiet_transformers
 from vitshrink.models.source import examine, resolve
@@ -88,11 +87,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, *, in_place: bool = False) 
     Raises NumericsError, before anything is changed, where a value is not finite, and CheckpointError for a model that
     does not run in ``dtype``.
     """
-    if dtype in (torch.float16, torch.bfloat16) and not family_of(model).mixed:
-        raise CheckpointError(
-            f"{type(model).__name__} does not run in half precision: transformers {transformers.__version__} reads a "
-            "part of it as float32. Pass --dtype float32."
-        )
+    require_dtype(model, dtype)
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or torch.isfinite(tensor.to(dtype)).all():
             continue

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -188,6 +189,15 @@ def precision_for(model: PreTrainedModel, wanted: str) -> str:
     return "no" if wanted == "auto" and not family_of(model).mixed else wanted
 
 
+def require_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Raises CheckpointError for a model that does not run in ``dtype``."""
+    if dtype in (torch.float16, torch.bfloat16) and not family_of(model).mixed:
+        raise CheckpointError(
+            f"{type(model).__name__} does not run in half precision: transformers {transformers.__version__} reads a "
+            "part of it as float32. Pass --dtype float32."
+        )
+
+
 def reads_any_size(model_type: str) -> bool:
     """Whether models of this type read images of any size."""
     return any(family.model_type == model_type and family.any_size for family in FAMILIES)
@@ -212,8 +222,12 @@ def family_named(model_type: str, architecture: str, where: str) -> Family:
         CheckpointError: vitshrink cannot handle it; says why, what is nearest, and ``where`` it was read.
         DependencyError: it needs timm.
     """
-    if model_type == TIMM and find_spec("timm") is None:
-        raise DependencyError(f"{where}: {architecture} runs a model of timm, which is missing: pip install timm.")
+    missing = [name for name in ("timm", "torchvision") if find_spec(name) is None] if model_type == TIMM else []
+    if missing:
+        raise DependencyError(
+            f"{where}: {architecture} runs a model of timm, and {' and '.join(missing)} cannot be imported: "
+            f"pip install {' '.join(missing)}."
+        )
     problem = _problem(model_type, architecture)
     if problem is not None:
         raise CheckpointError(

@@ -13,6 +13,9 @@ def sides(size: int | Iterable[int]) -> tuple[int, int]:
 def image_shape(config: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model with this config takes."""
     config = getattr(config, "vision_config", config)  # of a pair of encoders
+    if (shape := (getattr(config, "pretrained_cfg", None) or {}).get("input_size")) is not None:  # of timm
+        channels, height, width = shape
+        return channels, height, width
     return (config.num_channels, *sides(config.image_size))
 
 
