@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from torch import Tensor
 from typer.testing import CliRunner
 
+import vitshrink
 from vitshrink import load
 from vitshrink.cli.app import app
 from vitshrink.data import Preprocessor, open_samples
+from vitshrink.errors import DataError
 from vitshrink.models.fidelity import SOFTMAX
 from vitshrink.models.readings import reading_of
 from vitshrink.statistics.curvature import random_functional
@@ -40,8 +43,6 @@ def chooser(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(chooser: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """48 questions with three choices; the label is what the model chooses, but for every fourth."""
-    import transformers
-
     lines = tiny.write_text(tmp_path_factory.mktemp("texts") / "texts.txt", 192).read_text().splitlines()
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(chooser), load(chooser)
     found = []
@@ -137,6 +138,18 @@ def test_training_makes_the_held_out_loss_smaller(
     run("finetune", tmp_path / "small", tmp_path / "better", "--data", data, *teacher, *options)
     recovery = json.loads((tmp_path / "better" / "report.json").read_text())["recovery"]
     assert recovery["after"] < recovery["before"]
+
+
+def test_choices_in_memory_are_as_good_as_those_of_a_file(chooser: Path, rows: list[Row], tmp_path: Path) -> None:
+    model, tokenizer = load(chooser), transformers.AutoTokenizer.from_pretrained(chooser)
+    pairs = [(row["question"], row["choices"]) for row in rows]
+    settings: dict[str, Any] = {"keep": 0.8, "samples": 16, "holdout": 8, "processor": tokenizer}
+    small = vitshrink.compress(model, pairs, **settings)
+    named = vitshrink.compress(model, str(write_lines(tmp_path / "a.jsonl", rows)), **settings)
+    for one, other in zip(small.model.parameters(), named.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(DataError, match=r"item 1 .*no text with choices"):
+        vitshrink.compress(model, [pairs[0], ("so?", "a film")], **settings)
 
 
 FAULTS: dict[str, tuple[list[Row], str]] = {

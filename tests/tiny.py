@@ -5,6 +5,8 @@ are the architectures' class names, as in ``config.json``.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,15 @@ def write_text(path: Path, lines: int, seed: int = 0) -> Path:
     sentences = (" ".join(generator.choice(WORDS, size=generator.integers(3, 13))) for _ in range(lines))
     path.write_text("\n".join(sentences) + "\n")
     return path
+
+
+def loads_without_vitshrink(directory: Path) -> str:
+    """What a ViT's ``from_pretrained`` says in a process that does not import vitshrink: "loaded", or "mismatch"."""
+    program = (
+        "import sys, transformers\n"
+        "try: transformers.ViTForImageClassification.from_pretrained(sys.argv[1])\n"
+        "except RuntimeError as error: print('mismatch' if 'mismatch' in str(error) else error)\n"
+        "else: print('loaded')"
+    )
+    command = [sys.executable, "-c", program, str(directory)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout.strip()

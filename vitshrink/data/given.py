@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def samples_in_memory(calibration: Any, kind: Kind, most: int, wanted: Columns) 
     source = f"the {kind}s in memory"
     if not items:
         raise DataError(f"{source}: there are none.")
-    return SampleSet(source, kind, [_sample(index, item, kind) for index, item in enumerate(items)])
+    read = _choices if wanted.layout == "multiple-choice" else partial(_sample, kind=kind)
+    return SampleSet(source, kind, [read(index, item) for index, item in enumerate(items)])
 
 
 def _table(calibration: Any, kind: Kind) -> Any:
@@ -118,6 +120,16 @@ def _is_item(item: Any, kind: Kind) -> bool:
     if isinstance(item, tuple | list):
         return bool(item) and (isinstance(item[0], str) or (kind == "image" and _is_item(item[0], kind)))
     return not isinstance(item, Tensor | Mapping) and not hasattr(item, "keys")
+
+
+def _choices(index: int, item: Any) -> Sample:
+    """A text, and the texts one of which follows it."""
+    key = f"item {index}"
+    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[1], tuple | list):
+        text, choices = item
+        if isinstance(text, str) and all(isinstance(choice, str) for choice in choices):
+            return Sample(key, text=text, choices=tuple(choices))
+    raise DataError(f'{key} of the samples is no text with choices; the model needs pairs such as ("so?", ["a", "b"]).')
 
 
 def _sample(index: int, item: Any, kind: Kind) -> Sample:
