@@ -1,6 +1,5 @@
 """Byte-level BPE tokenizers, as RoBERTa's: a word at the beginning of a text is another token than inside it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +7,8 @@ import kinds
 import pytest
 import tiny
 import transformers
-from typer.testing import CliRunner
+from heads import evaluated, run, write_lines
 
-from vitshrink.cli.app import app
 from vitshrink.data import Preprocessor, open_samples
 
 Written = Callable[..., Path]
@@ -31,22 +29,11 @@ def written(tmp_path: Path) -> Written:
     return write
 
 
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
 @pytest.mark.parametrize("add_prefix_space", [True, False])
 def test_words_are_tagged_at_their_first_token(written: Written, add_prefix_space: bool, tmp_path: Path) -> None:
     model = written("TokenClassification", add_prefix_space=add_prefix_space)
     words = TEXT.split()
-    data = write_rows(tmp_path / "a.jsonl", [{"tokens": words, "ner_tags": ["O"] * len(words)}])
+    data = write_lines(tmp_path / "a.jsonl", [{"tokens": words, "ner_tags": ["O"] * len(words)}])
     samples = open_samples(str(data), "text", layout="token-classification")
     preprocessor = Preprocessor.from_checkpoint(model, "text", task="token-classification")
     (batch,) = preprocessor.batches(samples, 4)
@@ -63,7 +50,7 @@ def test_words_are_tagged_at_their_first_token(written: Written, add_prefix_spac
 def test_an_answer_is_the_text_of_its_tokens_without_the_blank_before_it(written: Written, tmp_path: Path) -> None:
     model = written("QuestionAnswering")
     rows = [{"question": "so?", "context": TEXT, "answers": {"text": ["good film"], "answer_start": [4]}}]
-    samples = open_samples(str(write_rows(tmp_path / "a.jsonl", rows)), "text", layout="question-answering")
+    samples = open_samples(str(write_lines(tmp_path / "a.jsonl", rows)), "text", layout="question-answering")
     (batch,) = Preprocessor.from_checkpoint(model, "text", task="question-answering").batches(samples, 4)
     assert batch.places is not None
     places = [TEXT[start:end] for start, end in batch.places[0].tolist() if start >= 0 and end > 0]
@@ -76,5 +63,4 @@ def test_a_whole_job_and_its_evaluation(head: str, written: Written, tmp_path: P
     model, data = written(head, add_prefix_space=True), tiny.write_text(tmp_path / "texts.txt", 24)
     flags = ("--samples", 8, "--holdout", 8, "--batch-size", 4, "--keep", 0.8)
     run("compress", model, tmp_path / "small", "--calibration", data, *flags)
-    found = json.loads(run("eval", tmp_path / "small", "--baseline", model, "--data", data, "--json"))
-    assert 0 <= found["evaluation"]["fidelity"]["kl"] < 2
+    assert 0 <= evaluated(tmp_path / "small", data, "--baseline", model)["fidelity"]["kl"] < 2

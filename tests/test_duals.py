@@ -1,6 +1,5 @@
 """Dual encoders: both towers in one job, and the measures that people quote of them."""
 
-import json
 from pathlib import Path
 
 import kinds
@@ -8,10 +7,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from heads import Found, evaluated, run
 from torch import Tensor
-from typer.testing import CliRunner
 
-from vitshrink.cli.app import app
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation.duals import of_classes, of_pairs
@@ -62,16 +60,8 @@ def test_both_towers_are_compressed_and_the_whole_reloads(name: str, size: dict[
     assert 0 < (report.evaluation.fidelity.relative_error or 0) < 0.3
 
 
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def refused(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 2, result.output
-    return " ".join(result.output.split())
+    return " ".join(run(*arguments, code=2).split())
 
 
 @pytest.fixture
@@ -85,14 +75,12 @@ def small(clip: Path, tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-def evaluated(small: Path, clip: Path, data: Path, *flags: str | Path) -> dict[str, dict[str, float]]:
-    output = run("eval", small, "--baseline", clip, "--data", data, "--batch-size", "8", "--json", *flags)
-    found: dict[str, dict[str, float]] = json.loads(output)["evaluation"]
-    return found
+def compared(small: Path, clip: Path, data: Path, *flags: str | Path) -> Found:
+    return evaluated(small, data, "--baseline", clip, "--batch-size", "8", *flags)
 
 
 def test_pairs_are_scored_by_retrieval(small: Path, clip: Path, tmp_path: Path) -> None:
-    found = evaluated(small, clip, kinds.write_captions(tmp_path))
+    found = compared(small, clip, kinds.write_captions(tmp_path))
     assert found["metric"] == "recall_at_1"
     assert set(found["dense"]) >= {"text_at_1", "text_at_5", "text_at_10", "image_at_1", "image_at_5", "image_at_10"}
     assert found["dense"]["text_at_1"] <= found["dense"]["text_at_5"] <= found["dense"]["text_at_10"]
@@ -103,14 +91,14 @@ def test_pairs_are_scored_by_retrieval(small: Path, clip: Path, tmp_path: Path) 
 def test_a_folder_with_a_table_of_captions_is_as_good(small: Path, clip: Path, tmp_path: Path) -> None:
     table = kinds.write_captions(tmp_path, column="text")
     table.rename(tmp_path / "metadata.csv")
-    named = evaluated(small, clip, tmp_path / "metadata.csv")
-    assert evaluated(small, clip, tmp_path)["dense"] == named["dense"]
+    named = compared(small, clip, tmp_path / "metadata.csv")
+    assert compared(small, clip, tmp_path)["dense"] == named["dense"]
 
 
 def test_classes_are_told_by_their_names(small: Path, clip: Path, tmp_path: Path) -> None:
     for name in ("a film", "that"):
         tiny.write_images(tmp_path / "data" / name, 6, seed=len(name))
-    found = evaluated(small, clip, tmp_path / "data", "--template", "this is {}", "--template", "a {}")
+    found = compared(small, clip, tmp_path / "data", "--template", "this is {}", "--template", "a {}")
     assert found["metric"] == "top1"
     assert {each["class"] for each in found["classes"]} == {"a film", "that"}
     assert found["fidelity"]["kl"] >= 0
@@ -120,7 +108,7 @@ def test_classes_are_told_by_their_names(small: Path, clip: Path, tmp_path: Path
 def test_without_captions_and_classes_vectors_are_compared(
     small: Path, clip: Path, flat_images: Path, text_file: Path
 ) -> None:
-    found = evaluated(small, clip, flat_images, "--texts", text_file)
+    found = compared(small, clip, flat_images, "--texts", text_file)
     assert found["metric"] is None
     assert found["fidelity"]["relative_error"] > 0
     assert "neighbor_agreement" in found["fidelity"]

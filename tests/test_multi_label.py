@@ -11,21 +11,14 @@ import pytest
 import tiny
 import torch
 import transformers
+from heads import run
 from PIL import Image
-from typer.testing import CliRunner
 
 from vitshrink import load
-from vitshrink.cli.app import app
 from vitshrink.data import Preprocessor, open_samples
 
 LABELS = ("joy", "anger", "mild surprise")
 Rows = Sequence[tuple[str, Sequence[int]]]
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.stdout if code == 0 else result.stderr
 
 
 @pytest.fixture(scope="module")

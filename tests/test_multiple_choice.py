@@ -1,19 +1,26 @@
 """Multiple choice: texts with several choices, read side by side, in all jobs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import heads
 import pytest
 import tiny
 import torch
 import transformers
+from heads import (
+    assert_a_bound_is_kept,
+    assert_padding_changes_nothing,
+    assert_training_helps,
+    compressed_and_measured,
+    evaluated,
+    run,
+    write_lines,
+)
 from torch import Tensor
-from typer.testing import CliRunner
 
 import vitshrink
 from vitshrink import load
-from vitshrink.cli.app import app
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.errors import DataError
 from vitshrink.models.fidelity import SOFTMAX
@@ -24,20 +31,9 @@ NAME = "BertForMultipleChoice"
 Row = dict[str, Any]
 
 
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.stdout if code == 0 else result.stderr
-
-
 @pytest.fixture(scope="module")
 def chooser(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tiny.write(NAME, tmp_path_factory.mktemp("chooser") / "model")
-    model = tiny.build(NAME)
-    with torch.no_grad():
-        model.classifier.weight.mul_(5)
-    model.save_pretrained(directory)
-    return directory
+    return heads.write_varied(NAME, tmp_path_factory.mktemp("chooser") / "model", "classifier")
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +49,6 @@ def rows(chooser: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
             chosen = int(model(**{name: tensor[None] for name, tensor in encoded.items()}).logits.argmax())
         found.append({"question": question, "choices": choices, "label": (chosen + (number % 4 == 0)) % 3})
     return found
-
-
-def write_lines(path: Path, rows: list[Row]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 WAYS: dict[str, Any] = {
@@ -82,7 +73,7 @@ def test_every_way_to_write_choices_gives_the_same_accuracy(
     way: str, chooser: Path, rows: list[Row], tmp_path: Path
 ) -> None:
     data = write_lines(tmp_path / "a.jsonl", [WAYS[way](row) for row in rows])
-    found = json.loads(run("eval", chooser, "--data", data, "--json"))["evaluation"]
+    found = evaluated(chooser, data)
     assert found["metric"] == "top1"
     assert found["dense"]["correct"] == 36
 
@@ -98,10 +89,10 @@ def test_padding_changes_no_divergence_and_a_functional_is_one_a_sample(
         return SOFTMAX.divergence(*(reading.rows(each(**batch.inputs), batch) for each in (model, other)))
 
     with torch.no_grad():
-        (together,) = preprocessor.batches(data, 6, in_order=True)
+        together = assert_padding_changes_nothing(
+            divergences, lambda size: preprocessor.batches(data, size, in_order=True), 6
+        )
         assert together.inputs["input_ids"].shape[:2] == (6, 3)
-        alone = torch.cat([divergences(batch) for batch in preprocessor.batches(data, 1, in_order=True)])
-        torch.testing.assert_close(divergences(together), alone, atol=1e-5, rtol=1e-4)
         outputs = model(**together.inputs)
         functional = random_functional(model, outputs, together, torch.Generator().manual_seed(0))
         assert functional(outputs).shape == (6,)
@@ -111,33 +102,21 @@ def test_padding_changes_no_divergence_and_a_functional_is_one_a_sample(
 def test_a_whole_job_ends_in_a_model_that_is_measured_the_same(
     options: tuple[str, ...], chooser: Path, rows: list[Row], tmp_path: Path
 ) -> None:
-    data, small = write_lines(tmp_path / "a.jsonl", rows), tmp_path / "small"
-    run("compress", chooser, small, "--calibration", data, "--samples", 32, "--eval", data, "--keep", 0.8, *options)
-    report = json.loads((small / "report.json").read_text())
-    found = json.loads(run("eval", small, "--baseline", chooser, "--data", data, "--json"))["evaluation"]
-    assert found["compressed"] == report["evaluation"]["compressed"]
+    data = write_lines(tmp_path / "a.jsonl", rows)
+    found = compressed_and_measured(chooser, data, tmp_path / "small", *options)
     assert 0 < found["fidelity"]["kl"] < 3
 
 
 @pytest.mark.parametrize("bound", [("--max-kl", 0.5), ("--max-accuracy-drop", 40)])
 def test_every_bound_is_kept(bound: tuple[str, float], chooser: Path, rows: list[Row], tmp_path: Path) -> None:
-    data = write_lines(tmp_path / "a.jsonl", rows)
-    run("compress", chooser, tmp_path / "small", "--calibration", data, "--samples", 24, "--holdout", 24, *bound)
-    found = json.loads((tmp_path / "small" / "report.json").read_text())
-    assert found["bytes"]["compressed"] < found["bytes"]["dense"]
+    assert_a_bound_is_kept(chooser, write_lines(tmp_path / "a.jsonl", rows), tmp_path / "small", *bound)
 
 
 @pytest.mark.parametrize("objective", ["distill", "supervised"])
 def test_training_makes_the_held_out_loss_smaller(
     objective: str, chooser: Path, rows: list[Row], tmp_path: Path
 ) -> None:
-    data = write_lines(tmp_path / "a.jsonl", rows * 2)
-    run("compress", chooser, tmp_path / "small", "--calibration", data, "--keep", 0.5, "--method", "svd")
-    teacher = ("--teacher", chooser) if objective == "distill" else ()
-    options = ("--objective", objective, "--epochs", 6)
-    run("finetune", tmp_path / "small", tmp_path / "better", "--data", data, *teacher, *options)
-    recovery = json.loads((tmp_path / "better" / "report.json").read_text())["recovery"]
-    assert recovery["after"] < recovery["before"]
+    assert_training_helps(objective, chooser, write_lines(tmp_path / "a.jsonl", rows * 2), tmp_path)
 
 
 def test_choices_in_memory_are_as_good_as_those_of_a_file(chooser: Path, rows: list[Row], tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import heads
 import pytest
 import tiny
 import torch
+from heads import assert_a_bound_is_kept, assert_training_helps, compressed_and_measured, evaluated, run, write_lines
 from torch import Tensor
-from typer.testing import CliRunner
 
 from vitshrink import load
-from vitshrink.cli.app import app
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.data.samples import Answers
 from vitshrink.evaluation.answer_rows import _scores, best_span, normalized
@@ -23,21 +23,10 @@ NAME = "BertForQuestionAnswering"
 Row = dict[str, Any]
 
 
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.stdout if code == 0 else result.stderr
-
-
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT that answers, and differently from question to question."""
-    directory = tiny.write(NAME, tmp_path_factory.mktemp("reader") / "model")
-    model = tiny.build(NAME)
-    with torch.no_grad():
-        model.qa_outputs.weight.mul_(5)
-    model.save_pretrained(directory)
-    return directory
+    return heads.write_varied(NAME, tmp_path_factory.mktemp("reader") / "model", "qa_outputs")
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +45,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
             }
         )
     return found
-
-
-def write_lines(path: Path, rows: list[Row]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 def write_squad(path: Path, rows: list[Row]) -> Path:
@@ -97,7 +81,7 @@ WAYS: dict[str, Any] = {
 def test_every_way_to_write_answers_gives_the_same_scores(
     way: str, reader: Path, rows: list[Row], tmp_path: Path
 ) -> None:
-    found = json.loads(run("eval", reader, "--data", WAYS[way](tmp_path, rows), "--json"))["evaluation"]
+    found = evaluated(reader, WAYS[way](tmp_path, rows))
     assert found["metric"] == "answer_f1"
     exact, shared = by_hand(reader, rows)
     assert found["dense"]["answer_exact"] == pytest.approx(exact)
@@ -223,36 +207,22 @@ def test_long_contexts_are_cut_and_long_questions_too(reader: Path, tmp_path: Pa
 def test_a_whole_job_ends_in_a_model_that_is_measured_the_same(
     method: str, reader: Path, rows: list[Row], tmp_path: Path
 ) -> None:
-    data, small = write_lines(tmp_path / "a.jsonl", rows), tmp_path / "small"
-    given = ("--calibration", data, "--samples", 32, "--eval", data, "--method", method)
-    run("compress", reader, small, *given, "--keep", 0.8)
-    report = json.loads((small / "report.json").read_text())
-    found = json.loads(run("eval", small, "--baseline", reader, "--data", data, "--json"))["evaluation"]
-    assert found["compressed"] == report["evaluation"]["compressed"]
-    assert found["fidelity"] == report["evaluation"]["fidelity"]
+    small = tmp_path / "small"
+    found = compressed_and_measured(reader, write_lines(tmp_path / "a.jsonl", rows), small, "--method", method)
     assert found["difference"]["test"] == "sign flips, sample by sample"
     assert "AutoModelForQuestionAnswering" in (small / "README.md").read_text()
 
 
 @pytest.mark.parametrize("bound", [("--max-kl", 1), ("--max-changed", 60), ("--max-accuracy-drop", 20)])
 def test_every_bound_is_kept(bound: tuple[str, float], reader: Path, rows: list[Row], tmp_path: Path) -> None:
-    data = write_lines(tmp_path / "a.jsonl", rows)
-    run("compress", reader, tmp_path / "small", "--calibration", data, "--samples", 24, "--holdout", 24, *bound)
-    found = json.loads((tmp_path / "small" / "report.json").read_text())
-    assert found["bytes"]["compressed"] < found["bytes"]["dense"]
+    assert_a_bound_is_kept(reader, write_lines(tmp_path / "a.jsonl", rows), tmp_path / "small", *bound)
 
 
 @pytest.mark.parametrize("objective", ["distill", "supervised"])
 def test_training_makes_the_held_out_loss_smaller(
     objective: str, reader: Path, rows: list[Row], tmp_path: Path
 ) -> None:
-    data = write_lines(tmp_path / "a.jsonl", rows * 2)
-    run("compress", reader, tmp_path / "small", "--calibration", data, "--keep", 0.5, "--method", "svd")
-    teacher = ("--teacher", reader) if objective == "distill" else ()
-    options = ("--objective", objective, "--epochs", 6)
-    run("finetune", tmp_path / "small", tmp_path / "better", "--data", data, *teacher, *options)
-    recovery = json.loads((tmp_path / "better" / "report.json").read_text())["recovery"]
-    assert recovery["after"] < recovery["before"]
+    assert_training_helps(objective, reader, write_lines(tmp_path / "a.jsonl", rows * 2), tmp_path)
 
 
 @pytest.mark.slow

@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from typer.testing import CliRunner
+from heads import (
+    assert_a_bound_is_kept,
+    assert_padding_changes_nothing,
+    assert_training_helps,
+    compressed_and_measured,
+    evaluated,
+    run,
+)
 
 from vitshrink import load
-from vitshrink.cli.app import app
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.evaluation.entities import entities
 from vitshrink.models.fidelity import SOFTMAX
@@ -20,12 +26,6 @@ from vitshrink.statistics.curvature import random_functional
 
 NAME = "BertForTokenClassification"
 Sentences = list[tuple[list[str], list[str]]]
-
-
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.stdout if code == 0 else result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ WAYS: dict[str, Any] = {
 def test_every_way_to_write_tags_gives_the_same_scores(
     way: str, tagger: Path, sentences: Sentences, tmp_path: Path
 ) -> None:
-    found = json.loads(run("eval", tagger, "--data", WAYS[way](tmp_path, sentences), "--json"))["evaluation"]
+    found = evaluated(tagger, WAYS[way](tmp_path, sentences))
     right = sum(
         t == p
         for (_, m), (_, n) in zip(sentences, predicted(tagger, [w for w, _ in sentences]), strict=True)
@@ -141,7 +141,7 @@ def test_entities_are_those_of_the_script_of_conll(tags: str, expected: set[tupl
 def test_a_model_without_entities_is_scored_by_its_tokens(tmp_path: Path) -> None:
     tiny.write(NAME, tmp_path / "model", id2label={0: "NOUN", 1: "VERB"}, label2id={"NOUN": 0, "VERB": 1})
     data = write_lines(tmp_path / "a.jsonl", [(["good", "film"], ["NOUN", "VERB"])] * 8)
-    found = json.loads(run("eval", tmp_path / "model", "--data", data, "--json"))["evaluation"]
+    found = evaluated(tmp_path / "model", data)
     assert found["metric"] == "top1"
     assert found["dense"]["tokens"] == 16
 
@@ -150,16 +150,15 @@ def test_padding_changes_no_divergence_and_no_functional(tagger: Path, tmp_path:
     data = open_samples(str(write_lines(tmp_path / "a.jsonl", sentences[:6])), "text", layout="token-classification")
     preprocessor, model = Preprocessor.from_checkpoint(tagger, "text", task="token-classification"), load(tagger)
     other, reading = tiny.build(NAME, seed=1), reading_of(model)
-    (together,) = preprocessor.batches(data, 6, in_order=True)
-    alone = list(preprocessor.batches(data, 1, in_order=True))
 
     def divergences(batch: Any) -> torch.Tensor:
         return SOFTMAX.divergence(*(reading.rows(each(**batch.inputs), batch) for each in (model, other)))
 
     with torch.no_grad():
-        padded = divergences(together)
-        torch.testing.assert_close(padded, torch.cat([divergences(batch) for batch in alone]), atol=1e-5, rtol=1e-4)
-        assert len(padded) == sum(len(words) for words, _ in sentences[:6])
+        together = assert_padding_changes_nothing(
+            divergences, lambda size: preprocessor.batches(data, size, in_order=True), 6
+        )
+        assert len(divergences(together)) == sum(len(words) for words, _ in sentences[:6])
         owners = reading.owners(model(**together.inputs), together)
         assert owners.bincount().tolist() == [len(words) for words, _ in sentences[:6]]
         functional = random_functional(model, model(**together.inputs), together, torch.Generator().manual_seed(0))
@@ -171,13 +170,7 @@ def test_a_whole_job_ends_in_a_model_that_is_measured_the_same(
 ) -> None:
     data = write_conll(tmp_path / "a.conll", sentences)
     small = tmp_path / "small"
-    run(
-        "compress", tagger, small, "--calibration", data, "--samples", 32, "--holdout", 8, "--eval", data, "--keep", 0.8
-    )
-    report = json.loads((small / "report.json").read_text())
-    found = json.loads(run("eval", small, "--baseline", tagger, "--data", data, "--json"))["evaluation"]
-    assert found["compressed"] == report["evaluation"]["compressed"]
-    assert found["fidelity"] == report["evaluation"]["fidelity"]
+    found = compressed_and_measured(tagger, data, small)
     assert 0 < found["fidelity"]["kl"] < 2
     assert 0 < found["fidelity"]["entity_agreement"] <= 1
     assert found["difference"]["test"] == "paired bootstrap"
@@ -187,25 +180,14 @@ def test_a_whole_job_ends_in_a_model_that_is_measured_the_same(
 
 @pytest.mark.parametrize("bound", [("--max-kl", 0.5), ("--max-changed", 60), ("--max-accuracy-drop", 30)])
 def test_every_bound_is_kept(bound: tuple[str, float], tagger: Path, sentences: Sentences, tmp_path: Path) -> None:
-    data = write_lines(tmp_path / "a.jsonl", sentences)
-    given = ("--calibration", data, "--samples", 24, "--holdout", 24)
-    run("compress", tagger, tmp_path / "small", *given, "--method", "curvature", *bound)
-    found = json.loads((tmp_path / "small" / "report.json").read_text())
-    assert found["bytes"]["compressed"] < found["bytes"]["dense"]
+    assert_a_bound_is_kept(tagger, write_lines(tmp_path / "a.jsonl", sentences), tmp_path / "small", *bound)
 
 
 @pytest.mark.parametrize("objective", ["distill", "supervised"])
 def test_training_makes_the_held_out_loss_smaller(
     objective: str, tagger: Path, sentences: Sentences, tmp_path: Path
 ) -> None:
-    data = write_lines(tmp_path / "a.jsonl", sentences * 2)
-    given = ("--calibration", data, "--samples", 80, "--keep", 0.5, "--method", "svd")
-    run("compress", tagger, tmp_path / "small", *given)
-    options = ("--objective", objective, "--epochs", 6)
-    teacher = ("--teacher", tagger) if objective == "distill" else ()
-    run("finetune", tmp_path / "small", tmp_path / "better", "--data", data, *teacher, *options)
-    recovery = json.loads((tmp_path / "better" / "report.json").read_text())["recovery"]
-    assert recovery["after"] < recovery["before"]
+    assert_training_helps(objective, tagger, write_lines(tmp_path / "a.jsonl", sentences * 2), tmp_path)
 
 
 def test_running_text_is_enough_to_calibrate_on(tagger: Path, text_file: Path, tmp_path: Path) -> None:
