@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tables import print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -25,81 +25,91 @@ from vitshrink.runtime.precision import Passes, passes_in
 from vitshrink.statistics.calibration import to_device
 from vitshrink.statistics.curvature import random_functional
 
-AROUND = ("Loading the model", "Reading calibration data", "Saving and verifying", "Evaluating", "Measuring cost")
-"""Stages that read, write or measure; all others compress."""
 
-END_OF_A_SIZE = "Saving and verifying"
+@dataclass(frozen=True)
+class Taken:
+    """Seconds of something, by the clock on the wall and of the processor, all threads together."""
+
+    wall: float
+    processor: float
+
+
+@contextmanager
+def timed(keep: Callable[[Taken], None]) -> Iterator[None]:
+    """``keep`` is told what the inside took."""
+    started = time.perf_counter(), time.process_time()
+    yield
+    keep(Taken(time.perf_counter() - started[0], time.process_time() - started[1]))
 
 
 class Chronology(Silent):
-    """Observes a job and keeps its stages in the order in which they ended, with their seconds."""
+    """Observes a job and keeps its stages in the order in which they ended."""
 
     def __init__(self) -> None:
-        self.stages: list[tuple[str, float]] = []
+        self.stages: list[tuple[str, Taken]] = []
 
     @contextmanager
     def stage(self, title: str, _total: int | None = None) -> Iterator[Callable[[int], None]]:
-        started = time.perf_counter()
-        yield lambda _steps: None
-        self.stages.append((title, time.perf_counter() - started))
-
-    def sizes(self) -> list[list[tuple[str, float]]]:
-        """The stages of each size, and what comes after the last; what all sizes share belongs to the first."""
-        found: list[list[tuple[str, float]]] = [[]]
-        for title, seconds in self.stages:
-            found[-1].append((title, seconds))
-            if title == END_OF_A_SIZE:
-                found.append([])
-        return found
+        with timed(lambda taken: self.stages.append((title, taken))):
+            yield lambda _steps: None
 
 
-def print_job(config: CompressConfig) -> None:
-    """Time the bare passes, then the job; one table of stages, one of memory."""
+@dataclass(frozen=True)
+class Passed:
+    """What passes over the samples of a job take without it, and the model itself."""
+
+    forward: Taken
+    both: Taken
+    exact: Taken
+    """Forward and backward, in float32."""
+    model_bytes: int
+    """Of its weights in float32."""
+    peak: int
+    """Bytes of memory, at most."""
+
+    def least(self, other: "Passed") -> "Passed":
+        """Of two runs: a busy machine makes passes longer, never shorter."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in ("forward", "both", "exact")}
+        return replace(self, **{name: min(pair, key=lambda each: each.processor) for name, pair in pairs.items()})
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a job took."""
+
+    stages: Sequence[tuple[str, Taken]]
+    whole: Taken
+    peak: int
+    """Bytes of memory, at most."""
+
+
+def pass_over(config: CompressConfig) -> Passed:
+    """The bare passes of the model of a job over its calibration samples."""
     data = config.calibration_data
     assert data is not None
+    device = find_device(config.device)
     source = load_dense(config.model, offline=config.offline)
-    source.model.to(find_device(config.device))
+    source.model.to(device)
     preprocessor = Preprocessor.from_checkpoint(source.directory, source.family.modality, offline=config.offline)
     samples = open_data(data, source, offline=config.offline)
     batches = read_calibration(
         samples, preprocessor, Job(Silent()), samples=config.samples, seed=config.seed, batch_size=config.batch_size
     ).batches
-    peaks = [cost.peak_memory_bytes()]
-    exact = bare_passes(source.model, batches, nullcontext)
-    own = bare_passes(source.model, batches, passes_in(find_device(config.device), config.precision))
-    peaks.append(cost.peak_memory_bytes())
-    del source, samples, batches
-    job = Chronology()
-    started = time.perf_counter()
-    compress(config, job)
-    wall = time.perf_counter() - started
-    peaks.append(cost.peak_memory_bytes())
-
-    print("Bare passes over the calibration samples (gradients of the activations alone, as the method needs them):\n")
-    print_head(["passes", "forward, s", "forward and backward, s"])
-    print_row(["float32", *(f"{seconds:.1f}" for seconds in exact)])
-    print_row([f"--precision {config.precision}", *(f"{seconds:.1f}" for seconds in own)])
-    print()
-    print_head(["stage", "seconds", "over forward and backward", "over float32 ones"])
-
-    def row(title: str, seconds: float) -> None:
-        print_row([title, f"{seconds:.1f}", f"{seconds / own[1]:.2f}", f"{seconds / exact[1]:.2f}"])
-
-    *sizes, reported = job.sizes()
-    for keep, stages in zip(config.keep, sizes, strict=True):
-        for title, seconds in stages:
-            row(f"keep {keep:g}: {title}", seconds)
-        row(f"**keep {keep:g}: compressing**", sum(seconds for title, seconds in stages if title not in AROUND))
-    for title, seconds in reported:
-        row(f"all sizes: {title}", seconds)
-    row("whole job", wall)
-    print("\nPeak memory of the process so far, MB:\n")
-    print_head(["model and data read", "bare passes", "job"])
-    print_row([f"{peak / 1e6:.0f}" for peak in peaks])
+    forward, both = bare_passes(source.model, batches, passes_in(device, config.precision))
+    _, exact = bare_passes(source.model, batches, nullcontext)
+    return Passed(forward, both, exact, 4 * cost.parameters(source.model), cost.peak_memory_bytes(device))
 
 
-def bare_passes(model: PreTrainedModel, batches: Sequence[Batch], passes: Passes) -> tuple[float, float]:
-    """Seconds of a forward pass over all batches, and of a forward and backward pass; nothing else is done."""
+def run(config: CompressConfig) -> Ran:
+    """``vitshrink compress``, timed."""
+    job, whole = Chronology(), list[Taken]()
+    with timed(whole.append):
+        compress(config, job)
+    return Ran(job.stages, whole[0], cost.peak_memory_bytes(find_device(config.device)))
+
+
+def bare_passes(model: PreTrainedModel, batches: Sequence[Batch], passes: Passes) -> tuple[Taken, Taken]:
+    """What a forward pass over all batches, and of a forward and backward pass, take; nothing else is done."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     model.requires_grad_(False)
@@ -123,14 +133,15 @@ def bare_passes(model: PreTrainedModel, batches: Sequence[Batch], passes: Passes
         handle.remove()
 
 
-def _seconds(run: Callable[[Batch], None], batches: Sequence[Batch]) -> float:
+def _seconds(run: Callable[[Batch], None], batches: Sequence[Batch]) -> Taken:
     run(batches[0])  # to warm up
     _synchronize()
-    started = time.perf_counter()
-    for batch in batches:
-        run(batch)
-    _synchronize()
-    return time.perf_counter() - started
+    found: list[Taken] = []
+    with timed(found.append):
+        for batch in batches:
+            run(batch)
+        _synchronize()
+    return found[0]
 
 
 def _synchronize() -> None:
@@ -138,16 +149,34 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def random_vit(blocks: int) -> ViTForImageClassification:
-    """The shapes of ViT-B/16 at 224 pixels, with ``blocks`` blocks (the real one has 12)."""
+SHAPES = {
+    "tiny": (192, 12, 3, 768),
+    "s": (384, 12, 6, 1536),
+    "b": (768, 12, 12, 3072),
+    "l": (1024, 24, 16, 4096),
+    "h": (1280, 32, 16, 5120),
+}
+"""Of ViTs: width, blocks, heads and neurons. A head has 64 dimensions, in H 80."""
+
+
+def random_vit(blocks: int | None = None, shape: str = "b") -> ViTForImageClassification:
+    """Random weights in the shapes of a ViT with patches of 16 at 224 pixels; all its blocks, or so many."""
     torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(num_hidden_layers=blocks, num_labels=1000)).eval()
+    width, depth, heads, neurons = SHAPES[shape]
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=blocks or depth,
+        num_attention_heads=heads,
+        intermediate_size=neurons,
+        num_labels=1000,
+    )
+    return ViTForImageClassification(config).eval()
 
 
-def write_random_vit(directory: Path, blocks: int) -> Path:
+def write_random_vit(directory: Path, blocks: int | None, shape: str = "b") -> Path:
     processor = ViTImageProcessorPil(do_resize=True, size={"height": 224, "width": 224})
     with quiet_transformers():
-        random_vit(blocks).save_pretrained(directory)
+        random_vit(blocks, shape).save_pretrained(directory)
         processor.save_pretrained(directory)
     return directory
 

@@ -1,4 +1,4 @@
-"""How fast compressed models run, and what compressing one costs, as Markdown tables.
+"""How fast compressed models run, as Markdown tables.
 
 A low-rank model ought to take the share of the dense model's time that it has of its operations. ``quotient`` is the
 share of the time over the share of the operations: 1 is as promised, 1.1 is a tenth slower. It is that of the medians,
@@ -14,13 +14,11 @@ factors throughout: for time, only shapes and ranks matter.
     python benchmarks/speed.py                    # dense and compressed models
     python benchmarks/speed.py --compile          # and under torch.compile
     python benchmarks/speed.py --layers           # single layers
-    python benchmarks/speed.py --job              # the stages of vitshrink compress
     python benchmarks/speed.py --model MODEL --load COMPRESSED    # time until the first output
 """
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +26,7 @@ from statistics import median
 
 import torch
 import transformers
-from job import print_job, random_vit, write_images, write_random_vit
+from job import SHAPES, random_vit
 from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,7 +34,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.allocation import uniform_ratio
 from vitshrink.compression.candidates import whole_cost
 from vitshrink.compression.choices import Choices
-from vitshrink.config.options import CompressConfig
+from vitshrink.config.options import DTYPES, CompressConfig
 from vitshrink.errors import VitshrinkError
 from vitshrink.methods.ranks import Storage, largest_rank
 from vitshrink.models import cost
@@ -226,10 +224,10 @@ def parser() -> argparse.ArgumentParser:
     known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = known.add_mutually_exclusive_group()
     table.add_argument("--layers", action="store_true", help="single layers instead of whole models")
-    table.add_argument("--job", action="store_true", help="the stages of a compress job")
     table.add_argument("--load", nargs="+", metavar="DIR", help="how long these take to load, beside --model")
-    known.add_argument("--model", help="checkpoint; without it random weights in the shapes of ViT-B/16")
-    known.add_argument("--blocks", type=int, default=12, help="blocks of the random model (default: 12)")
+    known.add_argument("--model", help="checkpoint; without it random weights in the shapes of --random")
+    known.add_argument("--random", choices=SHAPES, default="b", help="shapes of a ViT (default: b)")
+    known.add_argument("--blocks", type=int, help="blocks of the random model, if not all")
     known.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5], metavar="F")
     known.add_argument("--densities", type=float, nargs="+", default=[0.3, 0.5, 0.7], metavar="F")
     known.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N")
@@ -237,63 +235,29 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--repeats", type=int, default=20)
     known.add_argument("--warmup", type=int, default=5, help="passes of each model that are not counted")
     known.add_argument("--compile", action="store_true", help="time under torch.compile too")
-    known.add_argument("--calibration", help="for --job; without it random images")
-    known.add_argument("--samples", type=int, default=128)
-    known.add_argument("--batch-size", type=int, default=CompressConfig.batch_size, help="for --job")
-    known.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.6], help="sizes of --job")
-    known.add_argument("--method", default=CompressConfig.method, help="for --job")
-    known.add_argument("--refine", type=int, default=CompressConfig.refine, help="for --job")
-    known.add_argument("--allocation", help="for --job")
-    known.add_argument("--compensation", help="for --job")
-    known.add_argument("--precision", default=CompressConfig.precision, help="for --job")
+    known.add_argument("--dtype", choices=DTYPES, default="float32")
     known.add_argument("--device", default="auto")
     known.add_argument("--threads", type=int)
     return known
-
-
-def job_config(args: argparse.Namespace, scratch: Path) -> CompressConfig:
-    """The job of ``--job``: what is not given is written at random."""
-    return CompressConfig(
-        model=args.model or str(write_random_vit(scratch / "model", args.blocks)),
-        output=str(scratch / "compressed"),
-        method=args.method,
-        keep=tuple(args.keep),
-        calibration=args.calibration or str(write_images(scratch / "images", args.samples)),
-        samples=args.samples,
-        holdout=0,
-        refine=args.refine,
-        allocation=args.allocation,
-        compensation=args.compensation,
-        precision=args.precision,
-        batch_size=args.batch_size,
-        device=args.device,
-        offline=True,
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    name = args.model or f"random, ViT-B/16 with {args.blocks} blocks"
-    circumstances = {"model": name, "device": find_device(args.device), "type": "float32"}
+    name = args.model or f"random, ViT-{args.random.upper()}/16 with {args.blocks or SHAPES[args.random][1]} blocks"
+    circumstances = {"model": name, "device": find_device(args.device), "type": args.dtype}
     try:
-        if args.job:
-            with tempfile.TemporaryDirectory() as scratch:
-                config = job_config(args, Path(scratch))
-                repairs = f"allocation {args.allocation or 'default'}, compensation {args.compensation or 'default'}"
-                chosen = f"{args.method}, refine {args.refine}, {repairs}, keep {' '.join(map(str, args.keep))}"
-                print_circumstances("Cost of a job", **circumstances, job=chosen, samples=args.samples)
-                print_job(config)
-            return
         if args.load:
             if not args.model:
                 sys.exit("--load compares with a dense checkpoint: pass --model.")
             print_circumstances("Time to load", **circumstances, repeats=args.repeats)
             print_loading([args.model, *args.load], args)
             return
-        dense = load_dense(args.model, offline=True).model if args.model else random_vit(args.blocks)
+        dense = load_dense(args.model, offline=True).model if args.model else random_vit(args.blocks, args.random)
         dense.to(find_device(args.device))
+        torch.set_default_dtype(getattr(torch, args.dtype))  # what is made beside it is of the same type
+        dense.to(torch.get_default_dtype())
         print_circumstances(
             "Speed of layers" if args.layers else "Speed of models", **circumstances, repeats=args.repeats
         )

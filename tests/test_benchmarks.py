@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def rows(output: str) -> list[list[str]]:
         "evaluation",
         "fidelity",
         "speed",
+        "stages",
+        "agreement",
         "quantization",
         "export",
         "techniques",
@@ -179,14 +182,40 @@ def test_speed_sets_time_against_operations(
 
 
 @pytest.mark.slow
-def test_a_job_is_set_against_its_bare_passes(
+def test_stages_of_jobs_stand_beside_their_bare_passes(
     benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    benchmark("speed").main(
-        f"--job --model {vit_directory} --calibration {flat_images} --samples 8 --keep 0.9 0.8 --device cpu".split()
+    benchmark("stages").main(
+        [
+            *f"--model {vit_directory} --calibration {flat_images} --samples 8 --device cpu --threads 1".split(),
+            *("--jobs", "keep=0.9 refine=0", "bits=4"),
+        ]
     )
-    titles = [row[0] for row in rows(capsys.readouterr().out)]
-    assert {"keep 0.9: Calibrating", "**keep 0.9: compressing**", "**keep 0.8: compressing**"} <= set(titles)
+    found = rows(capsys.readouterr().out)
+    stages = {tuple(row[:2]) for row in found}
+    assert {("passes", "forward and backward"), ("keep=0.9 refine=0", "Calibrating")} <= stages
+    assert {(job, "**the whole job**") for job in ("keep=0.9 refine=0", "bits=4")} <= stages
+    memory = {row[0]: float(row[1]) for row in found if len(row) == 4 and row[0] != "job"}
+    assert set(memory) == {"passes", "keep=0.9 refine=0", "bits=4"}
+    assert all(0.1 < gigabytes < 5 for gigabytes in memory.values())
+
+
+@pytest.mark.slow
+def test_what_a_gpu_has_to_show_runs_without_one() -> None:
+    surroundings = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    script = ["bash", str(FOLDER / "gpu.sh")]
+    ran = subprocess.run(script, env=surroundings, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "No GPU is there" in ran.stdout
+    found = rows(ran.stdout)
+    assert {"keep=0.7", "keep=0.7 fast=true", "bits=3"} <= {row[0] for row in found if row[1] == "**the whole job**"}
+    modes = {row[3] for row in found if row[0] == "gauge"}
+    assert modes == {"eager", "compiled"}
+    agreed = [row for row in found if len(row) == 6 and row[0] in ("keep=0.7", "keep=0.5", "bits=3")]
+    assert [row[1] for row in agreed] == ["1.000"] * 3, "a device agrees with itself"
+    wrong = subprocess.run([*script, "model"], env=surroundings, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "usage" in wrong.stderr
 
 
 @pytest.mark.slow

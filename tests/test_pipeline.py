@@ -105,6 +105,19 @@ def ranks(result: CompressionResult) -> dict[str, int | None]:
     return {layer.name: layer.rank for layer in result.report.layers}
 
 
+def test_fast_is_short_for_what_it_leaves_out(vit_directory: Path, flat_images: Path, tmp_path: Path) -> None:
+    known = {"method": "curvature", "compensation": None, "calibration": str(flat_images), "samples": 8, "holdout": 0}
+    slow = {"refine": 0, "allocation": "loss", "compensation": "bias"}
+    weights = []
+    for name, entries in {"short": {"fast": True}, "long": slow}.items():
+        (result,) = compress(job(vit_directory, tmp_path / name, **known | entries))
+        assert result.directory is not None
+        weights.append((result.directory / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    with pytest.raises(UsageError, match=r"--fast decides what --refine would"):
+        job(vit_directory, tmp_path / "both", **known | {"fast": True, "refine": 1})
+
+
 # Every architecture, method and allocation
 
 

@@ -20,6 +20,7 @@ from vitshrink.compression.forms.narrow import NarrowMaker
 from vitshrink.compression.narrow_estimation import READ, NarrowEstimator
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.repairs import COMPENSATIONS
+from vitshrink.compression.repairs.bias import RESCALING
 from vitshrink.compression.repairs.layers import LayerRepairs, NoRepairs
 from vitshrink.compression.sensitivity_estimation import SensitivityEstimator
 from vitshrink.config.choosing import choose
@@ -51,11 +52,13 @@ class Choices:
     def of(cls, config: CompressConfig) -> Self:
         """Raises UsageError for what can be known to make no sense before a model is loaded."""
         method = find_method(config.method)
-        allocation = config.allocation or ("loss" if config.stores == "bits" else method.allocation)
+        unmeasured = config.stores == "bits" or (config.fast and method.allocation == "measured")
+        allocation = config.allocation or ("loss" if unmeasured else method.allocation)
         choose(allocation, ALLOCATIONS, "allocation")
         repairs = ATTENTION_COMPENSATIONS if isinstance(method, AttentionMethod) else COMPENSATIONS
+        biased = config.stores in ("bits", "narrow") or (config.fast and method.compensation in RESCALING)
         compensation = choose(
-            config.compensation or ("bias" if config.stores in ("bits", "narrow") else method.compensation),
+            config.compensation or ("bias" if biased else method.compensation),
             {c: c for c in repairs},
             "compensation",
         )
@@ -92,7 +95,7 @@ class Choices:
     @property
     def rounds(self) -> int:
         """How often the job learns again from the compressed model."""
-        if self.config.stores in ("bits", "narrow"):
+        if self.config.stores in ("bits", "narrow") or self.config.fast:
             return 0
         return self.config.refine if self.method.needs is Needs.CURVATURE else 0
 

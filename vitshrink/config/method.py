@@ -64,6 +64,12 @@ class MethodOptions(Options):
         panel=METHOD,
         low=0,
     )
+    fast: bool = option(
+        False,
+        "Ranks from one pass over the samples, with nothing measured at the output: as --refine 0 --allocation loss "
+        "--compensation bias.",
+        panel=METHOD,
+    )
     precision: Precision = option(
         "auto",
         "Of the passes that gradients are taken through: bf16, no (float32), or auto (bf16 where it is fast).",
@@ -74,6 +80,8 @@ class MethodOptions(Options):
     probes: int = option(1, "Backward passes a batch for the curvature.", panel=METHOD, low=1)
 
     def check(self) -> None:
+        if self.fast and (slow := self.given(("allocation", "compensation", "refine"))):
+            raise UsageError(f"--fast decides what {slow[0]} would: leave one of them out.")
         if self.quantize is None and self.activations is not None:
             raise UsageError("--activations says how a quantized model computes: pass --quantize int8 as well.")
         if self.quantize is not None:

@@ -1,0 +1,137 @@
+"""What compressing a model costs, stage by stage, beside its bare passes over the same samples, and its memory.
+
+    python benchmarks/stages.py --model MODEL --calibration DATA --samples 128
+    python benchmarks/stages.py --model MODEL --calibration DATA --jobs keep=0.7 'keep=0.7 refine=0' target-size=4MB
+    python benchmarks/stages.py --random l --samples 16 --jobs bits=3        # ViT-L shapes, random weights and images
+
+A job is options of ``vitshrink compress`` as they stand in a recipe, ``name=value``. Every job runs in a process of its
+own, and the passes in two, before and after all jobs, of which the shorter ones count. Times are of the processor, so
+that other work on the machine hardly counts; on a GPU they are those of the clock. ``over passes`` is a multiple of one
+forward and one backward pass over the samples, in the arithmetic of the job. On a machine with other work pass
+``--threads 1``: threads that wait for each other take processor time, too.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from job import SHAPES, Passed, Ran, Taken, pass_over, run, write_images, write_random_vit
+from tables import print_circumstances, print_head, print_row
+
+from vitshrink.config.options import CompressConfig
+from vitshrink.errors import VitshrinkError
+from vitshrink.runtime.device import find_device
+
+ALLOWED = 2.5, 2**30
+"""Memory that a job may take: so many times the model in float32, and so many bytes."""
+
+Result = TypeVar("Result")
+
+
+def alone(work: Callable[[CompressConfig], Result], config: CompressConfig, threads: int | None) -> Result:
+    """In a process of its own, whose memory nothing else has touched."""
+    with ProcessPoolExecutor(1, get_context("spawn"), partial(_start, threads)) as pool:
+        return pool.submit(work, config).result()
+
+
+def _start(threads: int | None) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def config_of(job: str, args: argparse.Namespace, scratch: Path) -> CompressConfig:
+    """A job of the command line. Raises UsageError."""
+    entries: dict[str, Any] = {
+        "model": args.model or str(scratch / "model"),
+        "output": str(scratch / "compressed"),
+        "calibration": args.calibration or str(scratch / "images"),
+        "samples": args.samples,
+        "holdout": args.holdout,
+        "batch_size": args.batch_size,
+        "device": args.device,
+        "offline": True,
+        "overwrite": True,
+    }
+    for each in job.split():
+        name, _, value = each.partition("=")
+        entries[name.replace("-", "_")] = yaml.safe_load(value)
+    return CompressConfig.from_mapping(entries, f"--jobs {job!r}")
+
+
+def print_stages(jobs: Sequence[tuple[str, Ran]], passed: Passed, *, processor: bool) -> None:
+    """One row a stage; the stages of several sizes come one after the other."""
+
+    def counted(taken: Taken) -> float:
+        return taken.processor if processor else taken.wall
+
+    def row(job: str, stage: str, taken: Taken) -> None:
+        print_row([job, stage, f"{taken.wall:.1f}", f"{counted(taken):.1f}", f"{counted(taken) / whole:.2f}"])
+
+    whole = counted(passed.both)
+    print_head(["job", "stage", "seconds", "counted", "over passes"], texts=2)
+    row("passes", "forward", passed.forward)
+    row("passes", "forward and backward", passed.both)
+    row("passes", "forward and backward, float32", passed.exact)
+    for name, ran in jobs:
+        for stage, taken in ran.stages:
+            row(name, stage, taken)
+        row(name, "**the whole job**", ran.whole)
+
+
+def print_memory(jobs: Sequence[tuple[str, Ran]], passed: Passed) -> None:
+    times, more = ALLOWED
+    allowed = times * passed.model_bytes + more
+    print(f"\nPeak memory; allowed are {times:g} models and {more >> 30} GiB, {allowed / 1e9:.2f} GB:\n")
+    print_head(["job", "GB", "of the float32 model", "of what is allowed"])
+    for name, peak in (("passes", passed.peak), *((name, ran.peak) for name, ran in jobs)):
+        print_row([name, f"{peak / 1e9:.2f}", f"{peak / passed.model_bytes:.2f}", f"{peak / allowed:.2f}"])
+
+
+def parser() -> argparse.ArgumentParser:
+    known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = known.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="a checkpoint")
+    model.add_argument("--random", choices=SHAPES, help="random weights in the shapes of a ViT")
+    known.add_argument("--blocks", type=int, help="blocks of the random model, if not all")
+    known.add_argument("--calibration", help="samples; random images if not given")
+    known.add_argument("--samples", type=int, default=128)
+    known.add_argument("--holdout", type=int, default=0)
+    known.add_argument("--batch-size", type=int, default=CompressConfig.batch_size)
+    known.add_argument("--jobs", nargs="+", default=["keep=0.7", "bits=3"], metavar="'NAME=VALUE …'")
+    known.add_argument("--device", default="auto")
+    known.add_argument("--threads", type=int)
+    return known
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    device = find_device(args.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            configs = {job: config_of(job, args, Path(scratch)) for job in args.jobs}
+            if args.random:
+                write_random_vit(Path(scratch) / "model", args.blocks, args.random)
+            if not args.calibration:
+                write_images(Path(scratch) / "images", args.samples + args.holdout)
+            first = next(iter(configs.values()))
+            facts = {"model": args.model or f"ViT-{args.random.upper()} shapes", "device": device}
+            print_circumstances("Stages of a job", **facts, samples=args.samples, batch_size=args.batch_size)
+            before = alone(pass_over, first, args.threads)
+            ran = [(job, alone(run, config, args.threads)) for job, config in configs.items()]
+            passed = before.least(alone(pass_over, first, args.threads))
+        except VitshrinkError as error:
+            sys.exit(str(error))
+    print_stages(ran, passed, processor=device.type == "cpu")
+    print_memory(ran, passed)
+
+
+if __name__ == "__main__":
+    main()
