@@ -35,6 +35,7 @@ from vitshrink.models.targets import find_outside, find_targets
 from vitshrink.models.tasks import task_of
 from vitshrink.runtime.device import find_device
 from vitshrink.statistics import sensitivity
+from vitshrink.statistics.halves import half_of
 from vitshrink.statistics.reference import DenseOutputs
 from vitshrink.statistics.sensitivity import Sensitivity, collect_sensitivity
 
@@ -57,8 +58,8 @@ def without_feedback(stats: Stats) -> Stats:
     """Covariances without their off-diagonal entries, through which errors are fed back."""
     return {
         name: each
-        if each.covariance is None
-        else replace(each, covariance=torch.diag(each.covariance.diagonal()), tokens=math.inf)
+        if (covariance := each.covariance) is None
+        else replace(each, half=half_of(torch.diag(covariance.diagonal())), tokens=math.inf)
         for name, each in stats.items()
     }
 

@@ -21,6 +21,7 @@ import typer
 import yaml
 from click.testing import Result
 from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 import vitshrink.jobs.compress as pipeline
@@ -188,6 +189,17 @@ def test_a_terminal_gets_bars_that_vanish_and_colors_unless_not_wanted(
     assert "12/12" in terminal.getvalue()
     assert "warning: the result is not evaluated" in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())
     assert bool(re.search(r"\x1b\[[\d;]*3\d[\d;]*m", terminal.getvalue())) == color
+
+
+def test_the_time_that_is_left_follows_from_the_steps_that_are_done() -> None:
+    now = 0.0
+    progress = Progress(get_time=lambda: now, auto_refresh=False)
+    progress.add_task("Calibrating", total=12)
+    (task,) = progress.tasks
+    now = 60.0
+    assert str(console.TimeLeft().render(task)) == "0:01:00", "nothing is known yet"
+    progress.advance(task.id, 3)
+    assert str(console.TimeLeft().render(task)) == "0:03:00 left"
 
 
 def test_every_flag_is_an_entry_of_a_recipe_and_the_other_way_round() -> None:

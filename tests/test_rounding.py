@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vitshrink.compression.rounding import Metric, at_each, entropy, rounded
 from vitshrink.errors import NumericsError
+from vitshrink.statistics.halves import half_of
 from vitshrink.statistics.sensitivity import Sensitivity
 
 M, N = 24, 40
@@ -17,7 +18,7 @@ def sensitivity(tokens: int = 400, m: int = M, n: int = N, seed: int = 0) -> Sen
     mixing = torch.randn(n, n, generator=generator).double() * torch.logspace(-1, 1, n).double()
     x = torch.randn(tokens, n, generator=generator).double() @ mixing
     outputs = torch.rand(m, generator=generator).double() + 0.01
-    return Sensitivity(outputs, x.mean(0), x.mT.cov(correction=0), tokens=tokens)
+    return Sensitivity(outputs, x.mean(0), half_of(x.mT.cov(correction=0)), tokens=tokens)
 
 
 def matrix(m: int = M, n: int = N, seed: int = 0) -> Tensor:
@@ -80,7 +81,7 @@ def test_what_is_estimated_is_what_a_metric_promises() -> None:
     """At fine steps every weight loses δ² / 24, in the mean, with steps of columns by their variance."""
     metric, weight = Metric.of(sensitivity()), matrix(256)
     weights = torch.ones(256).double()
-    plain = Metric(weights, torch.eye(N))
+    plain = Metric.of_lower(weights, torch.eye(N))
     ((_, _, loss),) = at_each(weight, plain, [0.01])
     assert loss == pytest.approx(0.01**2 / 24 * weight.numel(), rel=0.05)
     assert metric.columns.log().mean() == pytest.approx(-float(metric.diagonal.log().mean()), rel=1e-6)
@@ -111,7 +112,7 @@ def test_odd_statistics_are_rounded_too(case: str) -> None:
         outputs, weight = outputs[:1], weight[:1]
     if case == "matrix":
         weight = torch.zeros_like(weight)
-    metric = Metric.of(Sensitivity(outputs, found.mean, covariance, tokens=400))
+    metric = Metric.of(Sensitivity(outputs, found.mean, half_of(covariance), tokens=400))
     made = rounded(weight, metric, 0.1)
     assert torch.isfinite(made.errors).all()
     assert made.codes.scaled(made.rows).shape == weight.shape
@@ -136,8 +137,8 @@ def test_steps_of_rows_are_those_of_the_file() -> None:
 
 def test_what_is_not_finite_is_refused() -> None:
     found = sensitivity()
-    assert found.covariance is not None
-    found.covariance[0, 0] = torch.nan
+    assert found.half is not None
+    found.half[0] = torch.nan
     with pytest.raises(NumericsError, match="NaN or Inf"):
         Metric.of(found)
     with pytest.raises(NumericsError, match="NaN or Inf"):

@@ -16,7 +16,10 @@ from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.targets import blocks_of, find_outside, find_targets
 from vitshrink.runtime.modes import frozen
 from vitshrink.statistics import recomputing
-from vitshrink.statistics.curvature import batch_generator, random_functional
+from vitshrink.statistics.curvature import batch_generator, collect_curvature, random_functional
+from vitshrink.statistics.effects import Components, component_effects
+from vitshrink.statistics.halves import half_of
+from vitshrink.statistics.recomputing import Recomputing
 from vitshrink.statistics.sensitivity import (
     WEIGHTS,
     Sensitivity,
@@ -79,7 +82,7 @@ def expected(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sensitivi
     return Sensitivity(
         (within * alone + common * together) / (within + ratio * common),
         mean,
-        covariance - between + ratio * between,
+        half_of(covariance - between + ratio * between),
         tokens=float(weight.sum() ** 2 / weight.square().sum()),
     )
 
@@ -125,24 +128,66 @@ def test_a_layer_has_the_gradients_and_the_covariance_of_its_tokens(name: str) -
 
 @pytest.mark.parametrize("name", kinds.ONE_OF_EACH)
 def test_blocks_that_are_computed_again_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, and all but the last, whatever is learned from a pass."""
     model = kinds.build(name)
-    names = [each.name for each in find_targets(model)] + find_outside(model)
+    targets = find_targets(model)
+    names = [each.name for each in targets] + find_outside(model)
     inputs = kinds.inputs(name)
     mask = inputs.get("attention_mask")
     batches = [Batch(inputs, None if mask is None else mask.bool())] * 2
-    torch.manual_seed(0)  # some hide patches at random
-    kept = collect_sensitivity(model, names, batches)
-    decided = []
-    monkeypatch.setattr(recomputing, "free_memory", lambda _device: decided.append(True) or 0)
-    torch.manual_seed(0)
-    again = collect_sensitivity(model, names, batches)
-    assert len(decided) >= 2
-    assert list(again) == list(kept)
-    for site, found in again.items():
-        for field, value in vars(kept[site]).items():
-            same = torch.equal(getattr(found, field), value) if isinstance(value, Tensor) else True
-            assert same, (site, field)
+    components = {each.name: identity(each.shape) for each in targets}
+
+    def learned() -> list[dict[str, Any]]:
+        torch.manual_seed(0)  # some hide patches at random
+        curvature = collect_curvature(model, targets, batches)
+        effects = component_effects(model, components, batches)
+        return [collect_sensitivity(model, names, batches), curvature, effects.layers, effects.shifts]
+
+    kept = learned()
+    decided = list[int]()
+    for room in (0.0, 1.0):  # blocks of which activations are kept
+
+        def decide(self: Recomputing, _hidden: Tensor, room: float = room) -> None:
+            self.recomputed = int(len(self.blocks) - room)
+            decided.append(self.recomputed)
+
+        monkeypatch.setattr(Recomputing, "decide", decide)
+        for found, wanted in zip(learned(), kept, strict=True):
+            assert list(found) == list(wanted)
+            for site in wanted:
+                assert_same(found[site], wanted[site], site)
+    assert max(decided) >= 1
     assert all("forward" not in vars(block) for block in blocks_of(model))
+
+
+def identity(shape: tuple[int, int]) -> Components:
+    """A layer as one component for each of its inputs, of random effects."""
+    m, n = shape
+    return Components(torch.randn(m, n, dtype=torch.float64), torch.eye(n).double(), torch.zeros(n).double())
+
+
+def assert_same(found: Any, wanted: Any, site: str) -> None:
+    """To the bit."""
+    pairs = (
+        [(found, wanted)] if isinstance(wanted, Tensor) else [(getattr(found, f), v) for f, v in vars(wanted).items()]
+    )
+    for one, other in pairs:
+        assert torch.equal(one, other) if isinstance(other, Tensor) else one == other, site
+
+
+def test_room_for_activations_says_how_many_blocks_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build(VIT)
+    hidden = torch.zeros(1000, 100, model.config.hidden_size)
+    found = Recomputing(blocks_of(model), 2**60)
+    counts = []
+    for free in (0, 8 * 4 * 100_000 * found._widths // 2, 2**62):
+        monkeypatch.setattr(recomputing, "free_memory", lambda _device, free=free: free)
+        found.decide(hidden)
+        counts.append(found.recomputed)
+    assert counts == [2, 1, 0]
+    found.room = 0
+    found.decide(hidden)
+    assert found.recomputed == 2, "however much memory is free"
 
 
 @pytest.mark.parametrize("name", kinds.ONE_OF_EACH)
@@ -209,7 +254,7 @@ def test_a_table_says_which_rows_are_used() -> None:
     assert close(found.uses, (power / power.sum()).double())
     assert close(found.outputs, gradient.square().sum((0, 1)).double() / 3)
     assert found.uses[0] == 0, "padding is no use"
-    assert found.covariance is None
+    assert found.half is None
 
 
 def test_padding_does_not_count() -> None:

@@ -134,9 +134,10 @@ class Seen(CurvatureCollector):
 
     weights: ClassVar[dict[str, Tensor]] = {}
 
-    def _sum_inputs(self) -> None:
-        self.weights.update({t.input_group: token_weights([self._importance[t.name][0]]) for t in self.targets})
-        super()._sum_inputs()
+    def _sum_inputs(self, group: str) -> None:
+        (reader,) = (target for target in self.targets if target.input_group == group)
+        self.weights[group] = token_weights([self._importance[reader.name][0]])
+        super()._sum_inputs(group)
 
 
 # The regression

@@ -8,13 +8,22 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -81,6 +90,16 @@ def on_sigterm(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
+class TimeLeft(TimeElapsedColumn):
+    """What is left of a stage at the pace of its steps so far, which are alike; before the first, what has passed."""
+
+    def render(self, task: Task) -> Text:
+        if not task.total or not task.completed or task.elapsed is None:
+            return super().render(task)
+        left = timedelta(seconds=round(task.elapsed * (task.total / task.completed - 1)))
+        return Text(f"{left} left", style="progress.remaining")
+
+
 class TerminalObserver:
     """Bars on a terminal, a plain line for every stage elsewhere, nothing when quiet."""
 
@@ -94,7 +113,7 @@ class TerminalObserver:
         elif errors.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             shown = columns if total else columns[:2]
-            with Progress(*shown, TimeElapsedColumn(), console=errors, transient=True) as progress:
+            with Progress(*shown, TimeLeft(), console=errors, transient=True) as progress:
                 task = progress.add_task(title, total=total)
                 yield lambda steps: progress.update(task, advance=steps)
         else:

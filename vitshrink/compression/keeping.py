@@ -57,9 +57,10 @@ class Step:
     def read(self, kind: type[Entry]) -> dict[str, Entry]:
         return self.progress.entries(f"{self.name}-{NAMES[kind]}", kind) if kind in NAMES else {}
 
-    def write(self, entries: Mapping[str, Entry]) -> None:
+    def write(self, entries: Mapping[str, Entry], *, hold: bool = True) -> None:
+        """To be saved by and by, or now or never where the entries are not to be held in memory."""
         if (kind := _kind(entries)) in NAMES:
-            self.progress.keep(f"{self.name}-{NAMES[kind]}", entries)
+            self.progress.keep(f"{self.name}-{NAMES[kind]}", entries, hold=hold)
 
     def has(self, kind: type[Any]) -> bool:
         return self.progress.has(f"{self.name}-{NAMES[kind]}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitshrink.errors import NumericsError
 from vitshrink.models.codes import STEPS, Codes
+from vitshrink.statistics.halves import half_of, upper
 from vitshrink.statistics.sensitivity import Sensitivity
 
 DAMPING = 0.01
@@ -44,12 +45,14 @@ class Metric:
 
     Attributes:
         weights: h, (m,).
-        lower: M, (n, n), float32, with C = MᵀM; or its diagonal, (n,), where C has no other entries.
+        diagonal: M_jj, (n,).
+        half: of Mᵀ, float32, with C = MᵀM; None where C has no entries beside the diagonal.
         seen: whether the outputs that a model is judged by depend on the matrix.
     """
 
     weights: Tensor
-    lower: Tensor
+    diagonal: Tensor
+    half: Tensor | None = None
     seen: bool = True
 
     @classmethod
@@ -59,8 +62,14 @@ class Metric:
         if found.uses is not None:
             uses = found.uses
             return cls((1 - UNSEEN) * uses + UNSEEN / len(uses), outputs.sqrt())
-        assert found.covariance is not None
-        return cls(outputs, _lower(found.covariance, found.tokens))
+        covariance = found.covariance
+        assert covariance is not None
+        return cls.of_lower(outputs, _lower(covariance, found.tokens))
+
+    @classmethod
+    def of_lower(cls, weights: Tensor, lower: Tensor) -> Self:
+        """From h (m,) and M (n, n)."""
+        return cls(weights, lower.diagonal().clone(), half_of(lower.T))
 
     @classmethod
     def unseen(cls, weight: Tensor) -> Self:
@@ -70,9 +79,9 @@ class Metric:
         return cls((1 / power).expand(m), weight.new_ones(n, dtype=torch.float64), seen=False)
 
     @property
-    def diagonal(self) -> Tensor:
-        """M_jj, (n,)."""
-        return self.lower if self.lower.dim() == 1 else self.lower.diagonal()
+    def lower(self) -> Tensor:
+        """M (n, n), made anew, or its diagonal, (n,), where it has no other entries."""
+        return self.diagonal if self.half is None else upper(self.half).T
 
     @cached_property
     def rows(self) -> Tensor:
@@ -195,12 +204,12 @@ def at_steps(
 
 def _rounded(W: Tensor, metric: Metric, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Integers and errors E, both (m, n), and (E C Eᵀ)_ii, (m,)."""
-    if metric.lower.dim() == 2:
+    if metric.half is not None:
         return _with_feedback(W, metric.lower, rows, columns)
     step = rows[:, None] * columns
     integers = (W / step).round_().clamp_(-LARGEST, LARGEST)
     errors = W - integers * step
-    return integers, errors, (errors * metric.lower.float()).square().sum(1)
+    return integers, errors, (errors * metric.diagonal.float()).square().sum(1)
 
 
 def _with_feedback(

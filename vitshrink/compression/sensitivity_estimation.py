@@ -38,7 +38,7 @@ class SensitivityEstimator:
         found = memory.read(Sensitivity)
         if not found:
             found = self._collected(job)
-            memory.write(dict(found))
+            memory.write(dict(found), hold=False)  # they are used up
         findings = Findings({}, {}, found)
         with job.stage("factorize", "Factorizing", len(self.sites)) as advance:
             for name in self.sites:
@@ -48,7 +48,7 @@ class SensitivityEstimator:
                     findings.failures[name] = str(error)
                     job.warn(f"{name} stays dense: {error}")
                 if name in found:  # all that it tells is in the metric, which is as large
-                    found[name] = replace(found[name], covariance=None)
+                    found[name] = replace(found[name], half=None)
                 advance(1)
         if not findings.layers:
             raise NumericsError("no layer could be rounded; the warnings say why.")

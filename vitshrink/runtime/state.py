@@ -128,12 +128,17 @@ class Progress:
             found.setdefault(done, {}).update(tensors)
         return found
 
-    def keep(self, step: str, entries: Mapping[str, Entry]) -> None:
-        """Remember a step that is complete; it is saved with the next that is."""
-        if self.directory is not None and entries:
-            self._unsaved[step] = entries
-            if self._due:
-                self._save()
+    def keep(self, step: str, entries: Mapping[str, Entry], *, hold: bool = True) -> None:
+        """Remember a step that is complete; it is saved with the next that is.
+
+        Unless it may not be held in memory so long: then it is saved now, or where it is not time not at all. Sums that
+        were saved on the way to it are still there.
+        """
+        if self.directory is None or not entries or not (hold or self._due):
+            return
+        self._unsaved[step] = entries
+        if self._due:
+            self._save()
 
     def keep_sums(self, step: str, done: int, sums: Callable[[], dict[str, Tensor]]) -> None:
         """Save the sums over the first ``done`` batches, where it is time."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,7 +31,9 @@ from vitshrink.statistics.calibration import (
     token_mask,
 )
 from vitshrink.statistics.calls import joined
-from vitshrink.statistics.stats import LinearStats, Moments, gram_of
+from vitshrink.statistics.halves import half_gram, half_of, symmetric
+from vitshrink.statistics.recomputing import Recomputing, recomputing
+from vitshrink.statistics.stats import LinearStats, Moments
 
 TOKEN_WEIGHT = 0.7
 """Share of the gradient-weighted tokens in C; the rest counts all tokens alike, for tokens that no gradient met."""
@@ -99,18 +101,22 @@ class GroupSums:
     weight: float = 0.0
     total: Tensor | None = None
     gram: Tensor | None = None
+    """Its half."""
 
     def add(self, moments: Moments, weights: Tensor, *, with_gram: bool) -> None:
         self.tokens += len(weights)
         self.weight += float(weights.double().sum())
         self.total = accumulate(self.total, moments.total())
         if with_gram:
-            self.gram = accumulate(self.gram, moments.gram())
+            self.gram = accumulate(self.gram, half_of(moments.gram()))
 
 
 @dataclass(eq=False)
 class LayerSums:
-    """Float64 sums over the output gradients g (tokens, m) of one layer, in the smaller of its two spaces."""
+    """Float64 sums over the output gradients g (tokens, m) of one layer, in the smaller of its two spaces.
+
+    Of matrices, which are symmetric, the halves.
+    """
 
     count: int = 0
     power: float = 0.0
@@ -138,11 +144,18 @@ class CurvatureCollector:
     """Targets of which the whole of C is wanted, whatever their shape."""
     batch: int = -1
     _mask: Tensor | None = None
-    _x: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Of each call of a layer, as all of these; one that several blocks share is called often."""
-    _z: dict[str, list[Tensor]] = field(default_factory=dict)
+    _x: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    """Of each call of a layer, by its number, as all of these; one that several blocks share is called often."""
+    _z: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     _importance: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     _calls: dict[str, int] = field(default_factory=dict)
+    _again: dict[tuple[str, int | None], list[int]] = field(default_factory=dict)
+    """Numbers of calls that are to come again, by layer and call of the block, in blocks that are computed twice."""
+    _blocks: Recomputing | None = None
+    _awaited: dict[str, int] = field(default_factory=dict)
+    """Gradients of a layer that are still to come, one for each call and probe."""
+    _forward: bool = False
+    """Whether the model runs; in the backward pass some blocks are computed again."""
     _inputs: dict[str, Tensor] = field(default_factory=dict)
     """What a layer is about to read."""
     _scales: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -161,17 +174,23 @@ class CurvatureCollector:
             module = self.model.get_submodule(target.name)
             handles.append(module.register_forward_pre_hook(partial(self._enter, target)))
             handles.append(module.register_forward_hook(self._forward_hook(target)))
+        again = recomputing(self.model) if self.probes == 1 else nullcontext()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), again as self._blocks:
+                self._forward = True
                 with self.passes():
                     outputs = self.model(**to_device(batch.inputs, device))
+                self._forward = False
                 for left in reversed(range(self.probes)):
                     functional = random_functional(self.model, outputs, batch, generator)
                     torch.autograd.backward(functional(outputs).sum(), retain_graph=left > 0)
         finally:
             for handle in handles:
                 handle.remove()
-        self._sum_inputs()
+        for group in list(self._x):  # of which some layers do nothing for the output
+            self._sum_inputs(group)
+        for counts in (self._calls, self._again, self._awaited):
+            counts.clear()
 
     def state(self) -> dict[str, Tensor]:
         return named_sums("groups", self._groups) | named_sums("layers", self._layers)
@@ -181,28 +200,32 @@ class CurvatureCollector:
         put_sums("layers", state, self._layers, LayerSums)
 
     def statistics(self) -> dict[str, LinearStats]:
-        """Statistics of every target. Raises DataError when no token came through."""
+        """Statistics of every target; uses up the sums. Raises DataError when no token came through."""
         if not self._groups:
             raise DataError("no calibration token reached the model: is the data set empty?")
         found = {}
         most = max(layer.count for layer in self._layers.values())
+        grams: dict[str, Tensor] = {}  # one for all layers that read the same
         for target in self.targets:
-            group, layer = self._groups[target.input_group], self._layers.get(target.name, LayerSums())
+            group, layer = self._groups[target.input_group], self._layers.pop(target.name, LayerSums())
             assert group.total is not None
             m, n = target.shape
-            if layer.gradient is None:  # the output does not depend on it
-                layer = replace(layer, count=1, gradient=group.total.new_zeros(min(m, n), min(m, n)))
-            assert layer.gradient is not None
+            if group.gram is not None:
+                grams[target.input_group] = symmetric(group.gram).div_(group.weight)
+                group.gram = None
             uses = layer.count / most  # of a sample: fewer tokens go through later stages
-            gradient = layer.gradient / layer.count * uses
+            if layer.gradient is None:  # the output does not depend on it
+                gradient = group.total.new_zeros(min(m, n), min(m, n))
+            else:
+                gradient = symmetric(layer.gradient).div_(layer.count).mul_(uses)
             found[target.name] = LinearStats(
                 tokens=group.tokens,
                 mean=group.total / group.weight,
-                gram=None if group.gram is None else group.gram / group.weight,
-                output_gram=None if layer.output_gram is None else layer.output_gram / group.weight,
+                gram=grams.get(target.input_group),
+                output_gram=None if layer.output_gram is None else symmetric(layer.output_gram).div_(group.weight),
                 gradient_gram=gradient if m <= n else None,
                 input_gradient_gram=gradient if m > n else None,
-                gradient_power=layer.power / layer.count * uses,
+                gradient_power=layer.power / max(layer.count, 1) * uses,
             )
         return found
 
@@ -219,6 +242,8 @@ class CurvatureCollector:
 
     def _enter(self, target: Target, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Give a layer its input as a tensor of its own, of which the gradient is that of this call alone."""
+        if not torch.is_grad_enabled():  # in a block that is computed again
+            return inputs
         x, *others = require_gradient(module, inputs)
         self._inputs[target.name] = x.view_as(x)
         return (self._inputs[target.name], *others)
@@ -227,10 +252,13 @@ class CurvatureCollector:
         m, n = target.shape
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            number = self._calls.get(target.name, 0)
-            self._calls[target.name] = number + 1
-            if len(self._x.setdefault(target.input_group, [])) == number:  # the first layer of its group
-                self._x[target.input_group].append(self._real(inputs[0]))
+            number = self._number(target.name)
+            if not torch.is_grad_enabled():
+                self._again.setdefault((target.name, self._call), []).append(number)
+                return
+            tokens = self._x.setdefault(target.input_group, {})
+            if number not in tokens:  # the first layer of its group
+                tokens[number] = self._real(inputs[0])
             if m < n:
                 if target.name in self.weights:
                     with torch.autocast(output.device.type, enabled=False):
@@ -238,7 +266,7 @@ class CurvatureCollector:
                 else:
                     z = self._real(output)
                     z = z - module.bias if isinstance(module.bias, Tensor) else z
-                self._z.setdefault(target.name, []).append(z)
+                self._z.setdefault(target.name, {})[number] = z
             # of the tensors, as hooks of modules allow no change of an output in place
             output.register_hook(partial(self._add, target, number))  # type: ignore[no-untyped-call]
             x = self._inputs.pop(target.name)
@@ -246,6 +274,20 @@ class CurvatureCollector:
                 x.register_hook(partial(self._add_input, target, number))  # type: ignore[no-untyped-call]
 
         return hook
+
+    @property
+    def _call(self) -> int | None:
+        """Of the block that is computed."""
+        return None if self._blocks is None else self._blocks.call
+
+    def _number(self, name: str) -> int:
+        """Of a call of a layer in this pass."""
+        if not self._forward:
+            return self._again[name, self._call].pop(0)
+        number = self._calls.get(name, 0)
+        self._calls[name] = number + 1
+        self._awaited[name] = self._awaited.get(name, 0) + self.probes
+        return number
 
     def _add(self, target: Target, number: int, gradient: Tensor) -> None:
         """Of the output of a call."""
@@ -266,43 +308,54 @@ class CurvatureCollector:
         known[number] = importance if number not in known else known[number] + importance
         if m > n and target.name not in self.weights:
             self._scales[target.name, number] = scale
-            return
-        side = g @ self.weights[target.name] if m > n else g
-        sums.gradient = accumulate(sums.gradient, gram_of(side * scale))
+        else:
+            side = g @ self.weights[target.name] if m > n else g
+            sums.gradient = accumulate(sums.gradient, half_gram(side * scale))
+        self._awaited[target.name] -= 1
+        if not any(self._awaited.get(each.name) for each in self._readers[target.input_group]):
+            self._sum_inputs(target.input_group)
 
     def _add_input(self, target: Target, number: int, gradient: Tensor) -> None:
         """Of the input of a call: Wᵀg."""
         side = self._real(gradient) * self._scales.pop((target.name, number))
         sums = self._layers[target.name]
-        sums.gradient = accumulate(sums.gradient, gram_of(side))
+        sums.gradient = accumulate(sums.gradient, half_gram(side))
 
-    def _sum_inputs(self) -> None:
-        weights: dict[str, list[Tensor]] = {}
-        met = [target for target in self.targets if target.input_group in self._x]  # one tower of a dual encoder
-        for target in met:
-            known, tokens = self._importance.get(target.name, {}), self._x[target.input_group]
-            parts = [known.get(number, each.new_zeros(len(each))) for number, each in enumerate(tokens)]
-            weights.setdefault(target.input_group, []).append(joined(parts))
-        mixed = {group: token_weights(each, self.token_weight) for group, each in weights.items()}
-        found: dict[str, Moments] = {}
-        for target in met:
-            group = target.input_group
-            narrow = target.shape[0] < target.shape[1]
-            if group not in found:
-                found[group] = Moments(joined(self._x[group]), mixed[group])
-                sums = self._groups.setdefault(group, GroupSums())
-                sums.add(found[group], mixed[group], with_gram=not narrow or target.name in self.full)
-            if narrow:
-                if found[group].shift is None:
-                    outputs = Moments(joined(self._z[target.name]), mixed[group])
-                else:
-                    outputs = found[group].through(self._weight(target))
-                layer = self._layers.setdefault(target.name, LayerSums())
-                layer.output_gram = accumulate(layer.output_gram, outputs.gram())
-        self._calls.clear()
-        self._x.clear()
-        self._z.clear()
-        self._importance.clear()
+    @cached_property
+    def _readers(self) -> Mapping[str, Sequence[Target]]:
+        """The layers of each group, in the order of the targets."""
+        found: dict[str, list[Target]] = {}
+        for target in self.targets:
+            found.setdefault(target.input_group, []).append(target)
+        return found
+
+    @torch.no_grad()
+    def _sum_inputs(self, group: str) -> None:
+        """Add what a group has read in this pass, and forget it."""
+        readers, tokens = self._readers[group], self._x.pop(group)
+        importance = []
+        for target in readers:
+            known = self._importance.pop(target.name, {})
+            importance.append(_joined({n: known.get(n, each.new_zeros(len(each))) for n, each in tokens.items()}))
+        mixed = token_weights(importance, self.token_weight)
+        moments, first = Moments(_joined(tokens), mixed), readers[0]
+        whole = not _narrow(first) or first.name in self.full
+        self._groups.setdefault(group, GroupSums()).add(moments, mixed, with_gram=whole)
+        for target in filter(_narrow, readers):
+            z = _joined(self._z.pop(target.name))
+            outputs = Moments(z, mixed) if moments.shift is None else moments.through(self._weight(target))
+            layer = self._layers.setdefault(target.name, LayerSums())
+            layer.output_gram = accumulate(layer.output_gram, half_of(outputs.gram()))
+
+
+def _joined(calls: Mapping[int, Tensor]) -> Tensor:
+    """The tokens of all calls, in their order."""
+    return joined([calls[number] for number in sorted(calls)])
+
+
+def _narrow(target: Target) -> bool:
+    """Whether a layer has fewer outputs than inputs."""
+    return target.shape[0] < target.shape[1]
 
 
 def clipping(g: Tensor, bounds: tuple[float, float] = CLIP) -> Tensor:

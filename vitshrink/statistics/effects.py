@@ -17,6 +17,7 @@ from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device, token_mask
 from vitshrink.statistics.calls import by_sample
 from vitshrink.statistics.curvature import batch_generator, random_functional, require_gradient
+from vitshrink.statistics.recomputing import recomputing
 from vitshrink.statistics.reference import Reference
 
 TOGETHER = 0.25
@@ -96,7 +97,7 @@ def component_effects(
             watch.begin()
             generator = batch_generator(seed, number)
             wanted = None if reference is None else reference(batch)
-            with torch.enable_grad():
+            with torch.enable_grad(), recomputing(model):
                 with passes():
                     outputs = model(**to_device(batch.inputs, device))
                 functional = random_functional(model, outputs if wanted is None else wanted, batch, generator)
@@ -178,13 +179,16 @@ class Watch:
 
     def _hook(self, name: str, parts: Components) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not torch.is_grad_enabled():  # of a block that is computed again
+                return
             # of the tensor, as hooks of modules allow no change of an output in place
             output.register_hook(partial(self._add, name, parts, inputs[0].detach()))  # type: ignore[no-untyped-call]
 
         return hook
 
     def _add(self, name: str, parts: Components, read: Tensor, gradient: Tensor) -> None:
-        x, gradient = read.float() - parts.mean, gradient.detach().float()
+        # laid out alike wherever they come from: else products round otherwise
+        x, gradient = (read.float() - parts.mean).contiguous(), gradient.detach().float().contiguous()
         if self.mask is not None and gradient.shape[:-1] == self.mask.shape:
             x, gradient = x * self.mask[..., None], gradient * self.mask[..., None]
         with self.passes():

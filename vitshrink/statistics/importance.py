@@ -19,6 +19,7 @@ from vitshrink.statistics.curvature import (
     require_gradient,
     token_weights,
 )
+from vitshrink.statistics.recomputing import recomputing
 
 
 def weights_of_tokens(
@@ -59,7 +60,7 @@ def weights_of_tokens(
         for number, batch in enumerate(batches, first):
             mask = token_mask(batch, device)
             found.append({})
-            with torch.enable_grad():
+            with torch.enable_grad(), recomputing(model):
                 with passes():
                     outputs = model(**to_device(batch.inputs, device))
                 functional = random_functional(model, outputs, batch, batch_generator(seed, number))

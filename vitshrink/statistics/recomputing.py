@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
@@ -11,30 +12,43 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from vitshrink.models.cost import memory_bytes
 from vitshrink.models.targets import blocks_of
 
 SHARE = 1 / 8
-"""Of the memory that is free: what the activations of all blocks may take before they are computed twice."""
+"""Of the memory that is free: what the activations of all blocks may take before some are computed twice."""
+
+ROOM, MODELS = 2**29, 0.5
+"""Bytes that they may take anyway, and more by so many times the model, however much memory is free."""
 
 
 @dataclass(eq=False)
 class Recomputing:
-    """Decides pass by pass whether the blocks of a model keep their activations; the gradients are the same."""
+    """Decides pass by pass how many blocks of a model keep their activations; the gradients are the same."""
 
     blocks: nn.ModuleList
-    share: float = SHARE
-    recomputes: bool = False
-    _numbers: int = field(init=False)
+    room: int
+    """Bytes for activations, where enough memory is free."""
+    recomputed: int = 0
+    """How many of the blocks, the first ones, compute their activations twice: the last ones need theirs first."""
+    call: int | None = None
+    """The call of a block that is computed, the same number both times; None where it is computed once."""
+    _calls: int = 0
+    _number: dict[nn.Module, int] = field(init=False)
+    _widths: int = field(init=False)
     """Of a token: what the linear layers of all blocks read and give."""
 
     def __post_init__(self) -> None:
         layers = [module for module in self.blocks.modules() if isinstance(module, nn.Linear)]
-        self._numbers = sum(layer.in_features + layer.out_features for layer in layers)
+        self._widths = sum(layer.in_features + layer.out_features for layer in layers)
+        self._number = {block: number for number, block in enumerate(self.blocks)}
 
     def decide(self, hidden: Tensor) -> None:
         """For a pass in which the first block reads ``hidden`` (samples, tokens, width)."""
         tokens = hidden.numel() // hidden.shape[-1]
-        self.recomputes = 4 * tokens * self._numbers > self.share * free_memory(hidden.device)
+        room = min(self.room, SHARE * free_memory(hidden.device))
+        kept = int(len(self.blocks) * room / max(4 * tokens * self._widths, 1))
+        self.recomputed = max(len(self.blocks) - kept, 0)
 
     def forward(self, block: nn.Module, dense: Callable[..., Any]) -> Callable[..., Any]:
         """What stands for the ``forward`` of a block, which is ``dense``."""
@@ -45,15 +59,23 @@ class Recomputing:
             hidden, *rest = inputs
             if block is self.blocks[0]:
                 self.decide(hidden)
-            if not (self.recomputes and torch.is_grad_enabled() and hidden.requires_grad):
+            recomputes = self._number[block] < self.recomputed
+            if not (recomputes and torch.is_grad_enabled() and hidden.requires_grad):
                 return dense(hidden, *rest, **options)
             # hooks inside see one pass with gradients, the second: the first one has none. Some blocks change what they
             # read in place, which a leaf does not allow
-            return checkpoint(
-                lambda x: dense(x.clone(), *rest, **options), hidden, use_reentrant=True, preserve_rng_state=False
-            )
+            self._calls += 1
+            run = partial(self._run, self._calls, lambda x: dense(x.clone(), *rest, **options))
+            return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
 
         return forward
+
+    def _run(self, call: int, dense: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+        self.call = call
+        try:
+            return dense(hidden)
+        finally:
+            self.call = None
 
 
 def free_memory(device: torch.device) -> int:
@@ -64,13 +86,13 @@ def free_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def recomputing(model: PreTrainedModel, share: float = SHARE) -> Iterator[Recomputing]:
-    """Inside, passes over ``model`` whose activations would take more than a share of the free memory take less.
+def recomputing(model: PreTrainedModel) -> Iterator[Recomputing]:
+    """Inside, passes over ``model`` take little memory for activations, whatever they compute.
 
-    They compute every block twice: a third more time. Hooks on modules of a block are called again in the backward
-    pass, then with gradients.
+    Blocks whose activations find no room are computed twice: a third more time, if there is none for any. Hooks on
+    modules of a block are called again in the backward pass, then with gradients.
     """
-    found = Recomputing(blocks_of(model), share)
+    found = Recomputing(blocks_of(model), int(ROOM + MODELS * memory_bytes(model)))
     for block in found.blocks:
         block.forward = found.forward(block, block.forward)
     try:

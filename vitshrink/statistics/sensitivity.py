@@ -30,8 +30,8 @@ from vitshrink.statistics.calibration import (
     token_mask,
 )
 from vitshrink.statistics.curvature import batch_generator, random_functional
+from vitshrink.statistics.halves import blocks, diagonal, half_gram, symmetric
 from vitshrink.statistics.recomputing import recomputing
-from vitshrink.statistics.stats import gram_of
 
 WEIGHTS = (0.1, 10.0)
 """Least and most that a token counts in a covariance, of its squared gradient relative to the mean: a few tokens of
@@ -42,21 +42,27 @@ huge gradients would leave little to estimate it from."""
 class Sensitivity:
     """Of one matrix (m, n): errors E cost ½ Σ_i outputs_i (E C Eᵀ)_ii, in nats for classifiers.
 
-    Vectors are float64. The covariance is float32: it is damped by far more than that rounds, and all of them take as
-    much room as the model.
+    Vectors are float64. The covariance is float32: it is damped by far more than that rounds, and the halves of all of
+    them take nearly as much room as the model.
 
     Attributes:
         outputs: (m,), squared gradients at each output, summed over the tokens of a sample; of a table, of its columns.
-        mean, covariance: (n,) and (n, n), of the inputs of a layer, tokens weighted by their gradients.
+        mean: (n,), of the inputs of a layer, tokens weighted by their gradients.
+        half: of their covariance.
         uses: (m,), of a table: the share of each of its rows in the squared gradients.
         tokens: how many tokens of one weight would say as much of the covariance.
     """
 
     outputs: Tensor
     mean: Tensor | None = None
-    covariance: Tensor | None = None
+    half: Tensor | None = None
     uses: Tensor | None = None
     tokens: float = 0.0
+
+    @property
+    def covariance(self) -> Tensor | None:
+        """Of the inputs of a layer, (n, n), made anew."""
+        return None if self.half is None else symmetric(self.half)
 
 
 @dataclass(eq=False)
@@ -69,6 +75,7 @@ class SiteSums:
     outputs: Tensor | None = None
     total: Tensor | None = None
     gram: Tensor | None = None
+    """Its half."""
     uses: Tensor | None = None
     between: Tensor | None = None
     """Of the means of samples, as ``gram``; or such means themselves, (samples, n), where that takes less room."""
@@ -169,7 +176,7 @@ class SensitivityCollector:
         sums.weight += float(weights.double().sum())
         sums.squared_weight += float(weights.double().square().sum())
         sums.total = accumulate(sums.total, weighted.sum(0))
-        sums.gram = _added(sums.gram, gram_of(x * weights.sqrt()[:, None]))
+        sums.gram = _added(sums.gram, half_gram(x * weights.sqrt()[:, None]))
         owners = self._owners(gradient, masked)
         totals, shares = _by_owner(weighted, owners), _by_owner(weights[:, None], owners).clamp_min(1e-30)
         sums.between = self._between(sums.between, totals * shares.rsqrt(), again=again)
@@ -186,9 +193,9 @@ class SensitivityCollector:
             if len(total) == samples:
                 total[self.starts[self._batch] :][: len(means)] = means
                 return total
-        if total is not None and len(total) != n:
-            total = gram_of(total)
-        return _added(total, gram_of(means))
+        if total is not None and total.dim() == 2:
+            total = half_gram(total)
+        return _added(total, half_gram(means))
 
     def _masks(self, gradient: Tensor) -> bool:
         """Whether some tokens are padding; a pooler's outputs may be as wide as the texts are long."""
@@ -250,32 +257,39 @@ def _sensitivity(sums: SiteSums) -> Sensitivity:
     assert sums.total is not None
     assert sums.gram is not None
     mean = sums.total / sums.weight
-    covariance = _centered(sums.gram, sums.weight, mean)
-    outputs, covariance = joined(sums, mean, outputs, covariance)
-    return Sensitivity(outputs, mean, covariance, tokens=sums.weight**2 / sums.squared_weight)
+    half = _centered(sums.gram, sums.weight, mean)
+    outputs, half = joined(sums, mean, outputs, half)
+    return Sensitivity(outputs, mean, half, tokens=sums.weight**2 / sums.squared_weight)
 
 
 def _centered(gram: Tensor, weight: float, mean: Tensor) -> Tensor:
-    return gram.div_(weight).sub_(torch.outer(mean, mean).to(gram.dtype))
+    """The half of a covariance, from that of a Gram, in its place."""
+    for start, rows in blocks(gram.div_(weight)):
+        rows.sub_(torch.outer(mean[start : start + len(rows)], mean[start:]).to(gram.dtype))
+    return gram
 
 
-def joined(sums: SiteSums, mean: Tensor, outputs: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+def joined(sums: SiteSums, mean: Tensor, outputs: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
     """Both for errors that the tokens of a sample share as well as for those that they do not.
 
     What differs between tokens counts by the squares of their gradients, and what all of a sample have in common by the
     square of the sum of its gradients: nothing at a key, which shifts all scores alike, ten times as much at a value.
-    ``covariance`` is changed in place.
+    ``half``, of the covariance, is changed in place.
     """
     assert sums.between is not None
     assert sums.together is not None
-    means = sums.between.shape[0] != sums.between.shape[1]
-    between = _centered(gram_of(sums.between) if means else sums.between, sums.weight, mean)
+    between = half_gram(sums.between) if sums.between.dim() == 2 else sums.between
+    between = _centered(between, sums.weight, mean)
     together = sums.together / sums.samples
     ratio = float(together.sum() / outputs.sum().clamp_min(1e-300))
-    common = float(between.trace())
-    own = max(float(covariance.trace()) - common, 0.0)
+    common = _trace(between)
+    own = max(_trace(half) - common, 0.0)
     shared = (own * outputs + common * together) / max(own + ratio * common, 1e-300)
-    return shared, covariance.add_(between, alpha=ratio - 1)
+    return shared, half.add_(between, alpha=ratio - 1)
+
+
+def _trace(half: Tensor) -> float:
+    return float(diagonal(half).double().sum().to(half.dtype))
 
 
 def collect_sensitivity(

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
+from vitshrink.statistics.halves import half_gram, symmetric
 
 FAR = 16.0
 """A mean above so many standard deviations of its channel is far: squared, it takes 8 of the 24 bits of float32."""
-
-GRAM_BLOCK = 128
-"""Columns that are multiplied at once: narrow enough to leave out half of a wide Gram, and wide enough to be fast."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +82,7 @@ class LinearStats:
 
 def gram_of(x: Tensor) -> Tensor:
     """xᵀx, (k, k), of x (tokens, k); what lies under the diagonal is copied from above it."""
-    columns = x.shape[1]
-    product = x.new_empty(columns, columns)
-    for start in range(0, columns, GRAM_BLOCK):
-        stop = start + GRAM_BLOCK
-        rows = x[:, start:stop].T @ x[:, start:]
-        product[start:stop, start:] = rows
-        product[start:, start:stop] = rows.T
-    return product
+    return symmetric(half_gram(x))
 
 
 class Moments:
