@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write_random_vit(Path(scratch) / "model", args.blocks, args.random)
             if not args.calibration:
                 write_images(Path(scratch) / "images", args.samples)
-            configs = {job: config_of(f"{job} precision=no", args, Path(scratch)) for job in args.jobs}
+            configs = {job: replace(config_of(job, args, Path(scratch)), precision="no") for job in args.jobs}
             facts = {"model": args.model or f"ViT-{args.random.upper()} shapes", "samples": args.samples}
             print_circumstances("Agreement of devices", **facts, devices=" and ".join(args.devices))
             found = [

@@ -82,6 +82,12 @@ class Ran:
     peak: int
     """Bytes of memory, at most."""
 
+    @property
+    def between(self) -> Taken:
+        """What is in no stage."""
+        walls, processors = zip(*((each.wall, each.processor) for _, each in self.stages), strict=True)
+        return Taken(self.whole.wall - sum(walls), self.whole.processor - sum(processors))
+
 
 def pass_over(config: CompressConfig) -> Passed:
     """The bare passes of the model of a job over its calibration samples."""

@@ -83,6 +83,7 @@ def print_stages(jobs: Sequence[tuple[str, Ran]], passed: Passed, *, processor: 
     for name, ran in jobs:
         for stage, taken in ran.stages:
             row(name, stage, taken)
+        row(name, "between stages", ran.between)
         row(name, "**the whole job**", ran.whole)
 
 

@@ -19,7 +19,7 @@ from vitshrink.statistics import recomputing
 from vitshrink.statistics.curvature import batch_generator, collect_curvature, random_functional
 from vitshrink.statistics.effects import Components, component_effects
 from vitshrink.statistics.halves import half_of
-from vitshrink.statistics.recomputing import Recomputing
+from vitshrink.statistics.recomputing import Recomputing, read_and_given
 from vitshrink.statistics.sensitivity import (
     WEIGHTS,
     Sensitivity,
@@ -145,10 +145,10 @@ def test_blocks_that_are_computed_again_say_the_same(name: str, monkeypatch: pyt
 
     kept = learned()
     decided = list[int]()
-    for room in (0.0, 1.0):  # blocks of which activations are kept
+    for room in (0, 1):  # blocks of which activations are kept
 
-        def decide(self: Recomputing, _hidden: Tensor, room: float = room) -> None:
-            self.recomputed = int(len(self.blocks) - room)
+        def decide(self: Recomputing, _hidden: Tensor, encoder: Sequence[nn.Module], room: int = room) -> None:
+            self.recomputed = len(encoder) - room
             decided.append(self.recomputed)
 
         monkeypatch.setattr(Recomputing, "decide", decide)
@@ -178,15 +178,17 @@ def assert_same(found: Any, wanted: Any, site: str) -> None:
 def test_room_for_activations_says_how_many_blocks_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build(VIT)
     hidden = torch.zeros(1000, 100, model.config.hidden_size)
-    found = Recomputing(blocks_of(model), 2**60)
+    blocks = list(blocks_of(model))
+    found = Recomputing(blocks, blocks[:1], 2**60)
+    of_one = 4 * 100_000 * read_and_given(blocks[0])
     counts = []
-    for free in (0, 8 * 4 * 100_000 * found._widths // 2, 2**62):
+    for free in (0, 8 * of_one, 2**62):
         monkeypatch.setattr(recomputing, "free_memory", lambda _device, free=free: free)
-        found.decide(hidden)
+        found.decide(hidden, blocks)
         counts.append(found.recomputed)
     assert counts == [2, 1, 0]
     found.room = 0
-    found.decide(hidden)
+    found.decide(hidden, blocks)
     assert found.recomputed == 2, "however much memory is free"
 
 

@@ -1,6 +1,6 @@
 """Backward passes in little memory: the activations inside a block are computed again when its turn comes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vitshrink.models.cost import memory_bytes
-from vitshrink.models.targets import blocks_of
+from vitshrink.models.targets import blocks_of, first_blocks
 
 SHARE = 1 / 8
 """Of the memory that is free: what the activations of all blocks may take before some are computed twice."""
@@ -26,29 +26,32 @@ ROOM, MODELS = 2**29, 0.5
 class Recomputing:
     """Decides pass by pass how many blocks of a model keep their activations; the gradients are the same."""
 
-    blocks: nn.ModuleList
+    blocks: Sequence[nn.Module]
+    """In the order in which they run, one after the other, within each encoder."""
+    starts: Collection[nn.Module]
+    """Those that the encoders begin with."""
     room: int
     """Bytes for activations, where enough memory is free."""
     recomputed: int = 0
-    """How many of the blocks, the first ones, compute their activations twice: the last ones need theirs first."""
+    """How many blocks of an encoder, the first ones, are computed twice: the last ones need their activations first."""
     call: int | None = None
     """The call of a block that is computed, the same number both times; None where it is computed once."""
     _calls: int = 0
-    _number: dict[nn.Module, int] = field(init=False)
-    _widths: int = field(init=False)
-    """Of a token: what the linear layers of all blocks read and give."""
+    _encoder: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    """The blocks of the encoder that a block is one of."""
 
     def __post_init__(self) -> None:
-        layers = [module for module in self.blocks.modules() if isinstance(module, nn.Linear)]
-        self._widths = sum(layer.in_features + layer.out_features for layer in layers)
-        self._number = {block: number for number, block in enumerate(self.blocks)}
+        encoder: list[nn.Module] = []
+        for block in self.blocks:
+            encoder = [block] if block in self.starts else [*encoder, block]
+            self._encoder |= dict.fromkeys(encoder, encoder)
 
-    def decide(self, hidden: Tensor) -> None:
-        """For a pass in which the first block reads ``hidden`` (samples, tokens, width)."""
+    def decide(self, hidden: Tensor, encoder: Sequence[nn.Module]) -> None:
+        """For a pass in which the first block of an encoder reads ``hidden`` (samples, tokens, width)."""
         tokens = hidden.numel() // hidden.shape[-1]
         room = min(self.room, SHARE * free_memory(hidden.device))
-        kept = int(len(self.blocks) * room / max(4 * tokens * self._widths, 1))
-        self.recomputed = max(len(self.blocks) - kept, 0)
+        kept = int(len(encoder) * room / max(4 * tokens * sum(map(read_and_given, encoder)), 1))
+        self.recomputed = max(len(encoder) - kept, 0)
 
     def forward(self, block: nn.Module, dense: Callable[..., Any]) -> Callable[..., Any]:
         """What stands for the ``forward`` of a block, which is ``dense``."""
@@ -57,9 +60,10 @@ class Recomputing:
             if not inputs or not isinstance(inputs[0], Tensor):
                 return dense(*inputs, **options)
             hidden, *rest = inputs
-            if block is self.blocks[0]:
-                self.decide(hidden)
-            recomputes = self._number[block] < self.recomputed
+            encoder = self._encoder[block]
+            if block is encoder[0]:
+                self.decide(hidden, encoder)
+            recomputes = encoder.index(block) < self.recomputed
             if not (recomputes and torch.is_grad_enabled() and hidden.requires_grad):
                 return dense(hidden, *rest, **options)
             # hooks inside see one pass with gradients, the second: the first one has none. Some blocks change what they
@@ -78,6 +82,11 @@ class Recomputing:
             self.call = None
 
 
+def read_and_given(block: nn.Module) -> int:
+    """Of a token: the numbers that the linear layers of a block read and give."""
+    return sum(each.in_features + each.out_features for each in block.modules() if isinstance(each, nn.Linear))
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
@@ -92,7 +101,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[Recomputing]:
     Blocks whose activations find no room are computed twice: a third more time, if there is none for any. Hooks on
     modules of a block are called again in the backward pass, then with gradients.
     """
-    found = Recomputing(blocks_of(model), int(ROOM + MODELS * memory_bytes(model)))
+    found = Recomputing(list(blocks_of(model)), first_blocks(model), int(ROOM + MODELS * memory_bytes(model)))
     for block in found.blocks:
         block.forward = found.forward(block, block.forward)
     try:
