@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import vitshrink
 from vitshrink.compression import clock
 from vitshrink.compression.clock import Clock, Run
+from vitshrink.compression.static_layers import to_the_nearest
 from vitshrink.compression.times import block_times, layer_times
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import UsageError
@@ -21,10 +22,12 @@ from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
 from vitshrink.models.merged import Operations, merge_tokens, tokens_of
 from vitshrink.models.parts import Product, random_tokens
-from vitshrink.models.runtimes import find_runtime
+from vitshrink.models.runtimes import RUNTIMES, Runtime, find_runtime
 from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.merging import MergedTokens
+from vitshrink.models.structures.static import StaticProduct
 from vitshrink.models.views import view_of
+from vitshrink.report.making import QuantizationRecord
 from vitshrink.runtime.cache import Cache
 
 VIT, BERT = "ViTForImageClassification", "BertForSequenceClassification"
@@ -168,6 +171,83 @@ def test_a_time_that_is_missed_is_told(
     assert any("1.000 of the dense model's time" in each for each in found.report.warnings)
 
 
+def thrice_as_fast(models: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, int]:
+    """A third of a nanosecond an operation where layers are integers."""
+    return {name: max(1, each // (1 + 2 * _rounded(models[name]))) for name, each in counted(models, inputs).items()}
+
+
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a runtime that is faster with integers."""
+    monkeypatch.setattr(clock, "shortest", thrice_as_fast)
+    monkeypatch.setitem(RUNTIMES, "quick", Runtime("quick", lambda program: program.model, "torch", integers=True))
+    return "quick"
+
+
+@pytest.mark.parametrize(
+    ("budget", "entries", "levers"),
+    [
+        ("0.8", {}, ("integers",)),
+        ("0.25", {"tokens": "merge"}, ("integers", "merged tokens")),
+        ("0.27", {"forms": "rank", "refine": 0}, ("integers", "ranks")),
+        ("0.24", {"quantize": "int8", "refine": 0}, None),
+        ("0.7", {"quantize": "none", "tokens": "merge"}, ("merged tokens",)),
+    ],
+)
+def test_integers_are_a_lever_where_the_runtime_is_faster_with_them(
+    integers: str,
+    budget: str,
+    entries: dict[str, Any],
+    levers: tuple[str, ...] | None,
+    vit_directory: Path,
+    flat_images: Path,
+    tmp_path: Path,
+) -> None:
+    asked = job(tmp_path, vit_directory, flat_images, target_latency=budget, runtime=integers, **entries)
+    (found,) = compress(asked)
+    timed = found.report.target_latency
+    assert timed is not None
+    assert timed.compressed / timed.dense <= 1.05 * float(budget)
+    assert not [each for each in found.report.warnings if "target-latency" in each]
+    assert levers is None or timed.levers == levers
+    assert ("integers" in timed.levers) is _rounded(vitshrink.load(str(found.directory)))
+    assert found.report.quantization == (QuantizationRecord("int8", "static") if "integers" in timed.levers else None)
+
+
+def test_texts_become_integers_with_fewer_ranks(
+    integers: str, bert_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (found,) = compress(job(tmp_path, bert_directory, text_file, target_latency="0.28", refine=0, runtime=integers))
+    timed = found.report.target_latency
+    assert timed is not None
+    assert timed.levers == ("integers", "ranks")
+    assert timed.compressed / timed.dense == pytest.approx(0.28, rel=0.051)
+
+
+def test_integers_that_are_no_faster_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, integers: str, vit_directory: Path, flat_images: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(clock, "shortest", counted)
+    asked = job(tmp_path, vit_directory, flat_images, target_latency="0.7", runtime=integers, tokens="merge")
+    (found,) = compress(asked)
+    assert found.report.target_latency is not None
+    assert found.report.target_latency.levers == ("merged tokens",)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_integers_are_timed_as_they_are_exported(name: str) -> None:
+    pytest.importorskip(name, exc_type=ImportError)
+    program = Product.of_shape((6, 10), 3, pivots=True, stored=False, rounded=to_the_nearest)
+    x = random_tokens(3, 5, 10)["x"]
+    with torch.no_grad():
+        found = find_runtime(name).compile(program)(x=x)["y"]
+        torch.testing.assert_close(found, program.model(x), rtol=1e-3, atol=1e-4)
+
+
+def _rounded(model: nn.Module) -> bool:
+    return any(isinstance(each, StaticProduct) for each in model.modules())
+
+
 def _merges(model: nn.Module) -> bool:
     return any(isinstance(structure_of(each), MergedTokens) for each in model.modules())
 
@@ -182,7 +262,11 @@ def _merges(model: nn.Module) -> bool:
         ({"target_latency": "0.7", "keep": (0.5,)}, "exactly one of"),
         ({"target_latency": "0.7", "landmarks": 4}, "leave --landmarks out"),
         ({"target_latency": "0.7", "tokens": "merge", "token_operations": 0.7}, "leave --tokens merge out"),
-        ({"target_latency": "0.7", "quantize": "int8"}, "vitshrink quantize"),
+        ({"target_latency": "0.7", "quantize": "int8"}, "torch is not faster with integers .* onnxruntime or openvino"),
+        ({"target_latency": "0.7", "quantize": "int4"}, "--quantize int4: .* 8 bits"),
+        ({"target_latency": "0.7", "quantize": "int8", "finetune": {}}, "pass --quantize none"),
+        ({"target_latency": "0.7", "forms": "narrow"}, "--forms narrow"),
+        ({"keep": (0.5,), "quantize": "none"}, "without --target-latency"),
         ({"target_latency": "0.7", "runtime": "tvm"}, "Available: .*onnxruntime"),
         ({"target_latency": "0.7", "method": "qk-joint"}, "not for --method qk-joint"),
         ({"keep": (0.5,), "latency_batch_size": 8}, "without --target-latency"),

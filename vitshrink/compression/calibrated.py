@@ -6,7 +6,7 @@ What errors cost is what the output says of them (``statistics.sensitivity``): e
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,25 @@ from transformers import PreTrainedModel
 from vitshrink.compression.grids import Grid, Values, best_grid, best_grid_around
 from vitshrink.compression.quantization import integer_table, require_floating_point
 from vitshrink.compression.rounding import at_steps
+from vitshrink.compression.static_layers import (
+    Factors,
+    compared_in,
+    empty,
+    layers_of,
+    module_at,
+    parts_of,
+    split_view,
+    steps_of,
+)
+from vitshrink.data.opening import CalibrationData
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.families import family_of
-from vitshrink.models.plain import plain_view
-from vitshrink.models.structures import structure_of
 from vitshrink.models.structures.low_rank import LowRankLinear
-from vitshrink.models.structures.narrow import NarrowLinear
-from vitshrink.models.structures.static import LARGEST, StaticConv2d, StaticLinear, StaticProduct, StaticSpec
+from vitshrink.models.structures.static import LARGEST, StaticConv2d, StaticProduct
 from vitshrink.models.targets import blocks_of, matching
 from vitshrink.models.views import own
+from vitshrink.runtime import processes
+from vitshrink.runtime.observer import Job
 from vitshrink.statistics.calibration import CalibrationBatch
 from vitshrink.statistics.inputs import Inputs, collect_inputs
 
@@ -35,27 +45,6 @@ NORMS = {"layernorm_before": ("query", "key", "value"), "layernorm_after": ("fc1
 
 MOST = 0.05
 """Loss of one layer, in nats, at which it is left in floating point."""
-
-
-class Factors(nn.Sequential):
-    """A low-rank layer as two linear ones, the inner one first."""
-
-    @classmethod
-    def of(cls, layer: LowRankLinear) -> "Factors":
-        up, down = layer.factors()
-        parts = [nn.Linear(each.shape[1], each.shape[0], bias=False, device="meta") for each in (down, up)]
-        for part, matrix in zip(parts, (down, up), strict=True):
-            part.weight = nn.Parameter(matrix.detach().clone())
-        parts[1].register_parameter("bias", layer.bias)
-        return cls(*parts)
-
-    @property
-    def inner(self) -> nn.Linear:
-        return self.get_submodule("0")  # type: ignore[return-value]
-
-    @property
-    def outer(self) -> nn.Linear:
-        return self.get_submodule("1")  # type: ignore[return-value]
 
 
 @dataclass(eq=False)
@@ -134,11 +123,8 @@ class Rounding:
     def of(
         cls, model: PreTrainedModel, dtype: torch.dtype, include: Sequence[str], exclude: Sequence[str]
     ) -> "Rounding":
-        working = own(plain_view(model))
-        for name, layer in list(working.named_modules()):
-            if isinstance(layer, LowRankLinear):
-                working.set_submodule(name, Factors.of(layer), strict=True)
-        found = dict(_layers(working))
+        working = own(split_view(model))
+        found = dict(layers_of(working))
         names = list(found)
         chosen = (matching(names, include, "include") if include else set(names)) - matching(names, exclude, "exclude")
         return cls(working, dtype, {name: layer for name, layer in found.items() if name in chosen})
@@ -151,7 +137,7 @@ class Rounding:
         parts = {
             (name if part is layer else f"{name}.{place}"): part
             for name, layer in self.layers.items()
-            for place, part in _parts(layer)
+            for place, part in parts_of(layer)
         }
         found = collect_inputs(self.model, list(parts), batches, seed=seed, on_batch=on_batch)
         self.model.cpu()
@@ -159,7 +145,7 @@ class Rounding:
             seen = each.cpu()
             self.products[parts[name]] = Product(parts[name], seen, torch.ones(seen.tokens.shape[1]))
         self.layers = {
-            n: layer for n, layer in self.layers.items() if all(p in self.products for _, p in _parts(layer))
+            n: layer for n, layer in self.layers.items() if all(p in self.products for _, p in parts_of(layer))
         }
 
     def first(self, layer: nn.Module) -> Product | None:
@@ -175,7 +161,7 @@ class Rounding:
         """Move spread between channels from inputs into weights, wherever that is exact, as far as it pays."""
         family = family_of(self.model)
         for block in blocks_of(self.model):
-            found = {role: _at(block, path) for role, path in family.modules.items()}
+            found = {role: module_at(block, path) for role, path in family.modules.items()}
             for norm, roles in NORMS.items() if family.grid else ():
                 readers = [self.first(found[role]) for role in roles]  # type: ignore[index]
                 self._divide(block.get_submodule(norm), readers)
@@ -206,7 +192,7 @@ class Rounding:
         loss = best_grid(Values.of(tokens, sum(reader.costs(scale) for reader in readers)), self.dtype)[1]  # type: ignore[arg-type]
         for reader in readers:
             weight = reader.weight * scale
-            steps = _steps(weight, self.dtype)
+            steps = steps_of(weight, self.dtype)
             errors = weight - (weight / steps).round() * steps
             power = reader.covariance.diagonal().float() / scale.square()
             loss += 0.5 * float(reader.seen.sensitivity.outputs.float() @ errors.square() @ power)
@@ -222,9 +208,8 @@ class Rounding:
 
     def choose_outputs(self) -> None:
         """Of queries and keys, so that runtimes may multiply them as integers."""
-        family = family_of(self.model)
         for block in blocks_of(self.model):
-            found = [self.last(_at(block, family.modules[role])) for role in ("query", "key")]
+            found = [self.last(giver) for giver in compared_in(self.model, block)]
             givers = [self.products[each] for each in found if each is not None and each in self.products]
             for giver in givers if len(givers) == 2 else ():
                 giver.output = best_grid_around(giver.answers(), self.dtype)
@@ -233,7 +218,7 @@ class Rounding:
         family, left = family_of(self.model), dict(self.products)
         for block in blocks_of(self.model):
             paths = [family.modules[role] for role in ("query", "key", "value") if role in family.modules]
-            readers = [self.first(_at(block, path)) for path in paths]
+            readers = [self.first(module_at(block, path)) for path in paths]
             known = [reader for reader in readers if reader is not None]
             if known:
                 yield known
@@ -267,12 +252,8 @@ class Rounding:
         outer = self.last(layer)
         assert outer is not None
         inner = layer.inner if isinstance(layer, Factors) else None
-        reads, output = inner or outer, self.products[outer].output
-        spec = StaticSpec(**layer.spec.to_dict()) if isinstance(layer, NarrowLinear) else StaticSpec()
-        rank, bits = None if inner is None else inner.out_features, None if output is None else 8
-        spec = replace(spec, rank=rank, output_bits=bits)
-        has_bias = outer.bias is not None
-        made = StaticLinear(reads.in_features, outer.out_features, spec, bias=has_bias, like=outer.weight)
+        output = self.products[outer].output
+        made = empty(layer, rounds_outputs=output is not None)  # type: ignore[arg-type]
         shift, loss = self._fill(made, self.products[outer])
         if inner is not None and made.down is not None:
             inner_shift, inner_loss = self._fill(made.down, self.products[inner])
@@ -287,7 +268,7 @@ class Rounding:
         """Integers and grids; returns what the outputs lack on average, (m,), and the loss."""
         weight, grid, sensitivity = product.weight, product.grid, product.seen.sensitivity
         assert grid is not None
-        steps = _steps(weight, self.dtype)
+        steps = steps_of(weight, self.dtype)
         covariance = product.covariance
         columns = torch.ones(weight.shape[1])
         integers, errors = at_steps(weight, covariance, sensitivity.tokens, steps.squeeze(1), columns, LARGEST)
@@ -334,42 +315,35 @@ def calibrated(
     return Calibrated(rounding.model.eval(), layers)
 
 
-def _layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """What can be rounded, by name; what reads tokens of its own kind is left alone."""
-    names = {module: name for name, module in model.named_modules()}
-    for module in model.base_model.get_submodule("embeddings").modules():
-        if structure_of(module) is not None:
-            break
-        if type(module) is nn.Conv2d and StaticSpec().fits(module):
-            yield names[module], module
-    inside: set[nn.Module] = set()
-    for module in blocks_of(model).modules():
-        if isinstance(module, Factors):
-            inside.update(module)
-            yield names[module], module
-        elif module not in inside and type(module) in (nn.Linear, NarrowLinear):
-            yield names[module], module
-
-
-def _parts(layer: nn.Module) -> list[tuple[int, nn.Linear | nn.Conv2d]]:
-    if isinstance(layer, Factors):
-        return [(0, layer.inner), (1, layer.outer)]
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    return [(0, layer)]
-
-
-def _at(block: nn.Module, path: str) -> nn.Module:
-    """The module of this name; the block itself, which is no layer, where there is none."""
-    try:
-        return block.get_submodule(path)
-    except AttributeError:
-        return block
-
-
-def _steps(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of rows, (m, 1), as they are stored."""
-    peaks = weight.abs().amax(1, keepdim=True) / LARGEST
-    return peaks.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()
+def rounded(
+    model: PreTrainedModel,
+    data: CalibrationData,
+    job: Job,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> PreTrainedModel:
+    """What the first process makes of a model by ``calibrated``, and says of it; others do not need it."""
+    with processes.together():
+        if not processes.is_main():
+            return model
+        with job.stage("calibrate", "Calibrating", len(data.samples)) as advance:
+            found = calibrated(
+                model,
+                data.batches,
+                dtype=dtype,
+                device=device,
+                include=include,
+                exclude=exclude,
+                seed=seed,
+                on_batch=advance,
+            )
+    for name, loss in found.kept.items():
+        job.warn(f"{name} stays in floating point: with 8 bits it would cost {loss:.2g}.")
+    return found.model
 
 
 def _shifted(made: StaticProduct, bias: Tensor | None, shift: Tensor) -> StaticProduct:

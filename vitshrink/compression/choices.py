@@ -18,6 +18,7 @@ from vitshrink.compression.forms.coded import CodedMaker
 from vitshrink.compression.forms.low_rank import LowRankMaker
 from vitshrink.compression.forms.narrow import NarrowMaker
 from vitshrink.compression.narrow_estimation import READ, NarrowEstimator
+from vitshrink.compression.pace import RUNTIME, rounds_in
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.repairs import COMPENSATIONS
 from vitshrink.compression.repairs.bias import RESCALING
@@ -29,6 +30,7 @@ from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import UsageError
 from vitshrink.methods import AttentionMethod, LayerMethod, Method, find_method
 from vitshrink.methods.ranks import Storage
+from vitshrink.models.runtimes import find_runtime
 from vitshrink.models.targets import Target, find_outside
 from vitshrink.runtime import extras
 from vitshrink.runtime.state import Progress
@@ -74,6 +76,8 @@ class Choices:
                 "(a few hundred unlabeled samples do), or use --method svd --compensation none."
             )
         check_options(method, config.options)
+        if config.integers:
+            rounds_in(config, find_runtime(config.runtime or RUNTIME))
         if isinstance(method, AttentionMethod):
             if config.target_latency is not None:
                 raise UsageError(f"--target-latency is for layers and tokens: not for --method {method.name}.")
@@ -90,7 +94,7 @@ class Choices:
     def calibrated(self) -> bool:
         """Whether anything is learned from samples."""
         learned = self.method.needs is not Needs.WEIGHTS or self.compensation != "none" or self.allocation == "measured"
-        return (self.config.sized and learned) or self.config.merges
+        return (self.config.sized and learned) or self.config.merges or self.config.integers is not False
 
     @property
     def rounds(self) -> int:

@@ -10,9 +10,11 @@ from vitshrink.compression.candidates import Offer, Plan
 from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.merging import Trials, measured_curves
-from vitshrink.compression.pace import CLOSE, Mixture, Pace, Paced
+from vitshrink.compression.pace import CLOSE, INTEGERS, Mixture, Pace, Paced
+from vitshrink.compression.static_layers import as_fast_as_integers
 from vitshrink.models.merged import Kept, merge_tokens
 from vitshrink.models.parts import with_pivots
+from vitshrink.models.views import view_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job
 
@@ -21,24 +23,39 @@ ATTEMPTS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Attempt:
-    """A plan for a budget, and what the clock says of it.
+class Planned:
+    """A plan for a budget.
 
     Attributes:
         compressor: counts in time, with the tokens that the blocks keep.
+        kept: how many; None for all.
+        plan: the forms of the layers.
         aim: nanoseconds that the parts of the model may take, as they were timed.
+        spare: whether all is kept, and fast enough as integers.
     """
 
     compressor: Compressor
     kept: Kept | None
     plan: Plan
     aim: int
+    spare: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """A plan, and what the clock says of it."""
+
+    planned: Planned
     paced: Paced
 
     @property
     def ranked(self) -> bool:
         """Whether layers become factors."""
-        return ranked(self.plan)
+        return ranked(self.planned.plan)
+
+
+Learned = Callable[[], tuple[Findings, Mixture | None]]
+"""What is known of the layers, and tokens and ranks with what they lose: learned when it is first asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,47 +97,61 @@ class Course:
         return found if both < one else alone
 
     def _loss(self, mixture: Mixture, findings: Findings, trials: Trials) -> float:
-        compressor, kept, plan, _ = self.plan(findings, mixture, self.pace.budget)
-        return trials.loss(merged(compressor.replaced(findings, plan), kept))
+        found = self._planned(findings, mixture, self.pace.budget)
+        return trials.loss(merged(found.compressor.replaced(findings, found.plan), found.kept))
 
-    def plan(self, findings: Findings, mixture: Mixture | None, aim: int) -> tuple[Compressor, Kept | None, Plan, int]:
-        """What counts in time, how many tokens the blocks keep, the forms of the layers, and what all may take."""
+    def plan(self, learned: Learned, aim: int) -> "Planned":
+        """For a budget; nothing has to be learned where integers alone are fast enough."""
+        if self.pace.suffices(aim):
+            return Planned(self._priced(None), None, self._whole, aim, spare=True)
+        return self._planned(*learned(), aim)
+
+    def _planned(self, findings: Findings, mixture: Mixture | None, aim: int) -> "Planned":
         kept = None if mixture is None else self.pace.schedule(mixture, aim)
         compressor = self._priced(kept)
         if not self.offers or (mixture is not None and not mixture.sites):
-            return compressor, kept, {offer.name: offer.kept for offer in self.offers}, aim
+            return Planned(compressor, kept, self._whole, aim)
         aim = max(aim, compressor.least_budget(findings))
-        return compressor, kept, compressor.plan(findings, aim), aim
+        return Planned(compressor, kept, compressor.plan(findings, aim), aim)
 
-    def best(self, mixture: Mixture | None, findings: Findings, job: Job) -> Attempt:
+    def best(self, learned: Learned, job: Job) -> Attempt:
         """The plan whose time is nearest to the budget, not above it if that can be."""
         aim, tried = self.pace.budget, list[Attempt]()
         for number in range(ATTEMPTS):
-            compressor, kept, plan, aim = self.plan(findings, mixture, aim)
+            planned = self.plan(learned, aim)
+            trial = view_of(self.base) if planned.spare else planned.compressor.replaced(learned()[0], planned.plan)
             with job.stage("clock", f"Timing attempt {number + 1}"):
-                trial = merged(compressor.replaced(findings, plan), kept)
-                pivots = self.pivots and self.pace.clock.runtime.factors
-                paced = self.pace.measured(with_pivots(trial) if pivots else trial)
-            tried.append(Attempt(compressor, kept, plan, aim, paced))
+                paced = self.pace.measured(self._as_it_runs(merged(trial, planned.kept)), spare=planned.spare)
+            tried.append(Attempt(planned, paced))
             if paced.close:
                 break
-            aim = int(aim / paced.over)
+            aim = int(planned.aim / paced.over)
         return min(tried, key=lambda each: (each.paced.over > 1 + CLOSE, abs(each.paced.over - 1)))
+
+    def _as_it_runs(self, trial: PreTrainedModel) -> PreTrainedModel:
+        """A model that takes as long as the finished one."""
+        if self.pace.integers:
+            return as_fast_as_integers(trial)
+        return with_pivots(trial) if self.pivots and self.pace.clock.runtime.factors else trial
 
     def finished(self, best: Attempt, model: PreTrainedModel, plan: Plan, job: Job) -> Paced:
         """What the finished model takes, with a warning where that is not what was asked for."""
-        paced, clock = best.paced, self.pace.clock
-        if best.ranked:  # once weights were fitted ranks may be others than those of the plan that was timed
+        paced, clock, integers = best.paced, self.pace.clock, self.pace.integers
+        if best.ranked or integers:  # which may have other ranks than the plan that was timed, or fewer integers
             with job.stage("clock", "Timing the finished model"):
-                paced = self.pace.measured(model)
+                paced = self.pace.measured(model, spare=best.planned.spare)
         if not paced.close:
             job.warn(
                 f"--target-latency {self.pace.said}: a batch takes {1000 * paced.taken:.3g} ms, "
                 f"{paced.taken / paced.dense:.3f} of the dense model's time, not {1000 * paced.asked:.3g} ms "
                 f"{clock.described}: {ATTEMPTS} plans came no nearer."
             )
-        used = {"merged tokens": best.kept is not None, "ranks": ranked(plan)}
+        used = {INTEGERS: integers, "merged tokens": best.planned.kept is not None, "ranks": ranked(plan)}
         return replace(paced, levers=tuple(lever for lever, there in used.items() if there))
+
+    @property
+    def _whole(self) -> Plan:
+        return {offer.name: offer.kept for offer in self.offers}
 
     def _priced(self, kept: Kept | None) -> Compressor:
         return self.compressors(prices=self.pace.prices(kept) if self.offers else None)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.candidates import Offer
 from vitshrink.compression.clock import CPU, Clock
 from vitshrink.compression.merging import DEAREST, Choices, choices_of, least
+from vitshrink.compression.static_layers import as_fast_as_integers
 from vitshrink.compression.times import BlockTimes, LayerTimes, block_times, layer_times, whole_time
 from vitshrink.config.options import CompressConfig
 from vitshrink.config.quantities import parse_latency
@@ -26,7 +27,7 @@ from vitshrink.methods.ranks import Storage
 from vitshrink.models.example import example_inputs
 from vitshrink.models.families import Role
 from vitshrink.models.merged import Kept, reads_special_only, require_mergeable, special_tokens, tokens_of
-from vitshrink.models.runtimes import find_runtime
+from vitshrink.models.runtimes import RUNTIMES, Runtime, find_runtime
 from vitshrink.models.targets import Target, blocks_of
 from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.observer import Job
@@ -36,6 +37,9 @@ CLOSE = 0.05
 
 RUNTIME = "torch"
 """Where a budget of time counts, if nothing is said."""
+
+INTEGERS = "integers"
+"""A lever, as ranks and merged tokens are."""
 
 Seen = Literal["asks", "reads", "keeps"]
 """The tokens that a layer works on: those that ask for attention, that the block reads, or that it keeps."""
@@ -125,6 +129,8 @@ class Pace:
         targets: layers whose ranks are on offer.
         blocks: of a model whose tokens may be merged; None where they may not.
         whole: nanoseconds of the dense model, as the times of its parts say.
+        quick: of the dense model as it will run: the same, or with its layers as integers.
+        integers: whether they will be.
         asked: the share of the dense model's time, or nanoseconds.
         shared: which of the two.
     """
@@ -135,6 +141,8 @@ class Pace:
     layers: LayerTimes
     blocks: BlockTimes | None
     whole: int
+    quick: int
+    integers: bool
     asked: float
     shared: bool
 
@@ -150,13 +158,22 @@ class Pace:
         runtime = find_runtime(config.runtime or RUNTIME)
         device = next(dense.parameters()).device if runtime.factors else CPU
         clock = Clock(runtime, config.latency_batch_size or 1, config.threads, cache, device)
+        asked, shared = parse_latency(config.target_latency, "--target-latency")
         with job.stage("clock", f"Timing what there is to choose {clock.described}"):
-            blocks = block_times(clock, dense) if merges else None
-            layers = layer_times(clock, (target.shape for target in targets), storage, length_of(dense))
-            whole = whole_time(clock, dense) if blocks is None else blocks.whole
-        return cls(
-            clock, dense, targets, layers, blocks, whole, *parse_latency(config.target_latency, "--target-latency")
-        )
+            runs, whole, quick, integers = dense, 0, 0, False
+            if rounds_in(config, runtime):
+                rounded = as_fast_as_integers(dense)
+                whole, quick = whole_time(clock, dense), whole_time(clock, rounded)
+                integers = quick < whole or bool(config.integers)
+                runs = rounded if integers else dense
+            blocks = block_times(clock, runs) if merges else None
+            shapes = (target.shape for target in targets)
+            layers = layer_times(clock, shapes, storage, length_of(dense), integers=integers)
+            if not integers:
+                whole = quick = whole_time(clock, dense) if blocks is None else blocks.whole
+            elif blocks is not None:
+                quick = blocks.whole
+        return cls(clock, dense, targets, layers, blocks, whole, quick, integers, asked, shared)
 
     @property
     def budget(self) -> int:
@@ -179,7 +196,7 @@ class Pace:
             asking = has if has == special else had
             found[target.name] = {"asks": asking, "reads": had, "keeps": has}[seen_by(target)]
         if self.blocks is None:
-            return Prices(self.whole, self.layers, found)
+            return Prices(self.quick, self.layers, found)
         prices = self.blocks.prices
         taken = self.blocks.rest + sum(float(prices[step]) for step in steps)
         return Prices(round(taken), self.layers, found)
@@ -223,13 +240,17 @@ class Pace:
         assert self.blocks is not None
         return self.blocks.rest + self.mixture(None, offers).price_at(DEAREST)
 
-    def measured(self, model: PreTrainedModel) -> "Paced":
+    def suffices(self, budget: float) -> bool:
+        """Whether integers alone are fast enough."""
+        return self.integers and self.quick <= budget
+
+    def measured(self, model: PreTrainedModel, *, spare: bool = False) -> "Paced":
         """The time of a finished model, and the dense one's, in turn."""
         inputs = example_inputs(self.dense, self.clock.batch_size)
         ready = {"dense": self._ready, "compressed": self.clock.ready(model)}
         found = self.clock.compared(ready, inputs)
         budget = self.asked * found["dense"] if self.shared else self.asked
-        return Paced(budget / 1e9, found["dense"] / 1e9, found["compressed"] / 1e9, self.clock, ready)
+        return Paced(budget / 1e9, found["dense"] / 1e9, found["compressed"] / 1e9, self.clock, ready, spare=spare)
 
     @cached_property
     def _ready(self) -> nn.Module:
@@ -243,8 +264,9 @@ class Pace:
 
     @property
     def _offered(self) -> str:
-        on_offer = {"ranks": bool(self.targets), "merged tokens": self.blocks is not None}
-        return " and ".join(name for name, there in on_offer.items() if there)
+        on_offer = {INTEGERS: self.integers, "ranks": bool(self.targets), "merged tokens": self.blocks is not None}
+        *others, last = (name for name, there in on_offer.items() if there)
+        return " and ".join([", ".join(others), last] if others else [last])
 
     @property
     def said(self) -> str:
@@ -264,6 +286,8 @@ class Paced:
     """Both, in the runtime."""
     levers: tuple[str, ...] = ()
     """By what the model got faster."""
+    spare: bool = False
+    """Whether it may well be faster than was asked for: what is slower loses no less."""
 
     @property
     def over(self) -> float:
@@ -273,7 +297,7 @@ class Paced:
     @property
     def close(self) -> bool:
         """Whether it is what was asked for."""
-        return abs(self.over - 1) <= CLOSE
+        return abs(self.over - 1) <= CLOSE or (self.spare and self.over < 1)
 
 
 def length_of(dense: PreTrainedModel) -> int:
@@ -285,6 +309,17 @@ def length_of(dense: PreTrainedModel) -> int:
 def seen_by(target: Target) -> Seen:
     """The tokens that a layer works on; those that its block reads, where nobody knows what it is for."""
     return SEEN.get(target.role, "reads")
+
+
+def rounds_in(config: CompressConfig, runtime: Runtime) -> bool:
+    """Whether a job makes integers for a runtime. Raises UsageError where it asks for those that do not pay there."""
+    if config.integers and not runtime.integers:
+        able = " or ".join(name for name, each in RUNTIMES.items() if each.integers)
+        raise UsageError(
+            f"--quantize int8: {runtime.name} is not faster with integers on fixed grids: pass --runtime {able}, or "
+            "leave --quantize out, and round the result with `vitshrink quantize`."
+        )
+    return runtime.integers and config.integers is not False
 
 
 def mergeable(dense: PreTrainedModel, *, required: bool) -> bool:

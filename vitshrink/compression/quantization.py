@@ -43,7 +43,9 @@ class Quantization:
     @classmethod
     def of(cls, config: CompressConfig, dtype: torch.dtype) -> Self | None:
         """What a job asks for, if it does."""
-        return None if config.quantize is None else cls(*quantized_bits(config.quantize, config.activations), dtype)
+        if config.rounded_to is None:
+            return None
+        return cls(*quantized_bits(config.rounded_to, config.activations), dtype)
 
     def applied(self, model: PreTrainedModel) -> PreTrainedModel:
         """A view of the model with integers, see ``quantized``."""

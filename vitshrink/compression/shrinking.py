@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel
 
+from vitshrink.compression.calibrated import rounded
 from vitshrink.compression.candidates import Offer, Plan
 from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
@@ -175,17 +176,25 @@ class Shrinking:
         compressors = partial(choices.compressor, self.base, self.targets, self.dtype, calibration, progress)
         course = Course(pace, self.base, self.offers, compressors, pivots=choices.storage == "gauge")
         course.require_reachable()
-        first = cache(partial(compressors().learn, job) if self.offers else lambda: Findings({}, {}, {}))
+        nothing = Findings({}, {}, {})
+        first = cache(partial(compressors().learn, job) if self.offers else lambda: nothing)
         trials = None if calibration is None else Trials.on(dense, calibration.batches)
-        mixture = course.mixture(first(), trials, job)
+        learned = cache(lambda: (first(), course.mixture(first(), trials, job)))
         if choices.config.dry_run:
-            return Shrunk(first(), course.plan(first(), mixture, pace.budget)[2], None, job)
-        best = course.best(mixture, first(), job)
-        shrunk = Shrunk(first(), best.plan, own(view_of(self.base)), job)
+            planned = course.plan(learned, pace.budget)
+            return Shrunk(nothing if planned.spare else first(), planned.plan, None, job)
+        best = course.best(learned, job)
+        planned = best.planned
+        findings = nothing if planned.spare else first()
+        shrunk = Shrunk(findings, planned.plan, own(view_of(self.base)), job)
         if best.ranked:
-            shrunk = smaller(best.compressor, first, Size("", best.aim), choices.rounds, job, last=True)
+            shrunk = smaller(planned.compressor, first, Size("", planned.aim), choices.rounds, job, last=True)
         assert shrunk.model is not None
-        model = merged(shrunk.model, best.kept)
+        model = merged(shrunk.model, planned.kept)
+        if pace.integers:
+            assert calibration is not None
+            device, seed = next(dense.parameters()).device, choices.config.seed
+            model = rounded(model, calibration, job, dtype=self.dtype, device=device, seed=seed)
         return replace(shrunk, model=model, paced=course.finished(best, model, shrunk.plan, job))
 
     def _finished(self, model: PreTrainedModel, kept: Callable[[], Kept | None]) -> PreTrainedModel:

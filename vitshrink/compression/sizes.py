@@ -35,7 +35,7 @@ class Size:
 
 def as_integers(config: CompressConfig) -> str:
     """`` as int8``, where a job rounds all weights."""
-    return "" if config.quantize is None else f" as {config.quantize}"
+    return "" if config.rounded_to is None else f" as {config.rounded_to}"
 
 
 def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.compression.clock import Clock, Run
+from vitshrink.compression.static_layers import to_the_nearest
 from vitshrink.methods.ranks import Storage, break_even_rank
 from vitshrink.models.example import example_inputs
 from vitshrink.models.merged import special_tokens, tokens_of
@@ -69,12 +70,14 @@ class _Table:
         return np.array([np.interp(rank, self.ranks, column) for column in zip(*self.times, strict=True)])
 
 
-def layer_times(clock: Clock, shapes: Iterable[tuple[int, int]], storage: Storage, tokens: int) -> LayerTimes:
-    """Of linear layers (out, in) that read so many ``tokens`` a sample, or half of them."""
-    return LayerTimes({shape: _table(clock, shape, storage, tokens) for shape in dict.fromkeys(shapes)})
+def layer_times(
+    clock: Clock, shapes: Iterable[tuple[int, int]], storage: Storage, tokens: int, *, integers: bool = False
+) -> LayerTimes:
+    """Of linear layers (out, in) that read so many ``tokens`` a sample, or half of them; with ``integers`` or not."""
+    return LayerTimes({shape: _table(clock, shape, storage, tokens, integers) for shape in dict.fromkeys(shapes)})
 
 
-def _table(clock: Clock, shape: tuple[int, int], storage: Storage, tokens: int) -> _Table:
+def _table(clock: Clock, shape: tuple[int, int], storage: Storage, tokens: int, integers: bool) -> _Table:
     stored, pivots = clock.runtime.factors, storage == "gauge"
     limit = break_even_rank(*shape, storage if stored else "factors")
     ranks = sorted({max(1, round(share * limit)) for share in RANKS}) if limit else []
@@ -85,13 +88,14 @@ def _table(clock: Clock, shape: tuple[int, int], storage: Storage, tokens: int) 
     def runs() -> dict[str, Run]:
         found = {}
         for rank in forms:
-            program = Product.of_shape(shape, rank, pivots=pivots, stored=stored)
+            rounded = to_the_nearest if integers else None
+            program = Product.of_shape(shape, rank, pivots=pivots, stored=stored, rounded=rounded)
             program.model.to(clock.device)
             for count in counts:
                 found[names[rank, count]] = Run(program, random_tokens(clock.batch_size, count, shape[1]))
         return found
 
-    what = {"layer": list(shape), "pivots": pivots and stored}
+    what = {"layer": list(shape), "pivots": pivots and stored, **({"bits": 8} if integers else {})}
     times = clock.times(what, list(names.values()), runs)
     dense, *others = [tuple(times[names[rank, count]] for count in counts) for rank in forms]
     return _Table(counts, ranks, others, dense, limit)  # type: ignore[arg-type]

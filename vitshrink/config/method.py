@@ -14,6 +14,9 @@ Storage = Literal["auto", "gauge", "factors"]
 Forms = Literal["auto", "bits", "rank", "narrow", "rank+narrow"]
 
 ALLOCATIONS = ("uniform-rank", "uniform-ratio", "energy", "loss", "measured")
+NO_INTEGERS = "none"
+"""Of ``quantize``: what is to be fast stays in floating point."""
+
 COMPENSATIONS = ("none", "bias", "residual", "rescale", "stream")
 
 
@@ -43,7 +46,11 @@ class MethodOptions(Options):
         "auto", "gauge: r(m+n-r) numbers a layer; factors: r(m+n); auto: what goes with the method.", panel=METHOD
     )
     quantize: str | None = option(
-        None, "Store factors and dense layers as int8 or int4 as well.", panel=METHOD, suggested=("int8", "int4")
+        None,
+        "Store factors and dense layers as int8 or int4 as well. With --target-latency: int8, as `vitshrink quantize "
+        "--activations static` makes it (the default where --runtime is faster with it), or none.",
+        panel=METHOD,
+        suggested=("int8", "int4", "none"),
     )
     activations: str | None = option(
         None,
@@ -82,7 +89,7 @@ class MethodOptions(Options):
     def check(self) -> None:
         if self.fast and (slow := self.given(("allocation", "compensation", "refine"))):
             raise UsageError(f"--fast decides what {slow[0]} would: leave one of them out.")
-        if self.quantize is None and self.activations is not None:
+        if self.quantize in (None, NO_INTEGERS) and self.activations is not None:
             raise UsageError("--activations says how a quantized model computes: pass --quantize int8 as well.")
-        if self.quantize is not None:
+        if self.quantize not in (None, NO_INTEGERS):
             quantized_bits(self.quantize, self.activations)

@@ -28,7 +28,7 @@ from vitshrink.config.fields import (
     required,
 )
 from vitshrink.config.job import JobOptions
-from vitshrink.config.method import LayerOptions, Layers, MethodOptions, Precision
+from vitshrink.config.method import NO_INTEGERS, LayerOptions, Layers, MethodOptions, Precision
 from vitshrink.config.names import quoted
 from vitshrink.config.quantities import parse_duration, parse_quantity, quantized_bits, share_of
 from vitshrink.config.reading import RENAMED, parse_option, read_recipe, renamed, warn_of_old_name
@@ -171,15 +171,51 @@ class CompressConfig(
         if self.target_latency is None:
             if self.latency_batch_size is not None:
                 raise UsageError("--latency-batch-size makes no difference without --target-latency; see --latency.")
+            if self.quantize == NO_INTEGERS:
+                raise UsageError("--quantize none makes no difference without --target-latency: leave it out.")
             return
         if others := self.approximations:
             raise UsageError(f"--target-latency says how much is left to compute: leave {others[0]} out.")
-        if self.quantize is not None or self.forms not in ("auto", "rank"):
-            flag = f"--forms {self.forms}" if self.quantize is None else "--quantize"
+        if self.forms not in ("auto", "rank"):
             raise UsageError(
-                f"{flag}: --target-latency spends time on ranks and tokens; leave it out, and round the result with "
-                "`vitshrink quantize`."
+                f"--forms {self.forms}: --target-latency spends time on ranks and tokens; leave it out, and round the "
+                "result with `vitshrink quantize`."
             )
+        self._check_integers()
+
+    def _check_integers(self) -> None:
+        """Of a budget of time."""
+        if self.quantize in (None, NO_INTEGERS):
+            return
+        if self.quantize != "int8" or self.activations is not None:
+            flag = f"--quantize {self.quantize}" if self.quantize != "int8" else f"--activations {self.activations}"
+            raise UsageError(
+                f"{flag}: what --target-latency rounds has 8 bits, activations on fixed grids as well: leave it out."
+            )
+        if self.calibration is None:
+            raise UsageError(
+                "--quantize int8: with --target-latency integers go by what reaches every layer: pass --calibration "
+                "with a few hundred unlabelled samples."
+            )
+        if self.finetune is not None:
+            raise UsageError(
+                "--finetune trains what is in floating point: pass --quantize none, and round the result with "
+                "`vitshrink quantize --activations static`."
+            )
+
+    @property
+    def integers(self) -> bool | None:
+        """Whether a budget of time is spent on integers; None where the runtime decides."""
+        if self.target_latency is None or self.quantize == NO_INTEGERS:
+            return False
+        if self.quantize is not None:
+            return True
+        return None if self.calibration is not None and self.finetune is None else False
+
+    @property
+    def rounded_to(self) -> str | None:
+        """The integers that weights are rounded to in the end, to the nearest."""
+        return self.quantize if self.target_latency is None else None
 
     @property
     def merges(self) -> bool:
@@ -247,7 +283,7 @@ class CompressConfig(
     def counts_bytes(self) -> bool:
         """Whether a plan goes by the bytes of the file, because weights are integers of several widths."""
         asked = (getattr(self, name) for name in ("target_size", *BOUNDS))
-        return self.stores == "bits" or (self.quantize is not None and any(size is not None for size in asked))
+        return self.stores == "bits" or (self.rounded_to is not None and any(size is not None for size in asked))
 
     @property
     def finetune_data(self) -> DataConfig | None:

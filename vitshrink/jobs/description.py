@@ -16,7 +16,7 @@ from vitshrink._version import __version__
 from vitshrink.compression.candidates import Candidate, Form, Offer, Plan
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.forms.narrow import NarrowAttention, NarrowMlp
-from vitshrink.compression.pace import Paced
+from vitshrink.compression.pace import INTEGERS, Paced
 from vitshrink.compression.rounding import Metric
 from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig, quantized_bits
@@ -147,7 +147,11 @@ class Description:
         total = cost.parameters(self.dense)
         before, after = self._layer_costs(plan)
         return self._report(
-            self.layers(findings, plan), plan, job, parameters=before_after(total, total - before + after)
+            self.layers(findings, plan),
+            plan,
+            job,
+            parameters=before_after(total, total - before + after),
+            quantization=self._quantization(None),
         )
 
     def layers(self, findings: Findings, plan: Plan) -> tuple[LayerEntry, ...]:
@@ -188,6 +192,7 @@ class Description:
             memory=memory,
             latency=latency_record(timed),
             target_latency=None if paced is None else latency_target(paced),
+            quantization=self._quantization(paced),
             evaluation=evaluation,
             recovery=None if recovery is None else recovery_record(recovery),
             fitted_to=" ".join(self._fitted_to() if recovery is None else sorted(recovery.fitted_to)),
@@ -207,6 +212,11 @@ class Description:
             sizes = dict.fromkeys((*first, *config.latency))
             return cost.latency_by_batch_size(ready, lambda size: example_inputs(self.dense, size), sizes, repeats=10)
 
+    def _quantization(self, paced: Paced | None) -> QuantizationRecord | None:
+        if paced is not None and INTEGERS in paced.levers:
+            return QuantizationRecord("int8", "static")
+        return quantization_of(self.config.rounded_to, self.config.activations)
+
     def _layer_costs(self, plan: Plan) -> tuple[int, int]:
         named = [offer for offer in self.offers if offer.name in plan]  # and not those within them, or around
         before = sum(offer.kept.cost.parameters for offer in named)
@@ -223,7 +233,6 @@ class Description:
             method=self.config.method,
             allocation=self.allocation,
             compensation=self.compensation,
-            quantization=quantization_of(self.config.quantize, self.config.activations),
             layers_parameters=before_after(*self._layer_costs(plan)),
             layers=layers,
             calibration=self._calibration(),

@@ -9,7 +9,7 @@ from typing import Self
 from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
-from vitshrink.compression.calibrated import calibrated
+from vitshrink.compression.calibrated import rounded
 from vitshrink.compression.quantization import quantized
 from vitshrink.config.options import quantized_bits
 from vitshrink.config.quantize import QuantizeJob
@@ -138,24 +138,16 @@ def _nearest(config: QuantizeJob, source: LoadedModel) -> Callable[[PreTrainedMo
 
 def _static(config: QuantizeJob, session: Session, data: CalibrationData) -> PreTrainedModel:
     """What the first process makes of the model, and others do not need."""
-    model, job = session.source.model, session.job
-    with processes.together():
-        if not processes.is_main():
-            return model
-        with job.stage("calibrate", "Calibrating", len(data.samples)) as advance:
-            found = calibrated(
-                model,
-                data.batches,
-                dtype=session.dtype(config.dtype),
-                device=session.device,
-                include=config.include,
-                exclude=config.exclude,
-                seed=config.seed,
-                on_batch=advance,
-            )
-    for name, loss in found.kept.items():
-        job.warn(f"{name} stays in floating point: with 8 bits it would cost {loss:.2g}.")
-    return found.model
+    return rounded(
+        session.source.model,
+        data,
+        session.job,
+        dtype=session.dtype(config.dtype),
+        device=session.device,
+        seed=config.seed,
+        include=config.include,
+        exclude=config.exclude,
+    )
 
 
 def _report(

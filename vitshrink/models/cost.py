@@ -233,7 +233,7 @@ def _summary(seconds: list[float], batch_size: int, runtime: str | None) -> Late
 
 
 def _on_device_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parameter = next(model.parameters())
+    parameter = next(each for each in model.parameters() if each.is_floating_point())
     return {
         name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()

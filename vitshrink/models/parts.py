@@ -1,7 +1,7 @@
 """Parts of a model as programs of their own, to be timed: layers, blocks, and what a block does after attention."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from vitshrink.models.runtimes import Program
 from vitshrink.models.structures import fill
 from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
 from vitshrink.models.structures.merging import MergedTokens
+from vitshrink.models.structures.static import StaticLinear, StaticProduct
 from vitshrink.models.targets import block_list, blocks_of, named_blocks
 from vitshrink.models.views import view_of
 
@@ -119,37 +120,74 @@ class Product(Program):
     """A linear layer with random weights, of which every rank takes as long: dense, or two factors."""
 
     @classmethod
-    def of_shape(cls, shape: tuple[int, int], rank: int | None, *, pivots: bool, stored: bool) -> Self:
-        """(out, in), and the rank. ``stored``: as it is in a checkpoint; or else as it is exported."""
+    def of_shape(
+        cls,
+        shape: tuple[int, int],
+        rank: int | None,
+        *,
+        pivots: bool,
+        stored: bool,
+        rounded: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> Self:
+        """(out, in), and the rank. ``stored``: as it is in a checkpoint; or else as it is exported, and ``rounded``."""
         outputs, inputs = shape
         layer: nn.Module = nn.Linear(inputs, outputs)
         if rank is not None:
             layer = _random_factors(None, shape, LayerSpec(rank, 0 if pivots and stored else None))
         if isinstance(layer, LowRankLinear) and not stored:
             layer = plain(layer)
+        if rounded is not None:
+            layer = rounded(layer)
         made = part_program(layer, _random(2, 8, inputs), dynamic_tokens=True)
         return cls(made.model, made.inputs, made.outputs, made.dynamic)
 
     def write(self, file: Path) -> Path:
-        """As ONNX, without an exporter, which would take seconds for what is here one or two nodes."""
-        from onnx import TensorProto, helper, numpy_helper, save_model
+        """As ONNX, without an exporter, which would take seconds for what is here a few nodes."""
+        from onnx import TensorProto, helper, save_model
 
         assert isinstance(self.model, Part)
         layer: Any = self.model.module
-        factors = [layer.down, layer.weight] if isinstance(layer, LowRankLinear) else [layer.weight]
-        tensors = [*(each.detach().mT.contiguous() for each in factors), layer.bias.detach()]
-        names = ["x", *(f"h{number}" for number in range(len(factors)))]
-        nodes = [
-            helper.make_node("MatMul", [names[number], f"w{number}"], [names[number + 1]])
-            for number in range(len(factors))
-        ]
-        nodes.append(helper.make_node("Add", [names[-1], f"w{len(factors)}"], ["y"]))
+        graph, found = _Graph(), "x"
+        if isinstance(layer, StaticLinear):
+            for product in (layer,) if layer.down is None else (layer.down, layer):
+                found = graph.integers(found, product)
+        else:
+            for matrix in (layer.down, layer.weight) if isinstance(layer, LowRankLinear) else (layer.weight,):
+                found = graph.node("MatMul", found, graph.constant(matrix.mT))
+        graph.node("Add", found, graph.constant(layer.bias), gives="y")
         ends = [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "tokens", width])
-            for name, width in (("x", factors[0].shape[1]), ("y", len(tensors[-1])))
+            for name, width in (("x", self.inputs["x"].shape[-1]), ("y", len(layer.bias)))
         ]
-        stored = [numpy_helper.from_array(each.numpy(), f"w{number}") for number, each in enumerate(tensors)]
-        graph = helper.make_graph(nodes, "product", ends[:1], ends[1:], stored)
+        made = helper.make_graph(graph.nodes, "product", ends[:1], ends[1:], graph.constants)
         opsets = [helper.make_opsetid("", OPSET)]
-        save_model(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(file))
+        save_model(helper.make_model(made, opset_imports=opsets, ir_version=10), str(file))
         return file
+
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """Nodes and constants of an ONNX graph, by names that count them."""
+
+    nodes: list[Any] = field(default_factory=list)
+    constants: list[Any] = field(default_factory=list)
+
+    def constant(self, tensor: Tensor) -> str:
+        from onnx import numpy_helper
+
+        self.constants.append(numpy_helper.from_array(tensor.detach().contiguous().numpy(), f"w{len(self.constants)}"))
+        return str(self.constants[-1].name)
+
+    def node(self, kind: str, *inputs: str, gives: str | None = None, **attributes: Any) -> str:
+        from onnx import helper
+
+        output = gives or f"h{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return str(self.nodes[-1].output[0])
+
+    def integers(self, found: str, layer: StaticProduct) -> str:
+        """A product as ``StaticProduct`` exports it, without a bias."""
+        grid = [self.constant(each) for each in (layer.input_scale, layer.input_zero)]
+        read = self.node("DequantizeLinear", self.node("QuantizeLinear", found, *grid), *grid)
+        weights = [self.constant(each) for each in (layer.integers.T, layer.weight.squeeze(1))]
+        return self.node("MatMul", read, self.node("DequantizeLinear", *weights, axis=1))

@@ -10,5 +10,6 @@ enter(
         "onnxruntime",
         extra="onnx",
         opens={SUFFIX: OnnxFile.open},
+        integers=True,
     )
 )

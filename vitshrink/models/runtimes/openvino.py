@@ -11,5 +11,6 @@ enter(
         "openvino",
         extra="openvino",
         opens={openvino_model.SUFFIX: open_ir, onnx_model.SUFFIX: open_ir},
+        integers=True,
     )
 )

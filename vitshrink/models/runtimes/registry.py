@@ -57,6 +57,7 @@ class Runtime:
         extra: the extra of vitshrink that installs it, where one is needed.
         opens: what opens files, by their suffix.
         factors: whether products of two matrices are run as they are stored, pivots and all.
+        integers: whether 8-bit integers on fixed grids are multiplied as such, faster than other numbers.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Runtime:
     extra: str | None = None
     opens: Mapping[str, Callable[[Path], OnnxFile]] = field(default_factory=dict)
     factors: bool = False
+    integers: bool = False
 
     def require(self, purpose: str) -> None:
         """Raises DependencyError where a package is missing."""

@@ -11,6 +11,7 @@ from vitshrink.errors import CheckpointError
 from vitshrink.models.structures.attention import StructuredAttention, layout_of, run_attention
 from vitshrink.models.structures.joined import Joined, join
 from vitshrink.models.structures.registry import read_entry, structure
+from vitshrink.models.structures.static import StaticLinear
 
 STREAMS = ("tokens", "sizes")
 """What blocks hand on: tokens (batch, tokens, n), or the same with how many patches each stands for behind it."""
@@ -72,7 +73,8 @@ class Merging(Joined):
         return attention * (self.spec.tokens - special)
 
     def _attend(self, x: Tensor, sizes: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """What the tokens that ask attend to, (batch, asking, n), and queries and keys (batch, heads, tokens, d)."""
+        """What the tokens that ask attend to, (batch, asking, n), and queries and keys before they are rounded, (batch,
+        heads, tokens, d)."""
         attention, spec = self.attention, self.spec
         asking = spec.special if spec.kept == spec.special else spec.tokens
         layout = layout_of(attention, nn.Module)
@@ -80,15 +82,30 @@ class Merging(Joined):
         if isinstance(attention, StructuredAttention):
             query, key, value = attention.project(x)
             query = query[:, :, :asking]
+            rounded = [query, key]
         else:
+            layers = [getattr(attention, name) for name in (layout.query, layout.key, layout.value)]
             query, key, value = (
-                getattr(attention, name)(read).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-                for name, read in ((layout.query, x[:, :asking]), (layout.key, x), (layout.value, x))
+                _unrounded(layer, read).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+                for layer, read in zip(layers, (x[:, :asking], x, x), strict=True)
             )
-        mask = None if sizes is None else sizes.log().mT[:, None].expand(-1, 1, asking, -1)
-        output, _ = run_attention(attention, query, key, value, mask, **kwargs)
+            rounded = [_rounded(layer, y) for layer, y in zip(layers, (query, key), strict=False)]
+        mask = None if sizes is None else sizes.log().mT[:, None]
+        if mask is not None and not torch.compiler.is_exporting():  # as wide as runtimes need it, and no wider
+            mask = mask.expand(-1, 1, asking, -1)
+        output, _ = run_attention(attention, *rounded, value, mask, **kwargs)
         assert layout.output is not None
         return getattr(attention, layout.output)(output.flatten(2)), query, key
+
+
+def _unrounded(layer: nn.Module, x: Tensor) -> Tensor:
+    found: Tensor = layer.unrounded(x) if isinstance(layer, StaticLinear) else layer(x)
+    return found
+
+
+def _rounded(layer: nn.Module, y: Tensor) -> Tensor:
+    """What a layer gives, in any layout, on its grid where it has one."""
+    return layer.rounded_output(y) if isinstance(layer, StaticLinear) else y
 
 
 def merge(x: Tensor, sizes: Tensor, weights: Tensor, sources: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,10 +116,10 @@ def merge(x: Tensor, sizes: Tensor, weights: Tensor, sources: Tensor, others: Te
     """
     special, weights = x.shape[1] - weights.shape[1], weights[..., None]
     summed = torch.cat([x[:, special:] * weights, weights, sizes[:, special:]], -1)
-    summed = summed.scatter_add(1, _wide(others, summed), summed.gather(1, _wide(sources, summed)))
+    summed = summed.scatter_add(1, _wide(others, summed), rows(summed, sources))
     stays = torch.ones_like(summed[..., 0], dtype=torch.uint8).scatter(1, sources, 0)
     stays = stays.argsort(dim=1, stable=True, descending=True)[:, : summed.shape[1] - sources.shape[1]]
-    summed = summed.gather(1, _wide(stays, summed))
+    summed = rows(summed, stays)
     found = torch.cat([x[:, :special], summed[..., :-2] / summed[..., -2:-1]], 1)
     return found, torch.cat([sizes[:, :special], summed[..., -1:]], 1)
 
@@ -118,6 +135,12 @@ def pair(keys: Tensor, weights: Tensor, number: int) -> tuple[Tensor, Tensor]:
     costs = (1 - likeness) * weights[:, ::2]
     best = costs.argsort(dim=1, stable=True)[:, :number]
     return 2 * best, 2 * nearest.gather(1, best) + 1
+
+
+def rows(x: Tensor, places: Tensor) -> Tensor:
+    """x (batch, tokens, n) at places (batch, k): (batch, k, n). Runtimes copy rows faster than they gather elements."""
+    starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (places + starts).flatten()).view(*places.shape, x.shape[-1])
 
 
 def _wide(places: Tensor, like: Tensor) -> Tensor:

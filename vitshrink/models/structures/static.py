@@ -160,8 +160,12 @@ class StaticLinear(StaticProduct):
         return self.matrix() if self.down is None else self.matrix() @ self.down.matrix()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x if self.down is None else self.down(x))
+        y = self.unrounded(x)
         return y if self.defers else self.rounded_output(y)
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """Outputs before they are rounded."""
+        return super().forward(x if self.down is None else self.down(x))
 
     def rounded_output(self, y: Tensor) -> Tensor:
         """Outputs, in any layout, on their grid where they have one."""
