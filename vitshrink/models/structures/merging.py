@@ -82,18 +82,18 @@ class Merging(Joined):
         if isinstance(attention, StructuredAttention):
             query, key, value = attention.project(x)
             query = query[:, :, :asking]
-            rounded = [query, key]
+            asked, met = query, key
         else:
             layers = [getattr(attention, name) for name in (layout.query, layout.key, layout.value)]
             query, key, value = (
-                _unrounded(layer, read).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-                for layer, read in zip(layers, (x[:, :asking], x, x), strict=True)
+                y.view(*y.shape[:-1], attention.num_attention_heads, -1).transpose(1, 2)
+                for y in (_unrounded(layer, read) for layer, read in zip(layers, (x[:, :asking], x, x), strict=True))
             )
-            rounded = [_rounded(layer, y) for layer, y in zip(layers, (query, key), strict=False)]
+            asked, met = _rounded(layers[0], query), _rounded(layers[1], key)
         mask = None if sizes is None else sizes.log().mT[:, None]
         if mask is not None and not torch.compiler.is_exporting():  # as wide as runtimes need it, and no wider
             mask = mask.expand(-1, 1, asking, -1)
-        output, _ = run_attention(attention, *rounded, value, mask, **kwargs)
+        output, _ = run_attention(attention, asked, met, value, mask, **kwargs)
         assert layout.output is not None
         return getattr(attention, layout.output)(output.flatten(2)), query, key
 
