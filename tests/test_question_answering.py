@@ -14,7 +14,7 @@ from torch import Tensor
 from vitshrink import load
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.data.samples import Answers
-from vitshrink.evaluation.answer_rows import _scores, best_span, normalized
+from vitshrink.evaluation.answer_rows import _scores, best_span, normalized, whole_contexts
 from vitshrink.models.fidelity import OUTSIDE, SPANS, measured
 from vitshrink.models.readings import reading_of
 from vitshrink.recovery.training_set import _ends
@@ -133,12 +133,48 @@ def test_answers_are_compared_by_the_rules_of_squad(given: str, right: tuple[str
 
 def test_the_best_span_is_the_likeliest_that_is_possible() -> None:
     starts, ends = torch.tensor([9.0, 0, 5, 1, 0]), torch.tensor([9.0, 6, 0, 2, 1])
-    assert best_span(starts, ends, 0, none_allowed=True) == (0, 0)
-    assert best_span(starts, ends, 0, none_allowed=False) == (2, 3)  # 5 + 2, and 6 stands before 5
-    assert best_span(starts, ends, 0, none_allowed=False, most=1) == (1, 1)
-    assert best_span(starts - 20, ends, 0, none_allowed=True) == (0, 0)
-    low = torch.tensor([-9.0, 0, 5, 1, 0])
-    assert best_span(low, ends, 0, none_allowed=True) == (2, 3)
+    assert best_span(starts, ends, 0) == (2, 3, 7.0, 18.0)  # 5 + 2, and 6 stands before 5
+    assert best_span(starts, ends, 0, most=1) == (1, 1, 6.0, 18.0)
+    assert best_span(starts, ends, None)[:2] == (0, 0)
+
+
+def test_an_answer_is_that_of_the_likeliest_window_or_none_that_all_windows_prefer() -> None:
+    columns = {
+        "dense.given": torch.tensor([[0, 3], [9, 12], [4, 8]]),
+        "dense.score": torch.tensor([1.0, 3.0, 2.0]),
+        "dense.none": torch.tensor([9.0, 2.0, 5.0]),
+        "dense.exact": torch.tensor([False, True, False]),
+        "dense.answer_f1": torch.tensor([0.0, 1.0, 0.5]),
+        "dense.none_exact": torch.tensor([False, False, True]),
+        "dense.none_answer_f1": torch.tensor([0.0, 0.0, 1.0]),
+    }
+    keys, found = whole_contexts(["a", "a", "b"], columns, unanswerable=False)
+    assert (keys, found["dense.answer_f1"].tolist()) == (["a", "b"], [1.0, 0.5])
+    assert whole_contexts(["a", "a", "b"], columns, unanswerable=True)[1]["dense.answer_f1"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("place", [0, 60, 118])
+def test_a_long_context_is_read_in_windows(place: int, reader: Path, tmp_path: Path) -> None:
+    """Each window is read as if it were alone, and one of them has the answer."""
+    words = ["film"] * 120
+    words[place : place + 2] = ["so", "bad"]
+    context = " ".join(words)
+    row = {"question": "is it so?", "context": context, "answers": {"text": ["so bad"], "answer_start": [5 * place]}}
+    samples = open_samples(str(write_lines(tmp_path / "a.jsonl", [row])), "text", layout="question-answering")
+    preprocessor = Preprocessor.from_checkpoint(reader, "text", task="question-answering")
+    windows = preprocessor.windows(samples)
+    assert len(windows) > 2
+    assert {sample.key for sample in windows.samples} == {"row 1"}
+    assert any("so bad" in (sample.text_pair or "") for sample in windows.samples)
+    covered = set()
+    for batch in preprocessor.batches(windows, 4):
+        assert not batch.truncated
+        assert batch.places is not None
+        for places in batch.places.tolist():
+            covered |= {(start, end) for start, end in places if end > 0}
+            assert all(context[start:end].strip() == context[start:end] for start, end in places if end > 0)
+    assert "".join(context[start:end] for start, end in sorted(covered)) == context.replace(" ", "")
+    assert evaluated(reader, tmp_path / "a.jsonl")["samples"] == 1
 
 
 def spread(count: int, tokens: int, seed: int) -> Tensor:

@@ -176,6 +176,10 @@ class Preprocessor:
         _check_vocabulary("the model", processor, config)
         return cls._of_texts("the model", processor, config, max_length, settings, task)
 
+    def windows(self, samples: SampleSet) -> SampleSet:
+        """As they are read whole: long contexts of questions in windows, under one key."""
+        return self._encoder.windows(samples) if isinstance(self._encoder, QuestionEncoder) else samples
+
     def batches(
         self,
         samples: SampleSet,

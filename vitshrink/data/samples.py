@@ -48,6 +48,8 @@ class Sample:
     """That may follow ``text``, one of which is right."""
     query: str | None = None
     """What the pair of texts belongs to, where passages of a query are to be ranked."""
+    skipped: int = 0
+    """Characters of a context that stand before ``text_pair``, which is one window of it."""
 
 
 class NothingLeftError(DataError):

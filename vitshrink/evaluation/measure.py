@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitshrink.errors import DataError, UsageError, VitshrinkError
 from vitshrink.evaluation import duals
-from vitshrink.evaluation.answer_rows import answer_step
+from vitshrink.evaluation.answer_rows import answer_step, whole_contexts
 from vitshrink.evaluation.duals import vectors_step
 from vitshrink.evaluation.masking import Masking
 from vitshrink.evaluation.quality import Accuracy, Evaluation
@@ -111,7 +111,7 @@ def evaluate_each(
         step = classification_step(label_of, "single_label_classification")
     elif task == "question-answering":
         _require(label_of is not None or baseline is not None, "the data have no answers")
-        step = answer_step(label_of, unanswerable=unanswerable)
+        step = answer_step(label_of)
     elif task == "masked-lm":
         if masking is None:
             raise ValueError("the task 'masked-lm' needs masking=Masking.from_tokenizer(tokenizer)")
@@ -126,6 +126,9 @@ def evaluate_each(
         raise ValueError(f"unknown task {task!r}")
     with _inference([*models, *([] if baseline is None else [baseline])], device):
         keys, columns = _rows(step, [_by_role(model, baseline) for model in models], batches, on_batch)
+    if task == "question-answering":
+        whole = [whole_contexts(keys, each, unanswerable=unanswerable) for each in columns]
+        keys, columns = whole[0][0], [each for _, each in whole]
     return [
         summarize(task, keys, each | _queries(queries, keys), _class_names(model, task), seed)
         for model, each in zip(models, columns, strict=True)

@@ -120,7 +120,8 @@ def measure_each(
     def read(part: SampleSet) -> Iterable[Batch]:
         if not len(part):  # more processes than samples
             return []
-        return cut.counted(preprocessor.batches(part, batch_size, bad=bad, workers=workers))
+        windows = preprocessor.windows(part)
+        return cut.counted(preprocessor.batches(windows, batch_size, bad=bad, workers=workers))
 
     with job.stage("evaluate", "Evaluating", len(samples) * (1 + pairs)) as advance:
         ticks = _scaled(advance, processes.count())
