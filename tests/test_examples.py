@@ -41,6 +41,7 @@ def shell_lines(file: Path) -> Iterator[str]:
 
 def code_of(line: str) -> int:
     # what stands in the place of further flags is left out, and in the place of a path stands one
+    line = line.replace("${{ matrix.shard }}", "1")
     words = [word for word in shlex.split(line) if word not in ("$@", "$(SWEEPFLAGS)")]
     return exit_code([re.sub(r"\$(\([^)]*\)|\w+|[<@^])", "sweep.yaml", word) for word in words[1:]])
 
@@ -93,6 +94,22 @@ def test_github_runs_the_sweep_at_night_and_shows_it_whatever_came_of_it() -> No
     assert cache["path"] == read_yaml("sweep.yaml")["defaults"]["cache"]
     assert [step["if"] for step in steps[at + 1 :]] == ["always()", "always()"]
     assert any(step.get("with", {}).get("path") == read_yaml("sweep.yaml")["output"] for step in steps[at + 1 :])
+
+
+def test_github_gathers_what_its_machines_wrote() -> None:
+    jobs = read_yaml("github-shards.yml")["jobs"]
+    shards = jobs["sweep"]["strategy"]["matrix"]["shard"]
+    assert shards == list(range(1, len(shards) + 1))
+    runs = [step.get("run", "") for step in jobs["sweep"]["steps"]]
+    assert f"vitshrink sweep sweep.yaml --shard ${{{{ matrix.shard }}}}/{len(shards)}" in runs
+    assert jobs["collect"]["needs"] == "sweep"
+    assert jobs["collect"]["if"] == "always()"
+    output = read_yaml("sweep.yaml")["output"]
+    paths = [
+        step["with"]["path"] for job in jobs.values() for step in job["steps"] if "artifact" in step.get("uses", "")
+    ]
+    assert paths == [output] * 3
+    assert any(step.get("run", "").endswith("--collect") for step in jobs["collect"]["steps"])
 
 
 def test_gitlab_reads_the_jobs_of_the_sweep_as_tests() -> None:

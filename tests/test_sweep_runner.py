@@ -18,8 +18,19 @@ import pytest
 import yaml
 
 from vitshrink.errors import OutputError
-from vitshrink.jobs.sweep import JobPlan, Outcome, Status, exit_code, read_sweep, run_sweep, runner, write_results
-from vitshrink.runtime import checksums
+from vitshrink.jobs.sweep import (
+    JobPlan,
+    Outcome,
+    Status,
+    SweepPlan,
+    exit_code,
+    read_sweep,
+    run_sweep,
+    runner,
+    write_results,
+)
+from vitshrink.jobs.sweep.output import locked
+from vitshrink.runtime import checksums, child
 
 SCRIPT = """
 job=$1; ready=$2; directory=$(dirname "$job"); name=$(basename "$directory")
@@ -61,7 +72,7 @@ def ready(tmp_path: Path) -> Path:
 def script(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "job.sh"
     file.write_text(SCRIPT)
-    monkeypatch.setattr(runner, "command", lambda recipe: ["sh", str(file), str(recipe), str(ready)])
+    monkeypatch.setattr(child, "command", lambda recipe: ["sh", str(file), str(recipe), str(ready)])
     return file
 
 
@@ -221,8 +232,8 @@ def test_an_interrupted_sweep_ends_its_processes_and_can_be_resumed(sweep: Sweep
 
 def test_another_sweep_on_the_same_output_stops(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    locked = runner._locked(tmp_path / "out", resume=False)
-    with locked, pytest.raises(OutputError, match="another sweep is writing"):
+    plan = SweepPlan(tmp_path / "out", [])
+    with locked(plan, resume=False), pytest.raises(OutputError, match="another sweep is writing"):
         sweep("a")
     assert sweep("a")["a"].status is Status.PASSED
 
@@ -253,8 +264,9 @@ def killed_sweep(tmp_path: Path, script: Path, ready: Path) -> Callable[[str], N
         program = f"""
 import sys, yaml
 from pathlib import Path
-from vitshrink.jobs.sweep import read_sweep, run_sweep, runner
-runner.command = lambda recipe: ["sh", {str(script)!r}, str(recipe), {str(ready)!r}]
+from vitshrink.jobs.sweep import read_sweep, run_sweep
+from vitshrink.runtime import child
+child.command = lambda recipe: ["sh", {str(script)!r}, str(recipe), {str(ready)!r}]
 class Quiet:
     def changed(self, *_): pass
     def tick(self): pass

@@ -6,6 +6,9 @@ from typing import ClassVar
 
 from vitshrink.config.evaluation import GateOptions
 from vitshrink.config.fields import RUN, Options, option, required
+from vitshrink.errors import UsageError
+
+MACHINES = "Many machines"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +89,34 @@ class SweepOptions(Options):
 
     file: Path = required("YAML with a matrix of jobs; see docs/batch.md.", positional=True)
     output: Path | None = option(None, "Where the results go; instead of the file's.")
-    jobs: int = option(1, "Processes at once.", flags=("--jobs", "-j"), low=1)
+    jobs: int | None = option(
+        None,
+        "Processes at once; if not given 1 on this machine, and as many as there is room for on a cluster.",
+        flags=("--jobs", "-j"),
+        low=1,
+    )
     resume: bool = option(False, "Go on with a sweep; what is finished and unchanged is not run again.")
     fail_fast: bool = option(
         False, "Stop all jobs at the first that fails or misses a bound.", flags=("--fail-fast/--keep-going",)
     )
     time_limit: str | None = option(None, "Of every job, e.g. 90s, 30m, 1.5h.")
+    shard: str | None = option(
+        None, "Run one of several parts, e.g. 3/8 on the third of eight machines; then --collect.", panel=MACHINES
+    )
+    collect: bool = option(
+        False, "Run nothing: gather what the shards wrote into the results of the whole sweep.", panel=MACHINES
+    )
+    engine: str = option("local", "What runs the jobs: local, or ray (a cluster).", panel=MACHINES)
+    address: str | None = option(
+        None, "Of a running Ray cluster, HOST:6379 or auto; if not given one is started here.", panel=MACHINES
+    )
     dry_run: bool = option(False, "List the jobs; run nothing.")
+
+    def check(self) -> None:
+        """Raises UsageError for flags that mean nothing together."""
+        others = ("shard", "jobs", "resume", "fail_fast", "engine", "address", "time_limit", "dry_run")
+        if self.collect and (given := self.given(others)):
+            raise UsageError(f"{given[0]}: --collect runs no job; leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from vitshrink.config.fields import plain_values
 def sweep_command(options: SweepOptions, bounds: SweepGateOptions, display: DisplayOptions) -> None:
     """Run the jobs of FILE and compare what came of them.
 
-    Exits with 0 when all passed, 3 when a bound is missed, 1 when a job failed.
+    Exits with 0 when all passed, 3 when a bound is missed, 1 when a job failed or is missing.
 
     Example: vitshrink sweep nightly.yaml --jobs 2 --resume
     """

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from rich.console import Group
@@ -17,10 +17,13 @@ from vitshrink.config.names import shown, shown_text
 from vitshrink.jobs.sweep import (
     JobPlan,
     Outcome,
+    Shard,
     Status,
     SweepPlan,
+    collect,
     exit_code,
     fingerprints,
+    missing,
     read_sweep,
     run_sweep,
     write_results,
@@ -39,24 +42,44 @@ def run(options: SweepOptions, bounds: Mapping[str, Any], display: DisplayOption
     """The sweep of a file, with these bounds, or with ``dry_run`` a list of its jobs. Exits as it ends."""
     warn = console.TerminalObserver(quiet=display.silent).warn
     plan = read_sweep(options.file, output=options.output, gates=bounds, time_limit=options.time_limit, warn=warn)
+    plan = plan.part(None if options.shard is None else Shard.read(options.shard))
     if options.dry_run:
         _show_plan(plan, as_json=display.as_json)
+        return
+    if options.collect:
+        outcomes = collect(plan)
+        _end(plan, outcomes, write_results(plan, outcomes), display)
         return
     with SweepDisplay(plan, quiet=display.silent) as shown_jobs:
         try:
             outcomes = run_sweep(
-                plan, shown_jobs, jobs=options.jobs, resume=options.resume, fail_fast=options.fail_fast
+                plan,
+                shown_jobs,
+                jobs=options.jobs,
+                resume=options.resume,
+                fail_fast=options.fail_fast,
+                engine=options.engine,
+                address=options.address,
             )
         finally:
             # an interrupted sweep has results, too
             rows = write_results(plan, shown_jobs.now()) if shown_jobs.started else []
-    code = exit_code(outcomes)
+    _end(plan, outcomes, rows, display)
+
+
+def _end(plan: SweepPlan, outcomes: Sequence[Outcome], rows: list[dict[str, Any]], display: DisplayOptions) -> None:
+    """Show the results, and exit with an error where they are not as they should be."""
     if display.as_json:
-        console.show_json(json.loads((plan.output / "results.json").read_text(encoding="utf-8")))
+        console.show_json(json.loads((plan.results / "results.json").read_text(encoding="utf-8")))
     elif not display.quiet:
         console.show(_results_table(rows))
-        line = f"{plan.output}  (summary.md, comparison.html, results.csv, results.json, junit.xml)"
+        line = f"{plan.results}  (summary.md, comparison.html, results.csv, results.json, junit.xml)"
         console.say(line)
+    code = exit_code(outcomes)
+    if absent := missing(plan, outcomes):
+        told = f"{', '.join(absent[:20])}{f' and {len(absent) - 20} more' if len(absent) > 20 else ''}"
+        remedy = "run their shards with --resume, then --collect again."
+        console.fail(f"{len(absent)} of {len(plan.jobs)} jobs are missing in {plan.output}: {told}: {remedy}", code)
     if code:
         bad = [f"{job.name}: {o.message}" for job, o in zip(plan.jobs, outcomes, strict=True) if o.status.bad]
         console.fail("; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else ""), code)

@@ -8,6 +8,7 @@ EXTRAS = {
     "tensor": ("tensorly",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
+    "ray": ("ray",),
 }
 """The packages behind the optional extras of the same names in pyproject.toml."""
 

@@ -19,10 +19,10 @@ def require_locks() -> None:
         )
 
 
-def try_lock(descriptor: int) -> bool | None:
-    """Whether the lock was free and is now ours; None where the file system has no locks."""
+def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
+    """Whether the lock was free and is now ours, or ours and others' (``shared``); None where there are no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno == errno.EWOULDBLOCK else None
     return True
@@ -31,3 +31,8 @@ def try_lock(descriptor: int) -> bool | None:
 def wait_for_lock(descriptor: int) -> None:
     """Return when the lock is ours. Raises OSError where the file system has no locks."""
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def unlock(descriptor: int) -> None:
+    """Let others have the lock."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -39,6 +39,11 @@ def fingerprints(configs: Sequence[CompressConfig]) -> list[str]:
     return found
 
 
+def recipe_key(config: CompressConfig) -> str:
+    """SHA-256 of the version of vitshrink and of what the config itself says of the result."""
+    return _sha256({"vitshrink": __version__, "recipe": _recipe(config)})
+
+
 def is_same(earlier: str, now: str) -> bool:
     """Whether two fingerprints are of the same job; commits count where both of them are known."""
     (local, _, commits), (other, _, others) = earlier.partition(APART), now.partition(APART)
@@ -55,7 +60,6 @@ class _Known:
 
 
 def _fingerprint(config: CompressConfig, known: _Known) -> str:
-    recipe = plain_values(config, lambda option: option.changes != "nothing")
     read: dict[str, Any] = {}
     commits: dict[str, str | None] = {}
     for entry in entries_of(type(config)):
@@ -70,8 +74,12 @@ def _fingerprint(config: CompressConfig, known: _Known) -> str:
             commits[part] = known.revision(there[0], "dataset", offline=config.offline)
         else:
             read[part] = known.samples(data, most, config.seed, offline=config.offline)
-    local = _sha256({"vitshrink": __version__, "recipe": recipe, "read": read})
+    local = _sha256({"vitshrink": __version__, "recipe": _recipe(config), "read": read})
     return local + (APART + _sha256(commits)[:16] if commits and None not in commits.values() else "")
+
+
+def _recipe(config: CompressConfig) -> dict[str, Any]:
+    return plain_values(config, lambda option: option.changes != "nothing")
 
 
 def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) -> Mapping[str, str]:

@@ -51,6 +51,8 @@ class Outcome:
     """Why it failed, or how far each bound is kept or missed."""
     reused: bool = False
     """Whether a finished job was found, so that nothing was run."""
+    recipe: str = ""
+    """Of the fingerprint what is known without reading model and data."""
 
     def write(self, directory: Path) -> None:
         """Keep it in the directory of the job, whole or not at all. Raises OSError."""
@@ -63,7 +65,7 @@ class Outcome:
         """The outcome kept there; None where there is none that can be read."""
         try:
             entries: Mapping[str, Any] = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
-            return replace(cls(**entries), status=Status(entries["status"]), reused=False)
+            return replace(cls(**entries), status=Status(entries["status"]))
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -26,10 +26,12 @@ from vitshrink.config.written import plain
 from vitshrink.data import recipe_defaults
 from vitshrink.errors import DataError, UsageError
 from vitshrink.evaluation.gates import Gates
+from vitshrink.jobs.sweep.resources import Resources
+from vitshrink.jobs.sweep.shards import Shard
 
 MOST_JOBS = 1000
 
-KEYS = ("output", "matrix", "include", "exclude", "defaults", "gates", "time_limit")
+KEYS = ("output", "matrix", "include", "exclude", "defaults", "gates", "resources", "time_limit")
 
 CACHE = "cache"
 """Below the output: what all jobs share."""
@@ -45,6 +47,7 @@ class JobPlan:
     labels: Mapping[str, str]
     config: CompressConfig
     gates: Gates
+    resources: Resources = field(default_factory=Resources)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,18 @@ class SweepPlan:
     jobs: Sequence[JobPlan]
     time_limit: float | None = None
     """Seconds that each job may take."""
+    shard: Shard | None = None
+    """Which part of the jobs these are; None for all."""
+
+    @property
+    def results(self) -> Path:
+        """Where the results of all these jobs are written."""
+        shard = self.shard
+        return self.output if shard is None else self.output / f"shard-{shard.number}-of-{shard.count}"
+
+    def part(self, shard: Shard | None) -> "SweepPlan":
+        """The jobs of one shard; None is all of them."""
+        return self if shard is None else replace(self, jobs=shard.of(self.jobs), shard=shard)
 
 
 @dataclass
@@ -80,7 +95,8 @@ def read_sweep(
     ``matrix`` holds the axes. A value is that of the entry of a recipe with the axis's name, or several entries at
     once: ``{name: pets, calibration: pets/train, eval: pets/val}``. ``exclude`` lists combinations to leave out,
     ``include`` entries to add to the combinations that they fit, or else jobs of their own: as in the matrices of
-    continuous integration. ``defaults`` are entries of every job, ``gates`` bounds on every result.
+    continuous integration. ``defaults`` are entries of every job, ``gates`` bounds on every result, ``resources`` what
+    every job needs of a machine.
 
     Raises:
         UsageError: anything that makes no sense, before any job is run.
@@ -93,10 +109,13 @@ def read_sweep(
     if not isinstance(target, str | Path) or not str(target).strip():
         raise UsageError(f"{path}: say where the results go, as 'output: results' or with --output.")
     defaults = _mapping(entries.get("defaults"), f"{path}: defaults")
-    bounds = {**_mapping(entries.get("gates"), f"{path}: gates"), **(gates or {})}
+    common = {
+        "gates": {**_mapping(entries.get("gates"), f"{path}: gates"), **(gates or {})},
+        "resources": _mapping(entries.get("resources"), f"{path}: resources"),
+    }
     combinations = _combinations(entries, path)
     once = cache(warn)
-    jobs = [_job(combination, defaults, bounds, Path(target), path, once) for combination in combinations]
+    jobs = [_job(combination, defaults, common, Path(target), path, once) for combination in combinations]
     names = [job.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -227,7 +246,7 @@ def _require_known(wanted: Mapping[str, Any], combinations: Sequence[Combination
 def _job(
     combination: Combination,
     defaults: Mapping[str, Any],
-    bounds: Mapping[str, Any],
+    common: Mapping[str, Mapping[str, Any]],
     output: Path,
     path: Path,
     warn: Callable[[str], None],
@@ -237,7 +256,7 @@ def _job(
     if len(name.encode()) > 200:
         raise UsageError(f"{where}: the name is too long for a directory: write values as entries with a 'name'.")
     entries = renamed(_plain(defaults) | combination.entries, str(path), warn)
-    own = _mapping(entries.pop("gates", None), f"{where}: gates")
+    own = {name: {**common[name], **_mapping(entries.pop(name, None), f"{where}: {name}")} for name in common}
     for key in OWN:
         if key in entries:
             raise UsageError(f"{where}: {key!r} is set by the sweep: leave it out.")
@@ -249,9 +268,11 @@ def _job(
     if len(config.keep) > 1:
         raise UsageError(f"{where}: give several sizes as an axis, as in 'matrix: {{keep: [0.7, 0.5]}}'.")
     _require_sense(config, where)
-    gates = Gates.from_mapping({**bounds, **own}, f"{where}: gates")
+    gates = Gates.from_mapping(own["gates"], f"{where}: gates")
     _require_figures(gates, config, where)
-    return JobPlan(name, combination.labels, config, gates)
+    return JobPlan(
+        name, combination.labels, config, gates, Resources.from_mapping(own["resources"], f"{where}: resources")
+    )
 
 
 def _defaults_of_data(entries: Mapping[str, Any]) -> dict[str, int]:

@@ -12,8 +12,8 @@ from vitshrink.errors import DataError, OutputError
 from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.sweep.junit import junit_xml
 from vitshrink.jobs.sweep.outcome import Outcome, Status, exit_code
+from vitshrink.jobs.sweep.output import LOG, MODEL
 from vitshrink.jobs.sweep.plan import JobPlan, SweepPlan
-from vitshrink.jobs.sweep.runner import LOG, MODEL
 from vitshrink.report import Report, markdown_table, plain_markdown, render_comparison_html, write_text
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ def result_rows(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
 
 
 def write_results(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
-    """Write ``FILES`` into the output of the sweep, each whole or not at all, and all that can be.
+    """Write ``FILES`` where the results of these jobs belong, each whole or not at all, and all that can be.
 
     Raises OutputError for those that cannot.
     """
@@ -50,15 +50,16 @@ def write_results(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
     problems: list[tuple[str, Exception]] = []
     for name, text in texts.items():
         try:
+            plan.results.mkdir(exist_ok=True)
             if (written := text()) is None:
-                (plan.output / name).unlink(missing_ok=True)
+                (plan.results / name).unlink(missing_ok=True)
             else:
-                write_text(plan.output / name, written)
+                write_text(plan.results / name, written)
         except Exception as error:
             problems.append((name, error))
     if problems:
         told = "; ".join(f"{name} ({type(error).__name__}: {error})" for name, error in problems)
-        raise OutputError(f"cannot write in {plan.output}: {told}.") from problems[0][1]
+        raise OutputError(f"cannot write in {plan.results}: {told}.") from problems[0][1]
     return rows
 
 
@@ -141,7 +142,7 @@ def _report(plan: SweepPlan, job: JobPlan) -> Report | None:
 
 def _csv(rows: Sequence[Row]) -> str:
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]))
+    writer = csv.DictWriter(stream, list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(map(shown_data, rows))
     return stream.getvalue()

@@ -1,16 +1,10 @@
-"""Running the jobs of a sweep, each in a process of its own, and finding those that are finished already.
-
-A job has a directory: ``recipe.yaml``, ``log.txt``, ``job.json`` (what became of it), ``lock`` (held as long as its
-process lives, whatever became of the sweep that started it) and ``model``, which appears whole or not at all.
-"""
+"""Running the jobs of a sweep, each in a process of its own, and finding those that are finished already."""
 
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,27 +12,18 @@ from typing import Protocol
 
 from vitshrink.compression.choices import Choices
 from vitshrink.config.options import CompressConfig
-from vitshrink.errors import DataError, GateError, OutputError, UsageError, VitshrinkError, explanation
-from vitshrink.evaluation.gates import Gates
-from vitshrink.jobs.sweep.fingerprint import fingerprints, is_same
-from vitshrink.jobs.sweep.outcome import FILE_NAME, Outcome, Status
-from vitshrink.jobs.sweep.plan import CACHE, JobPlan, SweepPlan
-from vitshrink.report import Report
-from vitshrink.runtime.checksums import broken_files
-from vitshrink.runtime.locks import require_locks, try_lock
+from vitshrink.errors import GateError, OutputError, VitshrinkError, explanation
+from vitshrink.jobs.sweep.engines import Engine, Task, Wanted, Work, open_engine
+from vitshrink.jobs.sweep.fingerprint import fingerprints, is_same, recipe_key
+from vitshrink.jobs.sweep.finished import finished, judged
+from vitshrink.jobs.sweep.outcome import Outcome, Status
+from vitshrink.jobs.sweep.output import LOCK, LOG, MODEL, RECIPE, locked
+from vitshrink.jobs.sweep.plan import JobPlan, SweepPlan
+from vitshrink.runtime.child import GRACE
+from vitshrink.runtime.locks import try_lock
 
 POLL = 0.1
 """Seconds between two looks at the running processes."""
-
-GRACE = 10.0
-"""Seconds that a process gets to clean up before it is killed."""
-
-LOG, RECIPE, LOCK, MODEL = "log.txt", "recipe.yaml", "lock", "model"
-
-
-def command(recipe: Path) -> list[str]:
-    """The process that runs a job: the command line of this installation."""
-    return [sys.executable, "-m", "vitshrink", "compress", "--config", str(recipe)]
 
 
 class SweepObserver(Protocol):
@@ -52,58 +37,50 @@ class SweepObserver(Protocol):
 
 
 def run_sweep(
-    plan: SweepPlan, observer: SweepObserver, *, jobs: int = 1, resume: bool = False, fail_fast: bool = False
+    plan: SweepPlan,
+    observer: SweepObserver,
+    *,
+    jobs: int | None = None,
+    resume: bool = False,
+    fail_fast: bool = False,
+    engine: str = "local",
+    address: str | None = None,
 ) -> list[Outcome]:
     """Run what is not finished, ``jobs`` processes at once, and hold every result against its bounds.
 
     Args:
+        jobs: None: as many as the engine holds right, one on this machine.
         resume: go on with a sweep in this output; a job is finished when one with the same fingerprint is there.
         fail_fast: the first job that breaks or misses a bound ends those that run, and none is started any more.
+        engine: what runs the jobs: one of ``engines.ENGINES``.
+        address: of the cluster that the engine is to use.
 
     Returns:
         An outcome for every job of the plan, in its order.
 
     Raises:
         OutputError: the output holds something else, or another sweep is writing it.
+        UsageError: there is no such engine, or a job needs what it does not have.
+        DependencyError: the engine needs a package that is missing.
     """
-    with _locked(plan.output, resume=resume):
-        running = _Sweep(plan, observer, jobs, fail_fast)
+    with locked(plan, resume=resume):
+        runs_on = open_engine(engine, Wanted(jobs, address, [job.resources for job in plan.jobs]))
+        running = _Sweep(plan, observer, runs_on, fail_fast)
         try:
             running.run(resume=resume)
         finally:
             running.stop()
+            runs_on.close()
         return [running.outcomes[job.name] for job in plan.jobs]
-
-
-@contextmanager
-def _locked(output: Path, *, resume: bool) -> Iterator[None]:
-    """The output for this sweep alone, as long as it lives."""
-    require_locks()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        there = [path.name for path in output.iterdir() if path.name not in (f".{LOCK}", CACHE)]
-        if there and not resume:
-            raise OutputError(f"{output} is not empty: pass --resume to go on with the sweep in it, or choose another.")
-        if there and not any(output.glob(f"*/{FILE_NAME}")):
-            raise OutputError(f"{output} holds no sweep to resume: choose another output.")
-        descriptor = os.open(output / f".{LOCK}", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {explanation(error)}.") from error
-    try:
-        if try_lock(descriptor) is False:
-            raise OutputError(f"another sweep is writing {output}: wait for it, or choose another output.")
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass
 class _Running:
-    """A job under way; without a process where one that an earlier sweep started is waited for."""
+    """A job under way; without a task where one that an earlier sweep started is waited for."""
 
     job: JobPlan
     started: float
-    process: "subprocess.Popen[bytes] | None" = None
+    task: Task | None = None
     lock: int | None = None
 
 
@@ -111,7 +88,7 @@ class _Running:
 class _Sweep:
     plan: SweepPlan
     observer: SweepObserver
-    most: int
+    engine: Engine
     fail_fast: bool
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     running: list[_Running] = field(default_factory=list)
@@ -123,7 +100,7 @@ class _Sweep:
     def run(self, *, resume: bool) -> None:
         waiting = list(self.plan.jobs)
         for job, key in zip(waiting, fingerprints([job.config for job in waiting]), strict=True):
-            self.outcomes[job.name] = Outcome(Status.WAITING, key)
+            self.outcomes[job.name] = Outcome(Status.WAITING, key, recipe=recipe_key(job.config))
             self.statistics[job.name] = _statistics_of(job.config)
         if resume:
             waiting = [job for job in waiting if not self._finished(job)]
@@ -135,7 +112,7 @@ class _Sweep:
             if self.fail_fast and any(o.status.broken or o.status is Status.GATE for o in self.outcomes.values()):
                 self._cancel(waiting)
                 return
-            while len(self.running) < self.most and (ready := self._next(waiting)) is not None:
+            while len(self.running) < self.engine.most and (ready := self._next(waiting)) is not None:
                 waiting.remove(ready)
                 with self._for(ready):
                     self._start(ready)
@@ -146,14 +123,13 @@ class _Sweep:
     def stop(self) -> None:
         """End every process: gently, and then not."""
         for under_way in self.running:
-            _signal(under_way, signal.SIGTERM)
+            if under_way.task is not None:
+                under_way.task.terminate()
         deadline = time.monotonic() + GRACE
         for under_way in self.running:
-            if under_way.process is not None:
-                with suppress(subprocess.TimeoutExpired):
-                    under_way.process.wait(max(0.0, deadline - time.monotonic()))
-                _signal(under_way, signal.SIGKILL)
-                under_way.process.wait()
+            if under_way.task is not None:
+                under_way.task.wait(deadline - time.monotonic())
+                under_way.task.kill()
             _release(under_way)
         self.running.clear()
 
@@ -164,9 +140,8 @@ class _Sweep:
             yield
         except Exception as error:
             for under_way in [each for each in self.running if each.job is job]:
-                _signal(under_way, signal.SIGKILL)
-                if under_way.process is not None:
-                    under_way.process.wait()
+                if under_way.task is not None:
+                    under_way.task.kill()
                 self._ended(under_way)
             known = isinstance(error, VitshrinkError)
             self._became(job, Status.FAILED, message=str(error) if known else f"{type(error).__name__}: {error}")
@@ -197,37 +172,33 @@ class _Sweep:
             (directory / RECIPE).write_text(job.config.to_yaml(), encoding="utf-8")
             self._became(job, Status.RUNNING)
             self.outcomes[job.name].write(directory)
-            with (directory / LOG).open("wb") as log:
-                under_way.process = subprocess.Popen(
-                    command(directory / RECIPE),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(self.most),
-                    pass_fds=(lock,),
-                    start_new_session=True,  # so that a time limit reaches all that the job has started
-                )
-            os.pwrite(lock, f"{under_way.process.pid}\n".encode(), 0)
+            under_way.task = self.engine.start(self._work(job, directory, lock))
         except OSError as error:
             raise OutputError(f"cannot write {directory}: {explanation(error)}.") from error
         if statistics := self.statistics[job.name]:
             self.shared.setdefault(statistics, False)
 
+    def _work(self, job: JobPlan, directory: Path, lock: int) -> Work:
+        def say(message: str) -> None:
+            self._became(job, Status.RUNNING, message=message)
+
+        return Work(job.name, directory, lock, job.resources, say)
+
     def _look_at(self, under_way: _Running) -> JobPlan | None:
         """See whether a job has ended. Gives the job when it has to be started anew."""
-        job, process = under_way.job, under_way.process
+        job, task = under_way.job, under_way.task
+        if task is not None and not task.began:
+            under_way.started = time.monotonic()
         late = self.plan.time_limit is not None and time.monotonic() - under_way.started > self.plan.time_limit
-        if process is None:
+        if task is None:
             return self._look_at_earlier(under_way, late=late)
-        code = process.poll()
+        code = task.poll()
         if code is None and not late:
             return None
         if code is None:
-            _signal(under_way, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            _signal(under_way, signal.SIGKILL)
-            process.wait()
+            task.terminate()
+            task.wait(GRACE)
+            task.kill()
         self._ended(under_way)
         if code is None:
             self._became(job, Status.TIMEOUT, message=f"took longer than {self.plan.time_limit:g} s")
@@ -262,18 +233,11 @@ class _Sweep:
 
     def _finished(self, job: JobPlan) -> bool:
         """Take over a job that ended well, now or in an earlier sweep, if its result is there and undamaged."""
-        directory = self.plan.output / job.name
-        earlier = Outcome.read(directory)
-        if earlier is None or not is_same(earlier.fingerprint, self.outcomes[job.name].fingerprint):
+        directory, now = self.plan.output / job.name, self.outcomes[job.name]
+        earlier = finished(directory, lambda outcome: is_same(outcome.fingerprint, now.fingerprint))
+        if earlier is None:
             return False
-        if earlier.status not in (Status.RUNNING, Status.PASSED, Status.GATE) or not (directory / MODEL).is_dir():
-            return False
-        try:
-            if broken_files(directory / MODEL) or _is_locked(directory / LOCK):
-                return False
-        except OSError:  # it cannot be looked at, so it is made again
-            return False
-        self.outcomes[job.name] = replace(earlier, reused=True)
+        self.outcomes[job.name] = replace(earlier, reused=True, recipe=now.recipe)
         with self._for(job):
             self._judge(job)
             self.outcomes[job.name].write(directory)
@@ -281,23 +245,12 @@ class _Sweep:
 
     def _judge(self, job: JobPlan) -> None:
         """Hold a result against the bounds of its job."""
-        try:
-            status, message = judge(job.gates, Report.read(self.plan.output / job.name / MODEL))
-        except (DataError, UsageError) as error:
-            status, message = Status.FAILED, str(error)
-        self._became(job, status, message=message)
+        self.outcomes[job.name] = judged(self.outcomes[job.name], job.gates, self.plan.output / job.name)
+        self.observer.changed(job, self.outcomes[job.name])
 
     def _became(self, job: JobPlan, status: Status, *, message: str = "") -> None:
         self.outcomes[job.name] = replace(self.outcomes[job.name], status=status, message=message)
         self.observer.changed(job, self.outcomes[job.name])
-
-
-def judge(gates: Gates, report: Report) -> tuple[Status, str]:
-    """Whether a result keeps its bounds, and by how much. Raises UsageError where that cannot be told."""
-    nbytes = report.bytes and report.bytes.compressed
-    verdicts = gates.judge(report.evaluation, nbytes=nbytes, latency_ratio=report.latency_ratio)
-    status = Status.PASSED if all(verdict.passed for verdict in verdicts) else Status.GATE
-    return status, "; ".join(map(str, sorted(verdicts, key=lambda verdict: verdict.passed)))
 
 
 def _statistics_of(config: CompressConfig) -> str:
@@ -311,32 +264,6 @@ def _statistics_of(config: CompressConfig) -> str:
     shared = [config.cache, config.model, config.calibration, config.calibration_split, config.samples, config.seed]
     layers = [config.layers, config.include, config.exclude]
     return repr([*shared, config.batch_size, config.max_length, config.probes, *layers, choices.method.needs])
-
-
-def _environment(processes: int) -> Mapping[str, str]:
-    """That of this process; several at once share the cores, unless the user has shared them out."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "COLUMNS")}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if processes > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    return environment
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return try_lock(descriptor) is False
-    finally:
-        os.close(descriptor)
-
-
-def _signal(under_way: _Running, number: int) -> None:
-    if under_way.process is not None and under_way.process.poll() is None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(under_way.process.pid, number)
 
 
 def _release(under_way: _Running) -> None:

@@ -1,0 +1,44 @@
+"""What the shards of a sweep have written, gathered: the outcomes that one sweep of all jobs would have given."""
+
+from dataclasses import replace
+
+from vitshrink.errors import OutputError
+from vitshrink.jobs.sweep.fingerprint import recipe_key
+from vitshrink.jobs.sweep.finished import finished, judged
+from vitshrink.jobs.sweep.outcome import Outcome, Status
+from vitshrink.jobs.sweep.output import MODEL, locked
+from vitshrink.jobs.sweep.plan import JobPlan, SweepPlan
+
+MISSING = "no shard has run it to its end"
+
+
+def collect(plan: SweepPlan) -> list[Outcome]:
+    """An outcome for every job of the plan, in its order; one that is missing is still waiting.
+
+    A job counts where this version of vitshrink has run it by the recipe that the file asks for now. What the model and
+    the data hold was a matter of its shard: neither has to be here.
+
+    Raises:
+        OutputError: there is no such output, or a sweep is writing it.
+    """
+    if not plan.output.is_dir():
+        raise OutputError(f"{plan.output} is not there: run its shards first, as with --shard 1/8.")
+    with locked(plan, resume=True):
+        return [_collected(plan, job) for job in plan.jobs]
+
+
+def _collected(plan: SweepPlan, job: JobPlan) -> Outcome:
+    directory, key = plan.output / job.name, recipe_key(job.config)
+    there = Outcome.read(directory)
+    if there is None or there.recipe != key:
+        return Outcome(Status.WAITING, "", message=MISSING if there is None else "it was run by another recipe")
+    if found := finished(directory, lambda outcome: outcome.recipe == key):
+        return judged(found, job.gates, directory)
+    if there.status is Status.PASSED or (there.status is Status.GATE and (directory / MODEL).exists()):
+        return replace(there, status=Status.WAITING, message="its model is damaged or is not there")
+    return there if there.status.ended else replace(there, status=Status.WAITING, message=MISSING)
+
+
+def missing(plan: SweepPlan, outcomes: list[Outcome]) -> list[str]:
+    """The names of the jobs that no shard has run to its end."""
+    return [job.name for job, outcome in zip(plan.jobs, outcomes, strict=True) if not outcome.status.ended]
