@@ -369,3 +369,39 @@ def test_a_job_that_cannot_be_looked_at_has_a_fingerprint_of_its_own(model: str,
     strange = replace(job.config, model=model)
     first, second = fingerprints([job.config, strange]), fingerprints([job.config, strange])
     assert not set(first) & set(second), "nor has one whose data are not there"
+
+
+def test_a_job_says_what_it_needs_of_a_machine(tmp_path: Path) -> None:
+    matrix = {"model": ["a/vit", {"name": "big", "model": "b/vit", "resources": {"gpus": 0.5}}], "keep": [0.7, 0.5]}
+    found = plan(tmp_path, matrix=matrix, resources={"cpus": 4, "memory": "2GiB"})
+    assert [str(job.resources) for job in found.jobs][1:3] == [
+        "4 CPU, 2.14748 GB of memory",
+        "4 CPU, 0.5 GPU, 2.14748 GB of memory",
+    ]
+    assert plan(tmp_path, matrix=matrix).jobs[0].resources.cpus == 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"cpu": 1}, "unknown entry 'cpu'. Did you mean 'cpus'?"),
+        ({"cpus": 0}, "cpus: 0 does not fit; give a number, above 0"),
+        ({"gpus": "many"}, "gpus: 'many' does not fit; give a number, 0 or more"),
+        ({"gpus": 1.5}, "gpus: 1.5 does not fit; above 1 give a whole number"),
+        ({"memory": "lots"}, "memory: cannot read 'lots'"),
+        (["cpus"], "resources must hold entries"),
+    ],
+)
+def test_resources_that_make_no_sense_are_refused(entries: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan(tmp_path, matrix={"model": ["a/vit"], "keep": [0.5]}, resources=entries)
+
+
+def test_an_output_by_url_has_its_jobs_and_its_cache_there(tmp_path: Path) -> None:
+    options = {"output": "memory://bucket/nightly"}
+    found = plan(tmp_path, matrix={"model": ["a/vit"], "keep": [0.5]}, options=options)
+    config = found.jobs[0].config
+    assert (config.output, config.cache) == (
+        "memory://bucket/nightly/vit-keep-0.5/model",
+        "memory://bucket/nightly/cache",
+    )

@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from vitshrink.errors import OutputError
+from vitshrink.errors import DependencyError, OutputError, UsageError
 from vitshrink.jobs.sweep import (
     JobPlan,
     Outcome,
@@ -329,6 +330,24 @@ def test_a_job_whose_result_cannot_be_judged_takes_no_other_along(sweep: Sweep, 
     found = sweep("vanish", "b", jobs=2)
     assert [outcome.status for outcome in found.values()] == [Status.FAILED, Status.PASSED]
     assert "log.txt" in found["vanish"].message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "rays"}, "--engine rays: Did you mean 'ray'"),
+        ({"address": "auto"}, "--address auto: --engine local runs jobs on this machine"),
+    ],
+)
+def test_an_engine_that_there_is_none_of_is_refused(options: dict[str, Any], message: str, sweep: Sweep) -> None:
+    with pytest.raises(UsageError, match=message):
+        sweep("a", **options)
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed")
+def test_an_engine_whose_package_is_missing_names_it(sweep: Sweep) -> None:
+    with pytest.raises(DependencyError, match=r'pip install "vitshrink\[ray\]"'):
+        sweep("a", engine="ray")
 
 
 def test_results_that_cannot_be_written_hide_no_others(sweep: Sweep, tmp_path: Path) -> None:

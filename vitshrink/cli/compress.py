@@ -9,6 +9,7 @@ from vitshrink.cli.flags import command
 from vitshrink.cli.groups import DisplayOptions, RecipeOptions, RowOptions, UploadOptions
 from vitshrink.config.options import SIZES, CompressConfig, read_recipe, renamed
 from vitshrink.errors import UsageError
+from vitshrink.runtime.storage import is_url
 
 if TYPE_CHECKING:
     from vitshrink.jobs.result import CompressionResult
@@ -25,6 +26,8 @@ def compress_command(
     job = _job(flags, recipe.config, display)
     if upload.push_to_hub is not None and (len(job.keep) > 1 or job.dry_run):
         raise UsageError("--push-to-hub uploads one finished model: give one size, and no --dry-run.")
+    if upload.push_to_hub is not None and is_url(job.output):
+        raise UsageError(f"--push-to-hub uploads a directory of this machine, and not {job.output}: give a path.")
     checks.check_methods(job)
     checks.check_models(job)
     results = _run(job, rows, upload, display)

@@ -88,7 +88,7 @@ class SweepOptions(Options):
     """Which sweep is run, and how."""
 
     file: Path = required("YAML with a matrix of jobs; see docs/batch.md.", positional=True)
-    output: Path | None = option(None, "Where the results go; instead of the file's.")
+    output: str | None = option(None, "Where the results go, a directory or a URL; instead of the file's.")
     jobs: int | None = option(
         None,
         "Processes at once; if not given 1 on this machine, and as many as there is room for on a cluster.",

@@ -28,6 +28,7 @@ from vitshrink.jobs.sweep import (
     run_sweep,
     write_results,
 )
+from vitshrink.runtime.storage import below
 
 STYLES = {
     Status.PASSED: "green",
@@ -73,13 +74,14 @@ def _end(plan: SweepPlan, outcomes: Sequence[Outcome], rows: list[dict[str, Any]
         console.show_json(json.loads((plan.results / "results.json").read_text(encoding="utf-8")))
     elif not display.quiet:
         console.show(_results_table(rows))
-        line = f"{plan.results}  (summary.md, comparison.html, results.csv, results.json, junit.xml)"
+        shown_results = below(plan.shown, *plan.results.relative_to(plan.output).parts)
+        line = f"{shown_results}  (summary.md, comparison.html, results.csv, results.json, junit.xml)"
         console.say(line)
     code = exit_code(outcomes)
     if absent := missing(plan, outcomes):
         told = f"{', '.join(absent[:20])}{f' and {len(absent) - 20} more' if len(absent) > 20 else ''}"
         remedy = "run their shards with --resume, then --collect again."
-        console.fail(f"{len(absent)} of {len(plan.jobs)} jobs are missing in {plan.output}: {told}: {remedy}", code)
+        console.fail(f"{len(absent)} of {len(plan.jobs)} jobs are missing in {plan.shown}: {told}: {remedy}", code)
     if code:
         bad = [f"{job.name}: {o.message}" for job, o in zip(plan.jobs, outcomes, strict=True) if o.status.bad]
         console.fail("; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else ""), code)

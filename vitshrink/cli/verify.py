@@ -9,11 +9,12 @@ import typer
 from vitshrink.cli import console
 from vitshrink.cli.table import Table
 from vitshrink.errors import OutputError
+from vitshrink.runtime.storage import is_url
 
 
 @console.reported
 def verify_command(
-    directory: Annotated[Path, typer.Argument(help="A directory that vitshrink has written.")],
+    directory: Annotated[str, typer.Argument(help="A directory that vitshrink has written, or its URL.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
 ) -> None:
@@ -22,8 +23,9 @@ def verify_command(
     Exits with 1 when anything differs from what was published.
     """
     from vitshrink.jobs.verify import verify_directory
+    from vitshrink.models.source import resolve
 
-    checks = verify_directory(directory)
+    checks = verify_directory(resolve(directory) if is_url(directory) else Path(directory))
     if as_json:
         console.show_json([asdict(check) for check in checks])
     elif not quiet:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,7 +163,7 @@ class LayerEstimator:
             return Step(self.progress, DENSE)
         with job.stage("cache", "Looking into the cache"):
             device = next(self.dense.parameters()).device
-            cache, key = Cache(Path(self.config.cache), device, job.warn), self._key(device)
+            cache, key = Cache.at(self.config.cache, device, job.warn), self._key(device)
         choices = {
             "method": self.method.name,
             "options": dict(self.config.options),

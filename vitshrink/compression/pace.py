@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, Self
 
 import torch
@@ -154,7 +153,7 @@ class Pace:
         assert config.target_latency is not None
         merges = config.merges and mergeable(dense, required=config.tokens == "merge")
         targets = () if config.tokens == "merge" else targets
-        cache = None if config.cache is None else Cache(Path(config.cache), CPU, job.warn)
+        cache = None if config.cache is None else Cache.at(config.cache, CPU, job.warn)
         runtime = find_runtime(config.runtime or RUNTIME)
         device = next(dense.parameters()).device if runtime.factors else CPU
         clock = Clock(runtime, config.latency_batch_size or 1, config.threads, cache, device)

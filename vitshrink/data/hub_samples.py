@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from vitshrink.data.columns import Columns
 from vitshrink.data.images import ImageSource, read_image_bytes

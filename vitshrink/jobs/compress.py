@@ -24,7 +24,7 @@ from vitshrink.errors import DataError, GateError, NumericsError, UsageError
 from vitshrink.evaluation.measurement import Measurement
 from vitshrink.jobs.description import Description
 from vitshrink.jobs.inputs import Inputs, trains_on_calibration
-from vitshrink.jobs.result import CompressionResult, published, write_result
+from vitshrink.jobs.result import CompressionResult, published, result_at, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models.loading import LoadedModel, moved
 from vitshrink.models.publication import check_writable
@@ -34,7 +34,7 @@ from vitshrink.report import write, write_comparison
 from vitshrink.report.making import LayerEntry
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
-from vitshrink.runtime.state import FINETUNE, Progress, state_directory
+from vitshrink.runtime.state import FINETUNE, Progress, state_of
 from vitshrink.statistics.digests import data_digest, model_digest
 
 __all__ = ["CompressionResult", "compress"]
@@ -103,17 +103,19 @@ def _staging(
         return nullcontext()
     width = 1 if config.counts_bytes else shrinking.dtype.itemsize
     needed = 2 * sum(size.budget for size in shrinking.sizes) * width
-    return published(Path(config.output), session, needed, parts=parts, overwrite=config.overwrite)
+    return published(config.output, session, needed, parts=parts, overwrite=config.overwrite)
 
 
 def _progress(config: CompressConfig, session: Session, data: Inputs, *, resumable: bool) -> Progress:
     """What an interrupted job of the same kind has computed, and where this one keeps what it computes."""
+    state, mirror = state_of(config.output) if resumable else (None, None)
     progress = Progress(
-        state_directory(Path(config.output)) if resumable else None,
+        state,
         partial(_identity, config, session.source.model, data),
         session.device,
         config.save_every,
         session.job.warn,
+        mirror,
     )
     if progress.open():
         with session.job.stage("resume", "Going on with what an interrupted run has computed"):
@@ -248,7 +250,7 @@ def _measured(
         )
         report = replace(report, left_out=source.companions.left)
         write(report, staging / each.part)
-        results.append(CompressionResult(Path(config.output) / each.part, report))
+        results.append(CompressionResult(result_at(config.output, each.part), report))
     if len(saved) > 1:
         write_comparison([result.report for result in results], staging)
     return results

@@ -116,7 +116,7 @@ def run_demo(
         )
         for result in compress(config, WarningsOnly(echo)):
             assert result.directory is not None  # only a dry run has none
-            reports[result.directory] = result.report
+            reports[Path(result.directory)] = result.report
 
     echo("Reloading every checkpoint in a fresh process with stock transformers calls …")
     expected = {directory: _accuracies(report)[1].correct for directory, report in reports.items()}

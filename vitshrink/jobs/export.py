@@ -24,6 +24,7 @@ from vitshrink.models.structures.static import StaticProduct
 from vitshrink.models.tracing import outputs_of, quiet, trace_inputs
 from vitshrink.runtime.extras import EXTRAS, require
 from vitshrink.runtime.observer import Job, Observer, Silent
+from vitshrink.runtime.storage import is_url
 
 TOLERANCE = 1e-4
 """Largest difference of an output that is put up with; of its size, where outputs are larger than 1."""
@@ -87,6 +88,8 @@ def export(
         raise UsageError(f"--tolerance {tolerance}: give a positive number such as {TOLERANCE:g}.")
     if form in EXTRAS:
         require(form, f"--to {form}")
+    if is_url(output):
+        raise UsageError(f"{output}: give a directory on this machine, and copy it; checkpoints alone go to a URL.")
     if Path(output).suffix in (".onnx", ".xml", ".pt2"):
         raise UsageError(f"{output}: give a directory; the configuration and processor files go beside the weights.")
     job = Job(observer or Silent())
@@ -101,7 +104,7 @@ def export(
             f"{model} is a dual encoder, and --to {form} is for one tower: save it with --to dense, then one tower of "
             f"that ({kind}VisionModel or {kind}TextModel: from_pretrained, then save_pretrained), and export the tower."
         )
-    with published(Path(output), session, 5 * cost.parameters(source.model), overwrite=overwrite) as staging:
+    with published(str(output), session, 5 * cost.parameters(source.model), overwrite=overwrite) as staging:
         with job.stage("export", f"Writing {'the dense checkpoint' if form == 'dense' else form}"):
             written = write(session, staging)
             with quiet():

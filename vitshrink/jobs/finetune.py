@@ -10,7 +10,7 @@ from vitshrink.data import Preprocessor
 from vitshrink.errors import CheckpointError, DataError
 from vitshrink.evaluation.measurement import Measurement
 from vitshrink.jobs.description import environment, recovery_record
-from vitshrink.jobs.result import CompressionResult, published, write_result
+from vitshrink.jobs.result import CompressionResult, published, result_at, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
@@ -43,7 +43,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
     before = replace(_compressed_report(config, source, teacher), left_out=source.companions.left)
     check(source.model, config.finetune, dense=teacher is not None, labeled=True)
     dtype = session.dtype(config.dtype)
-    with published(Path(config.output), session, 2 * source.source.nbytes, overwrite=config.overwrite) as staging:
+    with published(config.output, session, 2 * source.source.nbytes, overwrite=config.overwrite) as staging:
         with processes.together():
             preprocessor = session.preprocessor()
             material = _material(config, session, before)
@@ -77,7 +77,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
             write(report, staging)
     if config.finetune.checkpoints is not None and processes.is_main():
         clear_state(Path(config.finetune.checkpoints))
-    return CompressionResult(Path(config.output), report)
+    return CompressionResult(result_at(config.output), report)
 
 
 def _opened(config: FinetuneJob, job: Job) -> Session:

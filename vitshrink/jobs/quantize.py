@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ from vitshrink.data.opening import CalibrationData, hold_out, read_calibration
 from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.compress import compress
 from vitshrink.jobs.description import calibrated_on, environment, latency_record, quantization_of
-from vitshrink.jobs.result import CompressionResult, published, write_result
+from vitshrink.jobs.result import CompressionResult, published, result_at, write_result
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
@@ -57,7 +56,7 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
     dtype, data = session.dtype(config.dtype), _Data.open(config, session)
     source = session.source
     needed = 2 * cost.parameters(source.model)
-    with published(Path(config.output), session, needed, overwrite=config.overwrite) as staging:
+    with published(config.output, session, needed, overwrite=config.overwrite) as staging:
         made = None if data.calibration is None else _static(config, session, data.calibration)
         with job.stage("quantize", "Quantizing, saving and verifying"):
             # the source stays as it is: it may be the baseline
@@ -79,7 +78,7 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
             evaluation = measurement.record(data.preprocessor.description)
         report = _report(config, session, data, dense, written, evaluation)
         write(report, staging)
-    return CompressionResult(Path(config.output), report)
+    return CompressionResult(result_at(config.output), report)
 
 
 @dataclass(frozen=True, eq=False)

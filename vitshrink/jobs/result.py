@@ -1,5 +1,6 @@
 """What every job does at its end: what it wrote is verified, read back once, and published whole."""
 
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,35 +9,57 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from vitshrink.errors import UsageError
 from vitshrink.jobs.session import Session
 from vitshrink.models.checkpoint import save, verify
 from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import LoadedModel, load_source, moved
-from vitshrink.models.publication import publish_by_main
+from vitshrink.models.publication import REPORT, free_place, publish_by_main
 from vitshrink.models.source import examine
 from vitshrink.report import Report
 from vitshrink.runtime import processes
+from vitshrink.runtime.storage import is_url, scratch
 
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """One compressed model: where it lies (None after a dry run) and what there is to say of it."""
+    """One compressed model: where it lies (None after a dry run; a URL is text) and what there is to say of it."""
 
-    directory: Path | None
+    directory: Path | str | None
     report: Report
 
 
 @contextmanager
 def published(
-    output: Path, session: Session, bytes_needed: int, *, parts: Collection[str] = (), overwrite: bool = False
+    output: str, session: Session, bytes_needed: int, *, parts: Collection[str] = (), overwrite: bool = False
 ) -> Iterator[Path]:
     """A staging directory, with one for each of ``parts``: what is in it appears as ``output`` at the end, or nothing.
 
-    Raises as ``publication.publish_by_main``.
+    Raises as ``publication.publish_by_main``; UsageError for several parts at a URL.
     """
     protected = session.source.directory
-    with publish_by_main(output, bytes_needed, parts=parts, overwrite=overwrite, protect=protected) as staging:
+    if not is_url(output):
+        with publish_by_main(
+            Path(output), bytes_needed, parts=parts, overwrite=overwrite, protect=protected
+        ) as staging:
+            yield staging
+        return
+    if parts:
+        raise UsageError(f"{output}: one size at a time is written to a URL; give one, or make a sweep of them.")
+    here = scratch("output") / "model"
+    with processes.together():
+        place = free_place(output, overwrite=overwrite) if processes.is_main() else None
+    with publish_by_main(here, bytes_needed, overwrite=True) as staging:
         yield staging
+    with processes.together():
+        if place is not None:
+            place.publish(here, REPORT)
+            shutil.rmtree(here)
+
+
+def result_at(output: str, part: str = "") -> Path | str:
+    """Where a result lies, as a user finds it."""
+    return output if is_url(output) else Path(output) / part
 
 
 def write_result(

@@ -4,17 +4,20 @@ from pathlib import Path
 
 from vitshrink.config.names import is_portable, unportable
 from vitshrink.errors import CheckpointError, UsageError
+from vitshrink.runtime.storage import is_url
 
 CONFIG = "config.json"
 
 
 def find(path_or_id: str | Path, *, offline: bool = False, revision: str | None = None) -> Path | None:
-    """The folder of a checkpoint or, ``offline``, the snapshot of a Hub model; None where the Hub has to be asked.
+    """The folder of a checkpoint or, ``offline``, the snapshot of a Hub model; None for what has to be fetched.
 
     Raises:
         CheckpointError: there is no such folder or, ``offline``, no such model in the local cache.
         UsageError: a revision was given for a local folder.
     """
+    if is_url(path_or_id):
+        return None
     path = Path(path_or_id).expanduser()
     try:
         is_directory, is_file = path.is_dir(), path.is_file()

@@ -23,6 +23,7 @@ from vitshrink.models.format import QUANT_METHOD
 from vitshrink.models.source import CONFIG
 from vitshrink.runtime import checksums, processes
 from vitshrink.runtime.locks import require_locks, try_lock
+from vitshrink.runtime.storage import MARKER, Place, is_url
 
 REPORT = "report.json"
 EXPORT = "export.json"
@@ -95,6 +96,17 @@ def publish_by_main(target: Path, bytes_needed: int, *, parts: Collection[str] =
             outputs.close()
 
 
+def free_place(url: str, *, overwrite: bool) -> Place:
+    """The place of an output that is a URL. Raises OutputError where it may not be written, and as ``Place.of``."""
+    place = Place.of(url)
+    names = place.names() if place.exists() else {}
+    if names and not overwrite:
+        raise OutputError(f"{url} exists and is not empty: choose another output, or pass --overwrite.")
+    if names and not names.keys() & {REPORT, MARKER}:
+        raise OutputError(f"{url} was not written by vitshrink, so it is kept: choose another output.")
+    return place
+
+
 def check_space(directory: Path, bytes_needed: int) -> None:
     """Raises OutputError when there is too little space for ``directory``, which need not exist yet."""
     directory = _absolute(directory)
@@ -110,6 +122,9 @@ def check_space(directory: Path, bytes_needed: int) -> None:
 def check_writable(directory: str | Path | None, flag: str) -> None:
     """Raises OutputError, before any work, for a folder that cannot be made or written to; None is no folder."""
     if directory is None:
+        return
+    if is_url(directory):
+        Place.of(str(directory))
         return
     path = Path(directory).expanduser().absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())

@@ -5,10 +5,12 @@ and fails on damaged files with messages that name none. So every file that will
 first: it must lie in the directory, hold what its name says, and bring no code.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,10 +22,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vitshrink.errors import CheckpointError
+from vitshrink.errors import CheckpointError, OutputError, UsageError
 from vitshrink.models import places
 from vitshrink.models.files import AGAIN, check_regular, first_line, listing, read_json, refuse_code
 from vitshrink.models.weights import WEIGHTS, StoredTensor, read_tensors, read_weights
+from vitshrink.runtime.storage import MARKER, Place, is_url, scratch
 
 CONFIG = places.CONFIG
 MODULES = "modules.json"
@@ -116,7 +119,7 @@ class Source:
 
 
 def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint: the folder itself, or the snapshot of a Hub model.
+    """The local directory of a checkpoint: the folder itself, the snapshot of a Hub model, or a copy of a URL's.
 
     Only configuration, tokenizer and weight files are downloaded, never code.
 
@@ -125,7 +128,41 @@ def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | No
         UsageError: a revision was given for a local folder.
     """
     found = places.find(path_or_id, offline=offline, revision=revision)
+    if is_url(path_or_id):
+        if revision is not None:
+            raise UsageError(f"{path_or_id} is a URL: a revision ({revision!r}) only makes sense for a Hub id.")
+        return _fetched(str(path_or_id))
     return _download(str(path_or_id), revision=revision) if found is None else found
+
+
+@cache
+def _fetched(url: str) -> Path:
+    """A copy of the files of a checkpoint, for as long as this process lives.
+
+    Raises CheckpointError where there is none, and for what vitshrink has not, or not wholly, written there.
+    """
+    place = Place.of(url)
+    target = scratch("model") / hashlib.sha256(url.encode()).hexdigest()[:16]
+    try:
+        names = place.names()
+        if MARKER in names:
+            place.download(target)
+        elif "report.json" in names:
+            raise CheckpointError(
+                f"{url} holds no complete model: there is no {MARKER}. It is being written, or was left."
+            )
+        elif CONFIG not in names:
+            raise CheckpointError(f"{url} holds no checkpoint: there is no {CONFIG}. Check the URL.")
+        else:
+            modules: tuple[Module, ...] = ()
+            if MODULES in names:
+                place.fetch(MODULES, target / MODULES)
+                modules = modules_of(target)
+            for name in _wanted(names, modules):
+                place.fetch(name, target / name)
+    except OutputError as error:
+        raise CheckpointError(str(error)) from error
+    return target
 
 
 def _download(name: str, *, revision: str | None) -> Path:

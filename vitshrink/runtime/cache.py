@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from vitshrink.errors import OutputError
 from vitshrink.runtime.entries import Entry, packed, read_metadata, read_tensors, unpacked, write_tensors
+from vitshrink.runtime.storage import Place, is_url, scratch
 
 Key = Mapping[str, Any]
 """All that the entries follow from, as JSON; ``layers`` lists their names."""
@@ -36,6 +37,15 @@ class Cache:
     directory: Path
     device: torch.device
     warn: Callable[[str], None]
+    store: Place | None = None
+    """Where the files are kept for all machines; the directory then is this process's own."""
+
+    @classmethod
+    def at(cls, location: str, device: torch.device, warn: Callable[[str], None]) -> "Cache":
+        """A cache in a directory, or at a URL. Raises OutputError, UsageError and DependencyError."""
+        if is_url(location):
+            return cls(scratch("cache"), device, warn, Place.of(location))
+        return cls(Path(location), device, warn)
 
     def __post_init__(self) -> None:
         try:
@@ -50,7 +60,7 @@ class Cache:
     def read(self, kind: type[Entry], key: Key) -> dict[str, Entry] | None:
         """The entries of ``key``, or None; warns of a file that is damaged or of another key."""
         path = self._path(kind, key)
-        if not path.exists():
+        if not self._is_there(path):
             return None
         try:
             if json.loads(read_metadata(path)["key"]) != _complete(kind, key):
@@ -67,8 +77,17 @@ class Cache:
         path = self._path(kind, key)
         try:
             write_tensors(path, packed(entries), {"key": json.dumps(_complete(kind, key))})
-        except (OSError, SafetensorError) as error:
+            if self.store is not None:
+                self.store.put(path, path.name)
+        except (OSError, SafetensorError, OutputError) as error:
             self.warn(f"{path} could not be written, and the next job will compute it again: {error}.")
+
+    def _is_there(self, path: Path) -> bool:
+        try:
+            return path.exists() or (self.store is not None and self.store.fetch(path.name, path))
+        except OutputError as error:
+            self.warn(f"what --cache holds is computed again: {error}")
+            return False
 
     def _path(self, kind: type[Any], key: Key) -> Path:
         digest = hashlib.sha256(json.dumps(_complete(kind, key), sort_keys=True).encode()).hexdigest()

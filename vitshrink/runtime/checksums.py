@@ -26,7 +26,7 @@ def record(directory: Path) -> None:
 def broken_files(directory: Path) -> dict[str, str]:
     """The files that are not as they were published, and what is wrong with them; none when all is well."""
     try:
-        recorded = _read(directory)
+        recorded = parse((directory / FILE_NAME).read_bytes())
     except FileNotFoundError:
         return {FILE_NAME: "is missing"}
     except (OSError, OutputError) as error:
@@ -48,9 +48,10 @@ def _files(directory: Path) -> list[str]:
     return sorted(name for name in names if name != FILE_NAME and PurePosixPath(name).name not in RENDERED)
 
 
-def _read(directory: Path) -> dict[str, str]:
+def parse(content: bytes) -> dict[str, str]:
+    """The checksums that a file of them holds, by names. Raises OutputError for what is none."""
     found = {}
-    for line in os.fsdecode((directory / FILE_NAME).read_bytes()).removesuffix("\n").split("\n"):
+    for line in os.fsdecode(content).removesuffix("\n").split("\n"):
         match = _LINE.fullmatch(line)
         name = "" if match is None else _unescaped(match[3]) if match[1] else match[3]
         if match is None or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

@@ -5,6 +5,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vitshrink.errors import OutputError
 from vitshrink.runtime import processes
 from vitshrink.runtime.entries import Entry, moved, packed, read_metadata, read_tensors, unpacked, write_tensors
+from vitshrink.runtime.storage import Mirror, Place, is_url, scratch
 
 JOB = "job.json"
 PARTS = 16
@@ -29,6 +32,14 @@ def state_directory(output: Path) -> Path:
     """Where the job that writes ``output`` keeps its state."""
     output = output.expanduser()
     return output.parent / f".{output.name}.vitshrink-state"
+
+
+def state_of(output: str) -> tuple[Path, Mirror | None]:
+    """The same for an output that may be a URL: a local directory, and where it is kept beside the output."""
+    if not is_url(output):
+        return state_directory(Path(output)), None
+    here = scratch("state") / "state"
+    return here, Mirror(here, Place.of(output).sibling("vitshrink-state"))
 
 
 def record_identity(file: Path, identity: Mapping[str, Any]) -> None:
@@ -64,6 +75,8 @@ class Progress:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     every: float = 30.0
     warn: Callable[[str], None] = lambda _message: None
+    mirror: Mirror | None = None
+    """Where the directory is kept for other machines."""
     _unsaved: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _spent: list[str] = field(default_factory=list)
     """To be removed before anything is saved."""
@@ -74,10 +87,12 @@ class Progress:
 
     def __post_init__(self) -> None:
         if not processes.is_main():
-            self.directory = None
+            self.directory = self.mirror = None
 
     def open(self) -> bool:
         """Whether there is a state to go on from; of another job's it says what differs, and removes it."""
+        if self.mirror is not None:
+            self.mirror.pull()
         if self.directory is None or not self.directory.is_dir():
             return False
         different = self._differences(self.directory)
@@ -167,6 +182,9 @@ class Progress:
         """Remove all: the job is done, or is another one."""
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
+        if self.mirror is not None:
+            with suppress(OutputError):  # what stays there is seen to be of another job
+                self.mirror.remove()
 
     @property
     def _due(self) -> bool:
@@ -206,9 +224,11 @@ class Progress:
                 write_tensors(path, packed(self._unsaved.pop(step)), {"done": "0"})
             for part, tensors in (parts or {}).items():
                 write_tensors(part, tensors, {"done": str(done)})
-        except (OSError, SafetensorError) as error:
+            self._remove(self._overtaken)
+            if self.mirror is not None and self.directory is not None:
+                self.mirror.push()
+        except (OSError, SafetensorError, OutputError) as error:
             self._give_up(error)
-        self._remove(self._overtaken)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
 
@@ -223,7 +243,7 @@ class Progress:
         """Go on without: the job itself can, and needs the room."""
         self.warn(f"what is computed cannot be saved in {self.directory}, and would be lost with a kill: {error}.")
         self.discard()
-        self.directory = None
+        self.directory = self.mirror = None
         self._unsaved.clear()
 
     def _differences(self, directory: Path) -> str | None:

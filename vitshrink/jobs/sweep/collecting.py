@@ -1,5 +1,6 @@
 """What the shards of a sweep have written, gathered: the outcomes that one sweep of all jobs would have given."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vitshrink.errors import OutputError
@@ -21,8 +22,8 @@ def collect(plan: SweepPlan) -> list[Outcome]:
     Raises:
         OutputError: there is no such output, or a sweep is writing it.
     """
-    if not plan.output.is_dir():
-        raise OutputError(f"{plan.output} is not there: run its shards first, as with --shard 1/8.")
+    if not (plan.output if plan.store is None else plan.store).exists():
+        raise OutputError(f"{plan.shown} is not there: run its shards first, as with --shard 1/8.")
     with locked(plan, resume=True):
         return [_collected(plan, job) for job in plan.jobs]
 
@@ -32,13 +33,13 @@ def _collected(plan: SweepPlan, job: JobPlan) -> Outcome:
     there = Outcome.read(directory)
     if there is None or there.recipe != key:
         return Outcome(Status.WAITING, "", message=MISSING if there is None else "it was run by another recipe")
-    if found := finished(directory, lambda outcome: outcome.recipe == key):
+    if found := finished(plan, job, lambda outcome: outcome.recipe == key):
         return judged(found, job.gates, directory)
     if there.status is Status.PASSED or (there.status is Status.GATE and (directory / MODEL).exists()):
         return replace(there, status=Status.WAITING, message="its model is damaged or is not there")
     return there if there.status.ended else replace(there, status=Status.WAITING, message=MISSING)
 
 
-def missing(plan: SweepPlan, outcomes: list[Outcome]) -> list[str]:
+def missing(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[str]:
     """The names of the jobs that no shard has run to its end."""
     return [job.name for job, outcome in zip(plan.jobs, outcomes, strict=True) if not outcome.status.ended]

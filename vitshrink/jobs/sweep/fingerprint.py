@@ -17,6 +17,7 @@ from vitshrink.data import Kind, hub_source, open_samples
 from vitshrink.errors import VitshrinkError
 from vitshrink.models.hub import revision
 from vitshrink.runtime.checksums import digest
+from vitshrink.runtime.storage import Place, is_url
 from vitshrink.runtime.trees import walk
 
 APART = "@"
@@ -104,6 +105,8 @@ def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) ->
 
 def _contents(name: str) -> str | None:
     """Digest of the contents of what lies at or below a path; None where there is nothing of that name."""
+    if is_url(name):
+        return _sha256(Place.of(name).identity())
     path = Path(name).expanduser()
     if not os.path.exists(path):  # which takes a name that can be none, where Path.exists() does not
         return None

@@ -7,26 +7,22 @@ from pathlib import Path
 from vitshrink.errors import DataError, UsageError
 from vitshrink.evaluation.gates import Gates
 from vitshrink.jobs.sweep.outcome import Outcome, Status
-from vitshrink.jobs.sweep.output import MODEL, is_running
+from vitshrink.jobs.sweep.output import MODEL, damage, is_running
+from vitshrink.jobs.sweep.plan import JobPlan, SweepPlan
 from vitshrink.report import Report
-from vitshrink.runtime.checksums import broken_files
 
 
-def finished(directory: Path, wanted: Callable[[Outcome], bool]) -> Outcome | None:
+def finished(plan: SweepPlan, job: JobPlan, wanted: Callable[[Outcome], bool]) -> Outcome | None:
     """What is written down of a job that ended well, if its result is there and undamaged.
 
     ``wanted`` tells whether it is the job that is meant, which may have had the name of another one. A job whose
     process has ended counts, too, where the sweep that started it has not lived to write that down.
     """
+    directory = plan.output / job.name
     earlier = Outcome.read(directory)
-    if earlier is None or not wanted(earlier):
+    if earlier is None or not wanted(earlier) or earlier.status not in (Status.RUNNING, Status.PASSED, Status.GATE):
         return None
-    if earlier.status not in (Status.RUNNING, Status.PASSED, Status.GATE) or not (directory / MODEL).is_dir():
-        return None
-    try:
-        return None if broken_files(directory / MODEL) or is_running(directory) else earlier
-    except OSError:  # it cannot be looked at, so it is made again
-        return None
+    return None if damage(plan, job) is not None or is_running(directory) else earlier
 
 
 def judged(outcome: Outcome, gates: Gates, directory: Path) -> Outcome:

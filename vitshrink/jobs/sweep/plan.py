@@ -28,6 +28,7 @@ from vitshrink.errors import DataError, UsageError
 from vitshrink.evaluation.gates import Gates
 from vitshrink.jobs.sweep.resources import Resources
 from vitshrink.jobs.sweep.shards import Shard
+from vitshrink.runtime.storage import Place, below, is_url, scratch
 
 MOST_JOBS = 1000
 
@@ -55,11 +56,19 @@ class SweepPlan:
     """All jobs of a sweep, in the order of the matrix."""
 
     output: Path
+    """Where the results are put together: the output itself, or a directory of this process where that is a URL."""
     jobs: Sequence[JobPlan]
     time_limit: float | None = None
     """Seconds that each job may take."""
     shard: Shard | None = None
     """Which part of the jobs these are; None for all."""
+    store: Place | None = None
+    """The output where that is a URL: what is in ``output`` is copied there."""
+
+    @property
+    def shown(self) -> str:
+        """The output as a user knows it."""
+        return str(self.store or self.output)
 
     @property
     def results(self) -> Path:
@@ -85,7 +94,7 @@ class Combination:
 def read_sweep(
     path: Path,
     *,
-    output: Path | None = None,
+    output: str | Path | None = None,
     gates: Mapping[str, Any] | None = None,
     time_limit: str | None = None,
     warn: Callable[[str], None] = warn_of_old_name,
@@ -115,7 +124,7 @@ def read_sweep(
     }
     combinations = _combinations(entries, path)
     once = cache(warn)
-    jobs = [_job(combination, defaults, common, Path(target), path, once) for combination in combinations]
+    jobs = [_job(combination, defaults, common, str(target), path, once) for combination in combinations]
     names = [job.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -125,6 +134,8 @@ def read_sweep(
         )
     limit = time_limit if time_limit is not None else entries.get("time_limit")
     seconds = None if limit is None else parse_duration(str(limit), f"{path}: time_limit")
+    if is_url(target):
+        return SweepPlan(scratch("sweep"), jobs, seconds, store=Place.of(str(target)))
     return SweepPlan(Path(target), jobs, seconds)
 
 
@@ -247,7 +258,7 @@ def _job(
     combination: Combination,
     defaults: Mapping[str, Any],
     common: Mapping[str, Mapping[str, Any]],
-    output: Path,
+    output: str,
     path: Path,
     warn: Callable[[str], None],
 ) -> JobPlan:
@@ -260,10 +271,9 @@ def _job(
     for key in OWN:
         if key in entries:
             raise UsageError(f"{where}: {key!r} is set by the sweep: leave it out.")
-    directory = output / name
-    own_entries = {"output": str(directory / "model"), "overwrite": True}
+    own_entries = {"output": below(output, name, "model"), "overwrite": True}
     config = CompressConfig.from_mapping(
-        {"cache": str(output / CACHE), **_defaults_of_data(entries), **entries, **own_entries}, where
+        {"cache": below(output, CACHE), **_defaults_of_data(entries), **entries, **own_entries}, where
     )
     if len(config.keep) > 1:
         raise UsageError(f"{where}: give several sizes as an axis, as in 'matrix: {{keep: [0.7, 0.5]}}'.")

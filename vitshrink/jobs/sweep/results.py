@@ -15,6 +15,7 @@ from vitshrink.jobs.sweep.outcome import Outcome, Status, exit_code
 from vitshrink.jobs.sweep.output import LOG, MODEL
 from vitshrink.jobs.sweep.plan import JobPlan, SweepPlan
 from vitshrink.report import Report, markdown_table, plain_markdown, render_comparison_html, write_text
+from vitshrink.runtime.storage import below
 
 Row = dict[str, Any]
 
@@ -55,11 +56,13 @@ def write_results(plan: SweepPlan, outcomes: Sequence[Outcome]) -> list[Row]:
                 (plan.results / name).unlink(missing_ok=True)
             else:
                 write_text(plan.results / name, written)
+                if plan.store is not None:
+                    plan.store.put(plan.results / name, (plan.results / name).relative_to(plan.output).as_posix())
         except Exception as error:
             problems.append((name, error))
     if problems:
         told = "; ".join(f"{name} ({type(error).__name__}: {error})" for name, error in problems)
-        raise OutputError(f"cannot write in {plan.results}: {told}.") from problems[0][1]
+        raise OutputError(f"cannot write in {plan.shown}: {told}.") from problems[0][1]
     return rows
 
 
@@ -100,7 +103,7 @@ def _row(plan: SweepPlan, job: JobPlan, outcome: Outcome) -> Row:
         "seconds": round(outcome.seconds, 3),
         "reused": outcome.reused,
         "fingerprint": outcome.fingerprint,
-        "directory": str(plan.output / job.name / MODEL) if report else None,
+        "directory": below(plan.shown, job.name, MODEL) if report else None,
     }
 
 

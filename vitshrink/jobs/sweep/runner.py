@@ -17,10 +17,11 @@ from vitshrink.jobs.sweep.engines import Engine, Task, Wanted, Work, open_engine
 from vitshrink.jobs.sweep.fingerprint import fingerprints, is_same, recipe_key
 from vitshrink.jobs.sweep.finished import finished, judged
 from vitshrink.jobs.sweep.outcome import Outcome, Status
-from vitshrink.jobs.sweep.output import LOCK, LOG, MODEL, RECIPE, locked
+from vitshrink.jobs.sweep.output import FIGURES, LOCK, LOG, MODEL, RECIPE, fetch, keep, locked
 from vitshrink.jobs.sweep.plan import JobPlan, SweepPlan
 from vitshrink.runtime.child import GRACE
 from vitshrink.runtime.locks import try_lock
+from vitshrink.runtime.storage import MARKER
 
 POLL = 0.1
 """Seconds between two looks at the running processes."""
@@ -145,8 +146,8 @@ class _Sweep:
                 self._ended(under_way)
             known = isinstance(error, VitshrinkError)
             self._became(job, Status.FAILED, message=str(error) if known else f"{type(error).__name__}: {error}")
-            with suppress(OSError):
-                self.outcomes[job.name].write(self.plan.output / job.name)
+            with suppress(OSError, OutputError):
+                self._write(job)
 
     def _cancel(self, waiting: Sequence[JobPlan]) -> None:
         stopped = [under_way.job for under_way in self.running]
@@ -169,9 +170,11 @@ class _Sweep:
                 self._became(job, Status.RUNNING, message="waits for the process of an earlier sweep")
                 return
             shutil.rmtree(directory / MODEL, ignore_errors=True)  # or it might be taken for the new one
+            if self.plan.store is not None:
+                (self.plan.store / job.name / MODEL).remove(MARKER)
             (directory / RECIPE).write_text(job.config.to_yaml(), encoding="utf-8")
             self._became(job, Status.RUNNING)
-            self.outcomes[job.name].write(directory)
+            self._write(job)
             under_way.task = self.engine.start(self._work(job, directory, lock))
         except OSError as error:
             raise OutputError(f"cannot write {directory}: {explanation(error)}.") from error
@@ -182,7 +185,8 @@ class _Sweep:
         def say(message: str) -> None:
             self._became(job, Status.RUNNING, message=message)
 
-        return Work(job.name, directory, lock, job.resources, say)
+        store = None if self.plan.store is None else self.plan.store / job.name
+        return Work(job.name, directory, lock, job.resources, say, store)
 
     def _look_at(self, under_way: _Running) -> JobPlan | None:
         """See whether a job has ended. Gives the job when it has to be started anew."""
@@ -208,7 +212,7 @@ class _Sweep:
             self._became(job, Status.GATE, message=_last_error(self.plan.output / job.name / LOG, code))
         else:
             self._became(job, Status.FAILED, message=_last_error(self.plan.output / job.name / LOG, code))
-        self.outcomes[job.name].write(self.plan.output / job.name)
+        self._write(job)
         return None
 
     def _look_at_earlier(self, under_way: _Running, *, late: bool) -> JobPlan | None:
@@ -233,20 +237,25 @@ class _Sweep:
 
     def _finished(self, job: JobPlan) -> bool:
         """Take over a job that ended well, now or in an earlier sweep, if its result is there and undamaged."""
-        directory, now = self.plan.output / job.name, self.outcomes[job.name]
-        earlier = finished(directory, lambda outcome: is_same(outcome.fingerprint, now.fingerprint))
+        now = self.outcomes[job.name]
+        earlier = finished(self.plan, job, lambda outcome: is_same(outcome.fingerprint, now.fingerprint))
         if earlier is None:
             return False
         self.outcomes[job.name] = replace(earlier, reused=True, recipe=now.recipe)
         with self._for(job):
             self._judge(job)
-            self.outcomes[job.name].write(directory)
+            self._write(job)
         return True
 
     def _judge(self, job: JobPlan) -> None:
         """Hold a result against the bounds of its job."""
+        fetch(self.plan, [job], [FIGURES])
         self.outcomes[job.name] = judged(self.outcomes[job.name], job.gates, self.plan.output / job.name)
         self.observer.changed(job, self.outcomes[job.name])
+
+    def _write(self, job: JobPlan) -> None:
+        self.outcomes[job.name].write(self.plan.output / job.name)
+        keep(self.plan, job)
 
     def _became(self, job: JobPlan, status: Status, *, message: str = "") -> None:
         self.outcomes[job.name] = replace(self.outcomes[job.name], status=status, message=message)

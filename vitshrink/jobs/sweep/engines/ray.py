@@ -51,7 +51,10 @@ class Attempt:
         if not self._ray.wait([self._code], timeout=0)[0]:
             return None
         try:
-            return int(self._ray.get(self._code))
+            code = int(self._ray.get(self._code))
+            if self._work.store is not None:
+                self._work.store.fetch(LOG, self._work.directory / LOG)
+            return code
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
             known = isinstance(cause, VitshrinkError)
@@ -104,9 +107,10 @@ class Cluster:
             work.say(f"waits for a machine with {needs}: the cluster has none now")
         unlock(work.lock)  # it is taken where the job runs
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, int(needs.cpus)))
-        folder = work.directory.absolute()
-        paths = (str(folder / name) for name in (RECIPE, LOG, LOCK))
-        return Attempt(self.ray, work, Errand(os.getcwd(), *paths, threads))
+        text = (work.directory / RECIPE).read_text(encoding="utf-8")
+        directory = str(work.store or work.directory.absolute())
+        errand = Errand(os.getcwd(), directory, RECIPE, LOG, LOCK, threads, work.store is None, text)
+        return Attempt(self.ray, work, errand)
 
     def close(self) -> None:
         self.ray.shutdown()

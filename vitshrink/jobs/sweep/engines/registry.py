@@ -8,6 +8,7 @@ from typing import Protocol
 from vitshrink.config.fields import did_you_mean
 from vitshrink.errors import UsageError
 from vitshrink.jobs.sweep.resources import Resources
+from vitshrink.runtime.storage import Place
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Work:
     resources: Resources
     say: Callable[[str], None]
     """Told what is worth knowing of the way of the job."""
+    store: Place | None = None
+    """Where the directory is kept for all machines, where the output is a URL."""
 
 
 class Task(Protocol):
