@@ -88,7 +88,8 @@ def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) ->
 
     Which kind the model reads need not be known. Raises what stands against the last kind where none can be opened.
     """
-    options = {entry.name: getattr(data, entry.name) for entry in fields(data) if entry.name != "source"}
+    apart = ("source", "texts", "templates")
+    options = {entry.name: getattr(data, entry.name) for entry in fields(data) if entry.name not in apart}
     found: dict[str, str] = {}
     problem: VitshrinkError | None = None
     for kind in get_args(Kind):
@@ -100,6 +101,8 @@ def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) ->
             found[kind] = samples.at_most(most, seed).identity()
     if problem is not None and not found:
         raise problem
+    if data.texts is not None:  # beside the images, for a dual encoder
+        found["texts"] = open_samples(data.texts, "text", offline=offline).identity()
     return found
 
 
