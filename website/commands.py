@@ -14,6 +14,9 @@ from vitshrink.cli.app import app
 
 FOLDER = "commands"
 GROUP: Any = typer.main.get_command(app)
+WIDTH = 80
+"""Of the lines of an example."""
+
 WORDS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 """What stands for a value of a type."""
 
@@ -41,15 +44,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def overview() -> str:
     """The commands, and the options that go before them."""
     rows = [f"| [`{name}`]({name}.md) | {_prose(_paragraphs(each)[0])} |" for name, each in GROUP.commands.items()]
-    own = _groups(GROUP.params, set())
+    own = _groups(GROUP.params, set(), options="Options of all commands")
     return "\n".join(
         [
             "# Commands\n",
             "`vitshrink COMMAND --help` says the same as these pages, which are made from it.\n",
             *("| command | what it does |", "| --- | --- |"),
             *rows,
-            "\n## Options of all commands\n",
-            "They go before the command: `vitshrink --debug compress …`.\n",
+            "\nOptions of all commands go before the command: `vitshrink --debug compress …`.\n",
             *own,
         ]
     )
@@ -66,10 +68,22 @@ def command_page(name: str, command: Any, further: Iterable[str]) -> str:
     notes = [_prose(text) for text in others if not text.startswith("Example: ")]
     flags = {flag for each in command.params for flag in each.opts}
     lines = [f"# vitshrink {name}\n", _prose(summary) + "\n", *(f"{note}\n" for note in notes)]
-    lines += [f"```bash\n{example}\n```\n" for example in examples or [usage + " [OPTIONS]"]]
+    lines += [f"```bash\n{_wrapped(example)}\n```\n" for example in examples or [usage + " [OPTIONS]"]]
     if pages := [f"[{page}](../{page}.md)" for page in further]:
         lines += [f"More about it: {', '.join(pages)}.\n"]
     return "\n".join([*lines, *_groups(command.params, flags)])
+
+
+def _wrapped(line: str) -> str:
+    """A command line in several, broken before flags."""
+    pieces = re.split(r" (?=--)", line)
+    lines = [pieces[0]]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + len(piece) < WIDTH:
+            lines[-1] += f" {piece}"
+        else:
+            lines.append(f"  {piece}")
+    return " \\\n".join(lines)
 
 
 def _paragraphs(command: Any) -> list[str]:
@@ -80,12 +94,12 @@ def _is_argument(parameter: Any) -> bool:
     return type(parameter).__name__ == "TyperArgument"
 
 
-def _groups(parameters: Iterable[Any], flags: set[str]) -> Iterator[str]:
+def _groups(parameters: Iterable[Any], flags: set[str], options: str = "Options") -> Iterator[str]:
     """A heading and a list of definitions for each group of flags, in their order; the nameless one first."""
-    panels: dict[str, list[Any]] = {"Arguments": [], "Options": []}
+    panels: dict[str, list[Any]] = {"Arguments": [], options: []}
     for each in parameters:
         if not each.hidden:
-            default = "Arguments" if _is_argument(each) else "Options"
+            default = "Arguments" if _is_argument(each) else options
             panels.setdefault(each.rich_help_panel or default, []).append(each)
     for title, found in panels.items():
         if found:
