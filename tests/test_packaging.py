@@ -4,17 +4,29 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from collections.abc import Iterable
+from email import message_from_bytes
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import empty_environment
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from test_architecture import FILES, imports
 
 from vitshrink.config.options import CompressConfig, FinetuneConfig
 from vitshrink.jobs.compress import compress
 
 ROOT = Path(__file__).resolve().parents[1]
+
+ASKED_FOR_BY_NAME = {"scipy"}
+"""What few need, and are told by name to install."""
 
 
 def tracked(pattern: str) -> list[Path]:
@@ -151,3 +163,41 @@ for command in (write, ["eval", sys.argv[1], "--data", sys.argv[3], "--csv", "a.
     assert [line for line in process.stderr.splitlines() if line.isdigit()] == ["1", "1", "0"]
     assert "bug" not in process.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_wheel_and_what_it_declares_are_enough_for_the_demo_and_its_pictures(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    declared = message_from_bytes(wheel.read(metadata)).get_all("Requires-Dist", [])
+    python = empty_environment.install(Path(wheel.filename or ""), declared, tmp_path / "environment")
+    program = """
+import importlib.util, sys
+from pathlib import Path
+assert not any(map(importlib.util.find_spec, ("pytest", "scipy", "sklearn", "onnx", "mypy")))
+from vitshrink.jobs.demo import run_demo
+print(run_demo(Path(sys.argv[1]), print, epochs=1, methods=("svd",)).comparison)
+"""
+    for command in (["-m", "vitshrink", "--version"], ["-c", program, str(tmp_path / "demo")]):
+        process = subprocess.run([python, "-I", *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr
+    assert "<svg" in (tmp_path / "demo" / "comparison.html").read_text(encoding="utf-8")
+    assert "static" in process.stdout.partition("Not part of the demo")[2]
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Imports inside functions, too; what only extras bring may be imported there alone, which other tests see to."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [needs for name, needs in project["optional-dependencies"].items() if name not in ("dev", "test")]
+    always, more = _names(project["dependencies"]), _names(chain(*extras))
+    packages = packages_distributions()
+    modules = {each.module.partition(".")[0] for file in FILES.values() for each in imports(file)}
+    foreign = modules - sys.stdlib_module_names - {"vitshrink"}
+    imported = {canonicalize_name(packages.get(module, [module])[0]) for module in foreign}
+    assert imported - always - more == ASKED_FOR_BY_NAME
+    assert always <= imported, "declared, and imported nowhere"
+
+
+def _names(requirements: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(each).name) for each in requirements}

@@ -112,6 +112,24 @@ class Report:
         coded = [(layer.bits or 0.0, layer.shape[0] * layer.shape[1]) for layer in self.layers if layer.form == CODED]
         return sum(bits * count for bits, count in coded) / sum(count for _, count in coded) if coded else None
 
+    @property
+    def kind(self) -> str:
+        """What was done, in a word or two: ``3.2 bits``, ``narrow``, ``svd``, ``merged tokens``, ``svd, int8``."""
+        if self.quantization is not None and self.method == "none":
+            static = self.quantization.activations == "static"
+            return self.quantization.weights + (" static" if static else "")
+        if self.coded_bits is not None:
+            return self.integers or self.method
+        forms = self.setting("forms")
+        parts = [forms if forms in ("narrow", "rank+narrow") else "" if self.layers_are_dense else self.method]
+        parts += ["merged tokens" if self.tokens else "", self.integers or ""]
+        return ", ".join(filter(None, parts)) or self.method
+
+    @property
+    def layers_are_dense(self) -> bool:
+        """Whether every layer stayed as it was."""
+        return all(layer.dense for layer in self.layers)
+
     def setting(self, name: str) -> Any:
         """One entry of the recipe; None where there is none."""
         return None if self.recipe is None else self.recipe.get(name)

@@ -88,6 +88,7 @@ def render_html(report: Report) -> str:
         title=f"{summary.model_name(report)}, compressed",
         figures_available=drawn,
         rank_plan=_picture(figures.rank_plan(report)) if drawn else None,
+        ranks_only=all(layer.dense or layer.stored.isdigit() for layer in report.layers),
         error_by_layer=_picture(figures.error_by_layer(report)) if drawn else None,
         disagreements=() if report.evaluation is None else report.evaluation.disagreements[:SHOWN],
         **_view(report),
@@ -135,6 +136,7 @@ def render_comparison_html(reports: Sequence[Report]) -> str:
         reports=reports,
         figures_available=drawn,
         trade_off=_picture(figures.trade_off(reports)) if drawn else None,
+        loss_by_cost=_picture(figures.loss_by_cost(reports)) if drawn else None,
         rank_plans=[_picture(figures.rank_plan(report)) for report in reports] if drawn else [],
         same_data=len({_data_of(report) for report in reports}) == 1,
     )
@@ -187,7 +189,10 @@ def _quality(evaluation: Evaluation, metric: str) -> dict[str, str]:
 
 
 def _method(report: Report) -> str:
-    parts = [report.method, report.allocation, *([] if report.compensation == "none" else [report.compensation])]
+    if report.method == "none":
+        return report.kind
+    first = report.kind if report.quantization is None else report.method
+    parts = [first, report.allocation, *([] if report.compensation == "none" else [report.compensation])]
     if report.quantization is None:
         return ", ".join(parts)
     return ", ".join([*(part for part in parts if part != "none"), report.quantization.weights])
