@@ -1,5 +1,6 @@
 """Every family that vitshrink is tested with: what is found in its models, and that jobs on them end well."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -246,11 +247,18 @@ def test_what_cannot_be_handled_is_refused_with_the_reason(model_type: str, arch
         family_named(model_type, architecture, "config.json")
 
 
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 99}
+
+
 @pytest.mark.parametrize(
     ("name", "entries", "said"),
     [
         ("ResNetModel", {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8}, "no list of blocks"),
-        ("T5Model", {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}, "with a decoder.*T5Enc"),
+        ("T5Model", T5, "describes an encoder with a decoder.*T5EncoderModel"),
+        ("BartModel", BART, "describes an encoder with a decoder"),
+        ("GPT2Model", {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 99}, "it is a decoder"),
     ],
 )
 def test_a_whole_checkpoint_of_another_kind_is_refused(
@@ -263,6 +271,31 @@ def test_a_whole_checkpoint_of_another_kind_is_refused(
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    kinds.write("RobertaModel", tmp_path / "model")
+    (tmp_path / "model" / "modeling_own.py").write_text("raise SystemExit('it was run')")
+    config = tmp_path / "model" / "config.json"
+    entries = json.loads(config.read_text()) | {"model_type": "own", "architectures": ["OwnModel"]}
+    job = CompressConfig(str(tmp_path / "model"), str(tmp_path / "out"), keep=(0.8,), method="svd")
+    for more, said in (
+        ({"auto_map": {"AutoModel": "modeling_own.OwnModel"}}, "auto_map.*vitshrink never does.*remove the entry"),
+        ({}, "has no model OwnModel. Code of a checkpoint is never run"),
+    ):
+        config.write_text(json.dumps(entries | more))
+        with pytest.raises(CheckpointError, match=said):
+            compress(job)
+
+
+def test_the_encoder_of_a_model_with_a_decoder_is_compressed(tmp_path: Path, text_file: Path) -> None:
+    model = transformers.T5EncoderModel(transformers.T5Config(**T5, vocab_size=len(kinds.tiny.VOCABULARY)))
+    model.save_pretrained(tmp_path / "model")
+    kinds.write_tokenizer("T5EncoderModel", tmp_path / "model")
+    settings: dict[str, Any] = {"calibration": str(text_file), "samples": 8, "holdout": 4, "keep": (0.9,)}
+    (result,) = compress(CompressConfig(str(tmp_path / "model"), str(tmp_path / "out"), **settings))
+    assert result.report.parameters.kept < 0.9
+    transformers.T5EncoderModel.from_pretrained(tmp_path / "out")
+
+
 def test_what_timm_lacks_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("timm") is None:
         with pytest.raises(DependencyError, match=r"timm and torchvision cannot be imported: pip install timm torchv"):
