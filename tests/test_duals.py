@@ -1,5 +1,6 @@
 """Dual encoders: both towers in one job, and the measures that people quote of them."""
 
+import json
 from pathlib import Path
 
 import kinds
@@ -127,9 +128,36 @@ def test_the_whole_is_rounded_inspected_and_written_dense(small: Path, clip: Pat
     run("verify", small)
     run("export", small, tmp_path / "dense", "--to", "dense")
     assert transformers.CLIPVisionModel.from_pretrained(tmp_path / "dense").config.model_type == "clip_vision_model"
-    assert "export the tower" in refused("export", small, tmp_path / "onnx", "--to", "onnx")
+    assert "pass --tower image or --tower text" in refused("export", small, tmp_path / "onnx", "--to", "onnx")
     tuned = refused("finetune", small, tmp_path / "tuned", "--teacher", clip, "--data", kinds.write_captions(tmp_path))
     assert "does not train" in tuned
+
+
+@each_dual
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_tower_is_exported_with_its_projection(name: str, side: str, tmp_path: Path) -> None:
+    model = kinds.write(name, tmp_path / "model")
+    run("compress", model, tmp_path / "small", "--method", "svd", "--keep", "0.9", "--compensation", "none")
+    run("export", tmp_path / "small", tmp_path / "out", "--to", "torch", "--tower", side)
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    whole = transformers.AutoModel.from_pretrained(tmp_path / "small").eval()
+    inputs = {key: rows for key, rows in both(name).items() if (key == "pixel_values") == (side == "image")}
+    if side == "text":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        given, expected = program(**inputs), getattr(whole, f"get_{side}_features")(**inputs).pooler_output
+    found = given[f"{side}_embeds"] if name == "CLIPModel" else given["pooler_output"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"].endswith("_vision_model" if side == "image" else "_text_model")
+
+
+@pytest.mark.slow
+def test_an_exported_tower_is_evaluated(small: Path, flat_images: Path, tmp_path: Path) -> None:
+    run("export", small, tmp_path / "out", "--to", "onnx", "--tower", "image")
+    run("export", small, tmp_path / "dense", "--to", "dense", "--tower", "image")
+    found = evaluated(tmp_path / "out", flat_images, "--baseline", tmp_path / "dense", "--batch-size", "8")
+    assert found["fidelity"]["relative_error"] < 1e-6
 
 
 def test_patches_of_images_of_any_shape_are_refused() -> None:

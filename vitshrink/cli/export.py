@@ -25,6 +25,7 @@ def export_command(flags: dict[str, Any], display: DisplayOptions) -> None:
         job.model,
         job.output,
         job.to,
+        tower=job.tower,
         tolerance=job.tolerance,
         offline=job.offline,
         overwrite=job.overwrite,

@@ -469,6 +469,9 @@ class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
         "torch.export program; dense: an ordinary checkpoint, factors multiplied out (loads anywhere, no smaller).",
         suggested=("onnx", "openvino", "torch", "dense"),
     )
+    tower: Literal["image", "text"] | None = option(
+        None, "Of a dual encoder (CLIP, SigLIP): which tower to export; needed for all forms but dense."
+    )
     tolerance: float = option(
         1e-4,
         "Largest difference from PyTorch to put up with.",

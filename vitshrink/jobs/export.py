@@ -18,6 +18,9 @@ from vitshrink.jobs.result import published
 from vitshrink.jobs.session import Session, Settings
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import compressed_layers
+from vitshrink.models.duals import Side, tower_of
+from vitshrink.models.families import family_of
+from vitshrink.models.hf_quantizer import list_structures
 from vitshrink.models.publication import EXPORT
 from vitshrink.models.structures.quantized import QuantizedLinear
 from vitshrink.models.structures.static import StaticProduct
@@ -66,19 +69,21 @@ def export(
     output: str,
     form: str,
     *,
+    tower: Side | None = None,
     tolerance: float = TOLERANCE,
     offline: bool = False,
     overwrite: bool = False,
     observer: Observer | None = None,
 ) -> Export:
     """Write ``model`` into the directory ``output``: as ONNX, as an OpenVINO IR, as a dense
-    checkpoint, or as a torch.export program. Low-rank layers lose their pivots, see ``models.plain``.
+    checkpoint, or as a torch.export program. Low-rank layers lose their pivots, see ``models.plain``. ``tower`` is the
+    part of a dual encoder to write, which only a dense checkpoint may be whole.
 
     Batches of any size, and texts of any length that the model can take, may be given to the result. It is compared
     with the model on random inputs of several sizes before it is published.
 
     Raises:
-        UsageError: an unknown form, or a dense model that is to be made dense.
+        UsageError: an unknown form, a dense model that is to be made dense, or a tower where there is none to choose.
         DependencyError: a package that the form needs is missing.
         CheckpointError: the model cannot be read.
         OutputError: it cannot be written, or differs by more than ``tolerance`` and the rounding of activations.
@@ -93,17 +98,11 @@ def export(
     if Path(output).suffix in (".onnx", ".xml", ".pt2"):
         raise UsageError(f"{output}: give a directory; the configuration and processor files go beside the weights.")
     job = Job(observer or Silent())
-    session = Session.open(model, Settings(device="cpu", offline=offline), job)
+    session = _of_tower(Session.open(model, Settings(device="cpu", offline=offline), job), form, tower)
     source = session.source
     source.companions.tell(job)
     if form == "dense" and not compressed_layers(source.model):
         raise UsageError(f"{model} has no compressed layer: it is the dense checkpoint already.")
-    if form != "dense" and source.task == "image-text":
-        kind = type(source.model).__name__.removesuffix("Model")
-        raise UsageError(
-            f"{model} is a dual encoder, and --to {form} is for one tower: save it with --to dense, then one tower of "
-            f"that ({kind}VisionModel or {kind}TextModel: from_pretrained, then save_pretrained), and export the tower."
-        )
     with published(str(output), session, 5 * cost.parameters(source.model), overwrite=overwrite) as staging:
         with job.stage("export", f"Writing {'the dense checkpoint' if form == 'dense' else form}"):
             written = write(session, staging)
@@ -134,6 +133,26 @@ def export(
         }
         (staging / EXPORT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def _of_tower(session: Session, form: str, tower: Side | None) -> Session:
+    """The session of one tower alone, where that is asked for."""
+    source = session.source
+    if source.task != "image-text":
+        if tower is not None:
+            raise UsageError(f"--tower {tower}: {type(source.model).__name__} has one tower only: leave it out.")
+        return session
+    if tower is None:
+        if form == "dense":
+            return session
+        raise UsageError(
+            f"{type(source.model).__name__} has two towers, which runtimes run apart: pass --tower image or "
+            "--tower text."
+        )
+    model = tower_of(source.model, tower)
+    list_structures(model)
+    described = replace(source.source, config=model.config.to_dict())
+    return replace(session, source=replace(source, model=model, source=described, family=family_of(model)))
 
 
 def _compare(model: PreTrainedModel, run: Run) -> tuple[float, float]:

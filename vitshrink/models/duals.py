@@ -4,11 +4,13 @@ transformers runs both towers at once. A job reads images and texts apart, since
 their vectors are compared; ``read_apart`` lets the whole model take either.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -18,6 +20,11 @@ DUALS = ("CLIPModel", "SiglipModel")
 
 TOWERS: Mapping[str, str] = {"text_model": "input_ids", "vision_model": "pixel_values"}
 """The part of a dual encoder that reads an input, and that input."""
+
+Side = Literal["image", "text"]
+SIDES: Mapping[Side, str] = {"image": "vision_model", "text": "text_model"}
+PROJECTIONS: Mapping[Side, str] = {"image": "visual_projection", "text": "text_projection"}
+"""Where a dual encoder has its towers and, if it has any, what brings their vectors to the same width."""
 
 FILLED = ("siglip",)
 """Types of models that read texts filled up to their full length, without a mask, as they were trained."""
@@ -49,6 +56,26 @@ def towers_of(base: nn.Module) -> list[str]:
     """The names of the two towers of a dual encoder; nothing for any other model."""
     found = [name for name in TOWERS if isinstance(getattr(base, name, None), nn.Module)]
     return found if len(found) == len(TOWERS) else []
+
+
+def tower_of(model: PreTrainedModel, side: Side) -> PreTrainedModel:
+    """One tower of a dual encoder as a model of its own, with the projection where there is one; it shares all tensors.
+
+    A tower of CLIP gives its vectors before they are normalized, as ``image_embeds`` or ``text_embeds``; that of SigLIP
+    as ``pooler_output``.
+    """
+    tower: PreTrainedModel = model.get_submodule(SIDES[side])  # type: ignore[assignment]
+    projection = getattr(model, PROJECTIONS[side], None)
+    if projection is None:
+        found = tower
+    else:
+        config = copy.deepcopy(tower.config)
+        config.projection_dim = model.config.projection_dim
+        found = getattr(transformers, f"{type(tower).__name__}WithProjection")._from_config(config)
+        setattr(found, SIDES[side], tower)
+        setattr(found, PROJECTIONS[side], projection)
+    found.config.architectures = [type(found).__name__]
+    return found.eval()
 
 
 def read_apart(model: PreTrainedModel) -> None:

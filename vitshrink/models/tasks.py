@@ -30,6 +30,7 @@ TASKS: Mapping[str, Task] = {
     "ForMultipleChoice": "multiple-choice",
     "ForMaskedLM": "masked-lm",
     "Model": "features",
+    "ModelWithProjection": "features",
 }
 """By how the name of a class of transformers ends: what its outputs are for, whatever family it is of."""
 
