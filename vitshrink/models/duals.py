@@ -67,7 +67,7 @@ def tower_of(model: PreTrainedModel, side: Side) -> PreTrainedModel:
     tower: PreTrainedModel = model.get_submodule(SIDES[side])  # type: ignore[assignment]
     projection = getattr(model, PROJECTIONS[side], None)
     if projection is None:
-        found = tower
+        found: PreTrainedModel = tower
     else:
         config = copy.deepcopy(tower.config)
         config.projection_dim = model.config.projection_dim
