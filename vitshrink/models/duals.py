@@ -75,7 +75,8 @@ def tower_of(model: PreTrainedModel, side: Side) -> PreTrainedModel:
         setattr(found, SIDES[side], tower)
         setattr(found, PROJECTIONS[side], projection)
     found.config.architectures = [type(found).__name__]
-    return found.eval()
+    found.eval()
+    return found
 
 
 def read_apart(model: PreTrainedModel) -> None:
