@@ -108,7 +108,13 @@ def test_a_layer_is_run_as_it_is_exported(name: str, rank: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("entries", "levers"),
-    [({"tokens": "merge"}, ("merged tokens",)), ({"forms": "rank", "refine": 0}, ("ranks",)), ({"refine": 0}, None)],
+    [
+        ({"tokens": "merge"}, ("merged tokens",)),
+        ({"forms": "rank", "refine": 0}, ("ranks",)),
+        ({"refine": 0}, None),
+        ({"forms": "narrow"}, ("narrower layers",)),
+        ({"forms": "rank+narrow"}, None),
+    ],
 )
 def test_the_time_that_is_asked_for_is_met(
     entries: dict[str, Any],
@@ -127,6 +133,16 @@ def test_the_time_that_is_asked_for_is_met(
     assert cost.macs(model, example_inputs(model)) == 1e9 * timed.compressed
     assert found.report.macs is not None
     assert found.report.macs.kept == pytest.approx(timed.compressed / timed.dense)
+
+
+def test_narrower_layers_are_priced_by_those_that_were_timed(
+    bert_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (found,) = compress(job(tmp_path, bert_directory, text_file, target_latency="0.8", forms="narrow"))
+    timed = found.report.target_latency
+    assert timed is not None
+    assert timed.levers == ("narrower layers",)
+    assert timed.compressed / timed.dense <= 1.05 * 0.8
 
 
 @pytest.mark.parametrize("name", [BERT, pytest.param("ModernBertForSequenceClassification", marks=pytest.mark.slow)])
@@ -191,6 +207,7 @@ def integers(monkeypatch: pytest.MonkeyPatch) -> str:
         ("0.25", {"tokens": "merge"}, ("integers", "merged tokens")),
         ("0.27", {"forms": "rank", "refine": 0}, ("integers", "ranks")),
         ("0.24", {"quantize": "int8", "refine": 0}, None),
+        ("0.27", {"forms": "narrow"}, ("integers", "narrower layers")),
         ("0.7", {"quantize": "none", "tokens": "merge"}, ("merged tokens",)),
     ],
 )
@@ -265,7 +282,7 @@ def _merges(model: nn.Module) -> bool:
         ({"target_latency": "0.7", "quantize": "int8"}, "torch is not faster with integers .* onnxruntime or openvino"),
         ({"target_latency": "0.7", "quantize": "int4"}, "--quantize int4: .* 8 bits"),
         ({"target_latency": "0.7", "quantize": "int8", "finetune": {}}, "pass --quantize none"),
-        ({"target_latency": "0.7", "forms": "narrow"}, "--forms narrow"),
+        ({"target_latency": "0.7", "forms": "bits"}, "--forms bits"),
         ({"keep": (0.5,), "quantize": "none"}, "without --target-latency"),
         ({"target_latency": "0.7", "runtime": "tvm"}, "Available: .*onnxruntime"),
         ({"target_latency": "0.7", "method": "qk-joint"}, "not for --method qk-joint"),

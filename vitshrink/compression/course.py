@@ -10,7 +10,7 @@ from vitshrink.compression.candidates import Offer, Plan
 from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.merging import Trials, measured_curves
-from vitshrink.compression.pace import CLOSE, INTEGERS, Mixture, Pace, Paced
+from vitshrink.compression.pace import CLOSE, INTEGERS, MERGED, NARROWER, RANKS, Mixture, Pace, Paced
 from vitshrink.compression.static_layers import as_fast_as_integers
 from vitshrink.models.merged import Kept, merge_tokens
 from vitshrink.models.parts import with_pivots
@@ -50,7 +50,7 @@ class Attempt:
 
     @property
     def ranked(self) -> bool:
-        """Whether layers become factors."""
+        """Whether layers become smaller."""
         return ranked(self.planned.plan)
 
 
@@ -146,7 +146,13 @@ class Course:
                 f"{paced.taken / paced.dense:.3f} of the dense model's time, not {1000 * paced.asked:.3g} ms "
                 f"{clock.described}: {ATTEMPTS} plans came no nearer."
             )
-        used = {INTEGERS: integers, "merged tokens": best.planned.kept is not None, "ranks": ranked(plan)}
+        forms = [candidate.form for candidate in plan.values() if candidate.form is not None]
+        used = {
+            INTEGERS: integers,
+            MERGED: best.planned.kept is not None,
+            RANKS: any(form.rank is not None for form in forms),
+            NARROWER: any(form.rank is None for form in forms),
+        }
         return replace(paced, levers=tuple(lever for lever, there in used.items() if there))
 
     @property
@@ -158,7 +164,7 @@ class Course:
 
 
 def ranked(plan: Plan) -> bool:
-    """Whether layers become factors."""
+    """Whether layers become smaller."""
     return any(candidate.form is not None for candidate in plan.values())
 
 

@@ -5,7 +5,7 @@ a dynamic program finds how many tokens each block keeps. For these tokens the o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, Self
@@ -18,7 +18,15 @@ from vitshrink.compression.candidates import Offer
 from vitshrink.compression.clock import CPU, Clock
 from vitshrink.compression.merging import DEAREST, Choices, choices_of, least
 from vitshrink.compression.static_layers import as_fast_as_integers
-from vitshrink.compression.times import BlockTimes, LayerTimes, block_times, layer_times, whole_time
+from vitshrink.compression.times import (
+    Axis,
+    BlockTimes,
+    LayerTimes,
+    block_times,
+    layer_times,
+    narrower_times,
+    whole_time,
+)
 from vitshrink.config.options import CompressConfig
 from vitshrink.config.quantities import parse_latency
 from vitshrink.errors import TargetError, UsageError
@@ -37,8 +45,8 @@ CLOSE = 0.05
 RUNTIME = "torch"
 """Where a budget of time counts, if nothing is said."""
 
-INTEGERS = "integers"
-"""A lever, as ranks and merged tokens are."""
+INTEGERS, MERGED, RANKS, NARROWER = "integers", "merged tokens", "ranks", "narrower layers"
+"""The levers: by what a model may get faster."""
 
 Seen = Literal["asks", "reads", "keeps"]
 """The tokens that a layer works on: those that ask for attention, that the block reads, or that it keeps."""
@@ -57,6 +65,10 @@ SEEN: Mapping[Role, Seen] = {
 }
 
 
+SIDES: Mapping[Role, Axis] = {"query": 0, "key": 0, "value": 0, "fc1": 0, "output": 1, "fc2": 1}
+"""The side of a layer that gets smaller where an attention or an MLP does."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prices:
     """Nanoseconds of a model whose blocks read and keep given numbers of tokens."""
@@ -70,6 +82,10 @@ class Prices:
     def of(self, target: Target, rank: int | None) -> int:
         """Of a layer at a rank, or dense."""
         return self.layers.of(target.shape, rank, self.tokens[target.name])
+
+    def resized(self, target: Target, shape: tuple[int, int]) -> int:
+        """Of a layer that is dense, and narrower."""
+        return self.layers.resized(target.shape, shape, self.tokens[target.name])
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +146,7 @@ class Pace:
         whole: nanoseconds of the dense model, as the times of its parts say.
         quick: of the dense model as it will run: the same, or with its layers as integers.
         integers: whether they will be.
+        forms: what layers may become beside that, see ``CompressConfig.stores``.
         asked: the share of the dense model's time, or nanoseconds.
         shared: which of the two.
     """
@@ -142,6 +159,7 @@ class Pace:
     whole: int
     quick: int
     integers: bool
+    forms: str
     asked: float
     shared: bool
 
@@ -168,11 +186,15 @@ class Pace:
             blocks = block_times(clock, runs) if merges else None
             shapes = (target.shape for target in targets)
             layers = layer_times(clock, shapes, storage, length_of(dense), integers=integers)
+            if "narrow" in config.stores:
+                sides = [(each.shape, SIDES[each.role]) for each in targets if each.role in SIDES]
+                narrower = narrower_times(clock, sides, length_of(dense), integers=integers)
+                layers = replace(layers, narrower=narrower)
             if not integers:
                 whole = quick = whole_time(clock, dense) if blocks is None else blocks.whole
             elif blocks is not None:
                 quick = blocks.whole
-        return cls(clock, dense, targets, layers, blocks, whole, quick, integers, asked, shared)
+        return cls(clock, dense, targets, layers, blocks, whole, quick, integers, config.stores, asked, shared)
 
     @property
     def budget(self) -> int:
@@ -263,7 +285,12 @@ class Pace:
 
     @property
     def _offered(self) -> str:
-        on_offer = {INTEGERS: self.integers, "ranks": bool(self.targets), "merged tokens": self.blocks is not None}
+        on_offer = {
+            INTEGERS: self.integers,
+            RANKS: bool(self.layers.tables) and "rank" in self.forms,
+            NARROWER: bool(self.layers.narrower),
+            MERGED: self.blocks is not None,
+        }
         *others, last = (name for name, there in on_offer.items() if there)
         return " and ".join([", ".join(others), last] if others else [last])
 

@@ -3,7 +3,8 @@ and what lies between is interpolated."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from vitshrink.models.targets import blocks_of
 RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """Of the largest that makes a layer smaller: ranks that are timed."""
 
+WIDTHS = (0.25, 0.5, 0.75)
+"""Shares of the outputs or inputs of narrower dense layers that are timed."""
+
 TOKENS = (1.0, 0.75, 0.5, 0.25)
 """Shares of the patches with which blocks are timed."""
 
@@ -33,16 +37,28 @@ MERGED = 4
 """One patch of so many is merged, where merging is timed."""
 
 
+Axis = Literal[0, 1]
+"""A side of a matrix: its outputs, or its inputs."""
+
+
 @dataclass(frozen=True, eq=False)
 class LayerTimes:
-    """Nanoseconds of layers by shape, rank and number of tokens."""
+    """Nanoseconds of layers by shape, rank and number of tokens, and of narrower dense ones."""
 
     tables: Mapping[tuple[int, int], "_Table"]
+    narrower: Mapping[tuple[tuple[int, int], Axis], Sequence[float]] = field(default_factory=dict)
+    """By shape and side that gets smaller, as shares of the whole layer's time: of ``WIDTHS``, and of 1."""
 
     def of(self, shape: tuple[int, int], rank: int | None, tokens: int) -> int:
         """Of one layer; without a rank the dense one."""
         ranks = [] if rank is None else [rank]
         return round(float(self.matrix(shape, ranks, tokens)[-1, tokens]))
+
+    def resized(self, shape: tuple[int, int], wanted: tuple[int, int], tokens: int) -> int:
+        """Of a dense layer with fewer outputs, or fewer inputs."""
+        axis: Axis = 0 if wanted[0] != shape[0] else 1
+        share = float(_line([*WIDTHS, 1.0], self.narrower[shape, axis])(wanted[axis] / shape[axis]))
+        return round(share * self.of(shape, None, tokens))
 
     def matrix(self, shape: tuple[int, int], ranks: Sequence[int], tokens: int) -> Tensor:
         """The dense layer, and below it these ranks, (1 + ranks, 1 + tokens): for 0, 1, 2 … ``tokens``."""
@@ -75,6 +91,34 @@ def layer_times(
 ) -> LayerTimes:
     """Of linear layers (out, in) that read so many ``tokens`` a sample, or half of them; with ``integers`` or not."""
     return LayerTimes({shape: _table(clock, shape, storage, tokens, integers) for shape in dict.fromkeys(shapes)})
+
+
+def narrower_times(
+    clock: Clock, sides: Iterable[tuple[tuple[int, int], Axis]], tokens: int, *, integers: bool = False
+) -> dict[tuple[tuple[int, int], Axis], Sequence[float]]:
+    """Of dense layers with fewer outputs or inputs, as shares of what the whole ones take: see ``LayerTimes``."""
+    found: dict[tuple[tuple[int, int], Axis], Sequence[float]] = {}
+    for shape, axis in dict.fromkeys(sides):
+        sizes = [max(1, round(share * shape[axis])) for share in (*WIDTHS, 1.0)]
+        shapes = {f"{size} of side {axis}": (size, shape[1]) if axis == 0 else (shape[0], size) for size in sizes}
+
+        def runs(shapes: Mapping[str, tuple[int, int]] = shapes) -> dict[str, Run]:
+            rounded = to_the_nearest if integers else None
+            programs = {
+                name: Product.of_shape(each, None, pivots=False, stored=clock.runtime.factors, rounded=rounded)
+                for name, each in shapes.items()
+            }
+            for program in programs.values():
+                program.model.to(clock.device)
+            return {
+                name: Run(program, random_tokens(clock.batch_size, tokens, shapes[name][1]))
+                for name, program in programs.items()
+            }
+
+        what = {"layer": list(shape), "side": axis, **({"bits": 8} if integers else {})}
+        times = list(clock.times(what, list(shapes), runs).values())
+        found[shape, axis] = [each / times[-1] for each in times]
+    return found
 
 
 def _table(clock: Clock, shape: tuple[int, int], storage: Storage, tokens: int, integers: bool) -> _Table:
@@ -173,12 +217,12 @@ def _part(share: float, special: int, tokens: int) -> int:
     return special + max(MERGED, round(share * (tokens - special)))
 
 
-def _line(known: Sequence[int], values: Sequence[float]) -> Callable[[np.ndarray | int], np.ndarray]:
+def _line(known: Sequence[float], values: Sequence[float]) -> Callable[[np.ndarray | float], np.ndarray]:
     """Through known points, straight on beyond them."""
     x, places = np.unique(np.array(known, dtype=float), return_index=True)
     y = np.array(values, dtype=float)[places]
 
-    def at(wanted: np.ndarray | int) -> np.ndarray:
+    def at(wanted: np.ndarray | float) -> np.ndarray:
         if len(x) == 1:
             return np.full(np.shape(wanted), y[0])
         segment = np.clip(np.searchsorted(x, wanted) - 1, 0, len(x) - 2)

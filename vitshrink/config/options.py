@@ -176,10 +176,10 @@ class CompressConfig(
             return
         if others := self.approximations:
             raise UsageError(f"--target-latency says how much is left to compute: leave {others[0]} out.")
-        if self.forms not in ("auto", "rank"):
+        if self.forms == "bits":
             raise UsageError(
-                f"--forms {self.forms}: --target-latency spends time on ranks and tokens; leave it out, and round the "
-                "result with `vitshrink quantize`."
+                "--forms bits: integers of any fineness are no faster: leave it out, and --target-latency makes those "
+                "that are."
             )
         self._check_integers()
 
@@ -220,7 +220,7 @@ class CompressConfig(
     @property
     def merges(self) -> bool:
         """Whether tokens may be merged: where they can be, a budget of time is spent on them, too."""
-        timed = self.target_latency is not None and self.forms != "rank" and self.calibration is not None
+        timed = self.target_latency is not None and self.forms == "auto" and self.calibration is not None
         return self.tokens == "merge" or timed
 
     def _check_bits(self) -> None:

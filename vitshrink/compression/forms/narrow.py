@@ -182,7 +182,8 @@ class NarrowMaker:
             [self.material.dense_cost(shape) for shape in dense.values()],
             0.0 if found is None else found.whole,
         )
-        kept = Cost(sum(each.parameters for each in costs), sum(each.bytes for each in costs))
+        parameters, size = sum(each.parameters for each in costs), sum(each.bytes for each in costs)
+        kept = Cost(parameters, size, self._time(site, dense))
         return Offer.of(site.site, self.material.currency, Candidate(None, kept), candidates, nothing=whole)
 
     def _cost(self, site: NarrowSite, form: NarrowForm) -> Cost:
@@ -197,7 +198,16 @@ class NarrowMaker:
         return Cost(
             sum(each.parameters for each in costs) - biases,
             sum(each.bytes for each in costs) - biases * self.material.itemsize,
+            self._time(site, shapes),
         )
+
+    def _time(self, site: NarrowSite, shapes: Shapes) -> int | None:
+        """Of the layers, in nanoseconds, where time is what counts; what is between them is left out."""
+        prices = self.material.prices
+        if prices is None:
+            return None
+        each = ((target, shapes[role]) for role, target in site.targets.items())
+        return sum(prices.of(t, None) if t.shape == shape else prices.resized(t, shape) for t, shape in each)
 
     def _build_mlp(
         self, model: PreTrainedModel, site: NarrowSite, form: Neurons, found: NarrowMlp, findings: Findings

@@ -25,6 +25,9 @@ class Priced(Protocol):
     def of(self, target: Target, rank: int | None) -> int:
         """Of a layer at a rank, or dense."""
 
+    def resized(self, target: Target, shape: tuple[int, int]) -> int:
+        """Of a dense layer of another shape."""
+
 
 @dataclass(frozen=True, eq=False)
 class Material:
