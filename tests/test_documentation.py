@@ -64,6 +64,29 @@ def test_python_on_a_page_can_be_read(page: Path) -> None:
             ast.parse(text)
 
 
+def headings(page: str) -> set[str]:
+    """The anchors of a page, as GitHub and the site name them."""
+    text = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.MULTILINE | re.DOTALL)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in plain}
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=named)
+def test_links_lead_to_files_and_headings_of_the_repository(page: Path) -> None:
+    for link in re.findall(r"\]\(((?!https?:|mailto:)[^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in headings(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_of_the_guide_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2].partition("\nvalidation:")[0]
+    listed = set(re.findall(r"([\w-]+\.md)$", navigation, re.MULTILINE))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= listed
+
+
 # What they tell to do
 
 

@@ -31,8 +31,8 @@ INTRODUCTION = """\
 ABOUT_JOBS = """\
 ## Jobs
 
-These functions do what the commands do, on files. The fields of a job are the flags of its [command](commands/index.md), with `_` in the
-place of `-`. They are not a part of the stable interface.
+These functions do what the commands do, on files. The fields of a job are the flags of its
+[command](commands/index.md), with `_` in place of `-`. They are no part of the [stable interface](versions.md).
 """
 
 
