@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from heads import Found, evaluated, run
+from heads import Found, assert_a_bound_is_kept, evaluated, run
 from torch import Tensor
 
 from vitshrink.config.options import CompressConfig
@@ -131,6 +131,19 @@ def test_the_whole_is_rounded_inspected_and_written_dense(small: Path, clip: Pat
     assert "pass --tower image or --tower text" in refused("export", small, tmp_path / "onnx", "--to", "onnx")
     tuned = refused("finetune", small, tmp_path / "tuned", "--teacher", clip, "--data", kinds.write_captions(tmp_path))
     assert "does not train" in tuned
+
+
+def test_what_is_for_dual_encoders_alone_is_refused_elsewhere(vit_directory: Path, flat_images: Path) -> None:
+    told = refused("eval", vit_directory, "--data", flat_images, "--template", "a {}")
+    assert "--template is for CLIP and SigLIP" in told
+    told = refused("eval", vit_directory, "--data", flat_images, "--template", "a photo")
+    assert "has no {}" in told
+    arguments = ("compress", vit_directory, "out", "--keep", "0.9", "--calibration", flat_images)
+    assert "--calibration-texts is for CLIP" in refused(*arguments, "--calibration-texts", "lines.txt")
+
+
+def test_a_bound_is_kept_on_the_vectors(clip: Path, tmp_path: Path) -> None:
+    assert_a_bound_is_kept(clip, kinds.write_captions(tmp_path, 48), tmp_path / "out", "--max-error", 0.2)
 
 
 @each_dual

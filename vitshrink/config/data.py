@@ -24,6 +24,8 @@ class DataConfig:
     """How the flags begin that name the columns."""
     texts: str | None = None
     """Texts for a dual encoder, where they do not lie beside the images."""
+    texts_flag: str | None = None
+    """What names these, where it does not begin as ``flags``."""
     templates: tuple[str, ...] = ()
     """How the name of a class becomes a text for it."""
 
@@ -78,7 +80,13 @@ class CalibrationOptions(Options):
         if self.calibration is None:
             return None
         columns = columns_of(self)
-        return DataConfig(self.calibration, self.calibration_split, **columns, texts=self.calibration_texts)
+        return DataConfig(
+            self.calibration,
+            self.calibration_split,
+            **columns,
+            texts=self.calibration_texts,
+            texts_flag="--calibration-texts",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

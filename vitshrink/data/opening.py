@@ -16,8 +16,9 @@ from vitshrink.data import (
     open_samples,
 )
 from vitshrink.data.layouts import LAYOUTS
-from vitshrink.data.pairs import open_pairs
+from vitshrink.data.pairs import open_pairs, texts_flag
 from vitshrink.data.samples import Drawable
+from vitshrink.errors import UsageError
 from vitshrink.models.fidelity import BERNOULLI, REGRESSION
 from vitshrink.models.loading import LoadedModel
 from vitshrink.models.tasks import head_of, task_of
@@ -54,6 +55,11 @@ def open_data(
 
     ``job`` warns of what was left out and, where labels are wanted (``labeled``), of columns none of which holds them.
     """
+    for flag, given in ((texts_flag(data), data.texts), ("--template", data.templates)):
+        if given and model.task != "image-text":
+            raise UsageError(
+                f"{flag} is for CLIP and SigLIP, and {type(model.model).__name__} is neither: leave it out."
+            )
     if model.task == "image-text":
         return _told(open_pairs(data, labeled=labeled, offline=offline), model, job, labeled=labeled)
     samples = open_samples(

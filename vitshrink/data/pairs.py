@@ -10,7 +10,7 @@ from vitshrink.data.labels import WORDNET_ID, imagenet_classes
 from vitshrink.data.samples import Drawable, Sample, SampleSet
 from vitshrink.data.sources import open_samples
 from vitshrink.data.tables import is_table
-from vitshrink.errors import DataError
+from vitshrink.errors import DataError, UsageError
 
 CAPTIONS = ("caption", "captions", "text", "title", "prompt", "sentence")
 """What columns of captions are called; the first that there is counts."""
@@ -26,6 +26,8 @@ def open_pairs(data: DataConfig, *, labeled: bool, offline: bool) -> SampleSet:
 
     Raises DataError where there are images and no texts.
     """
+    if data.text_pair_column is not None:
+        raise UsageError(f"{data.flags}text-pair-column: the model reads one text beside an image: leave it out.")
     source = _with_metadata(data)
     images = open_samples(
         source,
@@ -46,12 +48,16 @@ def open_pairs(data: DataConfig, *, labeled: bool, offline: bool) -> SampleSet:
     if labeled and images.label_names:
         prompts = prompts_of(images.label_names, data.templates or (TEMPLATE,))
         return replace(_listed(images), kind="image-text", apart=True, prompts=prompts)
-    flag = f"{data.flags}texts" if labeled else "--calibration-texts"
     raise DataError(
-        f"{images.source} has images and no captions, and the model reads texts as well: pass {flag} FILE with a text "
+        f"{images.source} has images and no captions, and the model reads texts as well: pass {texts_flag(data)} FILE with a text "
         "a line, which need not belong to the images, or a table with a column of images and one of captions "
         "(file_name,caption)."
     )
+
+
+def texts_flag(data: DataConfig) -> str:
+    """What names texts that lie elsewhere."""
+    return data.texts_flag or f"{data.flags}texts"
 
 
 def prompts_of(names: list[str], templates: tuple[str, ...]) -> list[Sample]:

@@ -100,7 +100,9 @@ class Preprocessor:
         if config is None:
             config = _load(AutoConfig.from_pretrained, path, offline, "configuration")
         if kind == "image-text":
-            images = cls.from_checkpoint(path, "image", config=config, offline=offline)
+            images = cls.from_checkpoint(
+                path, "image", config=config, style=style, offline=offline, resolution=resolution
+            )
             texts = cls.from_checkpoint(path, "text", config=config, max_length=max_length, offline=offline)
             return cls._of_pairs(images, texts, config)
         if kind == "image":

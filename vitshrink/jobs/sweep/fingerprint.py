@@ -88,7 +88,7 @@ def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) ->
 
     Which kind the model reads need not be known. Raises what stands against the last kind where none can be opened.
     """
-    apart = ("source", "texts", "templates")
+    apart = ("source", "texts", "texts_flag", "templates")
     options = {entry.name: getattr(data, entry.name) for entry in fields(data) if entry.name not in apart}
     found: dict[str, str] = {}
     problem: VitshrinkError | None = None
