@@ -50,8 +50,8 @@ def open_pairs(data: DataConfig, *, labeled: bool, offline: bool) -> SampleSet:
         return replace(_listed(images), kind="image-text", apart=True, prompts=prompts)
     raise DataError(
         f"{images.source} has images and no captions, and the model reads texts as well: pass {texts_flag(data)} FILE "
-        "with a text a line, which need not belong to the images, or a table with a column of images and one of captions "
-        "(file_name,caption)."
+        "with a text a line, which need not belong to the images, or a table with a column of images and one of "
+        "captions (file_name,caption)."
     )
 
 
