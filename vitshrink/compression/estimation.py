@@ -24,6 +24,7 @@ from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.entries import laid_out, moved
 from vitshrink.runtime.observer import Job
+from vitshrink.runtime.paging import paged
 from vitshrink.runtime.precision import Passes, passes_in, resolve_precision
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.calibration import collect, first_of
@@ -31,6 +32,7 @@ from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.digests import data_digest, model_digest
 from vitshrink.statistics.effects import MEASURED_SAMPLES, Components, measured_loss
 from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.recomputing import is_large
 from vitshrink.statistics.reference import DenseOutputs
 from vitshrink.statistics.sharing import Shared, shared_effects, shared_shortfall
 from vitshrink.statistics.stats import LinearStats
@@ -108,7 +110,8 @@ class LayerEstimator:
                 if each.form is not None
             }
             again = self._statistics(model, dense, job, seed=self.config.seed + 1, step=step)
-            stats = laid_out({name: before.stats[name].refined_by(again[name]) for name in again})
+            averaged = ((name, before.stats[name].refined_by(again[name])) for name in again)
+            stats = paged(averaged, self.pages)
             memory.write(stats)
         measured = self._measured(model, before, job)
         refined = self._factorize(stats, job)
@@ -139,6 +142,13 @@ class LayerEstimator:
     def passes(self) -> Passes:
         """The arithmetic of passes that gradients are taken through."""
         return passes_in(next(self.dense.parameters()).device, precision_for(self.dense, self.config.precision))
+
+    @cached_property
+    def pages(self) -> Path | None:
+        """Where statistics and factors lie, if they are large beside the model; in memory if it is None."""
+        sizes = ((min(target.shape), sum(target.shape)) for target in self.targets)
+        needed = 8 * sum(k * (2 * k + both) for k, both in sizes)
+        return self.progress.prepared() if is_large(needed, self.dense) else None
 
     @cached_property
     def dense_outputs(self) -> DenseOutputs:
@@ -215,7 +225,7 @@ class LayerEstimator:
                     course=course,
                     on_batch=advance,
                 )
-        return laid_out(found)
+        return paged(found, self.pages)
 
     @torch.no_grad()
     def _measured(self, model: PreTrainedModel, findings: Findings, job: Job) -> Findings:
@@ -294,7 +304,7 @@ class LayerEstimator:
             layer = linear_of(self.dense, target.name)
             try:
                 factors = self.factorize(target.name, layer.weight.double(), stats.get(target.name))
-                found |= laid_out({target.name: factors.check_finite()})
+                found |= paged({target.name: factors.check_finite()}, self.pages)
             except NumericsError as error:
                 found[target.name] = str(error)
             advance(processes.count())

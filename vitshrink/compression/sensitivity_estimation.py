@@ -16,8 +16,10 @@ from vitshrink.errors import NumericsError
 from vitshrink.models.families import precision_for
 from vitshrink.runtime.entries import laid_out
 from vitshrink.runtime.observer import Job
+from vitshrink.runtime.paging import paged
 from vitshrink.runtime.precision import passes_in
 from vitshrink.runtime.state import Progress
+from vitshrink.statistics.recomputing import is_large
 from vitshrink.statistics.sensitivity import Sensitivity, collect_sensitivity
 from vitshrink.statistics.sharing import Shared
 
@@ -40,10 +42,12 @@ class SensitivityEstimator:
             found = self._collected(job)
             memory.write(dict(found), hold=False)  # they are used up
         findings = Findings({}, {}, found)
+        needed = sum(each.half.nbytes for each in found.values() if each.half is not None)
+        pages = self.progress.prepared() if is_large(needed, self.dense) else None
         with job.stage("factorize", "Factorizing", len(self.sites)) as advance:
             for name in self.sites:
                 try:
-                    findings.layers[name] = self._metric(name, found.get(name), job)
+                    findings.layers.update(paged({name: self._metric(name, found.get(name), job)}, pages))
                 except NumericsError as error:
                     findings.failures[name] = str(error)
                     job.warn(f"{name} stays dense: {error}")

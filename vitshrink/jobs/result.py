@@ -18,6 +18,7 @@ from vitshrink.models.publication import REPORT, free_place, publish_by_main
 from vitshrink.models.source import examine
 from vitshrink.report import Report
 from vitshrink.runtime import processes
+from vitshrink.runtime.heap import give_back
 from vitshrink.runtime.storage import is_url, scratch
 
 
@@ -90,6 +91,7 @@ def write_result(
             saved = save(
                 finished, directory, source=session.source, dtype=dtype, extra_files=extra_files, in_place=in_place
             )
+            give_back()
             written = verify(directory, saved, example_inputs(session.source.model), attention=attention)
     processes.copy_from_main(directory)
     if written is None:

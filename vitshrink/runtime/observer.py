@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vitshrink.runtime.heap import give_back
+
 
 class Observer(Protocol):
     """How the command line follows a job; the library itself is silent."""
@@ -55,4 +57,5 @@ class Job:
         started = time.perf_counter()
         with self.observer.stage(title, total) as advance:
             yield advance
+        give_back()
         self.timings[key] = self.timings.get(key, 0.0) + time.perf_counter() - started

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink.errors import NumericsError
 from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import evaluating, frozen
+from vitshrink.runtime.paging import rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device, token_mask
 from vitshrink.statistics.calls import by_sample
@@ -172,10 +173,9 @@ class Watch:
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         for name, parts in self.components.items():
             module = model.get_submodule(name)
-            narrow = Components(parts.up.float(), parts.down.float(), parts.mean.float())
             self.effects[name], self.shifts[name] = [], []
             stack.callback(module.register_forward_pre_hook(require_gradient).remove)
-            stack.callback(module.register_forward_hook(self._hook(name, narrow)).remove)
+            stack.callback(module.register_forward_hook(self._hook(name, parts)).remove)
 
     def _hook(self, name: str, parts: Components) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -188,11 +188,12 @@ class Watch:
 
     def _add(self, name: str, parts: Components, read: Tensor, gradient: Tensor) -> None:
         # laid out alike wherever they come from: else products round otherwise
-        x, gradient = (read.float() - parts.mean).contiguous(), gradient.detach().float().contiguous()
+        x, gradient = (read.float() - parts.mean.float()).contiguous(), gradient.detach().float().contiguous()
         if self.mask is not None and gradient.shape[:-1] == self.mask.shape:
             x, gradient = x * self.mask[..., None], gradient * self.mask[..., None]
         with self.passes():
-            left, right = gradient @ parts.up, x @ parts.down.T
+            left, right = gradient @ parts.up.float(), x @ parts.down.float().T
+        rest()
         effect = by_sample((left.float() * right.float()).sum(1), self.samples)
         if not torch.isfinite(effect).all():
             raise NumericsError(

@@ -82,6 +82,16 @@ class Recomputing:
             self.call = None
 
 
+def room_for(model: nn.Module) -> int:
+    """Bytes that a job on a model may take beside it, however much memory is free, before it saves room."""
+    return int(ROOM + MODELS * memory_bytes(model))
+
+
+def is_large(nbytes: int, model: nn.Module) -> bool:
+    """Whether what a job learns of a model takes so much room that it is better kept in files."""
+    return nbytes > room_for(model) / 4
+
+
 def read_and_given(block: nn.Module) -> int:
     """Of a token: the numbers that the linear layers of a block read and give."""
     return sum(each.in_features + each.out_features for each in block.modules() if isinstance(each, nn.Linear))
@@ -101,7 +111,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[Recomputing]:
     Blocks whose activations find no room are computed twice: a third more time, if there is none for any. Hooks on
     modules of a block are called again in the backward pass, then with gradients.
     """
-    found = Recomputing(list(blocks_of(model)), first_blocks(model), int(ROOM + MODELS * memory_bytes(model)))
+    found = Recomputing(list(blocks_of(model)), first_blocks(model), room_for(model))
     for block in found.blocks:
         block.forward = found.forward(block, block.forward)
     try:

@@ -17,6 +17,7 @@ from vitshrink.compression.rounding import LARGEST, Metric, at_each, entropy, ro
 from vitshrink.models.checkpoint import HEADER_BYTES, replace_layers
 from vitshrink.models.codes import STEPS
 from vitshrink.models.structures.coded import Coded, dense_tensor, has_positions
+from vitshrink.runtime.paging import rest
 
 LEVELS_A_BIT = 4
 """Levels of fineness between one bit a weight and the next."""
@@ -101,6 +102,7 @@ class CodedMaker:
         module = self.material.dense.get_submodule(name)
         found = rounded(matrix_of(module), findings.layers[name], form.fineness, self.material.dtype)
         made = Coded.from_codes(module, found.rows, found.codes)
+        rest()
         known = findings.stats.get(name)
         mean = None if known is None else known.mean
         bias = module.bias if isinstance(module, nn.Linear | nn.Conv2d) else None
@@ -124,6 +126,7 @@ class CodedMaker:
             for level, bits, loss in known
         ]
         nothing = 0.0 if metric is None else metric.loss(weight.float())
+        rest()
         return Offer.of(Site(name, kind, shape), self.material.currency, kept, candidates, nothing=nothing)
 
 

@@ -16,6 +16,7 @@ from vitshrink.methods.ranks import break_even_rank, rank_cost
 from vitshrink.models.checkpoint import HEADER_BYTES, replace_layers
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target
+from vitshrink.runtime.paging import rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +95,6 @@ class LowRankMaker:
         bias: Tensor | None = None if layer.bias is None else layer.bias.double()
         if bias is not None and self.material.compensation in SHIFTING:
             bias = shifted_bias(bias, layer.weight.double(), up @ down, findings.stats[name].mean)
-        return LowRankLinear.from_factors(up, down, bias, dtype=layer.weight.dtype)
+        made = LowRankLinear.from_factors(up, down, bias, dtype=layer.weight.dtype)
+        rest()
+        return made

@@ -82,7 +82,7 @@ def rescale_components(
         for name in names:
             layer = product_of(model, name)
             up, down = factors_of(layer)
-            found[name] = layer, Components(up.double(), down.double(), means[name])
+            found[name] = layer, Components(up.clone(), down.clone(), means[name])
         components = {name: parts for name, (_, parts) in found.items()}
         effects = measure(
             model, components, batches, reference=reference, seed=seed + step, passes=passes, on_batch=on_batch
@@ -95,9 +95,10 @@ def rescale_components(
         for length in (*LENGTHS, 0.0):
             for name, (layer, parts) in found.items():
                 gain = length * repair.gains[name]
-                set_factors(layer, parts.up * (1 + gain), parts.down)
+                up, down = parts.up.double(), parts.down.double()
+                set_factors(layer, up * (1 + gain), down)
                 if layer.bias is not None:
-                    moved = (parts.up * gain) @ (parts.down @ parts.mean)
+                    moved = (up * gain) @ (down @ parts.mean)
                     layer.bias.copy_(biases[name] - moved + length * repair.shifts[name])
             if length == 0:
                 return step
