@@ -178,7 +178,13 @@ def test_the_table_shows_both_models_their_cost_and_whether_the_change_is_real(
     code, stdout, _ = run(small, "--baseline", vit_directory, "--data", learned_images, *flags)
     assert code == 0
     lines = {line.split("  ")[0]: line for line in stdout.splitlines()}
-    for name in ("Top-1", "95 % interval", "Same prediction as dense", "Is the change real?", "Latency, batch of 3"):
+    for name in (
+        "Top-1",
+        "95 % interval",
+        "Same prediction as dense",
+        "Is the change significant?",
+        "Latency, batch of 3",
+    ):
         assert name in lines
     assert lines["Parameters"].rstrip().endswith("% kept")
     assert "Throughput, batch of 3" in lines

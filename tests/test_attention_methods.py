@@ -212,13 +212,13 @@ def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path
         compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), method=method, **given))
 
     for entries, message in (
-        ({"layers": "mlp"}, "--layers mlp are none: use --layers attention"),
-        ({"include": (r"fc1",)}, "no block has all layers of one"),
-        ({"include": (r"q_proj",)}, "no block has all layers of one"),
-        ({"keep": (), "rank": 500}, "--rank 500: ranks .* whose heads have 16 dimensions of 32"),
-        ({"storage": "gauge"}, "--storage gauge is for linear layers"),
-        ({"allocation": "measured"}, "--allocation measured is for the components of linear layers"),
-        ({"quantize": "int8"}, "--quantize is for linear and low-rank layers"),
+        ({"layers": "mlp"}, "--layers mlp excludes them: use --layers attention"),
+        ({"include": (r"fc1",)}, "none of them complete in any block"),
+        ({"include": (r"q_proj",)}, "none of them complete in any block"),
+        ({"keep": (), "rank": 500}, "--rank 500: the largest rank .* whose heads have 16 dimensions in 32"),
+        ({"storage": "gauge"}, "--storage gauge works on linear layers"),
+        ({"allocation": "measured"}, "--allocation measured works on linear layers"),
+        ({"quantize": "int8"}, "--quantize works on linear and low-rank layers"),
         ({"compensation": "residual"}, "unknown compensation 'residual'.* Available: none"),
         ({"calibration": None}, "needs calibration data"),
         ({"options": {"nonsense": 1}}, "nonsense"),
@@ -237,7 +237,9 @@ def test_heads_of_one_dimension_cannot_get_smaller(method: str, flat_images: Pat
     job = CompressConfig(
         str(tmp_path / "model"), str(tmp_path / "out"), method=method, keep=(0.9,), calibration=str(flat_images)
     )
-    with pytest.raises(UsageError, match=f"--method {method} has no rank for heads of 1 dimensions of 32"):
+    with pytest.raises(
+        UsageError, match=f"--method {method} has no rank that makes heads of 1 dimensions in 32 smaller"
+    ):
         compress(job)
 
 

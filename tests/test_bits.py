@@ -123,7 +123,7 @@ def test_a_pooler_that_nobody_reads_is_rounded_finely(tmp_path: Path) -> None:
     (result,) = compress(
         CompressConfig(str(source), str(tmp_path / "out"), calibration=str(text), samples=12, holdout=8, bits=3.0)
     )
-    assert [warning for warning in result.report.warnings if "pooler.dense: what the model is asked" in warning]
+    assert [warning for warning in result.report.warnings if "pooler.dense: the measured outputs" in warning]
     dense, small = (vitshrink.load(each).pooler.dense for each in (source, tmp_path / "out"))
     assert isinstance(small, Coded)
     assert (small.matrix().float() - dense.weight).norm() < 0.03 * dense.weight.norm()
@@ -274,9 +274,9 @@ def test_a_bound_finds_its_size(
     [
         ({"forms": "bits", "calibration": None, "target_size": "30kB"}, UsageError, "pass --calibration"),
         ({"forms": "bits", "rank": 8}, UsageError, "--rank counts ranks"),
-        ({"forms": "bits", "target_size": "30kB", "refine": 1}, UsageError, "leave --refine out"),
-        ({"forms": "rank", "bits": 4.0}, UsageError, "--bits is for integers"),
-        ({"target_size": "3kB"}, TargetError, r"least to ask for is --target-size 0\.\d+MB"),
+        ({"forms": "bits", "target_size": "30kB", "refine": 1}, UsageError, "remove --refine"),
+        ({"forms": "rank", "bits": 4.0}, UsageError, "--bits needs integers"),
+        ({"target_size": "3kB"}, TargetError, r"smallest possible size is --target-size 0\.\d+MB"),
         ({"target_size": "300kB"}, TargetError, "has only"),
         ({"target_size": "30kB", "exclude": ("nowhere",)}, UsageError, "'nowhere' matches none"),
     ],
@@ -291,7 +291,7 @@ def test_what_makes_no_sense_is_explained(
 
 
 def test_what_is_rounded_once_is_not_rounded_again(coded: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="quantized already"):
+    with pytest.raises(UsageError, match="already quantized"):
         quantize_checkpoint(QuantizeJob(str(coded(VIT)), str(tmp_path / "out")))
     with pytest.raises(CheckpointError, match="already compressed"):
         compress(CompressConfig(str(coded(VIT)), str(tmp_path / "out"), keep=(0.5,), method="svd"))
@@ -351,8 +351,8 @@ def test_points_of_accuracy_need_labels(
     vit_directory: Path, checkpoint: Callable[[str], Path], flat_images: Path, text_file: Path, tmp_path: Path
 ) -> None:
     for model, data, said in (
-        (vit_directory, flat_images, "is judged by labels, and .* has none"),
-        (checkpoint("BertModel"), text_file, "does not judge this model"),
+        (vit_directory, flat_images, "needs labels, and .* has none"),
+        (checkpoint("BertModel"), text_file, "cannot be used with this model"),
     ):
         words = [str(model), str(tmp_path / "out"), "--max-accuracy-drop", "5", "--samples", "12", "--holdout", "8"]
         result = CliRunner().invoke(app, ["compress", *words, "--calibration", str(data)])

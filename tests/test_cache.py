@@ -181,7 +181,7 @@ def test_a_file_that_cannot_be_used_is_written_again_with_a_warning(
     second = job()
     assert work == ["statistics", "factors"]
     assert weights(first) == weights(second)
-    warned = [warning for warning in second.report.warnings if "cannot be used and is written again" in warning]
+    warned = [warning for warning in second.report.warnings if "cannot be used and is computed again" in warning]
     assert len(warned) == 2
     assert all(str(path) in " ".join(warned) for path in before)
     assert {path: path.read_bytes() for path in files(tmp_path)} == before
@@ -206,7 +206,7 @@ def test_only_whole_files_appear(job: Job, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_directory_that_cannot_be_made_is_named(job: Job, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"--cache .*file/cache: .*file is not a folder that can be written to"):
+    with pytest.raises(OutputError, match=r"--cache .*file/cache: .*file is not a writable folder"):
         job(cache=str(tmp_path / "file" / "cache"))
 
 

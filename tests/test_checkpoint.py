@@ -365,7 +365,7 @@ QUERY = "layers.0.attention.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda plan: plan.update(format_version=2), r"format 2; this is vitshrink .* up to 1\. Upgrade"),
+        (lambda plan: plan.update(format_version=2), r"format 2, but this is vitshrink .* up to 1\. Upgrade"),
         (lambda plan: plan.update(format_version="new"), "format 'new'"),
         (lambda plan: plan.update(novelty=3), r"unknown entries: \['novelty'\]"),
         (lambda plan: plan.update(layers=None), "lists no layers"),
@@ -384,10 +384,10 @@ QUERY = "layers.0.attention.q_proj"
         (lambda plan: plan["layers"].update({"layernorm": {"rank": 4}}), "'layernorm'; ViTModel has a LayerNorm there"),
         (
             lambda plan: plan["layers"].update({"layers.9.mlp.fc1": {"rank": 4}}),
-            "no such module.*has 2 blocks, and this is in block 9, counted from 0. If blocks were removed",
+            "no such module.*has 2 blocks, and this module is in block 9, counted from 0. If blocks were removed",
         ),
         (lambda plan: plan["layers"].update({QUERY: {"rank": 5}}), r"shapes do not fit.*q_proj\.down"),
-        (lambda plan: plan["layers"].pop(QUERY), r"shapes do not fit.*q_proj\.weight.*no place: .*q_proj\.down"),
+        (lambda plan: plan["layers"].pop(QUERY), r"shapes do not fit.*q_proj\.weight.*does not use: .*q_proj\.down"),
         (
             lambda plan: plan["layers"].update({"layers.0.attention.k_proj": {"rank": 5}}),
             r"no weights for .*k_proj\.down",
@@ -423,7 +423,7 @@ def test_a_missing_factor_is_an_error(written: Callable[..., tuple[LoadedModel, 
         checkpoints.load(directory)
     weights["encoder.layer.0.attention.self.query.down"] = torch.zeros(6, 32)
     save_file(weights | {"surplus": torch.zeros(1)}, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="no place: surplus"):
+    with pytest.raises(CheckpointError, match="does not use: surplus"):
         checkpoints.load(directory)
 
 

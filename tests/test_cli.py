@@ -392,7 +392,7 @@ def test_a_model_that_cannot_be_used_is_an_error_without_a_traceback(
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
-        (RuntimeError("a bug"), 1, "unexpected RuntimeError: a bug. This is a bug: run `vitshrink --debug"),
+        (RuntimeError("a bug"), 1, "unexpected RuntimeError: a bug. This is a bug in vitshrink"),
         (MemoryError(), 1, "out of memory: lower --batch-size or --samples"),
         (torch.OutOfMemoryError("2 GiB"), 1, "out of memory: lower --batch-size or --samples. 2 GiB"),
         (KeyboardInterrupt(), 130, "interrupted; nothing was written"),

@@ -119,13 +119,13 @@ def test_a_damaged_stream_is_refused(shape: tuple[int, int]) -> None:
     for _ in range(100):
         damaged = stream.clone()
         damaged[generator.integers(len(stream))] ^= 1 << int(generator.integers(8))
-        with pytest.raises(CheckpointError, match="a stream of integers"):
+        with pytest.raises(CheckpointError, match="the integers of this checkpoint"):
             decode(damaged, shape)
     for length in [0, 1, 4, *generator.integers(len(stream), size=20)]:
-        with pytest.raises(CheckpointError, match="a stream of integers"):
+        with pytest.raises(CheckpointError, match="the integers of this checkpoint"):
             decode(stream[:length], shape)
     for other in [(shape[0] + 1, shape[1]), (shape[0], shape[1] + 1), (1000, 1000)]:
-        with pytest.raises(CheckpointError, match="a stream of integers"):
+        with pytest.raises(CheckpointError, match="the integers of this checkpoint"):
             decode(stream, other)
 
 

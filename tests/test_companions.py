@@ -68,10 +68,10 @@ TAKEN = (
 )
 LEFT = {
     ".gitattributes": "hidden: it belongs to a tool",
-    "2_Dense/evil.py": "code, which is neither run nor passed on",
+    "2_Dense/evil.py": "code, which vitshrink does not run or copy",
     "README.md": "it describes the source",
     "checkpoint-500/": "the state of a training",
-    "notes.txt": "nothing that is known to belong to a model",
+    "notes.txt": "not known to belong to a model",
     "onnx/": "weights of the source",
 }
 
@@ -116,19 +116,19 @@ def test_every_job_takes_them_along_and_says_what_it_left(
     for name in TAKEN:
         assert (out / name).read_bytes() == (encoder / name).read_bytes(), name
     assert not {"evil.py", "notes.txt"} & {file.name for file in out.rglob("*")}
-    for words in ("not taken from", "2_Dense/evil.py (code", "notes.txt (nothing"):
+    for words in ("not copied from", "2_Dense/evil.py (code", "notes.txt (not known"):
         assert words in told
     if (out / "report.json").exists():
         report = Report.read(out)
         assert report.left_out["notes.txt"] == LEFT["notes.txt"]
-        assert "- notes.txt: nothing that" in (out / "report.md").read_text()
+        assert "- notes.txt: not known" in (out / "report.md").read_text()
     else:
         assert json.loads((out / "export.json").read_text())["left_out"]["notes.txt"] == LEFT["notes.txt"]
 
 
 def test_a_plain_directory_has_nothing_to_say(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     told = run("compress", checkpoint("BertModel"), tmp_path / "out", "--method", "svd", "--keep", 0.8, *QUIET)
-    assert "not taken" not in told
+    assert "not copied" not in told
     assert Report.read(tmp_path / "out").left_out == {}
 
 
@@ -154,7 +154,7 @@ class Evil:
 def test_a_pickle_in_a_module_is_refused_before_the_work_and_never_run(encoder: Path) -> None:
     (encoder / "2_Dense" / "model.safetensors").unlink()
     torch.save(Evil(), encoder / "2_Dense" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"2_Dense/pytorch_model.bin holds more than tensors"):
+    with pytest.raises(CheckpointError, match=r"2_Dense/pytorch_model.bin contains more than tensors"):
         companions_of(encoder)
     assert not Path("made-by-a-pickle").exists()
 
@@ -177,7 +177,7 @@ def test_no_link_is_followed_out_of_the_directory(kind: str, encoder: Path, tmp_
     else:
         (encoder / "2_Dense").rename(tmp_path / "moved")
         (encoder / "2_Dense").symlink_to(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"2_Dense.* is a link that leads out of the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"2_Dense.* is a link out of the checkpoint"):
         models.load_dense(encoder)
 
 
@@ -186,13 +186,18 @@ def test_a_module_outside_the_directory_is_refused(place: str, encoder: Path) ->
     entries = json.loads((encoder / "modules.json").read_text())
     entries[2]["path"] = place
     (encoder / "modules.json").write_text(json.dumps(entries))
-    with pytest.raises(CheckpointError, match="no folder of this directory: refused"):
+    with pytest.raises(CheckpointError, match="not a folder of this directory: refused"):
         models.load_dense(encoder)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{}", "no list of modules"), ("[]", "no list"), ("[1]", "without path or type"), ('[{"path": ""}]', "without")],
+    [
+        ("{}", "not a list of modules"),
+        ("[]", "not a list"),
+        ("[1]", "without path or type"),
+        ('[{"path": ""}]', "without"),
+    ],
 )
 def test_a_damaged_list_of_modules_is_named(text: str, message: str, encoder: Path) -> None:
     (encoder / "modules.json").write_text(text)

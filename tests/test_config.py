@@ -118,9 +118,9 @@ def test_a_number_out_of_range_names_its_flag(name: str, value: int) -> None:
         ({"target_size": "9 bananas"}, "--target-size.*9 bananas"),
         (
             {"keep": (), "rank": 3, "rank_multiple": 8},
-            "--rank 3 is no multiple of --rank-multiple 8: give --rank 8",
+            "--rank 3 is not a multiple of --rank-multiple 8: use --rank 8",
         ),
-        ({"keep": (), "rank": 20, "rank_multiple": 8}, "--rank 20 is no multiple .*: give --rank 16 or --rank 24, or"),
+        ({"keep": (), "rank": 20, "rank_multiple": 8}, "--rank 20 is not a multiple .*: use --rank 16 or --rank 24"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_told_from_those_that_do(entries: dict[str, Any], said: str) -> None:
@@ -346,7 +346,7 @@ def test_another_size_replaces_that_of_a_recipe_by_its_old_name_too(tmp_path: Pa
 
 def test_an_entry_under_both_of_its_names_is_refused() -> None:
     entries = {"model": "m", "output": "o", "calibration": "c", "max_drop": 1, "max_changed": 2}
-    with pytest.raises(UsageError, match=r"r\.yaml: 'max_drop' is the old name of 'max_changed', which is given too"):
+    with pytest.raises(UsageError, match=r"r\.yaml: 'max_drop' is the old name of 'max_changed', which is also given"):
         CompressConfig.from_mapping(entries, "r.yaml")
 
 

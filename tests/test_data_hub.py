@@ -232,7 +232,7 @@ results["broken"] = attempt(lambda: held_out("owner/broken:train", "image", 1, T
     assert results["some left True"] == results["some left False"]
     assert len(results["some left True"][0]) == len(results["none left False"][0]) == 2
     assert results["none left True"][0] is None
-    assert "all samples were calibrated on" in results["none left True"][1][0]
+    assert "all samples were used for calibration" in results["none left True"][1][0]
     assert results["broken"].startswith("DataError: owner/broken:train")
 
 
@@ -278,13 +278,15 @@ results["offline, no split"] = attempt(lambda: open_samples("owner/reviews/films
     assert "Did you mean 'validation'" in results["owner/reviews/films:validate"]
     assert "plays" in results["owner/reviews/plays:train"]
     assert "no column 'lable'. Did you mean 'label'" in results["column"]
-    assert "offline there is no earlier download" in results["offline"]
-    assert "the split has to be named as well" in results["offline, no split"]
+    assert "the local cache does not contain it" in results["offline"]
+    assert "name the split as well" in results["offline, no split"]
     assert results["broken"].startswith("DataError: owner/broken:train")
 
 
 def test_the_environment_variable_means_offline() -> None:
-    with pytest.raises(DataError, match="owner/name:train is not a local path, and offline there is no earlier"):
+    with pytest.raises(
+        DataError, match="owner/name:train is not a local path, and the local cache does not contain it"
+    ):
         open_samples("owner/name:train", "text")  # HF_HUB_OFFLINE=1 holds for all tests
 
 

@@ -79,7 +79,7 @@ def test_classes_without_samples_need_no_match() -> None:
         (
             ["entailment", "neutral", "contradiction"],
             ["LABEL_0", "LABEL_1", "LABEL_2"],
-            "which is which cannot be told",
+            "they cannot be matched",
         ),
         (["negative", "positive"], ["LABEL_0", "LABEL_1"], "--class-map"),
     ],
@@ -241,7 +241,7 @@ def test_a_class_map_renumbers_integers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("map.tsv", "cat\t0\n", "says nothing about 'dog'"),
+        ("map.tsv", "cat\t0\n", "has no entry for 'dog'"),
         ("map.tsv", "cat\t0\ndog\t9\n", "class 9, but the model has the classes 0 to 1"),
         ("map.tsv", "cat\t0\ncat\t1\n", "gives 'cat' the classes 0 and 1"),
         ("map.tsv", "", "is empty"),

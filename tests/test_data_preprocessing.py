@@ -265,7 +265,7 @@ def test_pairs_in_some_rows_only_are_bad_samples(text_preprocessor: Preprocessor
 
 @pytest.mark.parametrize("max_length", [0, 3, 65, 10**6])
 def test_lengths_that_the_model_cannot_take_are_refused(bert_directory: Path, max_length: int) -> None:
-    with pytest.raises(UsageError, match=f"--max-length {max_length} is not possible.*up to 64 tokens"):
+    with pytest.raises(UsageError, match=f"--max-length {max_length} is not possible.*at most 64 tokens"):
         Preprocessor.from_checkpoint(bert_directory, "text", max_length=max_length)
 
 
@@ -275,9 +275,9 @@ def test_lengths_that_the_model_cannot_take_are_refused(bert_directory: Path, ma
 def test_samples_of_the_other_kind_are_refused(
     image_preprocessor: Preprocessor, text_preprocessor: Preprocessor, flat_images: Path
 ) -> None:
-    with pytest.raises(DataError, match="holds text samples, but the model takes image"):
+    with pytest.raises(DataError, match="contains text samples, but the model takes image"):
         next(image_preprocessor.batches(sentences("a"), 1))
-    with pytest.raises(DataError, match="holds image samples, but the model takes text"):
+    with pytest.raises(DataError, match="contains image samples, but the model takes text"):
         next(text_preprocessor.batches(open_samples(flat_images, "image"), 1))
     with pytest.raises(UsageError, match="at least 1"):
         next(text_preprocessor.batches(sentences("a"), 0))
@@ -326,7 +326,7 @@ def test_code_in_a_checkpoint_is_not_run(vit_directory: Path, tmp_path: Path) ->
     settings = {"image_processor_type": "Mine", "auto_map": {"AutoImageProcessor": "code.Mine"}}
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     (path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(CheckpointError, match="needs code that lies in the checkpoint"):
+    with pytest.raises(CheckpointError, match="needs code from the checkpoint"):
         Preprocessor.from_checkpoint(path, "image")
     assert not (tmp_path / "ran").exists()
 
@@ -341,7 +341,7 @@ def change_tokenizer(directory: Path, change: Callable[[dict[str, object]], None
 def test_a_tokenizer_of_another_model_is_refused(bert_directory: Path, tmp_path: Path) -> None:
     path = copied(bert_directory, tmp_path / "model")
     change_tokenizer(path, lambda entries: entries.update(vocab_size=7))
-    with pytest.raises(CheckpointError, match="tokens, the model 7: they do not belong together"):
+    with pytest.raises(CheckpointError, match="tokens, but the model has 7: they do not belong together"):
         Preprocessor.from_checkpoint(path, "text")
 
 

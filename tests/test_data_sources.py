@@ -109,7 +109,7 @@ def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
 
 def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         open_samples(tmp_path, "image")
     (tmp_path / "x.tsv").write_text("text\nhello\n")
     with pytest.raises(DataError, match=r"pass one file of text\. There are: x\.tsv"):
@@ -190,7 +190,7 @@ def test_links_are_followed_once_and_circles_are_survived(tmp_path: Path) -> Non
     samples = open_samples(data, "image")
     assert labels(samples) == ["cat"] * 4 + ["dog"]
     assert len({sample.key for sample in samples.samples}) == 5
-    assert "links to folders that are read elsewhere were not followed" in samples.notes[0]
+    assert "links to folders that are also read elsewhere were skipped" in samples.notes[0]
 
 
 def test_a_folder_called_images_is_no_class(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_folder_without_images_beside_splits_makes_no_classes_of_them(tmp_path
         tiny.write_images(tmp_path / split / "cat", 1)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "x.txt").write_text("x")
-    with pytest.raises(DataError, match="holds the splits train, val"):
+    with pytest.raises(DataError, match="has the splits train, val"):
         open_samples(tmp_path, "image")
     tiny.write_images(tmp_path, 1)
     with pytest.raises(DataError, match="beside folders of images"):
@@ -415,7 +415,7 @@ def test_rows_without_an_image_are_bad_samples_that_say_where_it_was_looked_for(
         "row 3": f"cannot be read (there is no file {tmp_path / '000.png'})",
     }
     (tmp_path / "x.json").write_text('[{"image": {"bytes": "", "path": "000.png"}}]')
-    with pytest.raises(DataError, match="row 1: column 'image' holds a dict, not text"):
+    with pytest.raises(DataError, match="row 1: column 'image' contains a dict, not text"):
         open_samples(tmp_path / "x.json", "image")
 
 
@@ -443,15 +443,15 @@ def test_a_table_without_header_by_a_recipe(tmp_path: Path) -> None:
         ),
         ("x.csv", "text,sentence,label\na,b,1\n", "text and sentence could each be the text"),
         ("x.csv", "text,label,score\na,1,2\n", "label and score could each be the label"),
-        ("x.csv", "text,label\na,1\nb\n", "row 2: 1 fields where 2"),
+        ("x.csv", "text,label\na,1\nb\n", "row 2: 1 fields, but 2"),
         ("x.csv", 'text,label\n"a,1\n', "cannot be read as a table"),
         ("x.csv", "", "is empty"),
-        ("x.csv", "text,label\n", "holds no samples"),
-        ("x.txt", "\n \n", "holds no samples"),
+        ("x.csv", "text,label\n", "contains no samples"),
+        ("x.txt", "\n \n", "contains no samples"),
         ("x.jsonl", "", "is empty"),
         ("x.jsonl", '{"text": "a"}\n{"text"\n', "line 2: not JSON"),
-        ("x.jsonl", "[1]\n", "line 1: a JSON object was expected"),
-        ("x.docx", "PK", "not a data file that vitshrink reads"),
+        ("x.jsonl", "[1]\n", "line 1: expected a JSON object"),
+        ("x.docx", "PK", "not a data file that vitshrink can read"),
     ],
 )
 def test_tables_that_cannot_be_used_are_explained(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -572,7 +572,7 @@ def test_the_type_of_the_label_column_decides(
 
 @pytest.mark.parametrize(
     ("column", "kind", "message"),
-    [("number", "text", "holds .*int64.*, not text"), ("number", "image", "holds .*int64.*, not images")],
+    [("number", "text", "contains .*int64.*, not text"), ("number", "image", "contains .*int64.*, not images")],
 )
 def test_columns_that_hold_something_else_are_refused(tmp_path: Path, column: str, kind: Kind, message: str) -> None:
     Dataset.from_dict({"number": [1, 2]}).to_parquet(tmp_path / "x.parquet")
@@ -596,7 +596,7 @@ def test_lists_of_labels_are_read_and_lists_of_lists_refused(tmp_path: Path) -> 
     samples = open_samples(tmp_path / "x.parquet", "text")
     assert (samples.labels_are, labels(samples)) == ("lists", [(1, 2), ()])
     Dataset.from_dict({"text": ["a"], "labels": [[[1], [2]]]}).to_parquet(tmp_path / "y.parquet")
-    with pytest.raises(DataError, match="no class or score, and no list of them"):
+    with pytest.raises(DataError, match="not a class, a score or a list of them"):
         open_samples(tmp_path / "y.parquet", "text")
 
 
@@ -651,7 +651,7 @@ def test_a_file_has_no_splits_but_its_name_may_have_a_colon(tmp_path: Path) -> N
 
 
 def test_a_recipe_takes_another_split() -> None:
-    with pytest.raises(DataError, match="nyu-mll/glue/sst2:train is not a local path, and offline"):
+    with pytest.raises(DataError, match="nyu-mll/glue/sst2:train is not a local path, and the local cache"):
         open_samples("sst2:train", "text")
 
 

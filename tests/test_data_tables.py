@@ -129,14 +129,14 @@ def test_keys_of_tables_are_refused_for_folders_of_images_and_for_the_hub(tmp_pa
 @pytest.mark.parametrize(("kind", "column"), [("image", "text_column"), ("text", "image_column")])
 def test_columns_of_the_other_kind_are_refused_in_a_recipe(tmp_path: Path, kind: str, column: str) -> None:
     recipe = write(tmp_path / "r.yaml", f"kind: {kind}\npath: x.csv\n{column}: a\n")
-    with pytest.raises(UsageError, match=f"`{column}` is not for the kind {kind}"):
+    with pytest.raises(UsageError, match=f"`{column}` cannot be used with the kind {kind}"):
         open_samples(recipe, "text")
 
 
 def test_a_txt_file_that_looks_like_a_table_is_told_of(tmp_path: Path) -> None:
     samples = open_samples(write(tmp_path / "t.txt", "1\thello\n0\tbye\n"), "text")
     assert contents(samples)[0] == ("1\thello", None)
-    assert "every line holds a tab" in samples.notes[0]
+    assert "every line contains a tab" in samples.notes[0]
     assert "recipe" in samples.notes[0]
 
 
@@ -163,7 +163,9 @@ def test_tabs_with_all_names_quoted_are_read_with_quoting(tmp_path: Path) -> Non
 
 
 def test_a_delimiter_that_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"divided by comma or semicolon\. Say which with `delimiter` in a recipe"):
+    with pytest.raises(
+        DataError, match=r"comma or semicolon could divide its lines\. Choose one with `delimiter` in a recipe"
+    ):
         open_samples(write(tmp_path / "x.csv", "text,label;id\na,1;2\n"), "text")
 
 
@@ -221,10 +223,10 @@ def test_an_evaluation_without_labels_says_which_columns_there_are(bert_director
 
 
 def test_duplicate_columns_are_refused_where_one_is_used(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has 2 columns called 'label': rename all but one"):
+    with pytest.raises(DataError, match="has 2 columns with the name 'label': rename all but one"):
         open_samples(write(tmp_path / "x.csv", "text,label,label\na,1,0\n"), "text")
     assert contents(open_samples(write(tmp_path / "x.csv", "text,label,id,id\na,1,0,0\n"), "text")) == [("a", 1)]
-    with pytest.raises(DataError, match=r"line 1: not JSON .'text' stands twice"):
+    with pytest.raises(DataError, match=r"line 1: not JSON .'text' occurs twice"):
         open_samples(write(tmp_path / "x.jsonl", '{"text": "a", "text": "b"}\n'), "text")
 
 
@@ -273,14 +275,14 @@ def test_every_form_of_json(tmp_path: Path, orient: str) -> None:
         ("", "is empty"),
         ("[]", "is empty"),
         ("{}", "is empty"),
-        ('[{"text": "a"}, 3]', "row 2: a JSON object was expected, not int"),
-        ('{"text": ["a", "b"], "label": [1]}', "no table: a list of objects was expected"),
-        ('"text"', "no table"),
+        ('[{"text": "a"}, 3]', "row 2: expected a JSON object, not int"),
+        ('{"text": ["a", "b"], "label": [1]}', "not a table: expected a list of objects"),
+        ('"text"', "not a table"),
         ('[{"text": "a"', r"x\.json: not JSON .*line 1"),
         ("[" * 100_000, "not JSON"),
         ('{"text": "a"}\n{"text": }\n', "line 2: not JSON"),
-        ('[{"text": ["a"]}]', "row 1: column 'text' holds a list, not text"),
-        ('[{"text": "a", "label": [[1], 2]}]', "row 1: .* is no class or score, and no list of them"),
+        ('[{"text": ["a"]}]', "row 1: column 'text' contains a list, not text"),
+        ('[{"text": "a", "label": [[1], 2]}]', "row 1: .* is not a class, a score or a list of them"),
     ],
 )
 def test_json_that_is_no_table_is_explained(tmp_path: Path, content: str, message: str) -> None:
@@ -302,8 +304,8 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path: Path, encoding: str, name
     ("content", "message"),
     [
         ("text\nb\ncafé\n".encode("latin-1"), r"line 3: not UTF-8 .*Save the file as UTF-8.*iconv"),
-        ("text\nb\n".encode("utf-16-le"), "line 1: a NUL byte.*UTF-16"),
-        (b"text\na\0b\n", "line 2: a NUL byte"),
+        ("text\nb\n".encode("utf-16-le"), "line 1: contains a NUL byte.*UTF-16"),
+        (b"text\na\0b\n", "line 2: contains a NUL byte"),
     ],
 )
 def test_other_encodings_are_named_with_line_and_remedy(

@@ -118,7 +118,7 @@ def test_without_captions_and_classes_vectors_are_compared(
 def test_images_and_texts_need_not_be_pairs_to_calibrate_on(tmp_path: Path, flat_images: Path, text_file: Path) -> None:
     report = job("CLIPModel", tmp_path, calibration=str(flat_images), calibration_texts=str(text_file), keep=(0.9,))
     assert report.parameters.kept < 0.9
-    with pytest.raises(DataError, match=r"no captions.*--calibration-texts FILE"):
+    with pytest.raises(DataError, match=r"without captions.*--calibration-texts FILE"):
         job("CLIPModel", tmp_path / "again", calibration=str(flat_images), keep=(0.9,))
 
 

@@ -156,7 +156,7 @@ def test_layers_get_narrower_wherever_it_is_known_what_they_are_for(
 ) -> None:
     data = text_file if kinds.is_text(name) else flat_images
     if not {"fc1", "fc2"} <= set(family_of(kinds.build(name)).modules) and not family_of(kinds.build(name)).plain:
-        with pytest.raises(UsageError, match=r"--forms narrow .*no block has all layers of one"):
+        with pytest.raises(UsageError, match=r"--forms narrow .*none of them complete in any block"):
             job(name, tmp_path, data, forms="narrow", keep=(0.9,))
         return
     shrunk = job(name, tmp_path, data, forms="narrow", keep=(0.9,))
@@ -197,8 +197,8 @@ def test_attentions_made_anew_are_those_of_the_family(name: str, tmp_path: Path)
         ("DebertaV2Model", None),
         ("CLIPVisionModel", None),
         ("AlbertModel", "its blocks are shared"),
-        ("ModernBertModel", "its blocks are called with different arguments"),
-        ("SwinModel", "between its blocks something else happens"),
+        ("ModernBertModel", "its blocks get different arguments"),
+        ("SwinModel", "other operations run between its blocks"),
     ],
 )
 def test_what_keeps_blocks_from_being_run_one_after_another_is_said(name: str, problem: str | None) -> None:

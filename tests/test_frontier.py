@@ -95,7 +95,7 @@ def test_a_table_has_a_row_and_a_command_for_every_size_that_was_built(survey: S
         assert line.startswith(f"{size[:-2]} {size[-2:]} ")
     assert sum(line.endswith(" knee") for line in lines) == 1
     assert "knee: " in result.stdout
-    assert "measured on 8 samples" in result.stdout
+    assert "measured on 8 held-out samples" in result.stdout
 
 
 @pytest.mark.parametrize("drawn", [True, False])
@@ -168,7 +168,7 @@ def test_the_knee_is_told_or_that_there_is_none() -> None:
     found = Frontier(*facts, points, "the point that is asked for", {}, ())
     assert found.remarks.endswith("; knee: 2MB, the point that is asked for")
     without = replace(found, points=points[::2])
-    assert without.remarks.endswith("; no knee, which would be the point that is asked for")
+    assert without.remarks.endswith("; no knee (the point that is asked for)")
 
 
 def test_samples_are_asked_for(vit_directory: Path) -> None:
@@ -180,7 +180,7 @@ def test_samples_are_asked_for(vit_directory: Path) -> None:
 def test_compress_without_a_size_tells_how_to_find_one(vit_directory: Path, flat_images: Path) -> None:
     result = run("compress", vit_directory, "out", "--calibration", flat_images)
     assert result.exit_code == 2
-    assert "say how small" in result.stderr
+    assert "choose a size with" in result.stderr
     assert f"`vitshrink frontier {vit_directory} --calibration {flat_images}`" in result.stderr
     assert "frontier" not in run("compress", vit_directory, "out", "--keep", "0.5", "--rank", "2").stderr
 

@@ -107,11 +107,11 @@ def test_texts_are_no_longer_cut_into_chunks(
         ({"is_decoder": True}, r"config\.json has is_decoder.*encoders"),
         ({"add_cross_attention": True}, "has add_cross_attention"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'.*'absolute'"),
-        ({"hidden_act": "nope"}, "hidden_act 'nope', which is none of gelu"),
-        ({"hidden_act": []}, r"hidden_act \[\], which is none of gelu"),
-        ({"problem_type": "nope"}, "problem_type 'nope', which is none of regression, "),
+        ({"hidden_act": "nope"}, "hidden_act 'nope', which is not one of gelu"),
+        ({"hidden_act": []}, r"hidden_act \[\], which is not one of gelu"),
+        ({"problem_type": "nope"}, "problem_type 'nope', which is not one of regression, "),
         ({"layer_norm_eps": "1e-6"}, "'layer_norm_eps' expected float, got str"),
-        ({"type_vocab_size": 0}, "token_type_embeddings.weight .*holds nothing"),
+        ({"type_vocab_size": 0}, "token_type_embeddings.weight .*is empty"),
         ({"tie_word_embeddings": False}, "no weights for cls.*tie_word_embeddings false"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -188,9 +188,9 @@ def test_other_channels_need_ready_batches(flat_images: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"size": {"height": 48, "width": 48}}, r"makes images of 3 × 48 × 48, and the model takes 3 × 32 × 32"),
+        ({"size": {"height": 48, "width": 48}}, r"makes images of 3 × 48 × 48, but the model takes 3 × 32 × 32"),
         ({"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}, "3 × 24 × 24.*crop_size in preproc"),
-        ({"image_mean": [0.5], "image_std": [0.5]}, r"image of 3 channels.*image_mean and image_std"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, r"image with 3 channels.*image_mean and image_std"),
         ({"size": {"shortest_edge": 32}}, r"3 × 32 × \d+ of \d+\.png.*size as height and width"),
         ({"do_resize": False}, r"3 × \d+ × \d+ of \d+\.png.*set do_resize"),
     ],
@@ -241,7 +241,7 @@ def test_sides_may_be_given_as_pairs(
 def test_a_resolution_is_for_square_images(flat_images: Path, tmp_path: Path) -> None:
     directory = tiny.write("ViTForImageClassification", tmp_path / "vit", image_size=[32, 64])
     flags: dict[str, Any] = {"calibration": str(flat_images), "keep": (0.8,), "method": "svd"}
-    with pytest.raises(UsageError, match=r"--resolution 64: .* square images, and this model takes 32 × 64"):
+    with pytest.raises(UsageError, match=r"--resolution 64 .* square images, but this model takes 32 × 64"):
         compress(CompressConfig(str(directory), str(tmp_path / "out"), resolution=64, **flags))
 
 

@@ -154,11 +154,11 @@ def test_a_push_that_fails_keeps_the_result(hub: StandIn, vit_directory: Path, t
     ("flags", "token", "message"),
     [
         (("me/small",), "", "needs a token"),
-        (("me/small",), "hf_wrong", "does not take the token"),
+        (("me/small",), "hf_wrong", "rejects the token"),
         (("not an id",), TOKEN, "give the id of a Hub model"),
         (("me/small", "--offline"), TOKEN, "needs the network"),
         (("me/small", "--keep", "0.7"), TOKEN, "give one size"),
-        (("me/small", "--dry-run"), TOKEN, "no --dry-run"),
+        (("me/small", "--dry-run"), TOKEN, "remove --dry-run"),
     ],
 )
 def test_what_cannot_be_pushed_stops_before_the_work(

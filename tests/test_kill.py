@@ -156,7 +156,7 @@ def test_of_two_processes_on_one_output_the_second_stops_at_once(
         second = job.start()
         _, stderr = second.communicate(timeout=300)
         assert second.returncode == 1
-        assert f"another vitshrink run is writing {tmp_path / 'out'}" in stderr
+        assert f"another vitshrink run writes to {tmp_path / 'out'}" in stderr
         assert "Reading" not in stderr
         assert len(job.staged()) == 1
         first.send_signal(signal.SIGCONT)

@@ -140,7 +140,7 @@ def test_unreadable_samples_are_left_out_named_and_bounded(vit: LoadedModel, spo
     data = read_calibration(samples, preprocessor_of(vit), own, samples=11, seed=0, batch_size=4, max_bad_samples=2)
     assert sum(len(batch.keys) for batch in data.batches) == 9
     (warning,) = own.warnings
-    assert "2 unusable samples were left out" in warning
+    assert "2 unusable samples were skipped" in warning
     assert "000.png" in warning
     assert "005.png" in warning
     with pytest.raises(DataError, match="--max-bad-samples"):
@@ -173,7 +173,7 @@ def test_methods_that_are_not_calibrated_are_held_to_the_same_samples(flat: Samp
 def test_nothing_left_to_hold_out_is_warned_of(flat: SampleSet) -> None:
     own = job()
     assert hold_out(flat, own, samples=24, calibrated=True, holdout=6, seed=0) is None
-    assert "all samples were calibrated on" in own.warnings[0]
+    assert "all samples were used for calibration" in own.warnings[0]
     assert hold_out(flat, job(), samples=16, calibrated=True, holdout=0, seed=0) is None
 
 
@@ -275,7 +275,7 @@ def test_a_regression_is_measured_by_its_correlation(tmp_path: Path) -> None:
     words = tmp_path / "words.tsv"
     words.write_text("sentence\tlabel\ngood film\thigh\nbad film\tlow\n")
     named = open_data(DataConfig(str(words)), loaded, offline=True)
-    with pytest.raises(DataError, match="name the column of the scores"):
+    with pytest.raises(DataError, match="name the column with the scores"):
         measure(
             loaded.model,
             named,

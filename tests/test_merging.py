@@ -197,16 +197,16 @@ def test_recovery_trains_merged_tokens(compressed: Compressed) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"token_operations": None}, "go together"),
-        ({"tokens": "all"}, "go together"),
+        ({"token_operations": None}, "need each other"),
+        ({"tokens": "all"}, "need each other"),
         ({"token_operations": 1.5}, "above 0 and below 1"),
-        ({"token_operations": 0.05}, r"cannot be reached.* 0\.\d\d of the operations"),
+        ({"token_operations": 0.05}, r"cannot be reached.* fraction is 0\.\d\d"),
         ({"calibration": None}, "pass --calibration"),
-        ({"landmarks": 4}, "--tokens merge is no grid"),
+        ({"landmarks": 4}, "--tokens merge has no grid"),
         ({"attention": "flash_attention_2"}, "use --attention sdpa"),
-        ({"max_kl": 0.1}, "ask for a size"),
-        ({"finetune": {"objective": "distill", "blockwise": 1}}, "merged tokens: leave it out"),
-        ({"finetune": {"objective": "distill", "bdia": True}}, "as many tokens in every block"),
+        ({"max_kl": 0.1}, "pass a size"),
+        ({"finetune": {"objective": "distill", "blockwise": 1}}, "merged tokens: remove"),
+        ({"finetune": {"objective": "distill", "bdia": True}}, "the same number of tokens in every block"),
     ],
 )
 def test_bad_use_is_named(

@@ -167,7 +167,7 @@ def test_a_loaded_model_does_not_depend_on_its_file(copied: Callable[[str], Path
 def test_an_untrained_head_is_refused(copied: Callable[[str], Path]) -> None:
     directory = copied("BertForMaskedLM")
     edit_config(directory, architectures=["BertForSequenceClassification"])
-    with pytest.raises(CheckpointError, match=r"no weights for .*classifier\.bias, classifier\.weight.*another kind"):
+    with pytest.raises(CheckpointError, match=r"no weights for .*classifier\.bias, classifier\.weight.*another class"):
         models.load_dense(directory)
 
 
@@ -198,7 +198,7 @@ def test_left_over_weights_are_reported_outside_the_blocks_and_refused_within(co
     assert models.load_dense(directory).ignored == ("bert.pooler.dense.weight", "cls.seq_relationship.weight")
     adapter = {"bert.encoder.layer.0.attention.self.query.lora_A": torch.ones(4, 32)}
     edit_weights(directory, lambda weights: weights | adapter)
-    with pytest.raises(CheckpointError, match=r"no place: bert\.encoder\.layer\.0\.attention\.self\.query\.lora_A"):
+    with pytest.raises(CheckpointError, match=r"does not use: bert\.encoder\.layer\.0\.attention\.self\.query\.lora_A"):
         models.load_dense(directory)
 
 
@@ -303,10 +303,10 @@ def test_tied_weights_stay_tied(checkpoint: Callable[[str], Path]) -> None:
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*not supported"),
         ({"model_type": "no_such_type"}, "model type 'no_such_type'"),
         ({"hidden_size": 33}, r"shapes do not fit its config: classifier.weight \(\[4, 32\] instead of \[4, 33\]\)"),
-        ({"hidden_size": "wide"}, "cannot load"),
-        ({"num_hidden_layers": 1}, "no place: .*layers?.1"),
+        ({"hidden_size": "wide"}, "cannot build"),
+        ({"num_hidden_layers": 1}, "does not use: .*layers?.1"),
         ({"num_hidden_layers": 3}, "no weights for .*layers.2"),
-        ({"num_hidden_layers": 10**9}, "promises 1000000000 blocks"),
+        ({"num_hidden_layers": 10**9}, "describes 1000000000 blocks"),
     ],
 )
 def test_unsupported_and_contradictory_configs(

@@ -260,9 +260,9 @@ def test_several_numbers_are_a_regression(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "scores", "said"),
     [
-        (["high", "low"], 1, "names as labels, and the model gives scores"),
-        ([[0.5, 1.0], [0.1, 2.0]], 1, "several scores a sample, and the model gives one"),
-        ([0.5, 0.25], 2, "one score a sample, and the model gives 2"),
+        (["high", "low"], 1, "names as labels, but the model gives scores"),
+        ([[0.5, 1.0], [0.1, 2.0]], 1, "several scores per sample, but the model gives one"),
+        ([0.5, 0.25], 2, "one score per sample, but the model gives 2"),
     ],
 )
 def test_labels_that_are_no_scores_are_refused_before_the_work(

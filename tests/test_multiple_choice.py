@@ -127,22 +127,22 @@ def test_choices_in_memory_are_as_good_as_those_of_a_file(chooser: Path, rows: l
     named = vitshrink.compress(model, str(write_lines(tmp_path / "a.jsonl", rows)), **settings)
     for one, other in zip(small.model.parameters(), named.model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
-    with pytest.raises(DataError, match=r"item 1 .*no text with choices"):
+    with pytest.raises(DataError, match=r"item 1 .*not a text with choices"):
         vitshrink.compress(model, [pairs[0], ("so?", "a film")], **settings)
 
 
 FAULTS: dict[str, tuple[list[Row], str]] = {
     "no such choice": (
         [{"question": "so?", "choices": ["a", "film"], "label": 2}],
-        "row 1: the label '2' is none of the 2 choices",
+        "row 1: the label '2' is not one of the 2 choices",
     ),
-    "one choice": ([{"question": "so?", "choices": ["a"], "label": 0}], "row 1: 1 choices: there have to be two"),
+    "one choice": ([{"question": "so?", "choices": ["a"], "label": 0}], "row 1: 1 choices: at least two"),
     "others": (
         [
             {"question": "so?", "choices": ["a", "film"], "label": 0},
             {"question": "so?", "choices": ["a", "film", "so"], "label": 0},
         ],
-        "row 2: 3 choices, and row 1 has 2: give each as many",
+        "row 2: 3 choices, but row 1 has 2: every sample needs",
     ),
     "no choices": ([{"question": "so?", "label": 0}], "no column looks like the text-pair"),
 }

@@ -197,7 +197,7 @@ def test_shards_that_datasets_cannot_open_are_refused_by_name(
     shutil.move(tmp_path / "train.parquet", folder)
     result = run("eval", vit_directory, "--data", folder, "--baseline", vit_directory)
     assert result.exit_code == 1
-    assert "caf\\xe9: its path, or a name within, is not UTF-8" in terminal(result)
+    assert "caf\\xe9: its path, or a name in it, is not UTF-8" in terminal(result)
 
 
 def test_a_missing_folder_of_any_name_is_named_on_one_plain_line(vit_directory: Path, tmp_path: Path) -> None:

@@ -258,15 +258,15 @@ def test_bad_use_is_named_before_any_work(vit_directory: Path, flat_images: Path
         compress(CompressConfig(str(vit_directory), str(tmp_path / "out"), **given))
 
     for entries, message in (
-        ({"method": "whitened"}, "leave --method whitened out"),
-        ({"keep": (), "rank": 4}, "--rank is for ranks alone"),
-        ({"storage": "gauge"}, "--forms narrow has no factors: leave --storage out"),
-        ({"forms": "rank+narrow", "keep": (), "explained_variance": 0.9}, "--explained-variance is for ranks alone"),
-        ({"allocation": "energy"}, "--allocation energy shares out what has no common unit"),
-        ({"landmarks": 4}, "--landmarks replaces attentions, as --forms narrow does"),
-        ({"include": ("fc1",)}, "no block has all layers of one"),
+        ({"method": "whitened"}, "remove --method whitened"),
+        ({"keep": (), "rank": 4}, "--rank is for low-rank layers only"),
+        ({"storage": "gauge"}, "--forms narrow has no factors: remove --storage"),
+        ({"forms": "rank+narrow", "keep": (), "explained_variance": 0.9}, "--explained-variance is for low-rank"),
+        ({"allocation": "energy"}, "--allocation energy cannot be used with"),
+        ({"landmarks": 4}, "--landmarks and --forms narrow both replace attentions"),
+        ({"include": ("fc1",)}, "none of them complete in any block"),
         ({"calibration": None}, "needs calibration data"),
-        ({"keep": (), "bits": 4.0}, "--bits is for integers"),
+        ({"keep": (), "bits": 4.0}, "--bits needs integers"),
         ({"keep": (0.01,)}, "cannot reach"),
     ):
         with pytest.raises(UsageError, match=message):

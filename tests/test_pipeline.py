@@ -412,8 +412,8 @@ def _least(compressed: Compressed, allocation: str) -> dict[str, Any]:
         ({"target_params": "24036"}, "has only 24,036 parameters"),
         ({"target_params": "1M"}, "has only 24,036 parameters"),
         ({"target_size": "1GB"}, "has only 24,036 parameters"),
-        ({"rank": 32}, "--rank 32 makes no layer smaller: the largest that does is 21"),
-        ({"rank_multiple": 64}, "give a smaller --rank-multiple"),
+        ({"rank": 32}, "--rank 32 makes no layer smaller: the largest useful rank is 21"),
+        ({"rank_multiple": 64}, "use a smaller --rank-multiple"),
     ],
 )
 def test_a_size_that_changes_nothing_is_refused(
@@ -802,7 +802,7 @@ def test_a_result_that_does_not_verify_is_not_published(
     def failing(stage: Path, *arguments: Any, **options: Any) -> LoadedModel:
         calls.append(stage)
         if len(calls) == 2:
-            raise OutputError("it does not hold the weights in memory")
+            raise OutputError("does not contain the weights in memory")
         return verify(stage, *arguments, **options)
 
     monkeypatch.setattr(written, "verify", failing)

@@ -107,6 +107,6 @@ def test_processes_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(VitshrinkError, match=r"cannot meet the other processes of this job .* unset WORLD_SIZE"):
+    with pytest.raises(VitshrinkError, match=r"cannot connect to the other processes of this job .* unset WORLD_SIZE"):
         processes.join("cpu")
     assert not processes.started()

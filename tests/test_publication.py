@@ -118,7 +118,7 @@ def test_what_others_wrote_is_never_overwritten(files: dict[str, str], tmp_path:
     (tmp_path / "out").mkdir()
     for name, text in files.items():
         (tmp_path / "out" / name).write_text(text)
-    with pytest.raises(OutputError, match="was not written by vitshrink"):
+    with pytest.raises(OutputError, match="vitshrink did not write"):
         write(tmp_path / "out", overwrite=True)
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == files
 
@@ -162,7 +162,7 @@ def test_the_source_model_is_protected(source: Path, tmp_path: Path) -> None:
         tmp_path / "link" / "out",
         source / ".." / "dense",
     ):
-        with pytest.raises(OutputError, match="is, holds or lies in the source model"):
+        with pytest.raises(OutputError, match="is, contains or is inside the source model"):
             write(target, overwrite=True, protect=source)
     with pytest.raises(OutputError, match="source model"):
         write(source / "out", protect=tmp_path / "link")
@@ -245,7 +245,7 @@ def test_a_second_run_stops_and_a_killed_one_is_cleaned_up(
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     started = time.monotonic()
-    with pytest.raises(OutputError, match="another vitshrink run is writing"):
+    with pytest.raises(OutputError, match="another vitshrink run writes to"):
         write(old, overwrite=True)
     assert time.monotonic() - started < 1
     write(old.parent / "other")  # a different target is not held up
@@ -419,7 +419,7 @@ def test_several_models_replace_the_same_ones_and_their_comparison(tmp_path: Pat
 def test_several_models_never_replace_what_they_do_not_write_again(other: str, tmp_path: Path) -> None:
     target = tmp_path / "out"
     models(target, "a", other)
-    refused = pytest.raises(OutputError, match=f"holds {other}, which this job would not write again")
+    refused = pytest.raises(OutputError, match=f"contains {other}. This job does not write these")
     with refused, publish(target, parts=["a", "b"], overwrite=True):
         pytest.fail("not refused")
     assert sorted(path.name for path in target.iterdir()) == sorted(["a", other])
@@ -430,7 +430,7 @@ def test_a_part_that_others_wrote_is_kept(tmp_path: Path) -> None:
     models(target, "a")
     (target / "b").mkdir()
     (target / "b" / "notes").write_text("mine")
-    refused = pytest.raises(OutputError, match="was not written by vitshrink")
+    refused = pytest.raises(OutputError, match="vitshrink did not write")
     with refused, publish(target, parts=["a", "b"], overwrite=True):
         pytest.fail("not refused")
     assert (target / "b" / "notes").read_text() == "mine"

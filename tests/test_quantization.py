@@ -259,7 +259,7 @@ def test_what_makes_no_sense_is_explained(vit_directory: Path, tmp_path: Path) -
         quantize_checkpoint(QuantizeJob(source, output, eval="./nowhere"))
     assert not Path(output).exists()
     quantize_checkpoint(QuantizeJob(source, output))
-    with pytest.raises(UsageError, match="quantized already"):
+    with pytest.raises(UsageError, match="already quantized"):
         quantize_checkpoint(QuantizeJob(output, str(tmp_path / "twice")))
     with pytest.raises(UsageError, match="pass --quantize"):
         CompressConfig("a", "b", keep=(0.5,), activations="none")
@@ -404,15 +404,15 @@ def test_rounding_to_the_nearest_says_that_data_would_help(vit_directory: Path, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--bits", "4"], "--bits is for .* pass --calibration"),
-        (["--exclude", "fc1"], "--exclude is for .* pass --calibration"),
-        (["--rounding", "nearest", "--calibration", "x"], "--calibration is for .*leave it out"),
+        (["--bits", "4"], "--bits needs .* pass --calibration"),
+        (["--exclude", "fc1"], "--exclude needs .* pass --calibration"),
+        (["--rounding", "nearest", "--calibration", "x"], "--calibration needs .*remove it"),
         (["--rounding", "curvature", "--bits", "4"], "pass --calibration"),
         (["--calibration", "x"], "exactly one of --target-size, --bits, .*frontier"),
         (["--calibration", "x", "--bits", "4", "--max-kl", "1"], "--bits and --max-kl were given"),
-        (["--calibration", "x", "--bits", "4", "--weights", "int8"], "--weights is for rounding to the nearest"),
-        (["--calibration", "x", "--bits", "4", "--baseline", "y"], "--baseline is for rounding to the nearest"),
-        (["--calibration", "x", "--max-kl", "1", "--holdout", "0"], "not --holdout 0"),
+        (["--calibration", "x", "--bits", "4", "--weights", "int8"], "--weights is for rounding to nearest"),
+        (["--calibration", "x", "--bits", "4", "--baseline", "y"], "--baseline is for rounding to nearest"),
+        (["--calibration", "x", "--max-kl", "1", "--holdout", "0"], "--holdout above 0"),
         (["--rounding", "neerest"], "Did you mean 'nearest'"),
     ],
 )

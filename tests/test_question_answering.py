@@ -276,7 +276,7 @@ def test_the_exported_model_is_scored_as_the_checkpoint_is(reader: Path, rows: l
 FAULTS: dict[str, tuple[Row, str]] = {
     "another answer": (
         {"question": "so?", "context": "the film", "answers": "the cat"},
-        "row 1: the answer 'the cat' does not stand in the context",
+        "row 1: the answer 'the cat' does not occur in the context",
     ),
     "another place": (
         {"question": "so?", "context": "the film", "answers": {"text": ["film"], "answer_start": [1]}},
@@ -288,7 +288,7 @@ FAULTS: dict[str, tuple[Row, str]] = {
     ),
     "a number": (
         {"question": "so?", "context": "the film", "answers": 3},
-        "row 1: column 'answers' holds '3', which is no answer",
+        "row 1: column 'answers' contains '3', which is not an answer",
     ),
 }
 

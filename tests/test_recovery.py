@@ -183,7 +183,7 @@ def test_a_learning_rate_that_destroys_is_lowered_and_training_begins_again(
     observer = Listening()
     _, _, recovery = train("ViTForImageClassification", learning_rate=0.3, epochs=40, patience=100, observer=observer)
     assert recovery.after < 0.9 * recovery.before
-    first = next(message for message in observer.messages if "begins again" in message)
+    first = next(message for message in observer.messages if "starts again" in message)
     assert "learning rate 3.0e-01" in first
     rates = [entry["learning_rate"] for entry in recovery.history]
     assert max(rates[len(rates) // 2 :]) <= 0.1
@@ -217,7 +217,7 @@ def test_after_gains_too_a_rate_that_brings_nothing_more_is_lowered_from_the_bes
     observer = Listening()
     _, _, recovery = train("ViTForImageClassification", learning_rate=0.02, epochs=60, patience=1, observer=observer)
     assert recovery.best_step > 0
-    assert not any("begins again" in message for message in observer.messages)
+    assert not any("starts again" in message for message in observer.messages)
     rates = [entry["learning_rate"] for entry in recovery.history[1:]]
     lowered = [number for number, rate in enumerate(rates[1:], 1) if rate < rates[number - 1] / 2.5]
     assert lowered

@@ -40,7 +40,7 @@ def layer(block: int, place: str) -> dict[str, Any]:
         "rank": rank,
         "parameters": outputs * inputs if rank is None else rank * (outputs + inputs),
         "relative_error": 0.0 if rank is None else 0.4 - 0.02 * block,
-        "reason": "the plan spends its parameters best on the whole layer" if rank is None else None,
+        "reason": "the plan keeps this layer dense because that loses less" if rank is None else None,
     }
 
 
@@ -203,7 +203,7 @@ def test_what_is_no_report_is_named(text: str, message: str) -> None:
 
 
 def test_a_missing_report_says_what_to_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="vitshrink compress has written"):
+    with pytest.raises(DataError, match="vitshrink compress wrote"):
         Report.read(tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_rows_carry_units_and_the_change() -> None:
     rows = cells(made())
     assert rows["Parameters"] == ("5.72 M", "4.12 M", "72.0 % kept")
     assert rows["Weight files"] == ("22.9 MB", "16.5 MB", "72.0 % kept")
-    assert rows["MACs a sample"] == ("1.26 G", "905 M", "71.9 % kept")
+    assert rows["MACs per sample"] == ("1.26 G", "905 M", "71.9 % kept")
     assert rows["Top-1"] == ("81.4 %", "62.0 %", "−19.4 points")
     assert rows["95 % interval"][2] == "−23.0 to −16.0 points"
     assert rows["KL(dense ‖ compressed), nats"][1] == "0.510"

@@ -171,7 +171,7 @@ def test_training_goes_on_after_a_kill_and_is_not_lost_with_one_in_the_evaluatio
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["recovery"]["settings"]["checkpoints"] is None
-    assert any("training goes on from step 4" in warning for warning in report["warnings"])
+    assert any("training continues from step 4" in warning for warning in report["warnings"])
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_the_state_of_another_job_is_not_used_and_it_says_so(
     stop_at_first_layer(entries, said)
     (warning,) = [each for each in said if "state of an interrupted job" in each]
     assert name in warning
-    assert "it is not used, and removed" in warning
+    assert "it is not used, and it is removed" in warning
     assert work["batches"] >= 1, "nothing of it was used"
 
 
@@ -303,7 +303,7 @@ def test_where_the_state_cannot_be_written_the_job_goes_on_without(
     results = compress(CompressConfig.from_mapping(entries))
     assert weights(tmp_path / "out") == wanted
     (warning,) = [each for each in results[0].report.warnings if "cannot be saved" in each]
-    assert "would be lost with a kill" in warning
+    assert "so a kill would lose it" in warning
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ def test_training_keeps_its_state_where_it_is_told_to(entries: dict[str, Any], t
     compress_until(entries, "vitshrink.jobs.result", "save", 0)
     assert (tmp_path / "mine" / "state" / "job.json").exists()
     results: list[CompressionResult] = compress(CompressConfig.from_mapping(entries))
-    assert any("training goes on" in warning for warning in results[0].report.warnings)
+    assert any("training continues" in warning for warning in results[0].report.warnings)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 

@@ -188,7 +188,7 @@ def test_a_bound_missed_by_storing_names_what_was_judged(bounded: Bounded, monke
         return model
 
     monkeypatch.setattr(Compressor, "build", spoil)
-    with pytest.raises(GateError, match=r"keep it until they are stored, --keep [01]\.\d+, loses ") as missed:
+    with pytest.raises(GateError, match=r"sizes that keep it before storing, --keep [01]\.\d+, loses ") as missed:
         bounded(max_kl=0.01, refine=0)
     lost = re.search(r"loses ([\d.]+) nats as it is stored on 48", str(missed.value))
     assert lost is not None
@@ -204,9 +204,9 @@ def test_a_search_without_held_out_samples_says_how_to_get_them(bounded: Bounded
 @pytest.mark.parametrize(
     ("name", "bound", "said"),
     [
-        ("ViTModel", {"max_kl": 0.1}, "--max-kl does not judge .*gives scores or features.*--max-error"),
-        ("ViTModel", {"max_changed": 1.0}, "--max-changed does not judge .*--max-error"),
-        (CLASSIFIER, {"max_error": 0.1}, "--max-error does not judge .*gives probabilities.*--max-kl"),
+        ("ViTModel", {"max_kl": 0.1}, "--max-kl cannot be used .*scores or features.*--max-error"),
+        ("ViTModel", {"max_changed": 1.0}, "--max-changed cannot be used .*--max-error"),
+        (CLASSIFIER, {"max_error": 0.1}, "--max-error cannot be used .*probabilities.*--max-kl"),
     ],
 )
 def test_a_bound_that_the_head_does_not_have_is_refused_before_any_work(
@@ -226,12 +226,12 @@ def test_features_keep_within_a_relative_error(bounded: Bounded) -> None:
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ({"max_kl": -0.1}, "--max-kl -0.1: give nats"),
+        ({"max_kl": -0.1}, "--max-kl -0.1: give the largest divergence"),
         ({"max_kl": float("nan")}, "--max-kl nan"),
-        ({"max_error": 2.0}, "--max-error 2.0: give the squared error, as a share .*such as --max-error 0.01"),
+        ({"max_error": 2.0}, "--max-error 2.0: give the squared error as a fraction .*such as --max-error 0.01"),
         ({"max_changed": 101.0}, "--max-changed 101.0: give the percentage"),
-        ({"max_kl": 0.1, "calibration": None}, "--max-kl is judged on .*--calibration"),
-        ({"max_changed": 1.0, "holdout": 0}, "--max-changed is judged on .*--holdout 0"),
+        ({"max_kl": 0.1, "calibration": None}, "--max-kl is checked on .*--calibration"),
+        ({"max_changed": 1.0, "holdout": 0}, "--max-changed is checked on .*--holdout above 0"),
         ({"max_changed": 1.0, "max_kl": 0.1}, "--max-changed and --max-kl were given"),
         ({"max_changed": 1.0, "keep": (0.5,)}, "--keep and --max-changed were given"),
     ],
@@ -241,7 +241,7 @@ def test_a_bound_that_makes_no_sense_is_refused(entries: dict[str, Any], said: s
         CompressConfig(**({"model": "m", "output": "o", "calibration": "c"} | entries))
 
 
-# What is judged on what
+# What is checked on what
 
 
 def test_with_data_to_evaluate_on_the_size_is_chosen_without_them(
@@ -253,7 +253,7 @@ def test_with_data_to_evaluate_on_the_size_is_chosen_without_them(
     assert seen.report.evaluation is not None
     assert seen.report.evaluation.source == str(learned_images)
     assert any("flatter" in warning for warning in blind.report.warnings)
-    assert not any("chosen on the samples" in warning for warning in seen.report.warnings)
+    assert not any("chose the size" in warning for warning in seen.report.warnings)
     assert seen.directory is not None
     model = evaluate_checkpoint(str(seen.directory), DataConfig(str(photos)), baseline=seen.report.model)
     assert model.measurement.evaluation.fidelity is not None

@@ -228,7 +228,7 @@ def test_what_cannot_be_computed_is_named_and_never_replaced_by_the_mean(
     told = name if "." in name else str(next(iter(settings.values())))
     assert refused.exit_code == 1
     assert told in refused.stderr
-    assert "cannot be measured as this model makes it" in refused.stderr
+    assert "cannot compute the sentence similarity of this model" in refused.stderr
     assert "Factoriz" not in refused.stderr  # before the work
     done = run(*shrink, "--calibration", text_file, "--samples", 8)
     assert done.exit_code == 0, done.stderr
@@ -249,7 +249,7 @@ def test_other_states_than_the_last_are_unknown(tmp_path: Path) -> None:
     text = {"method": "forward", "method_output_name": "pooler_output"}
     settings = {"modality_config": {"text": text}, "module_output_name": "sentence_embedding"}
     (directory / "sentence_bert_config.json").write_text(json.dumps(settings))
-    assert "hands on 'pooler_output'" in str(load_dense(directory).embedding.problem)
+    assert "uses the output 'pooler_output'" in str(load_dense(directory).embedding.problem)
 
 
 def test_a_baseline_that_pools_otherwise_is_said(
@@ -262,7 +262,7 @@ def test_a_baseline_that_pools_otherwise_is_said(
         found.measurement.evaluation.dense,
         found.measurement.evaluation.compressed,
     ]
-    assert any("baseline makes sentence embeddings by other means" in warning for warning in found.warnings)
+    assert any("compute sentence embeddings in different ways" in warning for warning in found.warnings)
 
 
 @pytest.mark.parametrize(
@@ -270,10 +270,13 @@ def test_a_baseline_that_pools_otherwise_is_said(
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "2_Dense, which has no model.safetensors: copy"),
         (lambda folder: (folder / "config.json").unlink(), "2_Dense, which has no config.json: copy"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "holds no settings"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "contains no settings"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "not a readable safetensors file"),
-        (lambda folder: save_file(Dense(31, 8).state_dict(), folder / "model.safetensors"), r"\[8, 31\], and the vec"),
+        (
+            lambda folder: save_file(Dense(31, 8).state_dict(), folder / "model.safetensors"),
+            r"\[8, 31\], but its input",
+        ),
         (
             lambda folder: save_file(
                 {name: tensor / 0 for name, tensor in load_file(folder / "model.safetensors").items()},
@@ -312,9 +315,7 @@ def test_texts_become_tokens_as_the_encoder_does_it(tmp_path: Path) -> None:
     assert own.description["max_length"] == 9
     assert (own.description["lower_case"], own.description["prompt"]) == (True, "that is ")
     assert Preprocessor.from_checkpoint(directory, "text", max_length=12).description["max_length"] == 12
-    assert load_dense(directory).embedding.remarks == (
-        "prompts that are not the default stand before no text: document",
-    )
+    assert load_dense(directory).embedding.remarks == ("only the default prompt is used, not document",)
 
 
 @pytest.mark.parametrize("settings", [{"max_seq_length": "long"}, {"max_seq_length": 0}, {"do_lower_case": "yes"}])

@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "overlapping": (lambda _: archive({"a": entry(), "b": entry()}, bytes(8)), "not a readable"),
     "shape overflow": (lambda _: archive({"a": entry(shape=(2**40, 2**40))}, bytes(8)), "not a readable"),
     "unknown dtype": (lambda _: archive({"a": entry("F32000")}, bytes(8)), "not a readable"),
-    "quantized": (lambda _: archive({"a": entry("F8_E4M3", (8,))}, bytes(8)), "'a' is of type F8_E4M3"),
+    "quantized": (lambda _: archive({"a": entry("F8_E4M3", (8,))}, bytes(8)), "'a' has type F8_E4M3"),
     "no tensor": (lambda _: archive({}), "no floating-point tensor"),
     "integers only": (lambda _: archive({"a": entry("I32")}, bytes(8)), "no floating-point tensor"),
 }
@@ -136,7 +136,7 @@ def test_shards_are_read(sharded: Path) -> None:
     assert torch.equal(model(**inputs)[0], tiny.build("ViTForImageClassification")(**inputs)[0])
 
 
-@pytest.mark.parametrize("kind", ["parent", "absolute", "subfolder", "backslash", "other kind", "empty"])
+@pytest.mark.parametrize("kind", ["parent", "absolute", "subfolder", "backslash", "other class", "empty"])
 def test_an_index_that_points_elsewhere_is_refused(kind: str, sharded: Path) -> None:
     outside = sharded.parent / "outside.safetensors"
     shutil.copy(sharded / "model-00001-of-00002.safetensors", outside)
@@ -147,7 +147,7 @@ def test_an_index_that_points_elsewhere_is_refused(kind: str, sharded: Path) -> 
         "absolute": str(outside),
         "subfolder": "sub/outside.safetensors",
         "backslash": "..\\outside.safetensors",
-        "other kind": "config.json",
+        "other class": "config.json",
         "empty": "",
     }[kind]
     edit_index(sharded, **{"classifier.bias": shard})
@@ -193,7 +193,7 @@ def test_links_out_of_the_directory_are_refused(name: str, directory: Path) -> N
     outside = directory.parent / "outside"
     (directory / name).rename(outside)
     (directory / name).symlink_to(outside)
-    refused(directory, str(directory / name), "leads out of the checkpoint")
+    refused(directory, str(directory / name), "a link out of the checkpoint")
 
 
 def test_a_linked_shard_is_refused(sharded: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_linked_shard_is_refused(sharded: Path) -> None:
     shard = sharded / "model-00001-of-00002.safetensors"
     shard.rename(outside)
     shard.symlink_to("../outside.safetensors")
-    refused(sharded, str(shard), "leads out of the checkpoint")
+    refused(sharded, str(shard), "a link out of the checkpoint")
 
 
 def test_links_within_the_directory_are_followed(directory: Path) -> None:
@@ -220,7 +220,7 @@ def test_links_to_nothing_or_themselves_are_refused(name: str, directory: Path) 
     (directory / name).unlink()
     for target in (name, "nothing"):
         (directory / name).symlink_to(target)
-        refused(directory, str(directory), "link" if name == "config.json" else "no weights that can be read")
+        refused(directory, str(directory), "link" if name == "config.json" else "no readable weights")
         (directory / name).unlink()
 
 
@@ -235,7 +235,7 @@ def test_snapshots_of_the_hub_cache_link_to_blobs(directory: Path, tmp_path: Pat
     models.load_dense(snapshot)
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(directory / "config.json")
-    refused(snapshot, "leads out of the checkpoint")
+    refused(snapshot, "a link out of the checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_broken_configs_are_named(text: str | None, message: str, directory: Pat
 def test_a_huge_config_is_not_read(directory: Path) -> None:
     with (directory / "config.json").open("r+b") as file:
         file.truncate(2**30)  # sparse
-    refused(directory, "config.json", "this is no configuration")
+    refused(directory, "config.json", "not a configuration file")
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
@@ -394,11 +394,11 @@ def test_safetensors_are_preferred_to_pickles(directory: Path) -> None:
 
 def test_weights_of_other_frameworks_are_listed(directory: Path) -> None:
     (directory / WEIGHTS).rename(directory / "tf_model.h5")
-    refused(directory, "no weights that can be read", "tf_model.h5", "Convert")
+    refused(directory, "no readable weights", "tf_model.h5", "Convert")
 
 
 def test_an_empty_directory_is_no_checkpoint(tmp_path: Path) -> None:
-    refused(tmp_path, str(tmp_path), "has no config.json", "holds nothing")
+    refused(tmp_path, str(tmp_path), "has no config.json", "contains nothing")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "../x", "a/b/c", "~/no-such-model", "C:\\models\\x"])
@@ -506,10 +506,10 @@ def test_the_hub_answers(directory: Path, tmp_path: Path) -> None:
     assert "'me/gated' is gated: accept its terms at" in gated
     assert "hf auth login" in gated
     assert "no such folder: 'me/unknown', and no such model on the Hub" in unknown
-    assert "no such folder: 'me/broken', and the Hub could not be asked" in broken
+    assert "no such folder: 'me/broken', and the Hub cannot be reached" in broken
     assert "'me/model' has no revision 'v9'" in revision
     assert listing == "['config.json', 'model.safetensors', 'preprocessor_config.json']"
     assert cached == "True"
-    assert "the Hub could not be asked" in unreachable
+    assert "the Hub cannot be reached" in unreachable
     assert "use the copy in the local cache" in unreachable
-    assert "no such model in the local Hub cache, and offline mode is on" in offline
+    assert "the local Hub cache has no such model, and offline mode is on" in offline

@@ -164,8 +164,8 @@ def test_a_block_that_is_left_out_is_in_no_stack() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"source": "layers.7.attention"}, "block 1 of the tensor in 'layers.7.attention', and there is no such"),
-        ({"source": "layers.1.attention"}, "there is no such"),
+        ({"source": "layers.7.attention"}, "block 1 of the tensor in 'layers.7.attention', which does not exist"),
+        ({"source": "layers.1.attention"}, "which does not exist"),
         ({"block": 2}, "block 2 of the tensor"),
         ({"block": 0}, "expected a source and the number of a block"),
         ({"source": 3}, "expected a source and the number of a block"),

@@ -233,14 +233,14 @@ def test_what_makes_no_sense_is_explained(made: Made, flat_images: Path, tmp_pat
     output, data = str(tmp_path / "out"), {"calibration": str(flat_images)}
     for options, message in (
         ({}, r"--activations static .*pass --calibration"),
-        ({"weights": "int4", **data}, "weights are int8"),
-        ({"rounding": "nearest", **data}, "leave --rounding nearest out"),
-        ({"bits": (4.0,), **data}, "--bits: .*8 bits"),
+        ({"weights": "int4", **data}, "needs int8 weights"),
+        ({"rounding": "nearest", **data}, "remove --rounding nearest"),
+        ({"bits": (4.0,), **data}, "--bits: .*8-bit weights"),
         ({"layers": "mlp", **data}, "--include or --exclude"),
     ):
         with pytest.raises(UsageError, match=message):
             QuantizeJob("model", output, activations="static", **options)
     with pytest.raises(UsageError, match="vitshrink quantize"):
         CompressConfig("model", output, keep=(0.5,), quantize="int8", activations="static", **data)
-    with pytest.raises(UsageError, match="quantized already"):
+    with pytest.raises(UsageError, match="already quantized"):
         quantize_checkpoint(QuantizeJob(str(made("dense")), output, activations="static", **data))

@@ -50,7 +50,7 @@ def test_modules_of_the_dense_model_have_no_structure() -> None:
 
 
 def test_an_unknown_structure_and_a_second_of_one_name_are_errors() -> None:
-    with pytest.raises(CheckpointError, match=r"structure 'new', and this version knows .*low-rank"):
+    with pytest.raises(CheckpointError, match=r"structure 'new', but this version knows .*low-rank"):
         read({"structure": "new"})
     with pytest.raises(ValueError, match="two structures are called 'low-rank'"):
         structure("low-rank")(LayerSpec)

@@ -127,7 +127,7 @@ def test_a_job_whose_node_is_killed_goes_on_elsewhere_and_ends_in_the_same_bytes
     print(said, output, (far / job / "log.txt").read_text())
     assert on_ray.returncode == 0, said
     assert not psutil.pid_exists(process), "what the lost node ran is gone"
-    assert f"{job}: running (its machine was lost, and it is run again: " in said
+    assert f"{job}: running (its machine was lost, so it runs again: " in said
     log = (far / job / "log.txt").read_text()
     assert "The machine was lost; it is run again on" in log
     assert "Going on with what an interrupted run has computed" in log

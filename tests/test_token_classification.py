@@ -197,8 +197,8 @@ def test_running_text_is_enough_to_calibrate_on(tagger: Path, text_file: Path, t
 
 
 FAULTS = {
-    "an unknown tag": ([(["good", "film"], ["O", "O"]), (["so"], ["B-ORG"])], "row 2: the tag 'B-ORG' is none of"),
-    "a tag too few": ([(["good", "film"], ["O"])], "row 1: 2 words in the column 'tokens' and 1 tags in 'ner_tags'"),
+    "an unknown tag": ([(["good", "film"], ["O", "O"]), (["so"], ["B-ORG"])], "row 2: the tag 'B-ORG' is not one of"),
+    "a tag too few": ([(["good", "film"], ["O"])], "row 1: 2 words in the column 'tokens' but 1 tags in 'ner_tags'"),
     "an index too large": ([(["good"], [7])], "row 1 has the label '7', class 7, but the model has the classes 0 to 4"),
 }
 

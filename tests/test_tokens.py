@@ -145,7 +145,7 @@ def test_mixed_tokens_train_save_again_and_cast(compressed: Compressed, tmp_path
         again(torch.randn(2, 3, 64, 64), interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="pass interpolate_pos_encoding=True"):
         again(torch.randn(2, 3, 64, 64))
-    with pytest.raises(ValueError, match="cannot be masked"):
+    with pytest.raises(ValueError, match="an attention mask cannot be used"):
         again.vit(pixels, bool_masked_pos=torch.zeros(3, 16, dtype=torch.bool))
 
 
@@ -182,17 +182,17 @@ def test_evaluation_takes_tokens_and_resolution(vit_directory: Path, flat_images
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"token_budget": 3}, "takes 4 to 16"),
-        ({"token_budget": 17}, "takes 4 to 16"),
-        ({"token_budget": 10, "token_levels": 4}, "divides by 8, not 4 × 4"),
+        ({"token_budget": 3}, "allows 4 to 16"),
+        ({"token_budget": 17}, "allows 4 to 16"),
+        ({"token_budget": 10, "token_levels": 4}, "a grid that 8 divides, not 4 × 4"),
         ({"token_budget": 10, "token_levels": 1}, "2 or more"),
         ({"token_budget": 10, "token_scorer": "entropy"}, "--token-scorer entropy: unknown"),
-        ({"token_budget": None}, "go together"),
-        ({"tokens": "all", "token_budget": 10}, "go together"),
+        ({"token_budget": None}, "need each other"),
+        ({"tokens": "all", "token_budget": 10}, "need each other"),
         ({"tokens": "some"}, "--tokens some"),
-        ({"tokens": "all", "token_levels": 3, "keep": (0.5,)}, "--token-levels 3 makes no difference without"),
-        ({"tokens": "all", "token_scorer": "features", "keep": (0.5,)}, "--token-scorer features makes no difference"),
-        ({"token_budget": 10, "max_kl": 0.1, "calibration": "x"}, "ask for a size"),
+        ({"tokens": "all", "token_levels": 3, "keep": (0.5,)}, "--token-levels 3 has no effect without"),
+        ({"tokens": "all", "token_scorer": "features", "keep": (0.5,)}, "--token-scorer features has no effect"),
+        ({"token_budget": 10, "max_kl": 0.1, "calibration": "x"}, "pass a size"),
         ({"token_budget": 10, "resolution": 30}, "multiple of the patch size, 8"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_model_with_tokens_or_landmarks_takes_no_others(
     directory, data = str(compressed(CLASSIFIER, **entries).directory), DataConfig(str(flat_images))
     with pytest.raises(UsageError, match="--tokens mixed"):
         evaluate_checkpoint(directory, data, tokens=MixedTokens(10))
-    with pytest.raises(UsageError, match=f"the {own} of this model are chosen for 32 pixels"):
+    with pytest.raises(UsageError, match=f"the {own} of this model belong to 32 pixels"):
         evaluate_checkpoint(directory, data, resolution=64)
 
 

@@ -57,7 +57,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 
 def test_what_is_published_is_there_whole_and_replaces_what_was(place: Place, published: Path, tmp_path: Path) -> None:
-    assert "there is no SHA256SUMS" in str(place.missing())
+    assert "SHA256SUMS is missing" in str(place.missing())
     (published / "old").write_text("of an earlier run")
     checksums.record(published)
     place.publish(published, "report.json")
@@ -81,7 +81,7 @@ def test_what_has_no_marker_or_misses_a_file_is_not_there(place: Place, publishe
     with pytest.raises(OutputError, match="sub/weights was changed"):
         place.download(tmp_path / "changed")
     place.remove(MARKER)
-    with pytest.raises(OutputError, match="holds nothing that is complete"):
+    with pytest.raises(OutputError, match="contains nothing complete"):
         place.download(tmp_path / "none")
 
 
@@ -106,7 +106,7 @@ def test_a_failure_while_it_is_written_leaves_what_was(place: Place, published: 
     ("url", "error", "message"),
     [
         ("sftpx://host/folder", UsageError, "sftpx"),
-        ("file:///tmp/a*", UsageError, "means many files"),
+        ("file:///tmp/a*", UsageError, "means several files"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused(url: str, error: type[Exception], message: str) -> None:
@@ -189,7 +189,7 @@ def test_a_job_killed_while_it_publishes_is_as_it_was_or_not_there_and_is_done_a
     assert not place.exists()
     kill(2 * files - 1)  # all but the marker are at their place
     assert set(place.names()) == {each.name for each in (tmp_path / "plain").iterdir()} - {MARKER}
-    with pytest.raises(CheckpointError, match="holds no complete model"):
+    with pytest.raises(CheckpointError, match="contains no complete model"):
         resolve(entries["output"])
     compress(CompressConfig.from_mapping({**entries, "keep": 0.7}))
     before = weights(tmp_path / "store" / "model")

@@ -62,7 +62,7 @@ def test_a_flipped_bit_is_found(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(weights)
     result = verify(copy)
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"error: {copy} is not as it was published. checksums: model.safetensors was ch")
+    assert result.stderr.startswith(f"error: {copy} differs from what was published. checksums: model.safetensors")
     assert [check["problem"] for check in json.loads(verify(copy, "--json").stdout)][1:] == [None] * 6
 
 
@@ -117,4 +117,4 @@ def test_what_is_no_output_of_vitshrink_is_not_verified(vit_directory: Path, tmp
     assert dense.exit_code == 1
     assert "SHA256SUMS is missing" in dense.stderr
     assert verify(tmp_path / "nowhere").exit_code == 2
-    assert "is no directory" in verify(tmp_path / "nowhere").stderr
+    assert "is not a directory" in verify(tmp_path / "nowhere").stderr

@@ -1,7 +1,7 @@
-"""vitshrink: post-training compression of ViT, DeiT and BERT checkpoints.
+"""vitshrink: post-training compression of transformer encoders such as ViT, DeiT and BERT.
 
-Importing it teaches transformers to load compressed checkpoints. What it offers is imported on first use, so that what
-needs no model does not wait for torch.
+``import vitshrink`` registers the format, so that transformers can load compressed checkpoints. It imports neither
+torch nor transformers. ``vitshrink.compress`` and ``vitshrink.load`` are imported on first use.
 """
 
 import importlib

@@ -6,16 +6,16 @@
     ├── NumericsError           1   non-finite values, a decomposition that fails
     ├── OutputError             1   the output directory cannot be written, verified or published
     ├── DependencyError         1   an optional package is missing or does not fit
-    ├── UsageError              2   flags or a recipe that make no sense
+    ├── UsageError              2   wrong flags or a wrong recipe
     │   └── TargetError         2   a size that cannot be reached
-    └── GateError               3   a bound the user set (``--min-accuracy`` …) is not met
+    └── GateError               3   a bound that the user set (``--min-accuracy`` …) is missed
 
 The number is the exit code of the command line.
 """
 
 
 class VitshrinkError(Exception):
-    """Base of all: catch this one to catch everything vitshrink raises on purpose."""
+    """Base class of all errors that vitshrink raises on purpose."""
 
     exit_code = 1
     silent = False
@@ -41,7 +41,7 @@ class NumericsError(VitshrinkError):
 
 
 class OutputError(VitshrinkError):
-    """The output cannot be written, or does not say after writing what it said before."""
+    """The output cannot be written, or differs from the model in memory."""
 
 
 class DependencyError(VitshrinkError):
@@ -55,10 +55,10 @@ class UsageError(VitshrinkError):
 
 
 class TargetError(UsageError):
-    """The requested size cannot be reached; the message says what can."""
+    """The requested size cannot be reached. The message gives the smallest possible size."""
 
 
 class GateError(VitshrinkError):
-    """A quality bound set by the user is not met."""
+    """A bound that the user set is missed."""
 
     exit_code = 3

@@ -23,7 +23,7 @@ from vitshrink.cli.verify import verify_command
 
 app = typer.Typer(
     name="vitshrink",
-    help="Make a ViT, DeiT or BERT checkpoint smaller, and measure what it cost.",
+    help="Compress ViT, DeiT, BERT and other transformer encoders, and measure the result.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 def compress_command(
     flags: dict[str, Any], rows: RowOptions, recipe: RecipeOptions, upload: UploadOptions, display: DisplayOptions
 ) -> None:
-    """Compress MODEL into OUTPUT and report what it cost.
+    """Compress MODEL, write it to OUTPUT, and report sizes, quality and time.
 
     Example: vitshrink compress ./my-vit ./my-vit-small --keep 0.6 --calibration ./photos --eval ./val
     """
     job = _job(flags, recipe.config, display)
     if upload.push_to_hub is not None and (len(job.keep) > 1 or job.dry_run):
-        raise UsageError("--push-to-hub uploads one finished model: give one size, and no --dry-run.")
+        raise UsageError("--push-to-hub uploads one finished model: give one size, and remove --dry-run.")
     if upload.push_to_hub is not None and is_url(job.output):
-        raise UsageError(f"--push-to-hub uploads a directory of this machine, and not {job.output}: give a path.")
+        raise UsageError(f"--push-to-hub uploads a local directory, not {job.output}: give a path.")
     checks.check_methods(job)
     checks.check_models(job)
     results = _run(job, rows, upload, display)
@@ -103,6 +103,6 @@ def _show(results: "Sequence[CompressionResult]", job: CompressConfig, display: 
     console.show(results_table([result.report for result in results]))
     for result in results:
         if result.directory is not None:
-            console.say(f"{result.directory}  (report.html, report.md, report.json beside the weights)")
+            console.say(f"{result.directory}  (with report.html, report.md and report.json)")
     if len(results) > 1 and not job.dry_run:
         console.say(f"{Path(job.output) / 'comparison.html'}")

@@ -152,11 +152,17 @@ def reported(command: Command) -> Command:
         except typer.Exit:
             raise
         except OSError as error:  # where no module knows more to say of it
-            fail(f"the operating system refuses: {explanation(error)}. `vitshrink --debug …` shows in which step.", 1)
+            fail(
+                (
+                    f"the operating system reports an error: {explanation(error)}. `vitshrink --debug …` shows in "
+                    "which step."
+                ),
+                1,
+            )
         except Exception as error:
             fail(
-                f"unexpected {type(error).__name__}: {error}. This is a bug: run `vitshrink --debug …` for the place, "
-                "and report it.",
+                f"unexpected {type(error).__name__}: {error}. This is a bug in vitshrink: run `vitshrink --debug …` "
+                "to get the traceback, and report it.",
                 1,
             )
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def evaluate_command(
     flags: dict[str, Any], bounds: GateOptions, rows: ResultRowOptions, display: ResultOptions
 ) -> None:
-    """Measure MODEL on a data set: accuracy where there are labels, fidelity to a baseline where there is one.
+    """Evaluate MODEL: accuracy if the data have labels, and fidelity to --baseline if it is given.
 
     Example: vitshrink eval ./my-vit-small --baseline ./my-vit --data ./val
     """

@@ -11,7 +11,7 @@ from vitshrink.config.options import ExportJob
 
 @command(ExportJob, DisplayOptions)
 def export_command(flags: dict[str, Any], display: DisplayOptions) -> None:
-    """Write MODEL into OUTPUT in another form, compared with the model on batches of several sizes.
+    """Export MODEL to OUTPUT for other programs, after comparing both on batches of several sizes.
 
     Example: vitshrink export ./my-vit-small ./my-vit-onnx --to onnx
     """

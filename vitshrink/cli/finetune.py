@@ -10,7 +10,7 @@ from vitshrink.config.options import FinetuneJob, read_recipe
 
 @command(FinetuneJob, RecipeOptions, DisplayOptions)
 def finetune_command(flags: dict[str, Any], recipe: RecipeOptions, display: DisplayOptions) -> None:
-    """Train a compressed MODEL and write it to OUTPUT; its ranks and sizes stay, and it never ends worse.
+    """Train a compressed MODEL to recover quality, and write it to OUTPUT. Its ranks and size do not change.
 
     Example: vitshrink finetune ./small ./recovered --teacher ./model --data ./photos --minutes 5
     """
@@ -33,4 +33,4 @@ def finetune_command(flags: dict[str, Any], recipe: RecipeOptions, display: Disp
         console.show_json(result.report.to_dict())
     elif not display.quiet:
         console.show(results_table([result.report]))
-        console.say(f"{result.directory}  (report.md, report.json beside the weights)")
+        console.say(f"{result.directory}  (with report.md and report.json)")

@@ -64,7 +64,7 @@ def _parameters(group: type[Options], suggested: Mapping[str, Suggest]) -> Itera
 
 def _inner(entry: Entry) -> Entry:
     """The flag that sets one of the other fields of a nested group."""
-    inner = f"A flag of `vitshrink {entry.name}`, e.g. minutes=5 or learning-rate=1e-4; repeat it for several."
+    inner = f"Flag of `vitshrink {entry.name}`, e.g. minutes=5 or learning-rate=1e-4; repeat it for several."
     option = type(entry.option)(inner, panel=entry.option.panel)
     return Entry(f"{entry.name}_option", Mapping[str, Any], {}, option)
 
@@ -142,7 +142,7 @@ def pairs(texts: list[str] | tuple[str, ...]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"{text!r} is no option: write name=value.")
+            raise UsageError(f"{text!r} is not an option: write name=value.")
         found[name] = parse_option(value)
     return found
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @command(FrontierJob, ResultOptions)
 def frontier_command(flags: dict[str, Any], display: ResultOptions) -> None:
-    """Show what sizes of MODEL lose: predicted from one calibration, measured at some of them, the knee marked.
+    """Show the loss of many sizes of MODEL, predicted from one calibration and measured at some of them.
 
     Example: vitshrink frontier ./my-vit --calibration ./photos --output ./sizes
     """
@@ -45,7 +45,7 @@ def _show(found: "Survey") -> None:
     for row in rows(frontier):
         table.add(*row)
     console.show(table)
-    console.say("How each is built:")
+    console.say("Commands that build these models:")
     for point in frontier.built:
         console.say(point.command)
     if found.page is not None:

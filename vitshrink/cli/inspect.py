@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @command(InspectJob, FigureOptions, JsonOptions)
 def inspect_command(flags: dict[str, Any], figures: FigureOptions, display: JsonOptions) -> None:
-    """List the layers of MODEL that can be factorized: shape, break-even rank, effective rank, energy by rank.
+    """List the layers of MODEL that can be compressed: shape, break-even rank, effective rank, energy by rank.
 
-    Before them it says what was found in the model, and what will be left alone.
-    With --calibration the spectra are those of the layers' outputs on real samples, which is what counts.
+    First, it says what was found in the model and what stays unchanged.
+    With --calibration, the spectra are those of the layer outputs on real samples.
     """
     job = checks.job_of(InspectJob, flags, "the command line")
     checks.check_models(job)
@@ -43,7 +43,9 @@ def _table(found: "Inspection") -> Table:
     kind = "activation-weighted" if found.weighted else "plain"
     table = Table(
         ["layer", "shape", "parameters", "break-even", "effective rank", *(f"{f:.1%} rank" for f in FRACTIONS)],
-        caption=f"the last columns: share of the {kind} squared spectrum kept at that fraction of the full rank",
+        caption=(
+            f"the last columns: fraction of the {kind} squared spectrum that is kept at this fraction of the full rank"
+        ),
     )
     for layer in found.layers:
         energies = (layer.energy[rank_at(fraction, layer.shape)] for fraction in FRACTIONS)

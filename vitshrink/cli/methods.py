@@ -7,7 +7,7 @@ from vitshrink.config.method import ALLOCATIONS
 
 @console.reported
 def methods_command() -> None:
-    """List the methods, what they need, and the allocation and compensation that go with them."""
+    """List the methods, what they need, and their default allocation and compensation."""
     table = Table(["method", "needs", "allocation", "compensation", "what it does"], left=5)
     methods = catalog.methods().values()
     for method in methods:
@@ -19,5 +19,5 @@ def methods_command() -> None:
             options = ", ".join(f"{option}={default}" for option, default in method.options.items())
             console.say(f"  {method.name}: {options}", prose=True)
     attentions = ", ".join(method.name for method in methods if method.kind == catalog.ATTENTIONS)
-    console.say(f"for plain attentions only, which `vitshrink inspect MODEL` tells of: {attentions}", prose=True)
+    console.say(f"only for plain attention (see `vitshrink inspect MODEL`): {attentions}", prose=True)
     console.say(f"allocations: {', '.join(sorted(ALLOCATIONS))}", prose=True)

@@ -10,7 +10,7 @@ from vitshrink.config.quantize import QuantizeJob
 
 @command(QuantizeJob, DisplayOptions)
 def quantize_command(flags: dict[str, Any], display: DisplayOptions) -> None:
-    """Store the matrices of MODEL as integers in OUTPUT, and report what it cost.
+    """Quantize the weights of MODEL, write it to OUTPUT, and report sizes, quality and time.
 
     Example: vitshrink quantize ./my-vit ./my-vit-4bit --bits 4 --calibration ./photos --eval ./val
     """

@@ -61,14 +61,14 @@ def evaluation_table(found: Assessment) -> Table:
         add(row.name, row.dense, row.compressed, row.change)
     difference = evaluation.difference
     if difference is not None and difference.drop is not None:
-        add("Is the change real?", "", "", "yes" if difference.significant else "within noise")
+        add("Is the change significant?", "", "", "yes" if difference.significant else "within noise")
         add(f"  {difference.test}", "", "", p_value(difference.p_value))
     own, other = found.footprint, found.baseline_footprint
     for name, needed, before, show in (
         ("Parameters", own.parameters, other and other.parameters, count),
         ("Weight files", own.bytes, other and other.bytes, size),
         ("Weights in memory", own.memory, other and other.memory, size),
-        ("MACs a sample", own.macs, other and other.macs, count),
+        ("MACs per sample", own.macs, other and other.macs, count),
     ):
         kept = f"{percent(needed / before)} kept" if needed and before else ""
         add(name, "" if other is None else show(before), show(needed), kept)

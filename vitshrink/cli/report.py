@@ -19,16 +19,16 @@ def _show_schema(wanted: bool) -> None:
 @console.reported
 def report_command(
     directories: Annotated[list[Path], typer.Argument(help="Directories that `vitshrink compress` wrote.")],
-    html: Annotated[Path | None, typer.Option(help="Write the comparison as a page to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the comparison as an HTML page to this file.")] = None,
     _schema: Annotated[
         bool,
-        typer.Option("--schema", callback=_show_schema, is_eager=True, help="Show the JSON Schema of report.json."),
+        typer.Option("--schema", callback=_show_schema, is_eager=True, help="Print the JSON Schema of report.json."),
     ] = False,
 ) -> None:
-    """Render the report of a directory again, or compare those of several, in which nothing is changed then.
+    """Render the report of a directory again, or compare the reports of several directories.
 
-    Rendered again are report.md and report.html. README.md, the model card, is yours: it is written only where there is
-    none.
+    For one directory, report.md and report.html are written again, and README.md, the model card, if it is missing.
+    Several directories do not change.
     """
     from vitshrink.report import Report, comparison_markdown, render_comparison_html, write_again, write_text
 

@@ -7,7 +7,7 @@ from vitshrink.config.fields import plain_values
 
 @command(None, SweepOptions, SweepGateOptions, DisplayOptions)
 def sweep_command(options: SweepOptions, bounds: SweepGateOptions, display: DisplayOptions) -> None:
-    """Run the jobs of FILE and compare what came of them.
+    """Run the jobs of FILE and compare the results.
 
     Exits with 0 when all passed, 3 when a bound is missed, 1 when a job failed or is missing.
 

@@ -14,13 +14,13 @@ from vitshrink.runtime.storage import is_url
 
 @console.reported
 def verify_command(
-    directory: Annotated[str, typer.Argument(help="A directory that vitshrink has written, or its URL.")],
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    directory: Annotated[str, typer.Argument(help="Directory or URL that vitshrink wrote.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")] = False,
 ) -> None:
-    """Check DIRECTORY: checksums, strict load, finite outputs, and that its figures are those of its report.
+    """Check DIRECTORY: checksums, strict load, finite outputs, and the figures of its report.
 
-    Exits with 1 when anything differs from what was published.
+    Exit code: 1 if anything differs from what was published.
     """
     from vitshrink.jobs.verify import verify_directory
     from vitshrink.models.source import resolve
@@ -35,4 +35,4 @@ def verify_command(
         console.show(table)
     wrong = [f"{check.name}: {check.problem}" for check in checks if check.problem is not None]
     if wrong:
-        raise OutputError(f"{directory} is not as it was published. {'. '.join(wrong)}")
+        raise OutputError(f"{directory} differs from what was published. {'. '.join(wrong)}")

@@ -183,13 +183,11 @@ def allocate(offers: Sequence[Offer], budget: int, allocation: Allocation) -> Pl
     unit = offers[0].currency
     least = least_cost(offers)
     if budget < least:
-        raise TargetError(
-            f"the layers to factorize have to fit in {budget:,} {unit}, but the smallest ranks need {least:,}."
-        )
+        raise TargetError(f"the budget is {budget:,} {unit}, but even the smallest ranks need {least:,}.")
     plan = allocation(offers, budget)
     if plan_cost(offers, plan) > budget:
         # A single fixed rule (one rank everywhere) may not reach what mixed ranks can.
         raise TargetError(
-            f"this allocation cannot go below {plan_cost(offers, plan):,} {unit}; {budget:,} are allowed."
+            f"this allocation needs at least {plan_cost(offers, plan):,} {unit}; the budget is {budget:,}."
         )
     return plan

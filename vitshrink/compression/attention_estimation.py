@@ -37,7 +37,7 @@ class AttentionEstimator:
     def learn(self, job: Job) -> Findings:
         """Calibrate on the dense model and decompose each attention once; a rank is then a slice."""
         if self.config.cache is not None:
-            job.warn(f"--cache keeps nothing for --method {self.method.name}.")
+            job.warn(f"--cache has no effect for --method {self.method.name}.")
         attentions = attentions_of(self.dense, self.targets)
         findings = Findings({}, {}, self._statistics(attentions, job))
         sites = sites_of(attentions, self.method, self.config.options)
@@ -46,7 +46,7 @@ class AttentionEstimator:
                 self._decompose([site for site in sites if site.attentions[0] == attention], findings, job)
                 advance(1)
         if not findings.layers:
-            raise NumericsError("no attention could be factorized; the warnings say why.")
+            raise NumericsError("no attention could be factorized; see the warnings for the reasons.")
         return findings
 
     def _statistics(self, attentions: Sequence[Attention], job: Job) -> Mapping[str, LinearStats]:

@@ -62,9 +62,9 @@ def attentions_of(model: PreTrainedModel, targets: Sequence[Target]) -> list[Att
     family = family_of(model)
     if not family.plain:
         raise UsageError(
-            f"{type(model).__name__} ({family.model_type}) has attentions that are more than softmax(QKᵀ) V, positions "
-            "within them for one, or that vitshrink does not know: choose a method for linear layers (see `vitshrink "
-            "methods`), such as curvature or whitened."
+            f"the attentions of {type(model).__name__} ({family.model_type}) are not plain softmax(QKᵀ) V, or "
+            "vitshrink does not know them: choose a method for linear layers (see `vitshrink methods`), such as "
+            "curvature or whitened."
         )
     chosen = {target.name for target in targets}
     blocks: dict[int, dict[str, Target]] = {}

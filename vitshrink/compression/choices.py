@@ -72,20 +72,25 @@ class Choices:
             if method.needs is not Needs.WEIGHTS:
                 what = f"method {method.name!r}"
             raise UsageError(
-                f"{what} needs calibration data: pass --calibration with a folder, a file, a recipe or a Hub data set "
-                "(a few hundred unlabeled samples do), or use --method svd --compensation none."
+                f"{what} needs calibration data: pass --calibration with a folder, a file, a recipe or a Hub "
+                "data set (a few hundred unlabeled samples are enough), or use --method svd --compensation none."
             )
         check_options(method, config.options)
         if config.integers:
             rounds_in(config, find_runtime(config.runtime or RUNTIME))
         if isinstance(method, AttentionMethod):
             if config.target_latency is not None:
-                raise UsageError(f"--target-latency is for layers and tokens: not for --method {method.name}.")
+                raise UsageError(
+                    "--target-latency works on linear layers and tokens: it cannot be used with --method "
+                    f"{method.name}."
+                )
             method.require(layers=config.layers, storage=choices.storage, allocation=allocation)
             if config.quantize is not None:
-                raise UsageError(f"--quantize is for linear and low-rank layers: not with --method {method.name}.")
+                raise UsageError(
+                    f"--quantize works on linear and low-rank layers: it cannot be used with --method {method.name}."
+                )
             if config.landmarks is not None and config.sized:
-                raise UsageError(f"--landmarks replaces attentions, as --method {method.name} does: choose one.")
+                raise UsageError(f"--landmarks and --method {method.name} both replace attentions: choose one.")
             if method.extra is not None:
                 extras.require(method.extra, f"--method {method.name}")
         return choices
@@ -176,8 +181,8 @@ def _read_whole(maker: NarrowMaker) -> frozenset[str]:
     found = frozenset(site.targets[role].name for site in sites for role in READ if role in site.targets)
     if not found:
         raise UsageError(
-            "--forms narrow changes an MLP or an attention whole, and no block has all layers of one among those "
-            "that --layers, --include and --exclude leave."
+            "--forms narrow needs whole MLPs or attentions, and --layers, --include and --exclude leave none of "
+            "them complete in any block."
         )
     return found
 

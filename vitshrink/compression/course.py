@@ -92,7 +92,7 @@ class Course:
         alone = replace(found, sites=())
         if not found.sites or self.pace.fastest(()) > self.pace.budget:
             return found
-        with job.stage("tokens", "Measuring tokens alone, and tokens and ranks"):
+        with job.stage("tokens", "Measuring merged tokens alone and with ranks"):
             both, one = (processes.by_main(partial(self._loss, each, findings, trials)) for each in (found, alone))
         return found if both < one else alone
 
@@ -142,9 +142,9 @@ class Course:
                 paced = self.pace.measured(model, spare=best.planned.spare)
         if not paced.close:
             job.warn(
-                f"--target-latency {self.pace.said}: a batch takes {1000 * paced.taken:.3g} ms, "
+                f"--target-latency {self.pace.said} is missed: a batch takes {1000 * paced.taken:.3g} ms, "
                 f"{paced.taken / paced.dense:.3f} of the dense model's time, not {1000 * paced.asked:.3g} ms "
-                f"{clock.described}: {ATTEMPTS} plans came no nearer."
+                f"{clock.described}. None of {ATTEMPTS} plans was closer."
             )
         forms = [candidate.form for candidate in plan.values() if candidate.form is not None]
         used = {

@@ -172,7 +172,7 @@ class LayerEstimator:
         """Where what follows from the dense model alone is kept."""
         if self.config.cache is None:
             return Step(self.progress, DENSE)
-        with job.stage("cache", "Looking into the cache"):
+        with job.stage("cache", "Reading the cache"):
             device = next(self.dense.parameters()).device
             cache, key = Cache.at(self.config.cache, device, job.warn), self._key(device)
         choices = {
@@ -257,7 +257,7 @@ class LayerEstimator:
         batches = first_of(self.calibration.batches, MEASURED_SAMPLES)
         seed = self.config.seed + 4
         candidates = []
-        with job.stage("choose", "Choosing what ranks go by", len(SHARES_MEASURED_AGAIN)) as advance:
+        with job.stage("choose", "Choosing the loss for the allocation", len(SHARES_MEASURED_AGAIN)) as advance:
             for share in SHARES_MEASURED_AGAIN:
                 layers = {
                     name: each.measured_between(before.layers[name], again.layers[name], share)
@@ -292,7 +292,7 @@ class LayerEstimator:
                     findings.failures[target.name] = str(found)
                     job.warn(f"{target.name} stays dense: {found}")
         if not findings.layers:
-            raise NumericsError("no layer could be factorized; the warnings say why.")
+            raise NumericsError("no layer could be factorized; see the warnings for the reasons.")
         return findings
 
     @torch.no_grad()

@@ -44,8 +44,8 @@ def fitted(compressor: Compressor, findings: Findings, budget: int, job: Job) ->
             asked = asked + aim - taken if taken <= budget else max(asked + aim - taken, asked * aim // taken)
     if best is None:
         raise TargetError(
-            f"the smallest model takes {taken:,} bytes, of which {budget:,} are allowed. The least to ask for is "
-            f"--target-size {taken / 1e6 + 0.001:.3f}MB."
+            f"the smallest model takes {taken:,} bytes, but only {budget:,} are allowed. The smallest possible "
+            f"size is --target-size {taken / 1000000.0 + 0.001:.3f}MB."
         )
     return told(best[1], best[2], compressor.material.dtype), best[2]
 

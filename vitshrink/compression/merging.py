@@ -227,7 +227,7 @@ class Trials:
 
 def measured_curves(trials: Trials, job: Job) -> list[Tensor]:
     """What each block of a dense model loses by merging 0, 1, 2 … of all patches."""
-    with job.stage("tokens", "Measuring what merged tokens lose", len(blocks_of(trials.dense))) as advance:
+    with job.stage("tokens", "Measuring the loss of merged tokens", len(blocks_of(trials.dense))) as advance:
         return processes.by_main(lambda: trials.curves(advance))
 
 
@@ -250,7 +250,7 @@ def kept_within(dense: PreTrainedModel, curves: Sequence[Tensor], fraction: floa
     if found is None:
         least = (price.rest + choices.price(choices.cheapest(DEAREST))) / whole
         raise UsageError(
-            f"--token-operations {fraction:g} cannot be reached: with as many tokens merged as can be, {least:.2f} of "
-            "the operations are left. Ask for more, or choose a smaller --resolution."
+            f"--token-operations {fraction:g} cannot be reached: the smallest possible fraction is {least:.2f}. "
+            "Use a larger fraction, or a smaller --resolution."
         )
     return found

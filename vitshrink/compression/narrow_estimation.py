@@ -52,7 +52,7 @@ class NarrowEstimator:
         for name, each in found.items():
             findings.layers[name] = self._priced(self.maker.sites[name], each, effects)
         if not findings.layers:
-            raise NumericsError("nothing could be made narrower; the warnings say why.")
+            raise NumericsError("no layer could be made narrower; see the warnings for the reasons.")
         return findings
 
     def refine(

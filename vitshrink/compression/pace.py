@@ -176,7 +176,7 @@ class Pace:
         device = next(dense.parameters()).device if runtime.factors else CPU
         clock = Clock(runtime, config.latency_batch_size or 1, config.threads, cache, device)
         asked, shared = parse_latency(config.target_latency, "--target-latency")
-        with job.stage("clock", f"Timing what there is to choose {clock.described}"):
+        with job.stage("clock", f"Timing the candidates {clock.described}"):
             runs, whole, quick, integers = dense, 0, 0, False
             if rounds_in(config, runtime):
                 rounded = as_fast_as_integers(dense)
@@ -244,16 +244,16 @@ class Pace:
         """Raises TargetError where even the fastest model takes longer, or the dense one no longer."""
         if self.budget >= self.whole:
             raise TargetError(
-                f"--target-latency {self.said}: the dense model takes {_ms(self.whole)} {self.clock.described}. "
-                "Ask for less."
+                f"--target-latency {self.said}: the dense model already takes only {_ms(self.whole)} "
+                f"{self.clock.described}. Ask for a shorter time."
             )
         if least_time > self.budget:
             share = least_time / self.whole
             raise TargetError(
                 f"--target-latency {self.said} cannot be reached {self.clock.described}: the dense model takes "
-                f"{_ms(self.whole)}, and the fastest that {self._offered} give about {_ms(least_time)}, {share:.2f} "
-                f"of it. Ask for {min(share * 1.05 + 0.005, 0.99):.2f} or more, choose a smaller --resolution or "
-                "another --runtime."
+                f"{_ms(self.whole)}, and the fastest model with {self._offered} takes about {_ms(least_time)}, "
+                f"{share:.2f} of it. Use {min(share * 1.05 + 0.005, 0.99):.2f} or more, a smaller --resolution "
+                "or another --runtime."
             )
 
     def fastest(self, offers: Sequence[Offer]) -> float:
@@ -342,8 +342,8 @@ def rounds_in(config: CompressConfig, runtime: Runtime) -> bool:
     if config.integers and not runtime.integers:
         able = " or ".join(name for name, each in RUNTIMES.items() if each.integers)
         raise UsageError(
-            f"--quantize int8: {runtime.name} is not faster with integers on fixed grids: pass --runtime {able}, or "
-            "leave --quantize out, and round the result with `vitshrink quantize`."
+            f"--quantize int8: {runtime.name} is not faster with static int8: pass --runtime {able}, or remove "
+            "--quantize and quantize the result with `vitshrink quantize`."
         )
     return runtime.integers and config.integers is not False
 

@@ -99,7 +99,7 @@ def require_floating_point(model: PreTrainedModel) -> None:
     """Raises UsageError where the model is quantized already."""
     known = (Spec, QuantizedEmbeddingSpec, CodedSpec, StaticSpec)
     if any(isinstance(layer.spec, known) for layer in compressed_layers(model).values()):
-        raise UsageError("the model is quantized already: start from the one in floating point.")
+        raise UsageError("the model is already quantized: start from the floating-point model.")
 
 
 def integer_table(model: PreTrainedModel) -> dict[str, nn.Module]:

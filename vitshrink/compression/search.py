@@ -74,8 +74,8 @@ class Bound:
         found, _ = labels_of(model, samples, task, Path(class_map) if class_map else None)
         if found is None:
             raise DataError(
-                f"{self.flag} is judged by labels, and {samples.source} has none: pass --calibration with a folder for "
-                "each class or a --label-column, or --max-changed, which needs no labels."
+                f"{self.flag} needs labels, and {samples.source} has none: pass --calibration with class folders "
+                "or with a --label-column, or use --max-changed, which needs no labels."
             )
         return found
 
@@ -85,12 +85,12 @@ class Bound:
         if self.figure == measure or (self.counts and measure == "kl"):
             return
         why, other = _UNFIT[measure]
-        raise UsageError(f"{self.flag} does not judge this model, which gives {why}: pass {other}.")
+        raise UsageError(f"{self.flag} cannot be used with this model, whose outputs are {why}: use {other}.")
 
 
 _UNFIT = {
     "kl": ("probabilities", "--max-kl 0.05 or --max-changed 5"),
-    "relative_error": ("scores or features, and no classes", "--max-error 0.01, or a size, such as --keep 0.7"),
+    "relative_error": ("scores or features, not classes", "--max-error 0.01, or a size, such as --keep 0.7"),
 }
 """What a model gives that a bound does not judge, and what does, by the measure of its head."""
 
@@ -149,18 +149,18 @@ class Search:
         config = compressor.config
         if samples is None or preprocessor is None:
             raise DataError(
-                f"{bound.flag} is judged on samples that were not calibrated on, and none is left: "
-                f"pass fewer --samples, or more data to --calibration ({config.calibration})."
+                f"{bound.flag} needs samples that were not used for calibration, and none is left: pass fewer "
+                f"--samples, or more data to --calibration ({config.calibration})."
             )
         if bound.counts and bound.limit < 100 / len(samples):
             job.warn(
                 f"{bound.flag} {bound.limit:g}: one of the {len(samples)} held-out samples is already "
-                f"{100 / len(samples):.2g} percent. Judge on more of them with --holdout."
+                f"{100 / len(samples):.2g} percent. Use more held-out samples with --holdout."
             )
         if config.eval is None:
             job.warn(
-                "the size is chosen on the samples that the figures below are from, and they flatter it: "
-                "pass --eval for independent ones."
+                "the same held-out samples chose the size and gave the figures below, so these figures are too "
+                "good: pass --eval for independent ones."
             )
         label_of = bound.label_of(compressor.dense, samples, config.class_map)
         bad = BadSamples.of(samples, config.max_bad_samples)
@@ -197,7 +197,7 @@ class Search:
                 if stored.loss <= self.bound.limit:
                     return self._smaller(stored, least) if stored.loss < REPAIRED * candidate.loss else stored
             missed.append(stored)
-            job.warn(f"as it is stored, {self._asked(stored)} loses {stored.loss:.3g}: a larger one is taken.")
+            job.warn(f"after storing, {self._asked(stored)} loses {stored.loss:.3g}: a larger size is used.")
         raise GateError(self._missed(missed))
 
     def _stage(self, job: Job) -> AbstractContextManager[object]:
@@ -293,10 +293,10 @@ class Search:
         judged = stored or self.tried
         best = min(judged, key=lambda each: (each.loss, each.size))
         samples = sum(processes.gather(sum(len(batch.keys) for batch in self.batches)))
-        number = f"{len(judged)} that keep it until they are stored" if stored else f"{len(judged)} that were tried"
+        number = f"{len(judged)} sizes that keep it before storing" if stored else f"{len(judged)} tried sizes"
         loss = f"{best.loss:.3g} {self.bound.unit}{' as it is stored' if stored else ''}"
         return (
-            f"no size keeps within {self.bound.flag} {self.bound.limit:g}: the best of {number}, {self._asked(best)}, "
-            f"loses {loss} on {samples} held-out samples. "
-            "Allow more, calibrate on more --samples, or judge on more with --holdout. Nothing was written."
+            f"no size keeps {self.bound.flag} {self.bound.limit:g}: the best of {number}, {self._asked(best)}, "
+            f"loses {loss} on {samples} held-out samples. Allow more loss, calibrate on more --samples, or check "
+            "on more samples with --holdout. Nothing was written."
         )

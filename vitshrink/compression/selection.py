@@ -17,14 +17,14 @@ def choose_plan(config: CompressConfig, offers: Sequence[Offer], budget: int, al
         plan = of_grade(offers, config.rank)
         if _keeps_all(plan):
             largest = max(each.grade for offer in offers for each in offer.candidates)
-            raise TargetError(f"--rank {config.rank} makes no layer smaller: the largest that does is {largest}.")
+            raise TargetError(f"--rank {config.rank} makes no layer smaller: the largest useful rank is {largest}.")
         return plan
     if config.explained_variance is not None:
         plan = explained_variance(offers, config.explained_variance)
         if _keeps_all(plan):
             raise TargetError(
-                f"--explained-variance {config.explained_variance} leaves every layer dense: no rank that "
-                "keeps so much makes one smaller. Ask for less."
+                f"--explained-variance {config.explained_variance} leaves every layer dense: no smaller rank "
+                "keeps that much. Use a lower value."
             )
         return plan
     return allocate(offers, budget, allocation)

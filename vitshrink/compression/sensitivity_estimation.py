@@ -55,7 +55,7 @@ class SensitivityEstimator:
                     found[name] = replace(found[name], half=None)
                 advance(1)
         if not findings.layers:
-            raise NumericsError("no layer could be rounded; the warnings say why.")
+            raise NumericsError("no layer could be rounded; see the warnings for the reasons.")
         return findings
 
     def _collected(self, job: Job) -> dict[str, Sensitivity]:
@@ -77,5 +77,5 @@ class SensitivityEstimator:
         """Raises NumericsError where there is none."""
         if found is not None:
             return Metric.of(found)
-        job.warn(f"{name}: what the model is asked for does not depend on it; it is rounded to two percent.")
+        job.warn(f"{name}: the measured outputs do not depend on it; it is rounded with an error of two percent.")
         return Metric.unseen(matrix_of(self.dense.get_submodule(name)))

@@ -154,7 +154,7 @@ class Shrinking:
         first = cache(partial(compressor.learn, job))
         refine = self.choices.rounds
         if refine and config.dry_run:
-            job.warn("a dry run does not refine: the ranks of the job itself may differ a little.")
+            job.warn("a dry run does not refine: the ranks of the real job may differ a little.")
             refine = 0
         if search is not None or not _overtaken(compressor, self.sizes[-1], refine):
             first()

@@ -15,10 +15,10 @@ STREAM_ENTRY = 70
 """Bytes that a stream of integers adds to the header of the file, about, beside the name of its layer."""
 
 LEFT = {
-    "bits": "what is not rounded, and a tenth of a bit for every other weight,",
-    "narrow": "what gets no narrower, and the fewest neurons and the smallest heads everywhere else,",
-    "rank": "what is not factorized, and rank {} everywhere else,",
-    "rank+narrow": "what is left as it is, and rank {} or the fewest neurons and the smallest heads everywhere else,",
+    "bits": "the parts that are not rounded, with a tenth of a bit for every other weight,",
+    "narrow": "the parts that cannot be narrower, with the fewest neurons and the smallest heads everywhere else,",
+    "rank": "the parts that are not factorized, with rank {} everywhere else,",
+    "rank+narrow": "the unchanged parts, with rank {} or the fewest neurons and the smallest heads everywhere else,",
 }
 """Of the smallest model, by what layers become; with the rank that it has."""
 
@@ -56,12 +56,12 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
     for size in sizes:
         if least >= total:
             raise TargetError(
-                f"no layer gets smaller at a rank that is a multiple of {config.rank_multiple}: "
-                "give a smaller --rank-multiple."
+                f"no layer becomes smaller at a rank that is a multiple of {config.rank_multiple}: use a smaller "
+                "--rank-multiple."
             )
         if size.budget >= total:
             raise TargetError(
-                f"{config.model} has only {total:,} {what}: ask for a smaller size than that"
+                f"{config.model} has only {total:,} {what}: use a smaller size"
                 + (", or run `vitshrink quantize`." if config.counts_bytes else ".")
             )
         if size.budget < least:
@@ -73,9 +73,9 @@ def requested_sizes(compressor: Compressor, dtype: torch.dtype) -> list[Size]:
             )
             left = LEFT[config.stores].format(config.rank_multiple)
             raise TargetError(
-                f"cannot reach {max(size.budget, 0):,} {what}: {left} need {least:,} of {total:,}. "
-                f"The least to ask for is {reachable}."
-                + (" Choose more --layers to go lower." if config.layers != "all" or config.exclude else "")
+                f"cannot reach {max(size.budget, 0):,} {what}: {left} need {least:,} of {total:,}. The smallest "
+                f"possible size is {reachable}."
+                + (" To go lower, choose more --layers." if config.layers != "all" or config.exclude else "")
             )
     return sizes
 

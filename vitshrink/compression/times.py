@@ -170,7 +170,7 @@ class BlockTimes:
 
     @property
     def whole(self) -> int:
-        """Of the dense model."""
+        """Cost of the dense model."""
         return self.rest + self.blocks * round(float(self.prices[-1, -1]))
 
 

@@ -1,6 +1,6 @@
-"""What a job is asked to do: groups of options, the jobs made of them, recipes, and names that are safe to write.
+"""Options of jobs as objects. ``CompressConfig`` has the flags of ``vitshrink compress``, and so on.
 
-These are for users; within the package each is imported from where it lies.
+These imports are public. Code of the package imports from the modules.
 """
 
 from vitshrink.config.options import CompressConfig, DataConfig, FinetuneConfig, FinetuneJob

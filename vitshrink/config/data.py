@@ -34,9 +34,9 @@ class DataConfig:
 class ColumnOptions(Options):
     """Columns of a table or data set."""
 
-    image_column: str | None = option(None, "Column of the images.", panel=DATA)
-    text_column: str | None = option(None, "Column of the texts.", panel=DATA)
-    text_pair_column: str | None = option(None, "Column of the second texts.", panel=DATA)
+    image_column: str | None = option(None, "Column with the images.", panel=DATA)
+    text_column: str | None = option(None, "Column with the texts.", panel=DATA)
+    text_pair_column: str | None = option(None, "Column with the second texts of pairs.", panel=DATA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,12 @@ class LabelOptions(Options):
 
     label_column: str | None = option(
         None,
-        "Column of the labels; several with commas, one for each label or score.",
+        "Column with the labels. Separate several columns with commas, one for each label or score.",
         panel=DATA,
         in_memory=False,
     )
     class_map: str | None = option(
-        None, "File that maps class names to indices.", panel=DATA, reads=True, in_memory=False
+        None, "File that maps class names to class indices.", panel=DATA, reads=True, in_memory=False
     )
 
 
@@ -69,11 +69,11 @@ class CalibrationOptions(Options):
     calibration: str | None = option(
         None, "Unlabeled samples: a folder, a file, a recipe or a Hub data set.", panel=DATA, in_memory=False
     )
-    calibration_split: str | None = option(None, "Its split.", panel=DATA)
+    calibration_split: str | None = option(None, "Split of the calibration data.", panel=DATA)
     calibration_texts: str | None = option(
-        None, "Texts beside them, for CLIP and SigLIP, where images have no captions.", panel=DATA
+        None, "Texts for calibration of CLIP and SigLIP, if the images have no captions.", panel=DATA
     )
-    samples: int = option(512, "How many to use.", panel=DATA, low=1)
+    samples: int = option(512, "Number of samples to use.", panel=DATA, low=1)
 
     @property
     def calibration_data(self) -> DataConfig | None:
@@ -93,15 +93,15 @@ class CalibrationOptions(Options):
 class InputOptions(Options):
     """How samples become inputs of the model, and what becomes of those that cannot."""
 
-    max_length: int | None = option(None, "Tokens of a text at most.", panel=DATA, low=1)
+    max_length: int | None = option(None, "Maximum number of tokens in a text.", panel=DATA, low=1)
     max_bad_samples: int | None = option(
-        None, "Unreadable samples to put up with; 1 % if not given.", panel=DATA, low=0
+        None, "Maximum number of unreadable samples; 1 % of the samples if not given.", panel=DATA, low=0
     )
     preprocess: Preprocessing = option(
-        "checkpoint", "checkpoint: as it says; timm: resized and cropped as there.", panel=DATA
+        "checkpoint", "checkpoint: as the checkpoint says; timm: resize and crop as timm does.", panel=DATA
     )
     workers: int | None = option(
-        None, "Threads that decode images; one a core if not given.", panel=DATA, low=0, changes="report"
+        None, "Threads that decode images; one for each core if not given.", panel=DATA, low=0, changes="report"
     )
 
 
@@ -111,7 +111,7 @@ class HoldoutOptions(Options):
 
     holdout: int = option(
         64,
-        "How many others judge --max-changed and --max-kl, and measure the fidelity without --eval.",
+        "Number of held-out samples. They check bounds such as --max-kl, and measure fidelity if there is no --eval.",
         panel=DATA,
         low=0,
     )

@@ -10,21 +10,23 @@ from vitshrink.config.fields import DATA, GATES, Options, option
 class EvaluationOptions(Options):
     """Samples to evaluate on."""
 
-    eval: str | None = option(None, "Samples to evaluate on.", panel=DATA, changes="report", in_memory=False)
-    eval_split: str | None = option(None, "Its split.", panel=DATA, changes="report", in_memory=False)
+    eval: str | None = option(None, "Data to evaluate on.", panel=DATA, changes="report", in_memory=False)
+    eval_split: str | None = option(
+        None, "Split of the evaluation data.", panel=DATA, changes="report", in_memory=False
+    )
     eval_texts: str | None = option(
         None,
-        "Texts beside them, for CLIP and SigLIP, where images have neither captions nor classes.",
+        "Texts for evaluation of CLIP and SigLIP, if the images have neither captions nor classes.",
         panel=DATA,
         changes="report",
         in_memory=False,
     )
     eval_limit: int | None = option(
-        None, "Evaluate on this many at most.", panel=DATA, low=1, changes="report", in_memory=False
+        None, "Maximum number of evaluation samples.", panel=DATA, low=1, changes="report", in_memory=False
     )
     eval_labels: str | None = option(
         None,
-        "File with the classes of a flat folder: `image class` lines.",
+        "File with the classes of a flat image folder, as lines of `image class`.",
         panel=DATA,
         changes="report",
         in_memory=False,
@@ -35,12 +37,18 @@ class EvaluationOptions(Options):
 class EvaluationColumnOptions(Options):
     """Columns of the evaluation data, in a job that reads other data too."""
 
-    eval_image_column: str | None = option(None, "Its column of images.", panel=DATA, changes="report", in_memory=False)
-    eval_text_column: str | None = option(None, "Its column of texts.", panel=DATA, changes="report", in_memory=False)
-    eval_text_pair_column: str | None = option(
-        None, "Its column of second texts.", panel=DATA, changes="report", in_memory=False
+    eval_image_column: str | None = option(
+        None, "Image column of the evaluation data.", panel=DATA, changes="report", in_memory=False
     )
-    eval_label_column: str | None = option(None, "Its column of labels.", panel=DATA, changes="report", in_memory=False)
+    eval_text_column: str | None = option(
+        None, "Text column of the evaluation data.", panel=DATA, changes="report", in_memory=False
+    )
+    eval_text_pair_column: str | None = option(
+        None, "Second text column of the evaluation data.", panel=DATA, changes="report", in_memory=False
+    )
+    eval_label_column: str | None = option(
+        None, "Label column of the evaluation data.", panel=DATA, changes="report", in_memory=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +69,24 @@ class SeparateEvaluationOptions(EvaluationColumnOptions, EvaluationOptions):
 class GateOptions(Options):
     """Bounds on a result; a missed one is exit code 3."""
 
-    min_accuracy: float | None = option(None, "Exit with 3 below this accuracy, in percent.", panel=GATES)
-    max_drop: float | None = option(None, "Exit with 3 when more points of accuracy are lost.", panel=GATES)
+    min_accuracy: float | None = option(
+        None, "Exit with code 3 if the accuracy is lower than this, in percent.", panel=GATES
+    )
+    max_drop: float | None = option(
+        None, "Exit with code 3 if the accuracy drops by more points than this.", panel=GATES
+    )
     max_changed: float | None = option(
-        None, "Exit with 3 when more percent of the predictions differ from the baseline's.", panel=GATES
+        None, "Exit with code 3 if more than this percentage of predictions differ from the baseline.", panel=GATES
     )
-    max_kl: float | None = option(None, "Exit with 3 when the divergence is larger.", panel=GATES)
+    max_kl: float | None = option(
+        None, "Exit with code 3 if the KL divergence is larger than this, in nats.", panel=GATES
+    )
     max_error: float | None = option(
-        None, "Exit with 3 when the relative error of scores or features is larger.", panel=GATES
+        None, "Exit with code 3 if the relative error of scores or features is larger than this.", panel=GATES
     )
-    max_size: str | None = option(None, "Exit with 3 when the files are larger, e.g. 90MB.", panel=GATES)
+    max_size: str | None = option(
+        None, "Exit with code 3 if the weight files are larger than this, e.g. 90MB.", panel=GATES
+    )
     max_latency_ratio: float | None = option(
-        None, "Exit with 3 when a pass takes longer than this fraction of the baseline's.", panel=GATES
+        None, "Exit with code 3 if the latency is larger than this fraction of the baseline's.", panel=GATES
     )

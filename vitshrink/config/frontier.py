@@ -29,18 +29,19 @@ class FrontierJob(
     """Everything ``frontier`` needs to know: what ``compress`` does, but the size."""
 
     model: str = required("A dense checkpoint: a directory or a Hub id.", positional=True, reads=True)
-    points: int = option(24, "Sizes at which the loss is predicted.", panel=SIZE, low=3)
+    points: int = option(24, "Number of sizes for which the loss is predicted.", panel=SIZE, low=3)
     measured: int = option(
-        5, "How many of them are built and measured as well, beside the knee; 0 for none.", panel=SIZE, low=0
+        5, "Number of sizes that are also built and measured, besides the knee; 0 for none.", panel=SIZE, low=0
     )
     forms: Forms = option(
         "auto",
-        "What layers may become. bits: integers of any fineness; rank: two factors; auto: what compress takes.",
+        "How layers may be stored. bits: integers of any bit width; rank: two low-rank factors; auto: the choice "
+        "of compress.",
         panel=METHOD,
     )
     output: str | None = option(
         None,
-        "Write frontier.json, a picture and a page with both to this directory.",
+        "Write frontier.json, a picture and an HTML page to this directory.",
         panel=RUN,
         changes="nothing",
         writes=True,
@@ -50,15 +51,15 @@ class FrontierJob(
     what: ClassVar = {"model": "the dense checkpoint"}
     example: ClassVar = "vitshrink frontier ./model --calibration ./photos"
     reworded: ClassVar = {
-        "holdout": {"help": "How many others measure what is lost; 0 for predictions alone."},
+        "holdout": {"help": "Number of held-out samples that measure the loss; 0 for predictions only."},
         "calibration": {"help": "Unlabeled samples: a folder, a file, a recipe or a Hub data set.", "panel": DATA},
     }
 
     def check(self) -> None:
         if self.calibration is None:
             raise UsageError(
-                "what sizes lose is learned from samples: pass --calibration with a folder, a file, a recipe or a Hub "
-                "data set (a few hundred unlabeled samples do)."
+                "the frontier needs samples: pass --calibration with a folder, a file, a recipe or a Hub data set. "
+                "A few hundred unlabeled samples are enough."
             )
 
     def at(self, size: str) -> CompressConfig:

@@ -24,72 +24,78 @@ COMPENSATIONS = ("none", "bias", "residual", "rescale", "stream")
 class LayerOptions(Options):
     """Which layers of a model are meant."""
 
-    layers: Layers = option("all", "Which layers of a block.", panel=METHOD)
-    include: tuple[str, ...] = option((), "Only layers whose name matches this.", panel=METHOD)
-    exclude: tuple[str, ...] = option((), "No layer whose name matches this.", panel=METHOD)
+    layers: Layers = option("all", "Which layers of a block to compress.", panel=METHOD)
+    include: tuple[str, ...] = option(
+        (), "Compress only layers whose name matches this regular expression.", panel=METHOD
+    )
+    exclude: tuple[str, ...] = option((), "Skip layers whose name matches this regular expression.", panel=METHOD)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions(Options):
     """The method, what goes with it, and the form in which layers are stored."""
 
-    method: str = option("curvature", "See `vitshrink methods`.", panel=METHOD)
+    method: str = option("curvature", "Compression method; see `vitshrink methods`.", panel=METHOD)
     allocation: str | None = option(
-        None, "How ranks are shared out; the method's own if not given.", panel=METHOD, suggested=ALLOCATIONS
+        None,
+        "How the ranks are distributed over the layers; the default depends on the method.",
+        panel=METHOD,
+        suggested=ALLOCATIONS,
     )
     compensation: str | None = option(
-        None, "Repair after truncation; the method's own if not given.", panel=METHOD, suggested=COMPENSATIONS
+        None, "Repair after truncation; the default depends on the method.", panel=METHOD, suggested=COMPENSATIONS
     )
-    options: Mapping[str, Any] = entries("An option of the method, e.g. alpha=0.3.", panel=METHOD, flags=("--option",))
-    rank_multiple: int = option(1, "Ranks are multiples of this.", panel=METHOD, low=1)
+    options: Mapping[str, Any] = entries("Option of the method, e.g. alpha=0.3.", panel=METHOD, flags=("--option",))
+    rank_multiple: int = option(1, "Every rank is a multiple of this number.", panel=METHOD, low=1)
     storage: Storage = option(
-        "auto", "gauge: r(m+n-r) numbers a layer; factors: r(m+n); auto: what goes with the method.", panel=METHOD
+        "auto",
+        ("How factors are stored. gauge: r(m+n-r) numbers per layer; factors: r(m+n); auto: depends on the method."),
+        panel=METHOD,
     )
     quantize: str | None = option(
         None,
-        "Store factors and dense layers as int8 or int4 as well. With --target-latency: int8, as `vitshrink quantize "
-        "--activations static` makes it (the default where --runtime is faster with it), or none.",
+        "Also store factors and dense layers as int8 or int4. With --target-latency: static int8 (the default "
+        "if --runtime is faster with it), or none.",
         panel=METHOD,
         suggested=("int8", "int4", "none"),
     )
     activations: str | None = option(
         None,
-        "With --quantize: dynamic (int8 arithmetic, the default for int8) or none.",
+        "With --quantize: dynamic computes in int8 (default for int8), none computes in floating point.",
         panel=METHOD,
         suggested=("dynamic", "none"),
     )
     forms: Forms = option(
         "auto",
-        "What layers may become. bits: integers of any fineness; rank: two factors; narrow: dense layers of fewer "
-        "neurons, smaller heads and fewer; rank+narrow: whichever of both serves an MLP or an attention best; auto: "
-        "bits for a size in bytes or a bound, unless options of ranks are given, else rank.",
+        "How layers may be stored. bits: integers of any bit width; rank: two low-rank factors; narrow: dense "
+        "layers with fewer neurons and fewer or smaller heads; rank+narrow: the better of both for each MLP and "
+        "attention; auto: bits if you give a size in bytes or a bound and no rank options, otherwise rank.",
         panel=METHOD,
     )
     refine: int = option(
         2,
-        "Times the curvature is estimated again on the compressed model, for every size.",
+        "How often the curvature is estimated again on the compressed model, for each size.",
         panel=METHOD,
         low=0,
     )
     fast: bool = option(
         False,
-        "Ranks from one pass over the samples, with nothing measured at the output: as --refine 0 --allocation loss "
-        "--compensation bias.",
+        "Quick ranks from one pass over the samples; short for --refine 0 --allocation loss --compensation bias.",
         panel=METHOD,
     )
     precision: Precision = option(
         "auto",
-        "Of the passes that gradients are taken through: bf16, no (float32), or auto (bf16 where it is fast).",
+        "Precision of the forward and backward passes: bf16, no (float32), or auto (bf16 if it is fast).",
         panel=METHOD,
         choices=("auto", "no", "bf16"),
-        why="gradients of samples need the range of float32, which fp16 has not.",
+        why="the gradients of samples need the range of float32, and fp16 does not have it.",
     )
-    probes: int = option(1, "Backward passes a batch for the curvature.", panel=METHOD, low=1)
+    probes: int = option(1, "Backward passes per batch to estimate the curvature.", panel=METHOD, low=1)
 
     def check(self) -> None:
         if self.fast and (slow := self.given(("allocation", "compensation", "refine"))):
-            raise UsageError(f"--fast decides what {slow[0]} would: leave one of them out.")
+            raise UsageError(f"--fast already sets {slow[0]}: remove one of them.")
         if self.quantize in (None, NO_INTEGERS) and self.activations is not None:
-            raise UsageError("--activations says how a quantized model computes: pass --quantize int8 as well.")
+            raise UsageError("--activations sets how a quantized model computes: pass --quantize int8 as well.")
         if self.quantize not in (None, NO_INTEGERS):
             quantized_bits(self.quantize, self.activations)

@@ -65,9 +65,11 @@ def is_portable(path: Path) -> bool:
 def unportable(path: Path) -> str:
     """What to say of a path that is not portable."""
     if (encoding := sys.getfilesystemencoding()) == "utf-8":
-        return f"{path} cannot be used: safetensors and tokenizers open no path that is not UTF-8. Use another name."
+        return (
+            f"{path} cannot be used: safetensors and tokenizers cannot open a path that is not UTF-8. Use another name."
+        )
     return (
-        f"{path} cannot be used: safetensors and tokenizers take the names of files as UTF-8, and Python takes them as "
+        f"{path} cannot be used: safetensors and tokenizers read file names as UTF-8, but Python reads them as "
         f"{encoding} here. Use another name, or set PYTHONUTF8=1."
     )
 

@@ -87,7 +87,7 @@ RANKS_ONLY = ("allocation", "compensation", "options", "rank_multiple", "storage
 FACTORS_ONLY = ("options", "storage", "refine")
 """What only layers that are two factors have."""
 
-A_CHECKPOINT = "A checkpoint, dense or compressed: a directory or a Hub id."
+A_CHECKPOINT = "Dense or compressed checkpoint: a directory or a Hub id."
 
 
 # The fields of a job come in the order of its groups, from the last one to the first.
@@ -119,7 +119,7 @@ class CompressConfig(
 
     finetune: FinetuneConfig | None = option(
         None,
-        "Train afterwards: distill (no labels needed) or supervised; see `vitshrink finetune --help`.",
+        "Train after compression: distill (no labels) or supervised; see `vitshrink finetune --help`.",
         panel=RECOVERY,
         in_memory=False,
     )
@@ -129,53 +129,64 @@ class CompressConfig(
     example: ClassVar = "vitshrink compress ./model ./small --keep 0.6"
     old_names: ClassVar = RENAMED
     reworded: ClassVar = {
-        "image_column": {"help": "Calibration column of images."},
-        "text_column": {"help": "Calibration column of texts."},
-        "text_pair_column": {"help": "Column of their second texts."},
-        "label_column": {"help": "Column of their labels."},
+        "image_column": {"help": "Image column of the calibration data."},
+        "text_column": {"help": "Text column of the calibration data."},
+        "text_pair_column": {"help": "Second text column of the calibration data."},
+        "label_column": {"help": "Label column of the calibration data."},
     }
 
     def check(self) -> None:
         sizes, others = self.sizes, self.approximations
         if others and set(map(flag_of, BOUNDS)) & set(sizes):
-            raise UsageError(f"{sizes[0]} searches the size of the weights: with {others[0]} ask for a size.")
+            raise UsageError(
+                f"{sizes[0]} searches for the size of the weights, which {others[0]} does not change: pass a size "
+                "instead."
+            )
         if sizes or not others:
             one_size(sizes, SIZES, "--keep 0.6", survey_of(self.model, self.calibration))
         if self.tokens == "merge" and self.calibration is None:
             raise UsageError(
-                "--tokens merge measures in which blocks merging costs least: pass --calibration, a few dozen samples."
+                "--tokens merge measures which blocks lose least from merging: pass --calibration with a few dozen "
+                "samples."
             )
         if self.tokens == "merge" and self.attention == "flash_attention_2":
-            raise UsageError("--tokens merge needs sizes of tokens in attention: use --attention sdpa.")
+            raise UsageError(
+                "--tokens merge uses token sizes in attention, which flash_attention_2 does not support: use "
+                "--attention sdpa."
+            )
         for name in BOUNDS:
             if getattr(self, name) is not None and (self.calibration is None or self.holdout == 0):
                 raise UsageError(
-                    f"{flag_of(name)} is judged on held-out calibration samples: pass --calibration, not --holdout 0."
+                    f"{flag_of(name)} is checked on held-out calibration samples: pass --calibration and a "
+                    "--holdout above 0."
                 )
         self._check_time()
         if self.stores == "bits":
             self._check_bits()
         elif self.bits is not None:
-            raise UsageError(f"--bits is for integers: leave --forms {self.stores}, and what belongs to it, out.")
+            raise UsageError(f"--bits needs integers: remove --forms {self.stores} and the options that belong to it.")
         if self.stores in ("narrow", "rank+narrow"):
             self._check_narrow()
         if self.rank is not None and self.rank % self.rank_multiple:
             above = self.rank + -self.rank % self.rank_multiple
             below = f"--rank {above - self.rank_multiple} or " if above > self.rank_multiple else ""
             raise UsageError(
-                f"--rank {self.rank} is no multiple of --rank-multiple {self.rank_multiple}: "
-                f"give {below}--rank {above}, or leave --rank-multiple out."
+                f"--rank {self.rank} is not a multiple of --rank-multiple {self.rank_multiple}: use {below}--rank "
+                f"{above}, or remove --rank-multiple."
             )
 
     def _check_time(self) -> None:
         if self.target_latency is None:
             if self.latency_batch_size is not None:
-                raise UsageError("--latency-batch-size makes no difference without --target-latency; see --latency.")
+                raise UsageError(
+                    "--latency-batch-size has no effect without --target-latency. To time other batch sizes, "
+                    "use --latency."
+                )
             if self.quantize == NO_INTEGERS:
-                raise UsageError("--quantize none makes no difference without --target-latency: leave it out.")
+                raise UsageError("--quantize none has no effect without --target-latency: remove it.")
             return
         if others := self.approximations:
-            raise UsageError(f"--target-latency says how much is left to compute: leave {others[0]} out.")
+            raise UsageError(f"--target-latency already decides how much is computed: remove {others[0]}.")
         if self.forms == "bits":
             raise UsageError(
                 "--forms bits: integers of any fineness are no faster: leave it out, and --target-latency makes those "
@@ -189,17 +200,15 @@ class CompressConfig(
             return
         if self.quantize != "int8" or self.activations is not None:
             flag = f"--quantize {self.quantize}" if self.quantize != "int8" else f"--activations {self.activations}"
-            raise UsageError(
-                f"{flag}: what --target-latency rounds has 8 bits, activations on fixed grids as well: leave it out."
-            )
+            raise UsageError(f"{flag}: --target-latency quantizes to static int8: remove it.")
         if self.calibration is None:
             raise UsageError(
-                "--quantize int8: with --target-latency integers go by what reaches every layer: pass --calibration "
-                "with a few hundred unlabelled samples."
+                "--quantize int8 with --target-latency needs the inputs of every layer: pass --calibration with "
+                "a few hundred unlabeled samples."
             )
         if self.finetune is not None:
             raise UsageError(
-                "--finetune trains what is in floating point: pass --quantize none, and round the result with "
+                "--finetune cannot train integers: pass --quantize none, and quantize the result with "
                 "`vitshrink quantize --activations static`."
             )
 
@@ -226,35 +235,33 @@ class CompressConfig(
     def _check_bits(self) -> None:
         if self.calibration is None:
             raise UsageError(
-                "integers go by what the outputs say of a few hundred samples: pass --calibration, or run "
-                "`vitshrink quantize`, which rounds to the nearest without any."
+                "integers need a few hundred samples: pass --calibration. Without samples, use `vitshrink "
+                "quantize`, which rounds to nearest."
             )
         ranks = self.given(RANKS_ONLY)
         if ranks or self.method != "curvature":
-            raise UsageError(
-                f"--forms bits has no ranks: leave {(ranks or ['--method'])[0]} out, or pass --forms rank."
-            )
+            raise UsageError(f"--forms bits has no ranks: remove {(ranks or ['--method'])[0]}, or pass --forms rank.")
         if set(self.sizes) & {"--rank", "--explained-variance", "--target-params"}:
             raise UsageError(
-                f"{self.sizes[0]} counts ranks or parameters, of which integers change no number: give one of "
-                "--target-size, --bits, --keep (of the bytes in float16) or a bound, such as --target-size 4MB."
+                f"{self.sizes[0]} counts ranks or parameters, and integers do not change these. Use --target-size, "
+                "--bits, --keep (of the bytes in float16) or a bound, such as --target-size 4MB."
             )
 
     def _check_narrow(self) -> None:
         """Of narrower layers, alone or beside ranks."""
         forms = f"--forms {self.stores}"
         if self.method != "curvature":
-            raise UsageError(f"{forms} goes by what the outputs say: leave --method {self.method} out.")
+            raise UsageError(f"{forms} works with --method curvature only: remove --method {self.method}.")
         if unfit := sorted(set(self.sizes) & {"--rank", "--explained-variance"}):
-            raise UsageError(f"{unfit[0]} is for ranks alone: {forms} takes --keep, --target-params and others.")
-        if self.stores == "narrow" and (unfit := self.given(FACTORS_ONLY)):
-            raise UsageError(f"{forms} has no factors: leave {unfit[0]} out, or pass --forms rank.")
-        if self.landmarks is not None and self.layers != "mlp":
-            raise UsageError(f"--landmarks replaces attentions, as {forms} does: choose one, or --layers mlp.")
-        if self.allocation not in (None, "measured", "loss"):
             raise UsageError(
-                f"--allocation {self.allocation} shares out what has no common unit: {forms} has measured and loss."
+                f"{unfit[0]} is for low-rank layers only: use --keep, --target-params or another size with {forms}."
             )
+        if self.stores == "narrow" and (unfit := self.given(FACTORS_ONLY)):
+            raise UsageError(f"{forms} has no factors: remove {unfit[0]}, or pass --forms rank.")
+        if self.landmarks is not None and self.layers != "mlp":
+            raise UsageError(f"--landmarks and {forms} both replace attentions: choose one, or pass --layers mlp.")
+        if self.allocation not in (None, "measured", "loss"):
+            raise UsageError(f"--allocation {self.allocation} cannot be used with {forms}: use measured or loss.")
 
     @property
     def size(self) -> str:
@@ -314,9 +321,9 @@ def one_size(given: Sequence[str], known: Sequence[str], example: str, survey: s
     """Raises UsageError unless one flag is given, of those of the options that are known."""
     if len(given) != 1:
         what = f"{' and '.join(given)} were given" if given else "none was"
-        hint = "" if given else f" What each size would lose: `{survey}`."
+        hint = "" if given else f" To see what each size would lose, run `{survey}`."
         flags = ", ".join(map(flag_of, known))
-        raise UsageError(f"say how small: exactly one of {flags}, such as {example}; {what}.{hint}")
+        raise UsageError(f"choose a size with exactly one of {flags}, such as {example}; {what}.{hint}")
 
 
 def survey_of(model: str, calibration: str | None) -> str:
@@ -353,15 +360,17 @@ class FinetuneJob(
     what: ClassVar = {"model": "the compressed checkpoint", "output": "the directory to write"}
     example: ClassVar = "vitshrink finetune ./small ./recovered --teacher ./model --data ./photos"
     reworded: ClassVar = {
-        "model": {"help": "A directory that vitshrink compressed."},
-        "eval": {"help": "Samples to evaluate the result on."},
-        "seed": {"help": "Of the order, the views and the split."},
+        "model": {"help": "Directory of a model that vitshrink compressed."},
+        "eval": {"help": "Data to evaluate the result on."},
+        "seed": {"help": "Seed for the order of the samples, the augmentations and the held-out split."},
         "attention": {"help": "sdpa, eager, or flash_attention_2 (on a GPU).", "panel": TECHNIQUES},
     }
 
     def check(self) -> None:
         if self.finetune.data is None:
-            raise UsageError("--data is missing: samples to train on, as a folder, a file, a recipe or a Hub data set.")
+            raise UsageError(
+                "--data is missing: pass training samples as a folder, a file, a recipe or a Hub data set."
+            )
 
     @property
     def data(self) -> DataConfig | None:
@@ -375,24 +384,29 @@ class MeasuredOptions(Options):
     """A model and the samples that it is measured on."""
 
     model: str = required(
-        "A checkpoint, dense or compressed: a directory or a Hub id; or what was exported: a directory, .onnx or .xml.",
+        "Dense or compressed checkpoint (a directory or a Hub id), or an exported model (a directory, .onnx or .xml).",
         positional=True,
         reads=True,
     )
     data: str = required("Samples: a folder, a file, a recipe or a Hub data set.", panel=DATA)
     baseline: str | None = option(
-        None, "The dense model to compare with, of any of these kinds.", panel=DATA, reads=True
+        None, "Dense model to compare with. It may be of another kind than MODEL.", panel=DATA, reads=True
     )
-    split: str | None = option(None, "Split of the data.", panel=DATA)
-    limit: int | None = option(None, "This many samples at most, drawn by seed.", panel=DATA, low=1)
+    split: str | None = option(None, "Split of the data set.", panel=DATA)
+    limit: int | None = option(None, "Maximum number of samples, drawn with --seed.", panel=DATA, low=1)
     labels: str | None = option(
-        None, "File with the classes of a flat folder of images: `image class` lines.", panel=DATA
+        None, "File with the classes of a flat image folder, as lines of `image class`.", panel=DATA
     )
     texts: str | None = option(
-        None, "Texts beside them, for CLIP and SigLIP, where images have neither captions nor classes.", panel=DATA
+        None, "Texts for CLIP and SigLIP, if the images have neither captions nor classes.", panel=DATA
     )
     template: tuple[str, ...] = option(
-        (), "How a class becomes a text for CLIP and SigLIP, such as 'a photo of a {}.'; repeat it.", panel=DATA
+        (),
+        (
+            "Template that makes a text from a class name for CLIP and SigLIP, such as 'a photo of a {}.'; "
+            "repeat the flag for several."
+        ),
+        panel=DATA,
     )
 
 
@@ -411,27 +425,32 @@ class EvalJob(
 ):
     """Everything ``eval`` needs to know, but the bounds, which are ``GateOptions``."""
 
-    latency: tuple[int, ...] = option((), "Time a batch of this size; repeat it for several.", panel=RUN, low=1)
+    latency: tuple[int, ...] = option(
+        (), "Measure the latency of a batch of this size; repeat the flag for several sizes.", panel=RUN, low=1
+    )
 
     command_name: ClassVar = "eval"
     what: ClassVar = {"model": "the checkpoint", "data": "the samples"}
     example: ClassVar = "vitshrink eval ./small --baseline ./model --data ./val"
     reworded: ClassVar = {
-        "seed": {"help": "Of the samples, the masks and the intervals."},
-        "batch_size": {"help": "Samples a batch; halved where a GPU has too little memory."},
+        "seed": {"help": "Seed for the samples, the masks and the intervals."},
+        "batch_size": {"help": "Samples per batch; halved if GPU memory runs out."},
         "preprocess": {
-            "help": "checkpoint: as it says; timm: resized and cropped as there, to compare with its figures."
+            "help": (
+                "checkpoint: as the checkpoint says; timm: resize and crop as timm does, to compare with its "
+                "published accuracy."
+            )
         },
     }
 
     def check(self) -> None:
         for template in self.template:
             if "{}" not in template:
-                raise UsageError(f"--template {template!r} has no {{}}, where the name of the class goes.")
+                raise UsageError(f"--template {template!r} has no {{}} for the name of the class.")
         if self.tokens == "merge":
             raise UsageError(
-                "--tokens merge measures on samples in which blocks tokens are merged, and eval evaluates what there "
-                "is: `vitshrink compress … --tokens merge --token-operations 0.67 --calibration DATA` first."
+                "eval does not choose where tokens merge. Run `vitshrink compress … --tokens merge "
+                "--token-operations 0.67 --calibration DATA` first, then evaluate the result."
             )
 
     @property
@@ -448,15 +467,15 @@ class InspectJob(
 ):
     """Everything ``inspect`` needs to know."""
 
-    model: str = required("A dense checkpoint: a directory or a Hub id.", positional=True, reads=True)
-    samples: int = option(128, "How many to use, if a recipe does not say.", panel=DATA, low=1)
+    model: str = required("Dense checkpoint: a directory or a Hub id.", positional=True, reads=True)
+    samples: int = option(128, "Number of samples, if a data recipe does not set it.", panel=DATA, low=1)
 
     command_name: ClassVar = "inspect"
     what: ClassVar = {"model": "the dense checkpoint"}
     example: ClassVar = "vitshrink inspect ./model --calibration ./photos"
     reworded: ClassVar = {
         "calibration": {"help": "Samples that weight the spectra."},
-        "seed": {"help": "Of the samples, if a recipe does not say."},
+        "seed": {"help": "Seed for the samples, if a data recipe does not set it."},
     }
 
 
@@ -465,8 +484,9 @@ class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
     """Everything ``export`` needs to know."""
 
     to: str = required(
-        "onnx: model.onnx for onnxruntime and others; openvino: model.xml and model.bin; torch: model.pt2, a "
-        "torch.export program; dense: an ordinary checkpoint, factors multiplied out (loads anywhere, no smaller).",
+        "onnx: model.onnx, for onnxruntime and others; openvino: model.xml and model.bin; torch: model.pt2, a "
+        "torch.export program; dense: an ordinary checkpoint with the factors multiplied out (loads anywhere, but "
+        "is not smaller).",
         suggested=("onnx", "openvino", "torch", "dense"),
     )
     tower: Literal["image", "text"] | None = option(
@@ -474,7 +494,7 @@ class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
     )
     tolerance: float = option(
         1e-4,
-        "Largest difference from PyTorch to put up with.",
+        "Maximum difference from the outputs of PyTorch.",
         above=0,
         wanted="give a positive number such as 0.0001.",
     )

@@ -54,12 +54,13 @@ def quantized_bits(weights: str, activations: str | None) -> tuple[int, Literal[
         raise UsageError(f"weights cannot be stored as {weights!r}. {did_you_mean(weights, ('int8', 'int4'))}")
     if activations == "static":
         raise UsageError(
-            "--activations static is for `vitshrink quantize … --calibration …`, which takes compressed models as well."
+            "--activations static belongs to `vitshrink quantize … --calibration …`, which also takes compressed "
+            "models."
         )
     if activations not in (None, "none", "dynamic"):
         raise UsageError(f"--activations {activations}: {did_you_mean(activations, ('none', 'dynamic'))}")
     if weights == "int4":
         if activations == "dynamic":
-            raise UsageError("int4 weights are multiplied in floating point: leave --activations none.")
+            raise UsageError("int4 weights are multiplied in floating point: use --activations none.")
         return 4, "none"
     return 8, "none" if activations == "none" else "dynamic"

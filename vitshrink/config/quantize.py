@@ -43,16 +43,16 @@ class NearestOptions(Options):
     """What rounding to the nearest has a choice of."""
 
     weights: str | None = option(
-        None, "To the nearest of int8 (the default), or int4 in groups of 32.", panel=METHOD, suggested=("int8", "int4")
+        None, "Round to nearest int8 (default), or int4 in groups of 32.", panel=METHOD, suggested=("int8", "int4")
     )
     activations: str | None = option(
         None,
-        "dynamic: int8 arithmetic (the default for int8); static: the same on grids that --calibration chooses, for "
-        "runtimes; none: weights only, no faster.",
+        "dynamic: compute in int8 (default for int8); static: compute in int8 on fixed grids from --calibration, "
+        "for runtimes; none: integer weights only, no faster.",
         panel=METHOD,
         suggested=("dynamic", "static", "none"),
     )
-    baseline: str | None = option(None, "What to compare with; MODEL itself if not given.", panel=DATA, reads=True)
+    baseline: str | None = option(None, "Dense model to compare with; MODEL if not given.", panel=DATA, reads=True)
 
 
 CURVATURE_ONLY, NEAREST_ONLY, INTEGER_SIZES = (
@@ -79,15 +79,15 @@ class QuantizeJob(
 
     rounding: Rounding = option(
         "auto",
-        "curvature: where errors cost least at the outputs, which calibration data tell; nearest: without any; auto: "
-        "whichever of them can be done.",
+        "curvature: round with the least loss at the outputs (needs --calibration); nearest: round to nearest (no "
+        "data); auto: curvature if there is --calibration, otherwise nearest.",
         panel=METHOD,
     )
 
     command_name: ClassVar = "quantize"
     what: ClassVar = {"model": "the checkpoint", "output": "the directory to write"}
     example: ClassVar = "vitshrink quantize ./small ./int8"
-    reworded: ClassVar = {"model": {"help": A_CHECKPOINT}, "seed": {"help": "Of the samples and the intervals."}}
+    reworded: ClassVar = {"model": {"help": A_CHECKPOINT}, "seed": {"help": "Seed for the samples and the intervals."}}
 
     def check(self) -> None:
         if self.rounds == "static":
@@ -127,37 +127,39 @@ class QuantizeJob(
     def _check_static(self) -> None:
         if self.calibration is None:
             raise UsageError(
-                "--activations static goes by what reaches every layer: pass --calibration with a few hundred "
-                "unlabeled samples, or --activations dynamic, which needs none."
+                "--activations static needs to see the inputs of every layer: pass --calibration with a few "
+                "hundred unlabeled samples, or use --activations dynamic, which needs none."
             )
         if self.weights not in (None, "int8"):
-            raise UsageError(f"--weights {self.weights}: with --activations static weights are int8.")
+            raise UsageError(f"--weights {self.weights}: --activations static needs int8 weights.")
         if self.rounding == "nearest":
-            raise UsageError("--activations static rounds by what calibration tells: leave --rounding nearest out.")
+            raise UsageError("--activations static rounds with calibration data: remove --rounding nearest.")
         if given := self.given(INTEGER_SIZES):
-            raise UsageError(f"{given[0]}: with --activations static weights have 8 bits: leave it out.")
+            raise UsageError(f"{given[0]}: --activations static always uses 8-bit weights. Remove {given[0]}.")
         if self.layers != "all":
             raise UsageError(
-                f"--layers {self.layers}: with --activations static name layers with --include or --exclude."
+                f"--layers {self.layers}: with --activations static, choose layers with --include or --exclude."
             )
 
     def _check_nearest(self) -> None:
         if given := self.given(CURVATURE_ONLY):
             chosen = self.rounding == "nearest"
-            how = "leave it out, or --rounding nearest" if chosen else "pass --calibration with a few hundred"
-            raise UsageError(f"{given[0]} is for rounding that goes by unlabeled samples: {how}.")
+            how = (
+                "remove it, or remove --rounding nearest" if chosen else "pass --calibration with a few hundred samples"
+            )
+            raise UsageError(f"{given[0]} needs rounding with calibration data: {how}.")
         quantized_bits(self.weights or "int8", self.activations)
 
     def _check_curvature(self) -> None:
         if self.calibration is None:
             raise UsageError(
-                "--rounding curvature goes by what the outputs say of a few hundred unlabeled samples: pass "
-                "--calibration with a folder, a file, a recipe or a Hub data set."
+                "--rounding curvature needs a few hundred unlabeled samples: pass --calibration with a folder, a "
+                "file, a recipe or a Hub data set."
             )
         if given := self.given(NEAREST_ONLY):
             raise UsageError(
-                f"{given[0]} is for rounding to the nearest, which reads no calibration data: leave --calibration out, "
-                f"or {given[0]}."
+                f"{given[0]} is for rounding to nearest, which uses no calibration data: remove --calibration or "
+                f"{given[0]}."
             )
         one_size(self.given(INTEGER_SIZES), INTEGER_SIZES, "--bits 4", survey_of(self.model, self.calibration))
         self.compression()

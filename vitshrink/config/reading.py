@@ -40,7 +40,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(entries, dict):
-        raise UsageError(f"{path} must hold entries such as 'method: whitened', one a line.")
+        raise UsageError(f"{path} must hold entries such as 'method: whitened', one per line.")
     return entries
 
 
@@ -60,11 +60,11 @@ def renamed(entries: Mapping[str, Any], where: str, warn: Callable[[str], None] 
             if entries.get(key) is None:  # as in the recipe of an old result
                 continue
             if new in present:
-                raise UsageError(f"{where}: {key!r} is the old name of {new!r}, which is given too: leave it out.")
+                raise UsageError(f"{where}: {key!r} is the old name of {new!r}, which is also given: remove {key!r}.")
             warn(
-                f"{where}: {key!r} is the old name of {new!r}, the percentage of predictions that may change: "
-                f"write {new!r} or {flag_of(new)}. The gate {old!r} of eval and sweeps is points of "
-                "accuracy: here --max-accuracy-drop."
+                f"{where}: {key!r} is the old name of {new!r}, the percentage of predictions that may change: write "
+                f"{new!r} or {flag_of(new)}. In eval and sweeps, the gate {old!r} is points of accuracy; its "
+                "counterpart here is --max-accuracy-drop."
             )
             found[new] = entries[key]
     return found
@@ -104,7 +104,7 @@ def _fitting(value: Any, allowed: tuple[Any, ...], where: str) -> Any:
     if get_origin(kind) is Mapping:
         if isinstance(value, Mapping):
             return {str(key): plain(entry) for key, entry in value.items()}
-        raise UsageError(f"{where}: {value!r} does not fit; expected entries of name and value.")
+        raise UsageError(f"{where}: {value!r} does not fit; expected entries with a name and a value.")
     if bool in allowed or isinstance(value, bool):
         if isinstance(truth(value), bool) and bool in allowed:
             return truth(value)

@@ -14,9 +14,9 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 class Paths(Options):
     """A checkpoint and the directory to write."""
 
-    model: str = required("A checkpoint directory, or a Hub id.", positional=True, reads=True, in_memory=False)
+    model: str = required("Checkpoint directory or Hub id.", positional=True, reads=True, in_memory=False)
     output: str = required(
-        "The directory to write; must not exist.", positional=True, changes="nothing", in_memory=False
+        "Directory to write; it must not exist.", positional=True, changes="nothing", in_memory=False
     )
 
 
@@ -24,8 +24,8 @@ class Paths(Options):
 class RunOptions(Options):
     """Where and how a job runs."""
 
-    seed: int = option(0, "Of the choice of samples.", panel=RUN)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 …", panel=RUN, in_memory=False)
+    seed: int = option(0, "Seed for the choice of samples.", panel=RUN)
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1 …", panel=RUN, in_memory=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class NetworkOptions(Options):
 class BatchOptions(Options):
     """How many samples are read at once."""
 
-    batch_size: int = option(32, "Samples a batch.", panel=RUN, low=1)
+    batch_size: int = option(32, "Samples per batch.", panel=RUN, low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,10 @@ class AttentionOptions(Options):
     """The implementation of attention, by transformers' names."""
 
     attention: Attention = option(
-        "sdpa", "sdpa, eager, or flash_attention_2 (in training, on a GPU).", panel=RUN, in_memory=False
+        "sdpa",
+        "Implementation of attention: sdpa, eager, or flash_attention_2 (for training on a GPU).",
+        panel=RUN,
+        in_memory=False,
     )
 
 
@@ -56,7 +59,7 @@ class SaveOptions(Options):
     """What may become of a directory that exists already."""
 
     overwrite: bool = option(
-        False, "Replace an output that vitshrink wrote.", panel=RUN, changes="nothing", in_memory=False
+        False, "Replace an existing output that vitshrink wrote.", panel=RUN, changes="nothing", in_memory=False
     )
 
 
@@ -66,10 +69,10 @@ class TypeOptions(Options):
 
     dtype: str | None = option(
         None,
-        "Type to save in; that of the source if not given.",
+        "Type of the saved weights; the type of the source if not given.",
         panel=RUN,
         choices=DTYPES,
-        why="not a type to save in.",
+        why="not a type that weights can be saved in.",
     )
 
 
@@ -82,13 +85,13 @@ class RuntimeOptions(Options):
 
     runtime: str | None = option(
         None,
-        "What is timed: torch, torch-compile, onnxruntime or openvino, into which models are exported; as they are if "
-        "not given.",
+        "Runtime in which latency is measured: torch, torch-compile, onnxruntime or openvino. vitshrink exports "
+        "the models for it. If not given, they run as they are.",
         panel=RUN,
         suggested=RUNTIMES,
     )
     threads: int | None = option(
-        None, "Threads on the CPU while it is timed; those of PyTorch if not given.", panel=RUN, low=1
+        None, "CPU threads for latency measurements; the setting of PyTorch if not given.", panel=RUN, low=1
     )
 
 
@@ -97,7 +100,7 @@ class ClockOptions(RuntimeOptions):
     """What a budget of time is about."""
 
     latency_batch_size: int | None = option(
-        None, "Samples a batch, with --target-latency; 1 if not given.", panel=RUN, low=1
+        None, "Samples per batch for --target-latency; 1 if not given.", panel=RUN, low=1
     )
 
 
@@ -107,7 +110,7 @@ class ReportOptions(Options):
 
     latency: tuple[int, ...] = option(
         (1,),
-        "Time a batch of this size; repeat it for several.",
+        "Measure the latency of a batch of this size; repeat the flag for several sizes.",
         panel=RUN,
         low=1,
         wanted="give batch sizes, which are at least 1.",
@@ -115,7 +118,7 @@ class ReportOptions(Options):
     )
     thumbnails: bool = option(
         False,
-        "Show the images that dense and compressed model disagree on in the report, which then holds them.",
+        "Show the images with different predictions in the report. The report then contains these images.",
         panel=RUN,
         changes="report",
     )
@@ -131,15 +134,15 @@ class StateOptions(Options):
 
     cache: str | None = option(
         None,
-        "A directory that keeps statistics and factors: another size of the same job is then quick, most of all with "
-        "--refine 0.",
+        "Directory that keeps statistics and factors, so that another size of the same job is quick, above all "
+        "with --refine 0.",
         panel=RUN,
         changes="nothing",
         writes=True,
     )
     save_every: float = option(
         30.0,
-        "Seconds between two savings of what was computed, from which the same command goes on after a kill.",
+        "Seconds between two saves of the job state. After a kill, the same command continues from it.",
         panel=RUN,
         low=0,
         wanted="give seconds, such as 60.",
@@ -147,5 +150,5 @@ class StateOptions(Options):
         in_memory=False,
     )
     dry_run: bool = option(
-        False, "Print the plan and the sizes; write nothing.", panel=RUN, changes="nothing", in_memory=False
+        False, "Print the plan and the sizes, and write nothing.", panel=RUN, changes="nothing", in_memory=False
     )

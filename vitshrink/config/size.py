@@ -13,33 +13,33 @@ class CountOptions(Options):
 
     keep: tuple[float, ...] = option(
         (),
-        "Fraction of the whole model's parameters to keep; repeat it for several outputs.",
+        "Fraction of the model's parameters to keep; repeat the flag for several outputs.",
         panel=SIZE,
         above=0,
         below=1,
         wanted="give the fraction of the model's parameters to keep, above 0 and below 1.",
     )
-    target_params: str | None = option(None, "Parameters of the result, e.g. 22M.", panel=SIZE)
+    target_params: str | None = option(None, "Number of parameters of the result, e.g. 22M.", panel=SIZE)
 
     def check(self) -> None:
         if self.target_params is not None:
             parse_quantity(self.target_params, "--target-params")
         if len(set(self.keep)) != len(self.keep):
-            raise UsageError("--keep: the same fraction was given twice.")
+            raise UsageError("--keep: the same fraction is given twice.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BytesOptions(Options):
     """Sizes in bytes: of the file, or of a weight."""
 
-    target_size: str | None = option(None, "Bytes of the weight files, e.g. 90MB.", panel=SIZE)
+    target_size: str | None = option(None, "Size of the weight files, e.g. 90MB.", panel=SIZE)
     bits: float | None = option(
         None,
-        "Bits that a weight takes on average, in what is rounded, e.g. 3.5.",
+        "Average number of bits per quantized weight, e.g. 3.5.",
         panel=SIZE,
         above=0,
         below=16,
-        wanted="give the bits a weight may take on average, above 0 and below 16.",
+        wanted="give the average number of bits per weight, above 0 and below 16.",
     )
 
     def check(self) -> None:
@@ -53,7 +53,7 @@ class TimeOptions(Options):
 
     target_latency: str | None = option(
         None,
-        "Time of a batch in --runtime: a share of the dense model's, e.g. 0.6, or 5ms.",
+        "Latency of a batch in --runtime: a fraction of the dense model's latency, e.g. 0.6, or a time, e.g. 5ms.",
         panel=SIZE,
     )
 
@@ -66,14 +66,14 @@ class TimeOptions(Options):
 class RankSizeOptions(Options):
     """Sizes of layers as products of two factors."""
 
-    rank: int | None = option(None, "One rank for every layer.", panel=SIZE, low=1)
+    rank: int | None = option(None, "One rank for all layers.", panel=SIZE, low=1)
     explained_variance: float | None = option(
         None,
-        "In every layer the smallest rank that keeps this share of its energy, e.g. 0.9.",
+        "Give every layer the smallest rank that keeps this fraction of its energy, e.g. 0.9.",
         panel=SIZE,
         above=0,
         below=1,
-        wanted="give the share of its energy that every layer keeps, above 0 and below 1.",
+        wanted="give the fraction of energy that every layer keeps, above 0 and below 1.",
     )
 
 
@@ -83,8 +83,8 @@ class FidelityOptions(Options):
 
     max_changed: float | None = option(
         None,
-        "The smallest model that changes at most this many percent of the predictions on held-out calibration samples "
-        "(no labels needed).",
+        "Find the smallest model that changes at most this percentage of the predictions on held-out calibration "
+        "samples (no labels needed).",
         panel=SIZE,
         low=0,
         high=100,
@@ -92,19 +92,20 @@ class FidelityOptions(Options):
     )
     max_kl: float | None = option(
         None,
-        "The smallest model at most this many nats of KL divergence from the dense one on them.",
+        "Find the smallest model with at most this KL divergence from the dense model, in nats, on held-out samples.",
         panel=SIZE,
         low=0,
-        wanted="give nats that may be lost, such as --max-kl 1.",
+        wanted="give the largest divergence in nats, such as --max-kl 1.",
     )
     max_error: float | None = option(
         None,
-        "The same for scores and features: their squared error, as a share of their spread, e.g. 0.01.",
+        "Find the smallest model with at most this relative squared error of scores or features, e.g. 0.01.",
         panel=SIZE,
         low=0,
         high=1,
-        wanted="give the squared error, as a share of the spread of the dense model's answers, such as "
-        "--max-error 0.01.",
+        wanted=(
+            "give the squared error as a fraction of the spread of the dense model's outputs, such as --max-error 0.01."
+        ),
     )
 
 
@@ -114,7 +115,8 @@ class BoundOptions(FidelityOptions):
 
     max_accuracy_drop: float | None = option(
         None,
-        "The smallest model that loses at most this many points of accuracy on them, which need labels then.",
+        "Find the smallest model that loses at most this many points of accuracy on held-out samples; they need "
+        "labels.",
         panel=SIZE,
         low=0,
         high=100,

@@ -13,18 +13,23 @@ class TokenOptions(Options):
 
     tokens: Literal["all", "mixed", "merge"] = option(
         "all",
-        "all; mixed: large patches where an image has no detail; merge: patches that are alike become one, block by "
-        "block (ViT and DeiT).",
+        "Tokens that the model reads (ViT and DeiT). all: every patch; mixed: large patches where an image has no "
+        "detail; merge: similar patches are merged, block by block.",
         panel=TOKENS,
     )
-    token_budget: int | None = option(None, "Patches of an image, with --tokens mixed.", panel=TOKENS, low=1)
-    token_levels: int = option(2, "Sizes of patches, each twice as wide as the one before.", panel=TOKENS, low=1)
+    token_budget: int | None = option(None, "Number of patches per image, with --tokens mixed.", panel=TOKENS, low=1)
+    token_levels: int = option(
+        2, "Number of patch sizes. Each size is twice as wide as the one before.", panel=TOKENS, low=1
+    )
     token_scorer: str = option(
-        "blur", "What decides on a split: blur or features.", panel=TOKENS, suggested=("blur", "features")
+        "blur",
+        "Score that decides which patches are split: blur or features.",
+        panel=TOKENS,
+        suggested=("blur", "features"),
     )
     token_operations: float | None = option(
         None,
-        "Fraction of the operations that is left, with --tokens merge.",
+        "Fraction of the operations to keep, with --tokens merge.",
         panel=TOKENS,
         above=0,
         below=1,
@@ -32,16 +37,19 @@ class TokenOptions(Options):
     )
     resolution: int | None = option(
         None,
-        "Pixels of an image, if not the model's; positions are interpolated.",
+        "Image size in pixels, if not the model's own. Position embeddings are interpolated.",
         panel=TOKENS,
         low=1,
         in_memory=False,
     )
     landmarks: int | None = option(
-        None, "Landmarks of every attention map, which are then of low rank (ViT and DeiT).", panel=TOKENS, low=1
+        None, "Number of landmarks for low-rank attention maps (ViT and DeiT).", panel=TOKENS, low=1
     )
     landmark_form: str = option(
-        "pooled", "What such a map is: pooled or nystrom.", panel=TOKENS, suggested=("pooled", "nystrom")
+        "pooled",
+        "How landmarks approximate an attention map: pooled or nystrom.",
+        panel=TOKENS,
+        suggested=("pooled", "nystrom"),
     )
 
     @property
@@ -57,13 +65,13 @@ class TokenOptions(Options):
     def check(self) -> None:
         mixed, merged = self.tokens == "mixed", self.tokens == "merge"
         if mixed is not (self.token_budget is not None):
-            raise UsageError("--tokens mixed and --token-budget, the patches of an image, go together.")
+            raise UsageError("--tokens mixed and --token-budget (patches per image) need each other.")
         timed = merged and getattr(self, "target_latency", None) is not None
         if merged is not (self.token_operations is not None or timed):
-            raise UsageError("--tokens merge and --token-operations, a fraction such as 0.67, go together.")
+            raise UsageError("--tokens merge and --token-operations (a fraction such as 0.67) need each other.")
         if (mixed or merged) and self.landmarks is not None:
             raise UsageError(
-                f"--landmarks are means over a grid of patches, and --tokens {self.tokens} is no grid: choose one."
+                f"--landmarks needs a grid of patches, and --tokens {self.tokens} has no grid: choose one."
             )
         defaults = {entry.name: entry.default for entry in entries_of(TokenOptions)}
         for name, needed, there in (
@@ -73,4 +81,4 @@ class TokenOptions(Options):
         ):
             if not there and getattr(self, name) != defaults[name]:
                 value = getattr(self, name)
-                raise UsageError(f"{flag_of(name)} {value} makes no difference without {needed}: pass both.")
+                raise UsageError(f"{flag_of(name)} {value} has no effect without {needed}: pass both.")

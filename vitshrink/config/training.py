@@ -21,69 +21,84 @@ class FinetuneConfig(Options):
     ``distill`` needs no labels: the dense model's answers are the targets. What is None depends on the objective.
     """
 
-    objective: Objective = option("distill", "distill: the answers of the teacher; supervised: labels.")
-    data: str | None = option(None, "Samples to train on: a folder, a file, a recipe …", panel=DATA)
+    objective: Objective = option(
+        "distill", "distill: learn from the outputs of the teacher; supervised: learn from labels."
+    )
+    data: str | None = option(None, "Training samples: a folder, a file, a recipe or a Hub data set.", panel=DATA)
     """Samples to train on, other than those of the calibration."""
-    split: str | None = option(None, "Their split.", panel=DATA)
-    samples: int | None = option(None, "How many to use; all if not given.", panel=DATA, low=1)
+    split: str | None = option(None, "Split of the training samples.", panel=DATA)
+    samples: int | None = option(None, "Number of samples to use; all if not given.", panel=DATA, low=1)
     validation: float = option(
         0.1,
-        "Part of them that is held out to choose the best state.",
+        "Fraction of the samples that is held out to choose the best state.",
         panel=DATA,
         above=0,
         below=1,
-        wanted="is the part held out: above 0 and below 1.",
+        wanted="is the fraction held out: above 0 and below 1.",
     )
     epochs: float | None = option(
-        None, "Passes over the samples at most; 10, or what --minutes allows.", panel=TRAINING, above=0
+        None,
+        "Maximum number of passes over the samples; 10 if neither this nor --minutes is given.",
+        panel=TRAINING,
+        above=0,
     )
     """None: as many as ``minutes`` allow, or else a usual number."""
-    minutes: float | None = option(None, "Time that training may take at most.", panel=TRAINING, above=0)
-    learning_rate: float | None = option(None, "Peak; that of the objective if not given.", panel=TRAINING, above=0)
-    batch_size: int = option(16, "Samples a batch, for each process.", panel=TRAINING, low=1)
-    accumulation: int = option(1, "Batches for each step of the optimizer.", panel=TRAINING, low=1)
-    patience: int = option(4, "Stop after this many evaluations without a gain.", panel=TRAINING, low=1)
-    train: Trained = option("all", "all parameters, or only the low-rank factors.", panel=TRAINING)
-    label_smoothing: float = option(0.1, "Of the supervised objective.", panel=TRAINING, low=0, high=1)
+    minutes: float | None = option(None, "Maximum training time in minutes.", panel=TRAINING, above=0)
+    learning_rate: float | None = option(
+        None, "Peak learning rate; the default depends on the objective.", panel=TRAINING, above=0
+    )
+    batch_size: int = option(16, "Samples per batch in each process.", panel=TRAINING, low=1)
+    accumulation: int = option(1, "Batches per optimizer step.", panel=TRAINING, low=1)
+    patience: int = option(4, "Stop after this many evaluations without improvement.", panel=TRAINING, low=1)
+    train: Trained = option("all", "Train all parameters, or only the low-rank factors.", panel=TRAINING)
+    label_smoothing: float = option(0.1, "Label smoothing in the supervised objective.", panel=TRAINING, low=0, high=1)
     distillation: float | None = option(
-        None, "Share of the teacher in the supervised objective, 0 to 1.", panel=TRAINING, low=0, high=1
+        None, "Weight of the teacher in the supervised objective, 0 to 1.", panel=TRAINING, low=0, high=1
     )
     features: float | None = option(
-        None, "Weight of what the blocks hand on, compared with the teacher's.", panel=TRAINING, low=0
+        None, "Weight of the difference between the block outputs of model and teacher.", panel=TRAINING, low=0
     )
     """None: a usual weight where the dense model is asked and blocks are comparable."""
-    temperature: float = option(1.0, "Divides the logits in distillation.", panel=TRAINING, above=0)
-    augment: bool = option(True, "Crop and mirror images, hide tokens.", panel=TRAINING)
+    temperature: float = option(1.0, "Temperature of the logits in distillation.", panel=TRAINING, above=0)
+    augment: bool = option(True, "Augment the samples: crop and mirror images, hide tokens.", panel=TRAINING)
     mixing: float | None = option(
-        None, "Part of the images that are blended with another, in distillation.", panel=TRAINING, low=0, high=1
+        None,
+        "Fraction of the images that are blended with another image in distillation.",
+        panel=TRAINING,
+        low=0,
+        high=1,
     )
     """None: a usual part in distillation without ``views``."""
     views: int | None = option(
-        None, "Different augmentations of a sample; new ones forever if not given.", panel=TRAINING, low=1
+        None, "Number of augmented views per sample; new views in every epoch if not given.", panel=TRAINING, low=1
     )
     """A limited number lets the dense model's answers be kept."""
     rounding: int = option(
         1,
-        "Epochs between the roundings of a block, whose integers are made anew; 0 keeps them.",
+        "Epochs of training between the rounding steps of a block with integers; 0 keeps the integers.",
         panel=TECHNIQUES,
         low=0,
     )
-    blockwise: int = option(0, "Epochs of block-wise reconstruction before.", panel=TECHNIQUES, low=0)
-    decatt: float = option(0.0, "Weight of the correlation of attention heads.", panel=TECHNIQUES, low=0)
-    bdia: bool = option(False, "Bidirectional integration approximation.", panel=TECHNIQUES)
-    reversible: bool = option(False, "BDIA, with activations recomputed from outputs.", panel=TECHNIQUES)
+    blockwise: int = option(0, "Epochs of block-wise reconstruction before training.", panel=TECHNIQUES, low=0)
+    decatt: float = option(
+        0.0, "Weight of the penalty on correlated attention heads (DeCAtt).", panel=TECHNIQUES, low=0
+    )
+    bdia: bool = option(False, "Train with bidirectional integration approximation (BDIA).", panel=TECHNIQUES)
+    reversible: bool = option(False, "BDIA that recomputes activations from outputs, to save memory.", panel=TECHNIQUES)
     gamma: float = option(
         GAMMAS[0],
-        "Of BDIA: 0.5 as published; 0.25 or 0.125 stay nearer to the model.",
+        "Size of γ in BDIA: 0.5 as published; 0.25 or 0.125 change the model less.",
         panel=TECHNIQUES,
         choices=GAMMAS,
     )
-    momentum: bool = option(False, "BDIA with one sign: a momentum residual network.", panel=TECHNIQUES)
-    gradient_checkpointing: bool = option(False, "Recompute activations block by block.", panel=TECHNIQUES)
-    precision: Precision = option("auto", "Of the passes, forward and backward.", panel=TECHNIQUES)
+    momentum: bool = option(False, "BDIA with γ of one sign: a momentum residual network.", panel=TECHNIQUES)
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations block by block, to save memory.", panel=TECHNIQUES
+    )
+    precision: Precision = option("auto", "Precision of the forward and backward passes.", panel=TECHNIQUES)
     checkpoints: str | None = option(
         None,
-        "A directory for the state of training: the same command goes on after a kill.",
+        "Directory for the training state. After a kill, the same command continues from it.",
         panel=RUN,
         changes="nothing",
         writes=True,
@@ -94,15 +109,19 @@ class FinetuneConfig(Options):
 
     def check(self) -> None:
         if self.mixing and self.objective != "distill":
-            raise UsageError("finetune: mixing blends images of different labels: it is for the objective distill.")
+            raise UsageError(
+                "finetune: mixing blends images with different labels: use it with the objective distill only."
+            )
         if (self.momentum or self.gamma != GAMMAS[0]) and not (self.bdia or self.reversible):
             raise UsageError("finetune: gamma and momentum belong to bdia and reversible: add one of these.")
         if self.reversible and self.gradient_checkpointing:
-            raise UsageError("finetune: reversible already recomputes activations: leave gradient_checkpointing out.")
+            raise UsageError("finetune: reversible already recomputes activations: remove gradient_checkpointing.")
         if self.features and (self.bdia or self.reversible):
-            raise UsageError("finetune: bdia and reversible change what blocks hand on: leave features out.")
+            raise UsageError("finetune: bdia and reversible change the block outputs: remove features.")
         if self.reversible and self.decatt:
-            raise UsageError("finetune: decatt reads activations that reversible does not keep: choose one, or bdia.")
+            raise UsageError(
+                "finetune: decatt needs activations that reversible does not keep: choose one, or use bdia."
+            )
 
     def of_size(self, label: str) -> Self:
         """The same for one of several sizes, each with checkpoints of its own."""

@@ -53,8 +53,9 @@ class BadSamples:
         if len(self.reasons) > self.limit:
             listed = "; ".join(f"{name} {why}" for name, why in islice(self.reasons.items(), 5))
             raise DataError(
-                f"{samples.source}: {len(self.reasons)} of {len(samples)} samples cannot be used, {self.limit} may be "
-                f"bad: {listed}. Repair or remove them, or allow more with --max-bad-samples."
+                f"{samples.source}: {len(self.reasons)} of {len(samples)} samples cannot be used, but at most "
+                f"{self.limit} are allowed: {listed}. Repair or remove them, or allow more with "
+                "--max-bad-samples."
             )
 
 

@@ -119,8 +119,8 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
         text, *pair = only(
             [*pairs, *singles] or [(name,) for name in named if len(named) == 1],
             "text",
-            f"Give {flags}text-column, and {flags}text-pair-column for pairs; a file without a header line needs a "
-            "recipe that names its columns.",
+            f"Give {flags}text-column, and {flags}text-pair-column for pairs. A file without a header line needs "
+            "a recipe that names its columns.",
         )
         return None, text, wanted.text_pair or next(iter(pair), None)
 
@@ -135,7 +135,9 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
     image, text, pair = complete()
     for column in (image, text, pair, label, *several):
         if column is not None and available.count(column) > 1:
-            raise DataError(f"{source} has {available.count(column)} columns called {column!r}: rename all but one.")
+            raise DataError(
+                f"{source} has {available.count(column)} columns with the name {column!r}: rename all but one."
+            )
     query = next((column for name in QUERY_COLUMNS for column in _called(name, available)), None)
     if pair is None or available.count(query or "") > 1:
         query = None
@@ -165,11 +167,11 @@ def named_column(
     found = wanted or next((column for name in usual for column in _called(name, available)), None)
     if found is None and needed:
         raise DataError(
-            f"{source}: no column looks like the {role}. Give {flags}{role}-column, or call it "
+            f"{source}: no column looks like the {role}. Give {flags}{role}-column, or name it "
             f"{' or '.join(usual[:2])}. Columns: {', '.join(name or repr(name) for name in listed)}."
         )
     if found is not None and available.count(found) > 1:
-        raise DataError(f"{source} has {available.count(found)} columns called {found!r}: rename all but one.")
+        raise DataError(f"{source} has {available.count(found)} columns with the name {found!r}: rename all but one.")
     return found
 
 
@@ -220,7 +222,7 @@ def typed_labels(
     for number, value in enumerate(values, start=1):
         nested = value if lists[number - 1] else [value]
         if any(isinstance(each, Mapping | list | tuple) for each in nested):
-            raise DataError(f"{where}, row {number}: {str(value)[:40]} is no class or score, and no list of them.")
+            raise DataError(f"{where}, row {number}: {str(value)[:40]} is not a class, a score or a list of them.")
     if any(lists):
         return _listed(where, values, lists), "lists"
     present = [None if _is_blank(value) else value for value in values]
@@ -240,9 +242,9 @@ def _listed(where: str, values: Sequence[Any], lists: Sequence[bool]) -> list[La
     """A tuple a row; blank rows become None. Raises DataError for one class among lists."""
     for number, (value, listed) in enumerate(zip(values, lists, strict=True), start=1):
         if not listed and not _is_blank(value):
-            raise DataError(f"{where}, row {number}: {str(value)[:40]} is no list, and other rows hold lists.")
+            raise DataError(f"{where}, row {number}: {str(value)[:40]} is not a list, but other rows hold lists.")
         if listed and any(_is_blank(each) for each in value):
-            raise DataError(f"{where}, row {number}: {str(value)[:40]} holds a blank.")
+            raise DataError(f"{where}, row {number}: {str(value)[:40]} contains a blank entry.")
     return [tuple(value) if listed else None for value, listed in zip(values, lists, strict=True)]
 
 
@@ -250,7 +252,7 @@ def _row_of_numbers(where: str, columns: Sequence[str], row: Sequence[Any]) -> t
     numbers = [None if _is_blank(value) else _number(value) for value in row]
     for column, value, number in zip(columns, row, numbers, strict=True):
         if number is None or not math.isfinite(number):
-            raise DataError(f"{where}: column {column!r} holds {str(value)[:40]!r}, which is no number.")
+            raise DataError(f"{where}: column {column!r} holds {str(value)[:40]!r}, which is not a number.")
     return tuple(number for number in numbers if number is not None)
 
 

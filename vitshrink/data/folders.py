@@ -56,7 +56,7 @@ class Passed:
             )
         if self.links:
             links = _some([str(link) for link in sorted(self.links)])
-            notes.append(f"{source}: links to folders that are read elsewhere were not followed ({links}).")
+            notes.append(f"{source}: links to folders that are also read elsewhere were skipped ({links}).")
         return tuple(notes)
 
 
@@ -82,7 +82,7 @@ def split_folder(folder: Path, split: str | None) -> Path:
         return folder
     splits = list(holding.values())
     if len(splits) > 1:
-        raise DataError(f"{folder} holds the splits {', '.join(splits)}: choose one, such as {folder}:{splits[-1]}.")
+        raise DataError(f"{folder} has the splits {', '.join(splits)}: choose one, such as {folder}:{splits[-1]}.")
     return _inner(folder / splits[0])
 
 
@@ -108,7 +108,7 @@ def open_image_folder(
     found = dict(sorted(_walk(folder, passed), key=lambda entry: entry[0].parts))
     files = [directory / name for directory, names in found.items() for name in names]
     if not files:
-        raise DataError(f"{folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise DataError(f"{folder} contains no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
     samples = [Sample(shown(file.relative_to(folder)), image=file) for file in files]
     plain = SampleSet(source, "image", samples, notes=passed.notes(source))
     metadata = read_metadata(_metadata_files(root, folder, found), wanted)
@@ -120,13 +120,13 @@ def open_image_folder(
         return _labeled(plain, values, labels_are, list(metadata.several) or class_names(values, labels_are))
     for flag, column in (("image-column", wanted.image), ("label-column", wanted.label)):
         if column is not None and not metadata.name:
-            raise UsageError(f"{wanted.flags}{flag} {column}: {folder} is a folder of images, without columns.")
+            raise UsageError(f"{wanted.flags}{flag} {column}: {folder} is a folder of images, which has no columns.")
     flat = found.get(folder, [])
     if flat and len(flat) < len(files):
         below = next(file for file in files if file.parent != folder).relative_to(folder).parts[0]
         raise DataError(
-            f"{folder} holds images ({flat[0]} …) beside folders of images ({below} …): "
-            "move one of them away, so that it is clear which images have a class."
+            f"{folder} contains images ({flat[0]} …) beside folders of images ({below} …): move one of them "
+            "away, so that it is clear which images have a class."
         )
     if flat and labels is None:
         return replace(plain, unlabeled=metadata.unlabeled or _tables_beside(root, folder, wanted.flags))
@@ -164,7 +164,7 @@ def _tables_beside(root: Path, folder: Path, flags: str) -> str | None:
     ]
     if not tables:
         return None
-    return f"{folder} has no class folders. If {_some(tables)} holds labels, pass it with {flags}labels."
+    return f"{folder} has no class folders. If {_some(tables)} contains labels, pass it with {flags}labels."
 
 
 def _inner(folder: Path) -> Path:

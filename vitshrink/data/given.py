@@ -44,7 +44,7 @@ def samples_in_memory(calibration: Any, kind: Kind, most: int, wanted: Columns) 
         return None
     source = f"the {kind}s in memory"
     if not items:
-        raise DataError(f"{source}: there are none.")
+        raise DataError(f"{source}: there are no samples.")
     read = _choices if wanted.layout == "multiple-choice" else partial(_sample, kind=kind)
     return SampleSet(source, kind, [read(index, item) for index, item in enumerate(items)])
 
@@ -56,7 +56,7 @@ def _table(calibration: Any, kind: Kind) -> Any:
         raise DataError(f"calibration has the splits {', '.join(calibration)}: give one of them.")
     if _is_a(calibration, "datasets", "IterableDataset"):
         raise DataError(
-            "calibration is a stream: give rows of it, as in datasets.Dataset.from_list(list(rows.take(600)))."
+            "calibration is a stream: pass rows of it, as in datasets.Dataset.from_list(list(rows.take(600)))."
         )
     if not columns or INPUTS[kind][0] in columns:
         return None
@@ -85,8 +85,9 @@ def _items(calibration: Any, most: int) -> list[Any] | None:
     """The members of a collection, as far as they are needed; None where they are rows of tensors."""
     if isinstance(calibration, np.ndarray) and (calibration.dtype.kind not in "OUSu" or not calibration.ndim):
         raise DataError(
-            f"calibration is an array of {calibration.dtype}, shape {calibration.shape}: give images as uint8 (number, "
-            'height, width, channels), texts, or what the processor returns with return_tensors="pt".'
+            f"calibration is an array of {calibration.dtype} with shape {calibration.shape}: pass images as "
+            "uint8 (number, height, width, channels), texts, or the output of the processor with "
+            'return_tensors="pt".'
         )
     if isinstance(calibration, list | tuple | np.ndarray) or _is_a(calibration, "pandas", "Series"):
         return list(calibration)
@@ -129,7 +130,9 @@ def _choices(index: int, item: Any) -> Sample:
         text, choices = item
         if isinstance(text, str) and all(isinstance(choice, str) for choice in choices):
             return Sample(key, text=text, choices=tuple(choices))
-    raise DataError(f'{key} of the samples is no text with choices; the model needs pairs such as ("so?", ["a", "b"]).')
+    raise DataError(
+        f'{key} of the samples is not a text with choices; the model needs pairs such as ("so?", ["a", "b"]).'
+    )
 
 
 def _sample(index: int, item: Any, kind: Kind) -> Sample:
@@ -157,8 +160,8 @@ def _picture(array: NDArray[Any], key: str) -> Image.Image:
         return Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"{key} of the samples is an array of shape {array.shape} that is no image ({error}): give uint8 (height, "
-            "width) or (height, width, channels)."
+            f"{key} of the samples is an array of shape {array.shape}, which is not an image ({error}): pass "
+            "uint8 (height, width) or (height, width, channels)."
         ) from error
 
 
@@ -235,8 +238,9 @@ def _inputs(batch: Any, kind: Kind, where: str) -> dict[str, Tensor]:
     inputs = {name: batch[name] for name in INPUTS[kind] if batch.get(name) is not None}
     if main not in inputs or not all(isinstance(tensor, Tensor) for tensor in inputs.values()):
         raise DataError(
-            f"{where} of the calibration has no tensor {main!r} (it has {', '.join(map(str, batch)) or 'nothing'}): "
-            'give what the processor returns with return_tensors="pt".'
+            f"{where} of the calibration has no tensor {main!r} (it has "
+            f"{', '.join(map(str, batch)) or 'nothing'}): pass the output of the processor with "
+            'return_tensors="pt".'
         )
     sizes = {name: len(tensor) for name, tensor in inputs.items()}
     dimensions = 4 if kind == "image" else 2
@@ -245,8 +249,8 @@ def _inputs(batch: Any, kind: Kind, where: str) -> dict[str, Tensor]:
         raise DataError(f"{where} of the calibration has inputs that do not fit together: {shapes}.")
     if kind == "text" and "attention_mask" not in inputs:
         raise DataError(
-            f"{where} of the calibration has no attention_mask: without it padding would count as text. "
-            "Give what the tokenizer returns."
+            f"{where} of the calibration has no attention_mask, and without it padding counts as text: pass the "
+            "output of the tokenizer."
         )
     return inputs
 
@@ -257,8 +261,8 @@ def _check_values(inputs: Mapping[str, Tensor], config: Any, where: str) -> None
         pixels, shape = inputs["pixel_values"], image_shape(config)
         if tuple(pixels.shape[1:]) != shape or not pixels.is_floating_point():
             raise DataError(
-                f"{where} of the calibration holds images of {' × '.join(map(str, pixels.shape[1:]))} as "
-                f"{pixels.dtype}, and the model takes {' × '.join(map(str, shape))} (channels × height × width), "
+                f"{where} of the calibration contains images of {' × '.join(map(str, pixels.shape[1:]))} as "
+                f"{pixels.dtype}, but the model takes {' × '.join(map(str, shape))} (channels × height × width), "
                 "normalized: prepare them with its own image processor."
             )
         _check_rows(where, pixels.isfinite().flatten(1).all(1), "holds NaN or infinite pixels")
@@ -266,15 +270,15 @@ def _check_values(inputs: Mapping[str, Tensor], config: Any, where: str) -> None
     tokens = inputs["input_ids"]
     if tokens.is_floating_point() or tokens.shape[1] > (text_length(config) or tokens.shape[1]):
         raise DataError(
-            f"{where} of the calibration holds {tokens.shape[1]} tokens a text, as {tokens.dtype}, and the model takes "
-            f"{text_length(config)} whole numbers at most: tokenize with truncation=True."
+            f"{where} of the calibration contains {tokens.shape[1]} tokens per text, as {tokens.dtype}, but the "
+            f"model takes at most {text_length(config)} integers: tokenize with truncation=True."
         )
     for name, size in (("input_ids", config.vocab_size), ("token_type_ids", getattr(config, "type_vocab_size", 0))):
         if size and name in inputs:  # a model without types of tokens passes over them
             known = (inputs[name] >= 0) & (inputs[name] < size)
             problem = f"has {name} that are not below {size}: tokenize with the model's own tokenizer"
             _check_rows(where, known.all(1), problem)
-    _check_rows(where, inputs["attention_mask"].bool().any(1), "has no token that its attention_mask leaves")
+    _check_rows(where, inputs["attention_mask"].bool().any(1), "has no token that its attention_mask keeps")
 
 
 def _check_rows(where: str, good: Tensor, problem: str) -> None:

@@ -36,7 +36,7 @@ def read_ground_truth(file: Path, images: Sequence[str]) -> list[str]:
         raise DataError(f"cannot read the labels {file}: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if content is not None and not isinstance(content, Mapping):
-        raise DataError(f"cannot read the labels {file}: a JSON object of images and labels was expected.")
+        raise DataError(f"cannot read the labels {file}: expected a JSON object with images and labels.")
     if isinstance(content, Mapping):
         table = {PurePosixPath(str(image)).name: str(label) for image, label in content.items()}
     else:
@@ -85,8 +85,8 @@ def _in_order(file: Path, lines: Sequence[str], images: Sequence[str]) -> Sequen
         return [lines[number - 1] for number in numbers]
     if len(lines) != len(images):
         raise DataError(
-            f"{file} has {len(lines)} lines for the {len(images)} images, and none of them names one: "
-            "give a label a line in the order of the file names, or lines of `image label`."
+            f"{file} has {len(lines)} lines for the {len(images)} images, and no line names an image: write one "
+            "label per line in the order of the file names, or lines of `image label`."
         )
     return lines
 

@@ -118,7 +118,7 @@ def open_saved(address: Address, kind: Kind, wanted: Columns) -> SampleSet:
             address = _with_split(address, list(found))
             found = found[address.split]
         elif address.split is not None:
-            raise DataError(f"{address.path} is one data set without splits: leave the split {address.split!r} out.")
+            raise DataError(f"{address.path} is one data set without splits: remove the split {address.split!r}.")
     return _sample_set(address, kind, wanted, undecoded(found))
 
 
@@ -210,10 +210,10 @@ def _downloaded_before(address: Address) -> Any:
         for cache in (_split_cache(address), None) if address.split else ():
             with suppress(Exception):  # whatever is wrong with one cache, the data are not to be had from it
                 return undecoded(load_dataset(address.path, address.config, split=address.split, cache_dir=cache))
-    hint = "" if address.split else f" Offline, the split has to be named as well, as in {address}:train."
+    hint = "" if address.split else f" Offline, name the split as well, as in {address}:train."
     raise DataError(
-        f"{address} is not a local path, and offline there is no earlier download of it: pass a local folder or file, "
-        f"or download it where there is a network.{hint}{suggestion(address.path, recipe_names())}"
+        f"{address} is not a local path, and the local cache does not contain it: pass a local folder or file, "
+        f"or download it once with a network connection.{hint}{suggestion(address.path, recipe_names())}"
     )
 
 
@@ -278,10 +278,10 @@ def _schema(
         image = features[columns.image]
         struct = isinstance(image, Mapping) and "bytes" in image
         if not (isinstance(image, Image) or struct or "binary" in dtype(columns.image)):
-            raise DataError(f"{address}: column {columns.image!r} holds {image}, not images.")
+            raise DataError(f"{address}: column {columns.image!r} contains {image}, not images.")
     for text in filter(None, (columns.text, columns.text_pair)):
         if "string" not in dtype(text):
-            raise DataError(f"{address}: column {text!r} holds {features[text]}, not text.")
+            raise DataError(f"{address}: column {text!r} contains {features[text]}, not text.")
     if columns.several:
         return columns, list(columns.several), "columns"
     if columns.label is None:
@@ -294,7 +294,7 @@ def _schema(
     for prefix, labels_are in _LABEL_TYPES.items():
         if dtype(columns.label).startswith(prefix):
             return columns, None, labels_are
-    raise DataError(f"{address}: column {columns.label!r} holds {label}, which is not one class or score a row.")
+    raise DataError(f"{address}: column {columns.label!r} contains {label}, which is not one class or score per row.")
 
 
 @contextmanager
@@ -342,13 +342,13 @@ def _explanation(address: Address, error: Exception) -> str:
     while cause.__cause__ is not None:  # what is outermost may say no more than that something went wrong
         cause = cause.__cause__
     if isinstance(cause, UnicodeEncodeError):
-        return f"{address}: its path, or a name within, is not UTF-8, and `datasets` cannot read that: rename it."
+        return f"{address}: its path, or a name in it, is not UTF-8, and `datasets` cannot read that: rename it."
     if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
         from datasets.config import HF_DATASETS_CACHE
 
         return (
-            f"{address}: {explanation(cause)}. `datasets` keeps a copy of the data in {HF_DATASETS_CACHE}: make room "
-            "there, or set HF_HOME to a folder that can be written to."
+            f"{address}: {explanation(cause)}. `datasets` keeps a copy of the data in {HF_DATASETS_CACHE}: free "
+            "space there, or set HF_HOME to a writable folder."
         )
     if Path(address.path).exists():
         return f"{address}: cannot be read ({str(cause) or text})."
@@ -359,12 +359,12 @@ def _explanation(address: Address, error: Exception) -> str:
         )
     if isinstance(error, DatasetNotFoundError):
         return (
-            f"there is no data set {address.path!r} on the Hub, or it is private (then log in with `hf auth login`); "
-            f"nor is it a local path or a recipe.{suggestion(address.path, recipe_names())}"
+            f"there is no data set {address.path!r} on the Hub, or it is private (then log in with `hf auth "
+            f"login`). It is not a local path or a recipe either.{suggestion(address.path, recipe_names())}"
         )
     if isinstance(error, ConnectionError):
         return (
-            f"cannot reach the Hub for {address} ({text}), and there is no such local path: "
-            f"pass a local folder or file where there is no network.{suggestion(address.path, recipe_names())}"
+            f"cannot reach the Hub for {address} ({text}), and there is no such local path: without a network, "
+            f"pass a local folder or file.{suggestion(address.path, recipe_names())}"
         )
     return f"{address}: {text}"

@@ -116,14 +116,15 @@ class ImageEncoder:
             found = self._pixels([blank if self._geometry is None else self._geometry(blank)]).shape[1:]
         except Exception as error:  # of any class: the settings may be anything
             raise CheckpointError(
-                f"{self._name} cannot prepare an image of {channels} channels, which the model takes "
-                f"({str(error).splitlines()[0]}): image_mean and image_std of preprocessor_config.json need a number "
-                "for each."
+                f"{self._name} cannot prepare an image with {channels} channels, which the model needs "
+                f"({str(error).splitlines()[0]}): image_mean and image_std of preprocessor_config.json need one "
+                "number per channel."
             ) from error
         if found != shape:
             raise CheckpointError(
-                f"{self._name} makes images of {_by(found)}, and the model takes {_by(shape)} (channels × height × "
-                "width): correct size and crop_size in preprocessor_config.json, or take the processor of this model."
+                f"{self._name} makes images of {_by(found)}, but the model takes {_by(shape)} (channels × height "
+                "× width): correct size and crop_size in preprocessor_config.json, or use the processor of this "
+                "model."
             )
 
     def _name_misfit(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> None:
@@ -132,9 +133,9 @@ class ImageEncoder:
             found, shape = self._pixels([image]).shape[1:], self._shape
             if shape is not None and found != shape:
                 raise CheckpointError(
-                    f"{self._name} makes {_by(found)} of {sample.key}, and the model takes {_by(shape)} "
+                    f"{self._name} makes {_by(found)} of {sample.key}, but the model takes {_by(shape)} "
                     "(channels × height × width): set do_resize, and size as height and width, in "
-                    "preprocessor_config.json, or give images of this size."
+                    "preprocessor_config.json, or pass images of this size."
                 )
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
@@ -163,8 +164,9 @@ def _joined(parts: Sequence[_Encoded], bad: BadSamples, samples: SampleSet) -> I
 def _mode(channels: int) -> str:
     if channels not in MODES:
         raise UsageError(
-            f"the model takes images of {channels} channels, and files are read with {', '.join(map(str, MODES))}: "
-            "give ready batches to vitshrink.compress, in Python, or choose a method that needs no data."
+            f"the model takes images with {channels} channels, but image files are read with "
+            f"{', '.join(map(str, MODES))}: pass ready batches to vitshrink.compress in Python, or choose a "
+            "method that needs no data."
         )
     return MODES[channels]
 
@@ -175,8 +177,9 @@ def _by(shape: Sequence[int]) -> str:
 
 def _processor_error(samples: Sequence[Sample], error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"the checkpoint's image processor cannot make one batch of {', '.join(sample.key for sample in samples[:5])} "
-        f"({str(error).splitlines()[0]}). Images of different sizes need do_resize in preprocessor_config.json."
+        "the image processor of the checkpoint cannot make one batch of "
+        f"{', '.join(sample.key for sample in samples[:5])} ({str(error).splitlines()[0]}). For images of "
+        "different sizes, set do_resize in preprocessor_config.json."
     )
 
 

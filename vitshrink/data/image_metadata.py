@@ -31,7 +31,7 @@ class Metadata:
         notes = list(self.ignored)
         missing = [path for path in self.labels if folder in path.parents and path not in images]
         if missing:
-            notes.append(f"{source}: {len(missing)} images of {self.name} are not there ({missing[0].name} …).")
+            notes.append(f"{source}: {len(missing)} images of {self.name} do not exist ({missing[0].name} …).")
         unnamed = [path for path in images if path not in self.labels] if self.labeled else []
         if unnamed:
             notes.append(f"{source}: {len(unnamed)} images are not in {self.name} ({min(unnamed).name} …).")
@@ -54,7 +54,7 @@ def read_metadata(files: Sequence[Path], wanted: Columns) -> Metadata:
         columns = find_columns(str(file), "image", table.columns, replace(wanted, image=image))
         found.name = f"{found.name} and {file}" if found.name else str(file)
         if found.labeled and columns.several != found.several:
-            raise DataError(f"{file} has other columns of labels than {found.name.removesuffix(f' and {file}')}.")
+            raise DataError(f"{file} has other label columns than {found.name.removesuffix(f' and {file}')}.")
         found.labeled |= columns.labeled
         found.several = columns.several
         found.unlabeled = found.unlabeled or (columns.unlabeled and f"{file}: {columns.unlabeled}")

@@ -38,7 +38,7 @@ def align_label_lists(
     chosen = {label: {classes[part] for part in each} for label, each in parts.items()}
     sets = {label: tuple(int(index in each) for index in range(num_labels)) for label, each in chosen.items()}
     none = sum(not chosen[sample.label] for sample in samples.samples)
-    return sets, f"{rule}; any number of them a sample" + (f", none in {none} samples" if none else "")
+    return sets, f"{rule}; any number of them per sample" + (f", none in {none} samples" if none else "")
 
 
 def _single(samples: SampleSet, keys: Mapping[Label, str], parts: Mapping[Label, Sequence[Any]]) -> SampleSet:
@@ -63,14 +63,14 @@ def _parts(label: Label, samples: SampleSet, id2label: Mapping[int, str], key: s
     parts = [int(part) if isinstance(part, bool | float) and float(part).is_integer() else part for part in listed]
     for part in parts:
         if not isinstance(part, int | str):
-            raise DataError(f"{samples.source}: {key} has the label {part!r}, which is no name, no index, nor 0 or 1.")
+            raise DataError(f"{samples.source}: {key} has the label {part!r}, which is not a name, an index, 0 or 1.")
     return parts
 
 
 def _applying(label: Label, samples: SampleSet, key: str) -> list[str]:
     """The names of the columns that hold 1."""
     if label is None:
-        raise DataError(f"{samples.source}: {key} has no labels, while others have some.")
+        raise DataError(f"{samples.source}: {key} has no labels, but others have some.")
     assert isinstance(label, tuple)
     names = samples.label_names or []
     for name, value in zip(names, label, strict=True):

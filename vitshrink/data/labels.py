@@ -42,9 +42,9 @@ def align_labels(
     for label, index in classes.items():
         if not 0 <= index < num_labels:
             raise DataError(
-                f"{samples.source}: {keys[label]} has the label {names[label]!r}, class {index}, but the model has the "
-                f"classes 0 to {num_labels - 1}. If the numbers are not its own: {_REMEDY} For those of the "
-                "development kit of ImageNet that is its meta.mat."
+                f"{samples.source}: {keys[label]} has the label {names[label]!r}, class {index}, but the model "
+                f"has the classes 0 to {num_labels - 1}. If the numbers are not those of the model: {_REMEDY} "
+                "For the numbers of the ImageNet development kit, pass its meta.mat."
             )
     return classes, f"{rule}; {len(set(classes.values()))} of {num_labels} classes occur"
 
@@ -63,7 +63,7 @@ def _by_meaning(
     in_order = samples.label_names is not None and _agreement(samples.label_names, model_names) == len(model_names)
     if in_order and all(isinstance(label, int) for label in names):
         # Position goes before the name: ImageNet has two classes called "crane".
-        return {label: int(str(label)) for label in names}, "class names, which are those of the model in its order"
+        return {label: int(str(label)) for label in names}, "class names, equal to those of the model and in its order"
     if all(map(WORDNET_ID.fullmatch, names.values())):
         return _by_wordnet_id(names, model_names, placeholders)
     if all(name.isdecimal() for name in names.values()) and not set(names.values()) <= set(model_names):
@@ -71,11 +71,11 @@ def _by_meaning(
     known = {normalized(name) for name in model_names}
     truth = {label: _TRUTH.get(name.casefold()) for label, name in names.items()}
     if None not in truth.values() and known.isdisjoint(_TRUTH):
-        return {label: int(bool(value)) for label, value in truth.items()}, "truth values, class 0 being false"
+        return {label: int(bool(value)) for label, value in truth.items()}, "truth values, with false as class 0"
     if placeholders and known.isdisjoint(map(normalized, names.values())):
         raise _UnassignedError(
-            f"the classes are called {_some(names.values())}, but the model only knows {_some(model_names)}: "
-            "which is which cannot be told."
+            f"the classes have the names {_some(names.values())}, but the model has the names "
+            f"{_some(model_names)}: they cannot be matched."
         )
     return _by_name(names, names, model_names), "class names"
 
@@ -87,8 +87,8 @@ def _by_number(names: Mapping[Label, str], model_names: Sequence[str]) -> tuple[
     if any(called.get(names[label], index) != index for label, index in classes.items()):
         if all(0 <= index < len(model_names) for index in classes.values()):
             raise _UnassignedError(
-                f"the labels {_some(names.values())} could be class indices, or the names of the model's classes, "
-                f"which are {_some(model_names)}."
+                f"the labels {_some(names.values())} could be class indices, or the names of the model's "
+                f"classes, which are {_some(model_names)}."
             )
         return _by_name(names, names, model_names), "class names, which are numbers"
     return classes, "integers taken as class indices (the data set has no class names to check them by)"
@@ -153,7 +153,7 @@ def _by_class_map(names: Mapping[Label, str], file: Path) -> dict[Label, int]:
     classes = {label: table.get(name, by_spelling.get(normalized(name))) for label, name in names.items()}
     missing = [names[label] for label, index in classes.items() if index is None]
     if missing:
-        raise _UnassignedError(f"the class map {file} says nothing about {_some(missing)}.")
+        raise _UnassignedError(f"the class map {file} has no entry for {_some(missing)}.")
     return {label: index for label, index in classes.items() if index is not None}
 
 
@@ -179,7 +179,7 @@ def read_class_map(file: Path) -> dict[str, int]:
     table: dict[str, int] = {}
     for name, index in entries:
         if table.setdefault(name, index) != index:
-            raise DataError(f"the class map {file} gives {name!r} the classes {table[name]} and {index}.")
+            raise DataError(f"the class map {file} gives {name!r} two classes, {table[name]} and {index}.")
     if not table:
         raise DataError(f"the class map {file} is empty.")
     return table
@@ -245,17 +245,17 @@ def _first_keys(samples: SampleSet) -> dict[Label, str]:
         keys.setdefault(sample.label, sample.key)
     if samples.labels_are in ("lists", "columns"):
         raise DataError(
-            f"{samples.source} has several labels a sample, and this model gives one class. Where it gives several, "
-            'its config.json has to say so: "problem_type": "multi_label_classification".'
+            f"{samples.source} has several labels per sample, but this model predicts one class. If it predicts "
+            'several, its config.json must contain "problem_type": "multi_label_classification".'
         )
     # A stream of floating-point numbers is only known by value once it is read.
     if samples.labels_are == "scores" and any(isinstance(label, float) and not label.is_integer() for label in keys):
-        raise DataError(f"{samples.source} has scores, not classes: they are for a regression, or for text similarity.")
+        raise DataError(f"{samples.source} has scores, not classes: scores are for regression or text similarity.")
     missing = [label for label in (None, -1) if label in keys]
     if missing and len(keys) == len(missing):
         raise DataError(f"{samples.source}: every label is {missing[0]}, as in test splits: use a labeled split.")
     if missing:
-        raise DataError(f"{samples.source}: {keys[missing[0]]} has no label ({missing[0]}), while others have one.")
+        raise DataError(f"{samples.source}: {keys[missing[0]]} has no label ({missing[0]}), but others have one.")
     return keys
 
 

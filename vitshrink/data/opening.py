@@ -144,8 +144,8 @@ def hold_out(
         if not calibrated:
             return source.select(holdout, seed)
         job.warn(
-            f"{source.source}: all samples were calibrated on, so the fidelity was not measured. "
-            "Pass --eval, or fewer --samples."
+            f"{source.source}: all samples were used for calibration, so the fidelity was not measured. Pass "
+            "--eval, or fewer --samples."
         )
         return None
 
@@ -172,7 +172,7 @@ def warn_of_bad(bad: BadSamples, source: str, job: Job) -> None:
     """Name the samples that were left out."""
     if bad.reasons:
         named = "; ".join(f"{key} {reason}" for key, reason in list(bad.reasons.items())[:5])
-        job.warn(f"{source}: {len(bad.reasons)} unusable samples were left out: {named}.")
+        job.warn(f"{source}: {len(bad.reasons)} unusable samples were skipped: {named}.")
 
 
 def _own_labels(model: LoadedModel) -> list[str]:

@@ -49,8 +49,8 @@ def open_pairs(data: DataConfig, *, labeled: bool, offline: bool) -> SampleSet:
         prompts = prompts_of(images.label_names, data.templates or (TEMPLATE,))
         return replace(_listed(images), kind="image-text", apart=True, prompts=prompts)
     raise DataError(
-        f"{images.source} has images and no captions, and the model reads texts as well: pass {texts_flag(data)} FILE "
-        "with a text a line, which need not belong to the images, or a table with a column of images and one of "
+        f"{images.source} has images without captions, and the model also needs texts: pass {texts_flag(data)} FILE "
+        "with one text per line (they need not belong to the images), or a table with a column of images and a column of "
         "captions (file_name,caption)."
     )
 
@@ -108,7 +108,7 @@ def _captions(data: DataConfig, source: str, *, offline: bool) -> SampleSet | No
 
 def _listed(samples: SampleSet) -> SampleSet:
     if isinstance(samples.samples, Drawable):
-        raise DataError(f"{samples.source} is a stream: for images with texts give files, or a part of it.")
+        raise DataError(f"{samples.source} is a stream: for images with texts, pass files or a part of the stream.")
     return samples
 
 

@@ -109,7 +109,7 @@ class Preprocessor:
             _require(path, (*_IMAGE_PROCESSOR_FILES, *_TIMM_FILES.get(config.model_type, ())), "image processor")
             processor = _load(AutoImageProcessor.from_pretrained, path, offline, "image processor")
             if style != "checkpoint" and resolution is not None:
-                raise UsageError(f"--preprocess {style} goes by the model's own size: leave --resolution out.")
+                raise UsageError(f"--preprocess {style} uses the image size of the model: remove --resolution.")
             if resolution is not None:
                 _scale(processor, resolution, path)
             channels, height, width = _shape(processor, config)
@@ -117,7 +117,7 @@ class Preprocessor:
             geometry = _timm_transform(path, height, width) if style == "timm" else None
             return cls(ImageEncoder(processor, geometry, shape, f"the image processor of {path}"))
         if style != "checkpoint":
-            raise UsageError(f"--preprocess {style} is for images, and {path} reads text.")
+            raise UsageError(f"--preprocess {style} is for images, but {path} reads text.")
         _require(path, _VOCABULARY_FILES, "tokenizer")
         tokenizer = _load(AutoTokenizer.from_pretrained, path, offline, "tokenizer", config=config)
         _check_vocabulary(path, tokenizer, config)
@@ -201,7 +201,7 @@ class Preprocessor:
             DataError: more bad samples than allowed, no usable sample, or samples of the other kind.
         """
         if samples.kind != self.kind:
-            raise DataError(f"{samples.source} holds {samples.kind} samples, but the model takes {self.kind}.")
+            raise DataError(f"{samples.source} contains {samples.kind} samples, but the model takes {self.kind}.")
         if batch_size < 1:
             raise UsageError(f"the batch size must be at least 1, not {batch_size}.")
         bad = BadSamples(limit=0) if bad is None else bad
@@ -262,13 +262,13 @@ def _load(loader: Callable[..., Any], path: str | Path, offline: bool, what: str
     except Exception as error:  # damaged files end in any exception: JSON, attributes, the tokenizers library's own
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error) or "custom code" in reason:
-            reason = "it needs code that lies in the checkpoint, which vitshrink never runs"
+            reason = "it needs code from the checkpoint, which vitshrink never runs"
         raise CheckpointError(f"cannot read the {what} of {path}: {reason}") from error
 
 
 def _timm_transform(path: str | Path, height: int, width: int) -> TimmTransform:
     if height != width:
-        raise UsageError(f"--preprocess timm is for square images, and {path} takes {height} × {width} pixels.")
+        raise UsageError(f"--preprocess timm is for square images, but {path} takes {height} × {width} pixels.")
     return TimmTransform(height)
 
 
@@ -278,7 +278,8 @@ def _check_vocabulary(path: str | Path, tokenizer: Any, config: Any) -> None:
         raise CheckpointError(f"the tokenizer of {path} has no words: its vocabulary file is missing or empty.")
     if size is not None and len(tokenizer) > size:
         raise CheckpointError(
-            f"the tokenizer of {path} has {len(tokenizer)} tokens, the model {size}: they do not belong together."
+            f"the tokenizer of {path} has {len(tokenizer)} tokens, but the model has {size}: they do not belong "
+            "together."
         )
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"the tokenizer of {path} has no padding token: name it in tokenizer_config.json.")
@@ -292,8 +293,8 @@ def _length(path: str | Path, tokenizer: Any, config: Any, wanted: int | None, o
         if own is not None:
             return min(own, positions or own)
         if longest > 10**9:  # what transformers puts where nothing is known
-            raise UsageError(f"{path} does not say how long a text may be: pass --max-length.")
+            raise UsageError(f"the maximum text length of {path} is unknown: pass --max-length.")
         return int(longest)
     if not tokenizer.num_special_tokens_to_add(pair=True) < wanted <= longest:
-        raise UsageError(f"--max-length {wanted} is not possible: {path} takes up to {longest} tokens.")
+        raise UsageError(f"--max-length {wanted} is not possible: {path} takes at most {longest} tokens.")
     return wanted

@@ -74,14 +74,14 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if file.suffix not in (".yaml", ".yml"):
         names = recipe_names()
         if str(name_or_path) not in names:
-            raise UsageError(f"no recipe is called {name_or_path!r}.{suggestion(str(name_or_path), names)}")
+            raise UsageError(f"there is no recipe {name_or_path!r}.{suggestion(str(name_or_path), names)}")
         file = recipe_folder() / f"{name_or_path}.yaml"
     try:
         entries = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the recipe {file}: {error}") from error
     if not isinstance(entries, dict):
-        raise UsageError(f"{file}: a recipe is a list of `key: value` lines, this is {type(entries).__name__}.")
+        raise UsageError(f"{file}: a recipe is a list of `key: value` lines, but this is {type(entries).__name__}.")
     return _checked(file, entries)
 
 
@@ -128,7 +128,7 @@ def _checked(file: Path, entries: dict[Any, Any]) -> Recipe:
         raise UsageError(f"{file}: give either `id` (on the Hub) or `path` (a local file or folder).")
     for key in ("text_column", "text_pair_column") if entries["kind"] == "image" else ("image_column",):
         if key in entries:
-            raise UsageError(f"{file}: `{key}` is not for the kind {entries['kind']}: leave it out.")
+            raise UsageError(f"{file}: `{key}` cannot be used with the kind {entries['kind']}: remove it.")
     if entries.get("samples", 1) < 1:
         raise UsageError(f"{file}: `samples` must be at least 1, not {entries['samples']}.")
     values = dict(entries)

@@ -71,7 +71,9 @@ def open_samples(
     name, split = _divide(str(spec), split)
     path = Path(name).expanduser()
     if path.exists() and name in recipe_names():
-        raise UsageError(f"{name!r} is a recipe, and also lies in this folder: write ./{name} for that.")
+        raise UsageError(
+            f"{name!r} is a recipe, and also a file or folder here: write ./{name} for the file or folder."
+        )
     if path.suffix in (".yaml", ".yml") or name in recipe_names():
         samples = _open_recipe(load_recipe(name), kind, split, wanted, _path(labels), offline)
     elif path.exists():
@@ -105,7 +107,7 @@ def _divide(spec: str, split: str | None) -> tuple[str, str | None]:
     if not colon or not re.fullmatch(r"[\w.]+", inside) or Path(spec).expanduser().exists():
         return spec, split
     if split not in (None, inside):
-        raise UsageError(f"{spec} asks for the split {inside!r}, and {split!r} was given as well: give one.")
+        raise UsageError(f"{spec} names the split {inside!r}, but {split!r} was given as well: give one.")
     return name, inside
 
 
@@ -121,7 +123,7 @@ def _foreign(wanted: Columns, kind: Kind) -> list[tuple[str, str]]:
 
 def _no_labels(source: str | Path, labels: str | Path | None) -> None:
     if labels is not None:
-        raise UsageError(f"a file of labels ({labels}) is for a flat folder of images, and {source} is none.")
+        raise UsageError(f"a file of labels ({labels}) is for a flat folder of images, but {source} is not one.")
 
 
 def _open_recipe(
@@ -162,7 +164,7 @@ def _refuse(recipe: Recipe | None, keys: Mapping[str, str], source: str | Path) 
         if getattr(recipe, key, None) is not None:
             assert recipe is not None
             raise UsageError(
-                f"the recipe {recipe.name} has `{key}`, which is for {what}, and {source} is none of these."
+                f"the recipe {recipe.name} has `{key}`, which is for {what}, but {source} is none of these."
             )
 
 
@@ -170,7 +172,7 @@ def _open_path(
     path: Path, kind: Kind, split: str | None, wanted: Columns, labels: Path | None, recipe: Recipe | None = None
 ) -> SampleSet:
     if split is not None and not path.is_dir():
-        raise UsageError(f"{path} is one file and has no splits, but {split!r} was asked for: leave the split out.")
+        raise UsageError(f"{path} is one file and has no splits: remove the split {split!r}.")
     if path.is_dir():
         _refuse(recipe, _SEPARATED, path)
         samples = _open_folder(path, kind, split, wanted, labels, recipe)
@@ -179,7 +181,7 @@ def _open_path(
         _refuse(recipe, _CONFIGURED, path)
         samples = _open_file(path, kind, wanted, recipe)
     if not len(samples):
-        raise DataError(f"{path} holds no samples.")
+        raise DataError(f"{path} contains no samples.")
     return samples
 
 
@@ -197,7 +199,7 @@ def _open_file(path: Path, kind: Kind, wanted: Columns, recipe: Recipe | None) -
         return layout.samples(str(path), table.records(), layout.columns(str(path), table.columns, wanted))
     suffixes = () if layout is None else layout.suffixes
     known = ", ".join((*SHARD_FORMATS, *TABLE_SUFFIXES, *suffixes, ".yaml"))
-    raise DataError(f"{path} is not a data file that vitshrink reads: pass a folder or one of {known}.")
+    raise DataError(f"{path} is not a data file that vitshrink can read: pass a folder or one of {known}.")
 
 
 def _open_folder(
@@ -221,7 +223,7 @@ def _open_folder(
     if kind == "text":
         tables = [file.name for file in sorted(folder.iterdir()) if is_table(file)]
         raise DataError(
-            f"{folder} holds no parquet or tar shards: pass one file of text."
+            f"{folder} contains no parquet or tar shards: pass one file of text."
             + (f" There are: {', '.join(tables)}." if tables else "")
         )
     return open_image_folder(folder, str(folder), split, wanted, labels)
@@ -249,14 +251,14 @@ def _table_samples(table: Table, path: Path, kind: Kind, wanted: Columns) -> Sam
     unlabeled = columns.unlabeled
     notes: tuple[str, ...] = ()
     if table.running:
-        unlabeled = f".txt is read as running text, a sample a line. {_RENAME}"
+        unlabeled = f".txt is read as running text, one sample per line. {_RENAME}"
         if len(samples) > 1 and all("\t" in (sample.text or "") for sample in samples):
-            notes = (f"{path}: every line holds a tab, but {unlabeled}",)
+            notes = (f"{path}: every line contains a tab, but {unlabeled}",)
     names = list(columns.several) or class_names(labels, labels_are)
     return SampleSet(str(path), kind, samples, names, labels_are, unlabeled=unlabeled, notes=notes)
 
 
-_RENAME = "If it is a table call it .tsv or .csv, or name its columns in a recipe."
+_RENAME = "If it is a table, rename it to .tsv or .csv, or name its columns in a recipe."
 
 
 def _texts(table: Table, path: Path, column: str | None) -> list[str | None]:
@@ -264,7 +266,7 @@ def _texts(table: Table, path: Path, column: str | None) -> list[str | None]:
     values = table.column(column)
     for number, value in enumerate(values, start=1):
         if isinstance(value, list | dict):
-            raise DataError(f"{path}, row {number}: column {column!r} holds a {type(value).__name__}, not text.")
+            raise DataError(f"{path}, row {number}: column {column!r} contains a {type(value).__name__}, not text.")
     return [None if value is None or value != value else str(value) for value in values]
 
 

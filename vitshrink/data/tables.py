@@ -18,7 +18,7 @@ TABLE_SUFFIXES = (*SEPARATED_SUFFIXES, ".json", ".jsonl")
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 """What may separate the fields of a table that nobody gives a delimiter for, and their names in recipes."""
 
-_REMEDY = "Check delimiter, quoting and header, which a recipe can give."
+_REMEDY = "Check delimiter, quoting and header; a recipe can set them."
 
 Quoting = Literal["minimal", "none"]
 
@@ -94,7 +94,7 @@ def _read_separated(
     names = [name.strip() for name in rows.pop(0)] if header else list(columns or map(str, range(len(rows[0]))))
     for number, row in enumerate(rows, start=1):
         if len(row) < len(names) or (len(row) > len(names) and columns is None):
-            raise DataError(f"{path}, row {number}: {len(row)} fields where {len(names)} were expected. {_REMEDY}")
+            raise DataError(f"{path}, row {number}: {len(row)} fields, but {len(names)} were expected. {_REMEDY}")
     return Table(names, rows)
 
 
@@ -146,7 +146,7 @@ def _delimiter(path: Path, text: str, quoting: Quoting | None, *, least: int) ->
     widest = [delimiter for delimiter in fitting if found[delimiter] == max(found[each] for each in fitting)]
     if len(widest) > 1:
         named = " or ".join(DELIMITERS[delimiter] for delimiter in widest)
-        raise DataError(f"{path}: its lines could be divided by {named}. Say which with `delimiter` in a recipe.")
+        raise DataError(f"{path}: {named} could divide its lines. Choose one with `delimiter` in a recipe.")
     return widest[0]
 
 
@@ -159,7 +159,7 @@ def _read_json(path: Path, text: str, *, lines: bool) -> Table:
         records = content
         for number, record in enumerate(records, start=1):
             if not isinstance(record, dict):
-                raise DataError(f"{path}, row {number}: a JSON object was expected, not {type(record).__name__}.")
+                raise DataError(f"{path}, row {number}: expected a JSON object, not {type(record).__name__}.")
     else:
         records = _by_row(path, content)
     if not records:
@@ -177,7 +177,7 @@ def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
         if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}: a JSON object was expected, not {type(record).__name__}.")
+            raise DataError(f"{path}, line {number}: expected a JSON object, not {type(record).__name__}.")
         yield record
 
 
@@ -195,7 +195,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
     return found
 
 
@@ -210,6 +210,6 @@ def _by_row(path: Path, content: object) -> list[dict[str, Any]]:
             return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
     found = f"an object of {', '.join(map(repr, content))}" if isinstance(content, dict) else type(content).__name__
     raise DataError(
-        f"{path}: {found[:200]} is no table: a list of objects was expected, objects line by line, or lists of equal "
-        "length by column."
+        f"{path}: {found[:200]} is not a table: expected a list of objects, one object per line, or lists of "
+        "equal length by column."
     )

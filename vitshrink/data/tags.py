@@ -22,7 +22,7 @@ def align_tags(
     rows: dict[int | str | float, str] = {}
     for sample in samples.samples:
         if sample.label is None:
-            raise DataError(f"{samples.source}: {sample.key} has no tags, while others have some.")
+            raise DataError(f"{samples.source}: {sample.key} has no tags, but others have some.")
         for tag in _tags(sample.label):
             rows.setdefault(tag, sample.key)
     whole = all(isinstance(tag, int) for tag in rows)
@@ -32,9 +32,9 @@ def align_tags(
         for tag, key in rows.items():
             if tag not in met:
                 raise DataError(
-                    f"{samples.source}, {key}: the tag {tag!r} is none of the model's, which are "
-                    f"{', '.join(map(str, id2label.values()))}. Correct it, or pass --class-map FILE with one line "
-                    "`name index` for each tag."
+                    f"{samples.source}, {key}: the tag {tag!r} is not one of the model's, which are "
+                    f"{', '.join(map(str, id2label.values()))}. Correct it, or pass --class-map FILE with one "
+                    "line `name index` for each tag."
                 )
     single = [Sample(key, label=tag if whole else str(tag)) for tag, key in rows.items()]
     names = None if whole else sorted(map(str, rows))
@@ -42,7 +42,7 @@ def align_tags(
     classes, rule = align_labels(alone, id2label, num_labels, class_map)
     of = {tag: classes[tag if whole else str(tag)] for tag in rows}
     tagged = {sample.label: tuple(of[tag] for tag in _tags(sample.label)) for sample in samples.samples}
-    return tagged, f"{rule}; a tag for each word"
+    return tagged, f"{rule}; one tag per word"
 
 
 def _tags(label: Label) -> tuple[int | str | float, ...]:

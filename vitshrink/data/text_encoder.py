@@ -113,7 +113,7 @@ def require_fast(tokenizer: Any, what: str) -> None:
     """Raises CheckpointError for a tokenizer that does not say where its tokens come from."""
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(
-            f"the model {what}, and its {type(tokenizer).__name__} does not say where tokens come from: a "
+            f"the model {what}, and its {type(tokenizer).__name__} does not give token positions: a "
             "tokenizer.json is needed. Save it with a newer transformers."
         )
 

@@ -55,7 +55,7 @@ def read_text(path: Path, errors: Literal["strict", "surrogateescape"] = "strict
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
-            f"{path}, line {line}: a NUL byte, which is no text. Remove it, or save the file as UTF-8 if it is in "
-            "UTF-16 without a byte order mark."
+            f"{path}, line {line}: contains a NUL byte, which is not text. Remove it, or save the file as UTF-8 "
+            "if it is UTF-16 without a byte order mark."
         )
     return text

@@ -65,7 +65,9 @@ class _Answered:
 
     def _require_places(self) -> None:
         if getattr(self.batch, "places", None) is None:
-            raise DataError("answers are parts of a text, and the batch does not say where its tokens stand in it.")
+            raise DataError(
+                "question answering needs the token positions of the context, and the batch does not have them."
+            )
 
     def _first_asked(self, starts: Tensor) -> list[int | None]:
         """The token that stands for no answer, where there is one."""
@@ -79,7 +81,7 @@ class _Answered:
         found = mapped(self.batch, answers_of)
         for key, answers in zip(self.batch.keys, found, strict=True):
             if not isinstance(answers, Answers):
-                raise DataError(f"{key}: it has no answers, while others have some.")
+                raise DataError(f"{key}: it has no answers, but others have some.")
         return found
 
 

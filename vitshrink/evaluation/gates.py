@@ -112,9 +112,9 @@ class Gates:
             drop = None if evaluation.difference is None else evaluation.difference.drop
         fidelity = fidelity or Fidelity()
         other = {
-            "max_changed": "the models predict no classes; use --max-error",
-            "max_kl": "the models give no probabilities; use --max-error",
-            "max_error": "the models give probabilities, or no two scores that differ; use --max-kl",
+            "max_changed": "the models do not predict classes; use --max-error",
+            "max_kl": "the models do not give probabilities; use --max-error",
+            "max_error": "the models give probabilities, or all scores are equal; use --max-kl",
         }
         figures = (
             ("min_accuracy", _percent(score), unlabeled),
@@ -122,8 +122,8 @@ class Gates:
             ("max_changed", percent_changed(fidelity), other["max_changed"] if evaluation else unlabeled),
             ("max_kl", fidelity.kl, other["max_kl"] if evaluation else unlabeled),
             ("max_error", fidelity.relative_error, other["max_error"] if evaluation else unlabeled),
-            ("max_size", nbytes, "the weight files were not measured"),
-            ("max_latency_ratio", latency_ratio, "the time of a pass was not measured"),
+            ("max_size", nbytes, "the size of the weight files was not measured"),
+            ("max_latency_ratio", latency_ratio, "the latency was not measured"),
         )
         verdicts = []
         for name, value, why in figures:

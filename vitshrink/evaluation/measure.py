@@ -212,7 +212,7 @@ def evaluate_dual(
         rows, others = ({key: row for row, key in enumerate(each)} for each in (keys, text_keys))
         kept = [(one, other) for one, other in pairs if one in rows and other in others]
         if not kept:
-            raise DataError("no pair of an image and a text is left: one side of each could not be used.")
+            raise DataError("no pair of an image and a text is left: in each pair, one side cannot be used.")
         columns = duals.of_pairs(left, right, [(rows[one], others[other]) for one, other in kept])
         found.append(summarize("image-text", [one for one, _ in kept], columns, {}, seed))
     return found
@@ -231,9 +231,9 @@ def check_labels(evaluation: Evaluation, num_labels: int) -> None:
     limit = min(3 * chance, chance + 0.1)
     if scores.top1 < limit and scores.interval.high < limit + 0.1:
         raise DataError(
-            f"labels look permuted: the dense model has {scores.correct} of {evaluation.samples} samples "
-            f"right ({scores.top1:.1%}), and guessing among {num_labels} classes gives {chance:.1%}. "
-            "Check which class each label or folder stands for, or say it with --class-map FILE."
+            f"labels look permuted: the dense model has {scores.correct} of {evaluation.samples} samples right "
+            f"({scores.top1:.1%}), and guessing among {num_labels} classes gives {chance:.1%}. Check which class "
+            "each label or folder means, or pass --class-map FILE."
         )
 
 
@@ -251,8 +251,8 @@ def _embeddings(model: Embedding, baseline: Embedding | None) -> dict[str, Embed
 def _require(measurable: bool, why: str) -> None:
     if not measurable:
         raise UsageError(
-            f"nothing to measure: {why} and there is no model to compare with. "
-            "Name the dense model with --baseline, or use labeled data."
+            f"nothing to measure: {why} and there is no model to compare with. Pass the dense model as "
+            "--baseline, or use labeled data."
         )
 
 
@@ -311,7 +311,7 @@ def _rows(
     keys = [key for share in shares for key in share[0]]
     pieces = [piece for share in shares for piece in share[1]]
     if not keys:
-        raise DataError("there is no sample to evaluate on: the data are empty or every sample was unreadable.")
+        raise DataError("there is no sample to evaluate on: the data set is empty, or no sample is readable.")
     # sorted, so that sums and resamples depend neither on the number of processes nor on the order of the batches
     order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
     return [keys[i] for i in order.tolist()], [
@@ -341,8 +341,8 @@ def _run(step: Step, comparisons: Sequence[Models], batch: Batch) -> list[Column
             raise
         if len(batch.keys) == 1:
             raise VitshrinkError(
-                f"out of memory with a batch of one sample, {batch.keys[0]}. "
-                "Free the device, or use --device cpu or a smaller --dtype."
+                f"out of memory with a batch of one sample, {batch.keys[0]}. Free memory on the device, or use "
+                "--device cpu or a smaller --dtype."
             ) from error
     # only here, where the exception no longer holds the tensors of the failed batch
     if torch.cuda.is_available():

@@ -237,7 +237,7 @@ def require_embedding(embedding: Embedding, samples: SampleSet) -> None:
     """Raises CheckpointError, before any work, where sentences are to be compared and cannot be as the model does."""
     if embedding.problem and has_pairs(samples):
         raise CheckpointError(
-            f"{embedding.problem}: the similarity of sentences cannot be measured as this model makes it. Measure it "
+            f"{embedding.problem}: vitshrink cannot compute the sentence similarity of this model. Measure it "
             "with sentence-transformers, or give single texts."
         )
 
@@ -250,8 +250,9 @@ def _remark(embedding: Embedding, baseline: Embedding, job: Job) -> None:
         job.warn(f"sentence embeddings: {remark}.")
     if (baseline.pooling, baseline.similarity) != (embedding.pooling, embedding.similarity):
         job.warn(
-            f"the baseline makes sentence embeddings by other means than the model: {baseline.pooling}; "
-            f"{baseline.similarity}, not {embedding.pooling}; {embedding.similarity}."
+            "model and baseline compute sentence embeddings in different ways: the baseline uses "
+            f"{baseline.pooling}; {baseline.similarity}, and the model uses {embedding.pooling}; "
+            f"{embedding.similarity}."
         )
 
 
@@ -278,9 +279,9 @@ def labels_of(
         tags, rule = align_tags(samples, config.id2label, config.num_labels, class_map)
         return tags.__getitem__, rule
     if task == "multiple-choice":
-        return _itself, "the place of the right choice, from 0"
+        return _itself, "the index of the right choice, from 0"
     if task == "question-answering":
-        return _itself, "answers that stand in the context"
+        return _itself, "answers that occur in the context"
     head = classification_head(config.problem_type, config.num_labels)
     if head is REGRESSION:
         return _score_of(samples, config.num_labels), "scores of a regression"
@@ -298,12 +299,12 @@ def _score_of(samples: SampleSet, scores: int) -> Callable[[Any], Any]:
     """From a label to a number, or to as many as the model gives. Raises DataError for labels that are neither."""
     if samples.labels_are == "names":
         raise DataError(
-            f"{samples.source} has names as labels, and the model gives scores: name the column of the scores."
+            f"{samples.source} has names as labels, but the model gives scores: name the column with the scores."
         )
     if scores == 1 and samples.labels_are in ("lists", "columns"):
-        raise DataError(f"{samples.source} has several scores a sample, and the model gives one: name its column.")
+        raise DataError(f"{samples.source} has several scores per sample, but the model gives one: name its column.")
     if scores > 1 and samples.labels_are in ("integers", "scores"):
-        raise DataError(f"{samples.source} has one score a sample, and the model gives {scores}: list their columns.")
+        raise DataError(f"{samples.source} has one score per sample, but the model gives {scores}: list their columns.")
     return _number if scores == 1 else lambda label: tuple(map(_number, label))
 
 
@@ -311,7 +312,7 @@ def _number(label: Any) -> float:
     try:
         return float(label)
     except (TypeError, ValueError) as error:
-        raise DataError(f"the label {label!r} is not a score: name the column of the scores.") from error
+        raise DataError(f"the label {label!r} is not a score: name the column with the scores.") from error
 
 
 def _side(samples: SampleSet, *, first: bool) -> SampleSet:

@@ -34,20 +34,20 @@ class Quality:
 @final
 @dataclass(frozen=True)
 class Accuracy(Quality):
-    """How often a classifier is right, or a masked language model at its hidden tokens."""
+    """Accuracy of a classifier, or of a masked language model at its hidden tokens."""
 
     metric: ClassVar[str] = "top1"
 
     top1: float
-    """Fraction of the samples, hidden tokens or words that are recognized."""
+    """Fraction of the samples, hidden tokens or words with a correct prediction."""
     correct: int
-    """How many these are."""
+    """Number of these."""
     interval: Interval
     """Of ``top1``."""
     top5: IfSet[float] = None
-    """Fraction whose class is among the five likeliest; only with more than five classes."""
+    """Fraction whose class is among the five most likely; only with more than five classes."""
     top5_correct: IfSet[int] = None
-    """How many these are."""
+    """Number of these."""
     top5_interval: IfSet[Interval] = None
     """Of ``top5``."""
     tokens: IfSet[int] = None
@@ -89,13 +89,13 @@ class EntityScores(Quality):
     entity_recall: float
     """Fraction of the true entities that are found."""
     entities: int
-    """How many true ones there are."""
+    """Number of true entities."""
     token_accuracy: float
     """Fraction of the words whose tag is right."""
     token_accuracy_interval: Interval
     """Of ``token_accuracy``."""
     tokens: int
-    """How many words these are of."""
+    """Number of words."""
 
 
 @final
@@ -118,14 +118,14 @@ class AnswerScores(Quality):
 @final
 @dataclass(frozen=True)
 class Correlation(Quality):
-    """How the answers of a regression, or the similarities of sentences, go with the true scores."""
+    """Correlation of the outputs of a regression, or of the similarities of sentences, with the true scores."""
 
     metric: ClassVar[str] = "spearman"
 
     spearman: float | None
-    """Rank correlation in [-1, 1]; None where one side is constant."""
+    """Rank correlation in [-1, 1]; None if one side is constant."""
     pearson: float | None
-    """Linear correlation in [-1, 1]; likewise."""
+    """Linear correlation in [-1, 1]; null if one side is constant."""
     interval: Interval
     """Of ``spearman``."""
 
@@ -142,7 +142,7 @@ class Ranking(Quality):
     interval: Interval
     """Of ``ndcg_at_10``."""
     queries: int
-    """How many have a relevant passage."""
+    """Number of queries with a relevant passage."""
 
 
 @final
@@ -184,9 +184,9 @@ class Fidelity:
     kl_interval: IfSet[Interval] = None
     """Of ``kl``."""
     top5_overlap: IfSet[float] = None
-    """Mean fraction of the five likeliest classes that both models name."""
+    """Mean fraction of the five most likely classes that both models share."""
     label_agreement: IfSet[float] = None
-    """Fraction of the single labels that are decided alike, by multi-label classifiers."""
+    """Fraction of single labels with the same decision, for multi-label classifiers."""
     entity_agreement: IfSet[float] = None
     """F1 of the compressed model's entities, those of the dense one taken for true; by token classifiers."""
     feature_cosine: IfSet[float] = None
@@ -200,7 +200,7 @@ class Fidelity:
     prediction_spearman: Annotated[float | None, LeftOut(beside="mean_absolute_difference")] = None
     """Rank correlation of the two models' scores; None where one side is constant."""
     mean_absolute_difference: IfSet[float] = None
-    """Of the two models' scores, in their unit."""
+    """Mean absolute difference of the two models' scores, in their unit."""
     relative_error: IfSet[float] = None
     """Squared error of scores or features, as a fraction of their spread in the dense model."""
     relative_error_interval: IfSet[Interval] = None
@@ -213,11 +213,11 @@ class Difference:
     """The dense against the compressed model on the same samples, by the metric."""
 
     drop: float | None
-    """Dense score less compressed score; None where one of them is no number."""
+    """Dense score minus compressed score; None if one of them is not a number."""
     drop_interval: Interval
     """Of ``drop``."""
     p_value: float
-    """How likely a difference as large is if the models are equally good."""
+    """Probability of a difference at least as large if the models are equally good."""
     significant: bool
     """Whether the p-value is below 0.05."""
     test: str
@@ -232,7 +232,7 @@ class ClassScore:
     class_: str
     """Its name."""
     samples: int
-    """How many have it."""
+    """Number of its samples."""
     dense: IfSet[float] = None
     """Score of the dense model."""
     compressed: IfSet[float] = None
@@ -250,17 +250,17 @@ class Disagreement:
     """A sample that the two models classify differently."""
 
     sample: str
-    """Its key: for images the path below the data."""
+    """Key of the sample; for images the path below the data folder."""
     label: str | None
     """True class; None without labels."""
     dense: str | None
-    """What the dense model says."""
+    """Prediction of the dense model."""
     compressed: str | None
-    """What the compressed model says."""
+    """Prediction of the compressed model."""
     kl: float
     """KL(dense ‖ compressed), nats."""
     thumbnail: IfSet[str] = None
-    """Small image as a ``data:`` address; only where the user asked for thumbnails."""
+    """Small image as a ``data:`` address; only if the user asked for thumbnails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,15 +274,15 @@ class Evaluation:
     """The figure of ``dense`` and ``compressed`` that ``difference`` compares: ``top1``, ``f1_micro``, ``entity_f1``,
     ``answer_f1``, ``spearman``, ``ndcg_at_10``, ``recall_at_1``."""
     samples: int
-    """How many were measured."""
+    """Number of samples."""
     dense: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | Retrieval | None = None
-    """How good the dense model is."""
+    """Scores of the dense model."""
     compressed: Accuracy | LabelScores | EntityScores | AnswerScores | Correlation | Ranking | Retrieval | None = None
-    """How good the compressed model is."""
+    """Scores of the compressed model."""
     fidelity: Fidelity | None = None
-    """How alike they are."""
+    """Similarity of the two models."""
     difference: Difference | None = None
-    """Whether the drop from one to the other is real."""
+    """The drop from dense to compressed, and whether it is significant."""
     classes: tuple[ClassScore, ...] = ()
     """Accuracy of each class, or F1 of each label or kind of entity, the most samples lost first. Without labels, the
     dense model's choice takes their place."""
@@ -304,19 +304,19 @@ class Evaluation:
 @final
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(Evaluation):
-    """An evaluation, and the data it was made on."""
+    """An evaluation and its data."""
 
     source: str | None = None
-    """Where the samples are from, as the user named it."""
+    """Source of the samples, as the user named it."""
     fingerprint: str | None = None
     """SHA-256 of the contents of the samples, in their order."""
     label_rule: str | None = None
-    """How labels became the model's classes; None without labels."""
+    """How labels were matched to the model's classes; None without labels."""
     pooling: str | None = None
-    """How the tokens of a sample became one vector, where the models have no head."""
+    """How the tokens of a sample become one vector, if the models have no head."""
     similarity: str | None = None
-    """How two vectors were compared, where the samples are pairs."""
+    """How two vectors are compared, if the samples are pairs."""
     bad_samples: Mapping[str, str] = field(default_factory=dict)
-    """Samples that could not be used, and why."""
+    """Unusable samples, with the reason."""
     preprocessing: Mapping[str, Any] | None = None
     """What the image processor or the tokenizer did to a sample."""

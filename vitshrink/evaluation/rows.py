@@ -289,7 +289,8 @@ def _classes(batch: Batch, label_of: LabelOf, num_labels: int) -> Tensor:
     for key, label, index in zip(batch.keys, batch.labels, classes, strict=True):
         if type(index) is not int or not 0 <= index < num_labels:
             raise DataError(
-                f"{key}: its label {label!r} stands for class {index!r}, and the model knows 0 to {num_labels - 1}."
+                f"{key}: its label {label!r} means class {index!r}, but the model has the classes 0 to "
+                f"{num_labels - 1}."
             )
     return torch.tensor(classes, dtype=torch.long)
 
@@ -308,7 +309,7 @@ def _scores(batch: Batch, score_of: LabelOf, width: int) -> Tensor:
     found = mapped(batch, score_of)
     for key, score in zip(batch.keys, found, strict=True):
         if (len(score) if isinstance(score, tuple) else 1) != width:
-            raise DataError(f"{key}: its label {score!r} is no list of {width} numbers, which the model gives.")
+            raise DataError(f"{key}: its label {score!r} is not a list of {width} numbers, which this model needs.")
     scores = torch.tensor(found, dtype=torch.float64).reshape(-1, width)
     if not (finite := scores.isfinite().all(1)).all():
         raise DataError(f"{batch.keys[int((~finite).nonzero()[0])]}: its score is not a finite number.")

@@ -40,7 +40,7 @@ def summarize(task: str, keys: list[str], columns: Columns, names: Mapping[int, 
     """
     if "units" in columns and not columns["units"].any():
         why = "masked" if task == "masked-lm" else "tagged"
-        raise DataError(f"no token could be {why}: the texts hold nothing but special tokens.")
+        raise DataError(f"no token could be {why}: the texts contain only special tokens.")
     dense, compressed = (_quality(role, columns, seed) for role in ("dense", "compressed"))
     first = dense or compressed
     return Evaluation(

@@ -45,12 +45,12 @@ class _TaggedTokens:
         places = getattr(self.batch, "places", None)
         for row, (key, tags) in enumerate(zip(self.batch.keys, mapped(self.batch, tags_of), strict=True)):
             if places is None:
-                raise DataError(f"{key}: its tags belong to words, and the batch does not say where these are.")
+                raise DataError(f"{key}: its tags belong to words, and the batch has no word positions.")
             words = places[row, :, 0]
             found += [tags[word] for word in words[words >= 0].tolist()]
         wrong = next((tag for tag in found if type(tag) is not int or not 0 <= tag < width), None)
         if wrong is not None:
-            raise DataError(f"a tag stands for class {wrong!r}, and the model knows 0 to {width - 1}.")
+            raise DataError(f"a tag means class {wrong!r}, but the model has the classes 0 to {width - 1}.")
         return torch.tensor(found, dtype=torch.long)
 
     def _entities(self, tags: Mapping[str, Sequence[int]]) -> Columns:

@@ -92,7 +92,7 @@ def _check(config: CompressConfig) -> None:
     if config.runtime is not None:
         find_runtime(config.runtime)
     if trains_on_calibration(config) and config.calibration is None:
-        raise UsageError("--finetune needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
+        raise UsageError("--finetune needs training samples: pass --calibration, or --finetune-option data=FOLDER.")
 
 
 def _staging(
@@ -118,7 +118,7 @@ def _progress(config: CompressConfig, session: Session, data: Inputs, *, resumab
         mirror,
     )
     if progress.open():
-        with session.job.stage("resume", "Going on with what an interrupted run has computed"):
+        with session.job.stage("resume", "Continuing from the saved state"):
             pass
     return progress
 

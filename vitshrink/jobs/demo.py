@@ -65,10 +65,10 @@ def run_demo(
     chosen = parts(methods)
     made = [_make(part, place, echo, f"{i} of {len(chosen)}") for i, part in enumerate(chosen, start=1)]
 
-    echo("Reloading every checkpoint in a fresh process with stock transformers calls …")
+    echo("Reloading every checkpoint in a new process with plain transformers calls …")
     expected = {each.directory: accuracies(each.report)[1].correct for each in made}
     check_reload(output / "reload.py", place.digits / "val", expected)
-    echo("  each gets as many images right as its report says")
+    echo("  each checkpoint has as many correct predictions as its report says")
     return _compared(output, made, left_out(methods), echo, started)
 
 
@@ -97,7 +97,7 @@ def _prepare_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file: choose another --output.")
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
-        raise OutputError(f"{output} is not empty and was not written by the demo: choose another --output.")
+        raise OutputError(f"{output} is not empty, and the demo did not write it: choose another --output.")
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / MARKER).touch()

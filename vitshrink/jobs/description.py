@@ -261,9 +261,9 @@ class Description:
         return findings.failures.get(offer.name) or (
             "this rank would not make the layer smaller"
             if self.config.rank is not None
-            else "no smaller rank keeps the variance asked for"
+            else "no smaller rank keeps the required variance"
             if self.config.explained_variance is not None
-            else "the plan spends its parameters best on the whole layer"
+            else "the plan keeps this layer dense because that loses less"
         )
 
     def _calibration(self) -> CalibrationRecord | None:

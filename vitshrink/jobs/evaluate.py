@@ -187,7 +187,10 @@ def evaluate_checkpoint(
     asked = {"--resolution": resolution, "--tokens mixed": tokens, "--landmarks": landmarks}
     for flag in (name for name, value in asked.items() if value is not None):
         if exported_file(model) is not None:
-            raise UsageError(f"{flag}: {model} is as it was exported. Ask for it in compress, and export that.")
+            raise UsageError(
+                f"{flag}: {model} is an exported file and cannot be changed. Use the flag with compress, then "
+                "export the result."
+            )
     timed_in = None if runtime is None else find_runtime(runtime)
     job = Job(observer or Silent())
     settings = Settings(

@@ -94,15 +94,19 @@ def export(
     if form in EXTRAS:
         require(form, f"--to {form}")
     if is_url(output):
-        raise UsageError(f"{output}: give a directory on this machine, and copy it; checkpoints alone go to a URL.")
+        raise UsageError(
+            f"{output}: export writes to a local directory only, not to a URL: give a directory and copy it."
+        )
     if Path(output).suffix in (".onnx", ".xml", ".pt2"):
-        raise UsageError(f"{output}: give a directory; the configuration and processor files go beside the weights.")
+        raise UsageError(
+            f"{output}: give a directory, because the configuration and processor files are written beside the weights."
+        )
     job = Job(observer or Silent())
     session = _of_tower(Session.open(model, Settings(device="cpu", offline=offline), job), form, tower)
     source = session.source
     source.companions.tell(job)
     if form == "dense" and not compressed_layers(source.model):
-        raise UsageError(f"{model} has no compressed layer: it is the dense checkpoint already.")
+        raise UsageError(f"{model} has no compressed layer: it already is the dense checkpoint.")
     with published(str(output), session, 5 * cost.parameters(source.model), overwrite=overwrite) as staging:
         with job.stage("export", f"Writing {'the dense checkpoint' if form == 'dense' else form}"):
             written = write(session, staging)
@@ -111,8 +115,8 @@ def export(
                 rounding = _rounding(source.model)
         if not difference <= max(tolerance * max(1.0, largest), ROUNDINGS * rounding):  # a NaN is no match either
             raise OutputError(
-                f"the {form} model differs from {model} by up to {difference:.2g} in outputs of up to {largest:.3g}: "
-                f"not written. Allow more with --tolerance if that is good enough."
+                f"the {form} model differs from {model} by up to {difference:.2g} in outputs of up to "
+                f"{largest:.3g}, so it was not written. To allow a larger difference, use --tolerance."
             )
         found = Export(
             Path(output),

@@ -103,8 +103,8 @@ def write_dense(session: Session, staging: Path) -> Written:
     stored = write_result(dense, staging, session, in_place=False).source  # compared later, as it is
     before, after = session.source.source.nbytes, stored.nbytes
     session.job.warn(
-        f"the dense checkpoint is no smaller than the original: {after / 1e6:.1f} MB, compressed it was "
-        f"{before / 1e6:.1f} MB. It is for programs that cannot import vitshrink."
+        f"the dense checkpoint is not smaller than the original: it has {after / 1000000.0:.1f} MB, and the "
+        f"compressed one has {before / 1000000.0:.1f} MB. It is for programs that cannot import vitshrink."
     )
     numbers = sum(tensor.numel for tensor in stored.tensors.values())
     file = stored.weights[0]
@@ -133,7 +133,7 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
             dense.set_submodule(name, layer.dense(), strict=True)
             continue
         if not isinstance(layer, LowRankLinear | QuantizedLinear | StaticLinear):
-            raise UsageError(f"{name} is a {type(layer).__name__}, which is no matrix: use --to onnx.")
+            raise UsageError(f"{name} is a {type(layer).__name__}, which cannot become a matrix: use --to onnx.")
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         linear.weight.copy_(layer.dense_weight())
         if layer.bias is not None:

@@ -99,7 +99,10 @@ def _opened(config: FinetuneJob, job: Job) -> Session:
     if not compressed_layers(source.model):
         raise CheckpointError(f"{source.directory} is not compressed: there is nothing to recover.")
     if any(not parameter.is_floating_point() for parameter in source.model.parameters()):
-        raise CheckpointError(f"{source.directory} is quantized: train what it was made from, and quantize the result.")
+        raise CheckpointError(
+            f"{source.directory} is quantized, and quantized models cannot be trained: train the model it was "
+            "made from, then quantize the result."
+        )
     if config.teacher is None:
         return session
     teacher = session.load(config.teacher, "Loading the teacher")
@@ -125,7 +128,7 @@ def _material(config: FinetuneJob, session: Session, before: Report) -> Material
 def _look_as_closely(teacher: LoadedModel, size: tuple[int, int], job: Job) -> None:
     """Give the dense model the resolution that the compressed one was given, which is square."""
     if size[0] == size[1] and teacher.family.modality == "image" and image_shape(teacher.model.config)[1:] != size:
-        job.warn(f"{teacher.directory} takes images of {size[0]} pixels here, as the compressed model does.")
+        job.warn(f"{teacher.directory} takes images of {size[0]} pixels here, like the compressed model.")
         set_resolution(teacher.model, size[0])
 
 

@@ -107,7 +107,7 @@ class _Work:
 
     def frontier(self) -> Frontier:
         findings = self.compressor.learn(self.job)
-        with self.job.stage("plan", "Predicting what sizes lose"):
+        with self.job.stage("plan", "Predicting the loss of each size"):
             found = list(prospects(self.compressor, findings, self.config.points, self.dtype))
         knee = knee_of([each.room for each in found], [each.loss for each in found])
         built: dict[int, _Built | None] = {}
@@ -129,7 +129,7 @@ class _Work:
         try:
             found = smaller(self.compressor, lambda: findings, named, self.choices.rounds, self.job)
         except TargetError as error:
-            self.job.warn(f"{size.target_size} is left out: {error}")
+            self.job.warn(f"{size.target_size} is skipped: {error}")
             return None
         assert found.model is not None
         return _Built(rounded(found.model, self.dtype), file_bytes(found.model, self.compressor))

@@ -48,24 +48,27 @@ from vitshrink.runtime.observer import Job, Observer, Silent
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """A compressed model and what there is to say of it."""
+    """A compressed model with its report."""
 
     model: PreTrainedModel
-    """In evaluation mode, of the type and on the device of the original; ``save_pretrained`` works as usual."""
+    """The model, in evaluation mode, with the type and device of the original. ``save_pretrained`` works as usual."""
     report: Report
-    """Sizes, operations, time, and the fidelity on held-out samples where there were any."""
+    """Sizes, operations, time, and the fidelity on held-out samples if there are any."""
     processor: Any = None
-    """The image processor or tokenizer, where one was given or found."""
+    """The image processor or tokenizer, if one was given or found."""
     modules: Companions | None = None
-    """Of a sentence encoder: what sentence-transformers needs beside the two, where the original's files were found."""
+    """For a sentence encoder: the other modules of sentence-transformers, if the original files were found."""
 
     def __str__(self) -> str:
         return headline(self.report)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Write checkpoint, processor, report and model card; verified, and there whole or not at all.
+        """Write checkpoint, processor, report and model card to a directory.
 
-        Raises OutputError.
+        The directory appears only after the checkpoint was loaded again and compared.
+
+        Raises:
+            OutputError: the directory exists, cannot be written, or differs from the model in memory.
         """
         with publish(Path(directory), overwrite=overwrite) as staging:
             save(self.model, staging)
@@ -88,30 +91,35 @@ def compress(
     observer: Observer | None = None,
     **choices: Any,
 ) -> Compressed:
-    """A smaller copy of a model; the model itself is not changed.
+    """Compress a model in memory and return a smaller copy. The model itself does not change.
 
     Args:
-        model: a ViT, DeiT or BERT of transformers, on any device and of any floating-point type.
-        calibration: unlabeled samples. A list, series or array of PIL images, of arrays of bytes or of texts or pairs
-            of them; a ``datasets.Dataset`` or data frame with a column of them; a ``DataLoader`` or any iterable of
-            batches with the model's inputs; or what ``--calibration`` takes: a folder, a file, a recipe, a Hub data
-            set.
-        keep: the fraction of the model's parameters to keep. One of ``target_params``, ``target_size``, ``rank``,
-            ``max_changed`` or ``max_kl`` may take its place.
-        processor: the image processor or tokenizer of the model; looked for where the model came from if not given,
-            and not needed for batches.
-        choices: the flags of ``vitshrink compress``, such as ``method="whitened"``, ``samples=256`` or ``seed=1``.
+        model: a supported transformers encoder, on any device and with any floating-point type.
+        calibration: unlabeled samples. A list, series or array of PIL images, byte arrays, texts or pairs of texts; a
+            ``datasets.Dataset`` or data frame with a column of them; a ``DataLoader`` or any iterable of batches with
+            the model's inputs; or a value of ``--calibration``: a folder, a file, a recipe or a Hub data set.
+        keep: fraction of the model's parameters to keep. Instead of it, you can pass another size or bound of
+            ``vitshrink compress``, such as ``target_size``, ``bits``, ``rank``, ``max_kl`` or ``max_changed``.
+        processor: image processor or tokenizer of the model. If it is not given, vitshrink loads it from where the
+            model came from. Batches need none.
+        observer: receives progress and warnings. By default, nothing is shown.
+        choices: flags of ``vitshrink compress``, such as ``method="whitened"``, ``samples=256`` or ``seed=1``.
+
+    Returns:
+        The compressed model with its report.
 
     Raises:
-        UsageError, TargetError: choices that make no sense, or a size that cannot be reached.
+        UsageError: options that are wrong or contradict each other.
+        TargetError: a size that cannot be reached.
         CheckpointError: a model that is not supported, or not finite.
         DataError: calibration samples that cannot be used.
-        NumericsError, GateError: as the command.
+        NumericsError: NaN or infinity, or no layer that can be factorized.
+        GateError: no size keeps the bound.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"model: a model of transformers is needed, not a {type(model).__name__}.")
+        raise UsageError(f"model: expected a transformers model, not a {type(model).__name__}.")
     if getattr(model, "is_quantized", False):
-        raise UsageError("model: it is quantized already: start from the floating-point one.")
+        raise UsageError("model: it is already quantized: start from the floating-point model.")
     config = _config(model, calibration, {"keep": keep} | choices)
     chosen, job = Choices.of(config), Job(observer or Silent())
     family_of(model)
@@ -155,9 +163,11 @@ def compress(
 def _config(model: PreTrainedModel, calibration: Any, entries: dict[str, Any]) -> CompressConfig:
     for name in names_of(CompressConfig, lambda option: not option.in_memory):
         if name in entries:
-            raise UsageError(f"compress() has no {name!r}: it is given a model and returns one.")
+            raise UsageError(f"compress() has no argument {name!r}, because it takes a model and returns one.")
     if isinstance(entries["keep"], Sequence):
-        raise UsageError("keep: give one fraction; call compress() once for each size, with the same cache=DIRECTORY.")
+        raise UsageError(
+            "keep: give one fraction. For several sizes, call compress() once for each, with the same cache=DIRECTORY."
+        )
     entries = {name: value for name, value in entries.items() if value is not None}
     named = model.config._name_or_path or type(model).__name__
     source = None if calibration is None else str(calibration) if _is_address(calibration) else "samples in memory"
@@ -174,7 +184,7 @@ def _origin(model: PreTrainedModel, config: CompressConfig, job: Job) -> Path | 
     try:
         return resolve(model.config._name_or_path, offline=config.offline)
     except CheckpointError as error:
-        job.warn(f"sentence embeddings are taken to be the mean of the tokens: {error}")
+        job.warn(f"the mean of the tokens is used as the sentence embedding: {error}")
         return None
 
 
@@ -193,7 +203,7 @@ def _data(
     data = calibration_of(config, samples, preprocessor, job) if calibrated else None
     needed = Bound.of(config) is not None
     if not needed and session.source.task == "masked-lm" and preprocessor.processor is None:
-        job.warn("the fidelity was not measured: pass processor=, the tokenizer, which knows the mask token.")
+        job.warn("the fidelity was not measured: pass the tokenizer as processor=, because it defines the mask token.")
         return preprocessor, data, None
     return preprocessor, data, held_out_of(config, samples, job, calibrated=calibrated)
 
@@ -209,8 +219,8 @@ def _samples(
         return _preprocessor(session, origin, processor, config), samples
     if kind == "image-text":
         raise UsageError(
-            "calibration: for a dual encoder name what --calibration takes: a table of images and captions, or a "
-            "folder of images with calibration_texts=FILE."
+            "calibration: for a dual encoder, pass a value of --calibration: a table of images and captions, or "
+            "a folder of images with calibration_texts=FILE."
         )
     most = config.samples + config.holdout
     task = session.source.task

@@ -27,7 +27,10 @@ from vitshrink.report.making import CalibrationRecord, QuantizationRecord
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
 
-LESS = "rounded to the nearest: with --calibration and a size, such as --bits 4, integers of as many bytes lose less."
+LESS = (
+    "the weights were rounded to nearest: with --calibration and a size, such as --bits 4, integers with the "
+    "same number of bytes lose less."
+)
 """What is said where calibration data were not given, nor declined."""
 
 

@@ -46,7 +46,7 @@ def published(
             yield staging
         return
     if parts:
-        raise UsageError(f"{output}: one size at a time is written to a URL; give one, or make a sweep of them.")
+        raise UsageError(f"{output}: only one size at a time can be written to a URL: give one size, or use a sweep.")
     here = scratch("output") / "model"
     with processes.together():
         place = free_place(output, overwrite=overwrite) if processes.is_main() else None

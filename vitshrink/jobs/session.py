@@ -92,7 +92,7 @@ class Session:
         """
         with job.stage("load", title):
             if exported and settings.device not in ("auto", "cpu") and _is_exported(model, baseline):
-                raise UsageError(f"--device {settings.device}: an exported file is run on the CPU here.")
+                raise UsageError(f"--device {settings.device}: exported files run on the CPU only.")
             device = find_device(settings.device)
             require_attention(settings.attention, device)
             session = cls(settings, job, device, _loaded(model, settings, job, allow_compressed, exported))
@@ -153,7 +153,7 @@ class Session:
         """Say how many of the samples that judge were used before."""
         shared = 0 if samples is None else overlap(used, samples)
         if samples is not None and shared:
-            self.job.warn(f"{shared} of the {len(samples)} evaluation samples {how}: figures may flatter.")
+            self.job.warn(f"{shared} of the {len(samples)} evaluation samples {how}: the figures may be too good.")
 
     def measure(
         self, model: PreTrainedModel, samples: SampleSet, preprocessor: Preprocessor, *, against: LoadedModel | None
@@ -235,6 +235,6 @@ def check_comparable(model: LoadedModel, baseline: LoadedModel) -> None:
     ):
         if of(model) != of(baseline):
             raise UsageError(
-                f"{baseline.directory} cannot be the baseline of {model.directory}: the {what} differs, "
-                f"{of(baseline)} against {of(model)}."
+                f"{baseline.directory} cannot be the baseline of {model.directory}: the {what} differs "
+                f"({of(baseline)} and {of(model)})."
             )

@@ -35,7 +35,7 @@ def verify_directory(directory: Path) -> list[Check]:
         UsageError: there is no such directory.
     """
     if not directory.is_dir():
-        raise UsageError(f"{directory} is no directory: name one that vitshrink has written.")
+        raise UsageError(f"{directory} is not a directory: name one that vitshrink wrote.")
     broken = checksums.broken_files(directory)
     problem = "; ".join(f"{name} {what}" for name, what in broken.items()) or None
     checks = [Check("checksums", f"{len(broken) or 'no'} files differ from {checksums.FILE_NAME}", problem)]

@@ -113,14 +113,16 @@ class AttentionMethod(Method):
         """Raises UsageError for what makes no sense with a method of attentions, before any work."""
         if layers == "mlp":
             raise UsageError(
-                f"--method {self.name} replaces attentions, and --layers mlp are none: use --layers attention."
+                f"--method {self.name} replaces attentions, and --layers mlp excludes them: use --layers attention."
             )
         if allocation == "measured":
             raise UsageError(
-                f"--allocation measured is for the components of linear layers, not for --method {self.name}."
+                f"--allocation measured works on linear layers: it cannot be used with --method {self.name}."
             )
         if storage != "factors":
-            raise UsageError(f"--method {self.name} has a form of its own: --storage {storage} is for linear layers.")
+            raise UsageError(
+                f"--method {self.name} has its own storage form: --storage {storage} works on linear layers only."
+            )
 
 
 def below_head_dimension(dimensions: Dimensions) -> Sequence[int]:

@@ -15,7 +15,7 @@ from vitshrink.statistics.stats import LinearStats
 def curvature(
     weight: Tensor, stats: LinearStats | None, *, centered: bool = True, shrinkage: float = 0.1
 ) -> Factorization:
-    """Least loss at the model's output to second order, the same unit for every layer (K-FAC, arXiv 1503.05671).
+    """Least loss at the model's output, to second order, in one unit for all layers (K-FAC, arXiv 1503.05671).
 
     A change ΔW costs tr(H ΔW C ΔWᵀ) with the input covariance C and the label-free output curvature H. So
     R W C^½ = U Σ Vᵀ with RᵀR = H is truncated: Ŵ = R⁻¹ U_r U_rᵀ R W, and ``loss`` is Σ_{i>r} σ_i², computed from the

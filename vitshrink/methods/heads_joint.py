@@ -19,7 +19,7 @@ def structures(dimensions: Dimensions, ranks: Mapping[str, int]) -> dict[str, St
 
 @attention_method("heads-joint", parts={"qk": ("query", "key"), "vo": ("value", "output")}, structures=structures)
 def heads_joint(attention: AttentionWeights, ranks: Sequence[int], parts: Sequence[str]) -> dict[str, Part]:
-    """``qk-joint`` and ``vo-joint`` at once: the ranks of both, of all blocks, come from one budget.
+    """``qk-joint`` and ``vo-joint`` together, with one budget for the ranks of both.
 
     The two errors, of scores and of outputs, have no unit in common, so that the allocation compares the share of its
     energy that each keeps (Eckart and Young, 1936, for every head).

@@ -144,7 +144,9 @@ def positive(covariance: Tensor) -> Tensor:
         damped = covariance + ridge * mean * torch.eye(len(covariance)).to(covariance)
         if not torch.linalg.cholesky_ex(damped).info and torch.isfinite(damped).all():
             return damped
-    raise NumericsError("the covariance of the inputs is not positive: nothing varies, or a statistic is NaN or Inf.")
+    raise NumericsError(
+        "the covariance of the inputs is not positive: the inputs are constant, or a statistic is NaN or Inf."
+    )
 
 
 def output_root(weight: Tensor, stats: LinearStats) -> Tensor:

@@ -10,7 +10,7 @@ from vitshrink.statistics.stats import LinearStats
 
 @method("svd", needs=Needs.WEIGHTS)
 def svd(weight: Tensor, stats: LinearStats | None, *, centered: bool = False) -> Factorization:
-    """Truncated SVD of the weights alone (Eckart and Young, 1936); needs no data.
+    """Truncated SVD of the weights (Eckart and Young, 1936); needs no data.
 
     Minimizes ‖W − Ŵ‖_F; ``loss`` is that error squared.
     """

@@ -35,8 +35,8 @@ def find_blocks(base: nn.Module) -> dict[str, nn.Module]:
             lists.setdefault(re.sub(r"\d+", "#", name), []).append((name, module))
     if not lists:
         raise CheckpointError(
-            f"{type(base).__name__} has no list of blocks with linear layers, which is what vitshrink makes smaller: "
-            "convolutional networks have none. Vision transformers (ViT, DINOv2, Swin …) do."
+            f"{type(base).__name__} has no list of blocks with linear layers, and vitshrink compresses only such "
+            "models. Convolutional networks have none; vision transformers (ViT, DINOv2, Swin …) do."
         )
     counts = {kind: sum(_layers(module) for _, module in found) for kind, found in lists.items()}
     chosen = max(counts, key=counts.__getitem__)

@@ -93,10 +93,10 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, *, in_place: bool = False) 
             continue
         largest = tensor.abs().max().item()
         if not math.isfinite(largest):
-            raise NumericsError(f"{name} has values that are NaN or infinite: the model is not saved.")
+            raise NumericsError(f"{name} has values that are NaN or infinite, so the model is not saved.")
         raise NumericsError(
-            f"{name} cannot be saved as {str(dtype).removeprefix('torch.')}: its largest value is "
-            f"{largest:.3g}, the type ends at {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
+            f"{name} cannot be saved as {str(dtype).removeprefix('torch.')}: its largest value is {largest:.3g}, "
+            f"but the type ends at {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
         )
     if not in_place:
         model = copy.deepcopy(model)
@@ -156,11 +156,11 @@ def verify(
         name for name in there if not torch.equal(there[name], here[name])
     ]
     if different:
-        raise OutputError(f"{directory} does not hold the weights in memory: {', '.join(different[:6])} differ.")
+        raise OutputError(f"{directory} does not contain the weights in memory: {', '.join(different[:6])} differ.")
     nbytes = cost.stored_bytes(expected)
     stored = sum(tensor.nbytes for tensor in source.tensors.values())
     if nbytes != stored:
-        raise OutputError(f"{directory} holds {stored} bytes of tensors, the model has {nbytes}.")
+        raise OutputError(f"{directory} contains {stored} bytes of tensors, but the model has {nbytes}.")
 
     inputs = {
         name: tensor.to("cpu", source.dtype if tensor.is_floating_point() else None)

@@ -94,11 +94,13 @@ def decode_each(streams: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Codes
 def _decoder(stream: Tensor, shape: tuple[int, int]) -> Decoder[Codes]:
     data = stream.cpu().contiguous().numpy().tobytes()
     if len(data) <= _SUM or data[:_SUM] != _sum(data[_SUM:], shape):
-        raise CheckpointError("a stream of integers is damaged, or was written by another version of vitshrink.")
+        raise CheckpointError(
+            "the integers of this checkpoint are damaged, or another version of vitshrink wrote them."
+        )
     source, lanes = Source(data, _SUM), _lanes(*shape)
     sides = [struct.unpack("<hB", source.take(3)) for _ in range(3)]
     if any(number >= CLASSES for _, number in sides):
-        raise CheckpointError("a stream of integers is damaged: it has a class that there is not.")
+        raise CheckpointError("the integers of this checkpoint are damaged: unknown class.")
     rest = np.frombuffer(source.take(max(0, shape[1] - 2 * lanes)), np.uint8)
     reader = Reader(source, lanes)
     found = []
@@ -111,7 +113,7 @@ def _decoder(stream: Tensor, shape: tuple[int, int]) -> Decoder[Codes]:
         parts.append(_fitting(values).reshape(-1, shape[1]))
     low = np.concatenate([reader.load().astype("<u2").view(np.uint8)[: shape[1]], rest])
     if source.position != len(data):
-        raise CheckpointError("a stream of integers is longer than its matrix: it is damaged.")
+        raise CheckpointError("the integers of this checkpoint are damaged: there are more than the matrix has.")
     steps = torch.from_numpy((high << 8 | low).astype("<u2").view("<f2").astype(np.float16))
     integers = torch.from_numpy(np.concatenate(parts))
     return Codes(integers, steps.float()).to(stream.device)
@@ -148,7 +150,7 @@ def _fitting(values: NDArray[np.signedinteger[Any]]) -> NDArray[np.int8 | np.int
     """As few bytes as they take. Raises CheckpointError for too many."""
     most = int(max(values.max(initial=0), -values.min(initial=0).astype(np.int64)))
     if most > _LARGEST:
-        raise CheckpointError("a stream of integers is damaged: one of them has more than 16 bits.")
+        raise CheckpointError("the integers of this checkpoint are damaged: one of them has more than 16 bits.")
     return values.astype(np.int8 if most < 128 else np.int16, copy=False)
 
 

@@ -40,11 +40,11 @@ CONVERTED = f"its tensors are written as {SAFETENSORS}"
 OF_COURSE = (HIDDEN, DESCRIBES, WEIGHTS, CONVERTED)
 """Reasons for which nobody misses a file."""
 
-CODE = "code, which is neither run nor passed on"
+CODE = "code, which vitshrink does not run or copy"
 PICKLE = "a pickle, which may hold code"
 LINK = "a link to a folder, which is not followed"
 TRAINING = "the state of a training"
-UNKNOWN = "nothing that is known to belong to a model"
+UNKNOWN = "not known to belong to a model"
 
 _REASONS = (
     (("README*", "report.*", "comparison.*", "recipe.yaml", "export.json", "SHA256SUMS"), DESCRIBES),
@@ -97,7 +97,7 @@ class Companions:
             told = "; ".join(
                 f"{', '.join(names[:6])}{' …' if names[6:] else ''} ({why})" for why, names in missed.items()
             )
-            job.warn(f"not taken from {self.directory}: {told}.")
+            job.warn(f"not copied from {self.directory}: {told}.")
 
 
 def companions_of(directory: Path, weights: Collection[Path] = ()) -> Companions:

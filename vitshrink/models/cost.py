@@ -101,11 +101,11 @@ class Latency:
     upper_quartile: float
     """Seconds a batch."""
     throughput: float
-    """Samples a second, at the median."""
+    """Samples per second, at the median."""
     batch_size: int
-    """Samples a batch."""
+    """Samples per batch."""
     repeats: int
-    """Passes that were timed."""
+    """Number of timed passes."""
     threads: int
     """Threads on the CPU."""
     runtime: IfSet[str] = None
@@ -182,7 +182,7 @@ def latency_by_batch_size(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise VitshrinkError(f"out of memory with a batch of {batch_size}: give a smaller --latency.") from error
+            raise VitshrinkError(f"out of memory with a batch of {batch_size}: use a smaller --latency.") from error
     return found
 
 

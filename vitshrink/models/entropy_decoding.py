@@ -32,7 +32,7 @@ class Source:
     def take(self, count: int) -> bytes:
         start, self.position = self.position, self.position + count
         if self.position > len(self.data):
-            raise CheckpointError("a stream of integers is damaged: it is too short.")
+            raise CheckpointError("the integers of this checkpoint are damaged: the data are too short.")
         return self.data[start : self.position]
 
 
@@ -66,7 +66,7 @@ class Reader:
         self.states = _restored(source, lanes)
         stream = source.take(count)
         if count % 2:
-            raise CheckpointError("a stream of integers is damaged: it has half a word.")
+            raise CheckpointError("the integers of this checkpoint are damaged: the data end inside a word.")
         self.words = np.frombuffer(stream, "<u2")
         self.position = 0
         self._bits = source
@@ -85,7 +85,7 @@ class Reader:
             values[wide] = (values[wide] << kept) + unpacked(self._bits, kept) - (1 << kept >> 1)
         if len(escaped):
             if classes[escaped].max() >= CLASSES - 1:
-                raise CheckpointError("a stream of integers is damaged: one of them has more than 16 bits.")
+                raise CheckpointError("the integers of this checkpoint are damaged: one of them has more than 16 bits.")
             others = yield from self.take(wider(classes[escaped]))
             values = values.astype(np.result_type(values, others), copy=False)
             values[escaped] = others
@@ -94,7 +94,7 @@ class Reader:
     def load(self) -> NDArray[np.uint16]:
         """What the lanes were loaded with, (lanes,), after all integers were taken."""
         if self.position != len(self.words) or (self.states >= 2 * LOWEST).any():
-            raise CheckpointError("a stream of integers is damaged: it does not end with its matrix.")
+            raise CheckpointError("the integers of this checkpoint are damaged: the data do not end with the matrix.")
         return (self.states - np.uint32(LOWEST)).astype(np.uint16)
 
 
@@ -121,7 +121,7 @@ def decoded(decoders: Sequence[Decoder[Found]]) -> list[Found | CheckpointError]
         for number, symbols in zip(wanted, _read(list(wanted.values())), strict=True):
             reader = wanted[number].reader
             if reader.position > len(reader.words):
-                found[number] = CheckpointError("a stream of integers is damaged: it is too short.")
+                found[number] = CheckpointError("the integers of this checkpoint are damaged: the data are too short.")
             else:
                 go_on(number, symbols)
     return found

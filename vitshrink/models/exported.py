@@ -67,8 +67,8 @@ def load_exported(path: Path) -> LoadedModel:
         raise CheckpointError(f"{path}: no such file.")
     if not (path.parent / CONFIG).is_file():
         raise CheckpointError(
-            f"{path} has no {CONFIG} beside it, which says what its outputs mean: keep the directory that "
-            "`vitshrink export` wrote together, or copy the files of the checkpoint there."
+            f"{path} has no {CONFIG} beside it, which describes its outputs: keep the files that `vitshrink "
+            "export` wrote together, or copy the files of the checkpoint there."
         )
     entries = read_config(path.parent)
     architecture = str((entries.get("architectures") or ["none"])[0])
@@ -81,8 +81,8 @@ def load_exported(path: Path) -> LoadedModel:
     needed = "pixel_values" if family.modality == "image" else "input_ids"
     if needed not in session.inputs or not {"logits", "start_logits", "last_hidden_state"} & set(session.outputs):
         raise CheckpointError(
-            f"{path} takes {', '.join(session.inputs)} and gives {', '.join(session.outputs)}: it is not a file that "
-            "`vitshrink export` wrote for this architecture."
+            f"{path} has the inputs {', '.join(session.inputs)} and the outputs {', '.join(session.outputs)}: "
+            "`vitshrink export` did not write it for this architecture."
         )
     model: Any = OnnxModel(session, config, architecture).eval()
     source = Source(path.parent, entries, kind.files(path), tensors={})

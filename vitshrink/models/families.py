@@ -209,7 +209,7 @@ def require_grid(model: PreTrainedModel, flag: str) -> None:
     if not family.grid:
         known = ", ".join(each.model_type for each in FAMILIES if each.grid)
         raise UsageError(
-            f"{flag} needs to know where the patches are among the tokens, which it does for {known}; "
+            f"{flag} needs the positions of the patches among the tokens, which vitshrink knows for {known}; "
             f"{type(model).__name__} is {family.model_type}."
         )
 
@@ -225,8 +225,8 @@ def family_named(model_type: str, architecture: str, where: str) -> Family:
     missing = [name for name in ("timm", "torchvision") if find_spec(name) is None] if model_type == TIMM else []
     if missing:
         raise DependencyError(
-            f"{where}: {architecture} runs a model of timm, and {' and '.join(missing)} cannot be imported: "
-            f"pip install {' '.join(missing)}."
+            f"{where}: {architecture} runs a timm model, and {' and '.join(missing)} cannot be imported: pip "
+            f"install {' '.join(missing)}."
         )
     problem = _problem(model_type, architecture)
     if problem is not None:
@@ -252,7 +252,7 @@ def _problem(model_type: str, architecture: str) -> str | None:
     try:
         kind = _class(architecture)
     except CheckpointError as error:
-        return f"{error} Code of a checkpoint is never run."
+        return f"{error} vitshrink never runs code from a checkpoint."
     own = getattr(kind.config_class, "model_type", None)
     if own != model_type:
         return f"it is a model of type {own!r}. Correct architectures or model_type in config.json."
@@ -260,22 +260,21 @@ def _problem(model_type: str, architecture: str) -> str | None:
         model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         and model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     ):
-        return "it is a decoder, which writes one token after another; vitshrink compresses encoders such as BERT."
+        return "it is a decoder, which generates one token after another; vitshrink compresses encoders such as BERT."
     if model_type in NAFLEX:
         return (
-            "it reads images of any shape as lists of patches (NaFlex). Use a SigLIP 2 checkpoint of one image size, "
-            "such as google/siglip2-base-patch16-224, which is a SiglipModel."
+            "it reads images of any shape as lists of patches (NaFlex). Use a SigLIP 2 checkpoint with a fixed "
+            "image size, such as google/siglip2-base-patch16-224, which is a SiglipModel."
         )
     if not architecture.endswith(tuple(TASKS)):
-        return f"vitshrink does not know what its outputs are for. {_nearest(architecture)}"
+        return f"vitshrink does not know its kind of output. {_nearest(architecture)}"
     if kind.main_input_name not in INPUTS:
-        return f"it reads {kind.main_input_name}, and vitshrink has images and texts only ({', '.join(INPUTS)})."
+        return f"it reads {kind.main_input_name}, but vitshrink supports only images and texts ({', '.join(INPUTS)})."
     towers = {"text_config", "vision_config"} <= set(getattr(kind.config_class, "sub_configs", ()))
     if architecture.endswith("Model") and towers and architecture not in DUALS:
         return (
-            "it is a pair of encoders. Save one alone, as "
-            f"{architecture.removesuffix('Model')}VisionModel or {architecture.removesuffix('Model')}TextModel: "
-            "from_pretrained, then save_pretrained."
+            f"it is a pair of encoders. Save one of them, as {architecture.removesuffix('Model')}VisionModel or "
+            f"{architecture.removesuffix('Model')}TextModel: from_pretrained, then save_pretrained."
         )
     return None
 
@@ -285,8 +284,8 @@ def _nearest(architecture: str) -> str:
     stem = architecture.partition("For")[0].removesuffix("Model").removesuffix("LMHead")
     others = [name for ending in TASKS if hasattr(transformers, name := f"{stem}{ending}")]
     if not others:
-        return f"Supported are classes called {', '.join(f'…{ending}' for ending in TASKS)}."
+        return f"Supported are classes with names like {', '.join(f'…{ending}' for ending in TASKS)}."
     return (
-        f"Supported are {', '.join(others)}: load it as one of these with from_pretrained, and save that with "
+        f"Supported are {', '.join(others)}: load it as one of these with from_pretrained, then save it with "
         "save_pretrained."
     )

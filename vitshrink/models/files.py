@@ -17,7 +17,9 @@ def read_json(path: Path) -> Any:
     """A JSON file. Raises CheckpointError naming the file when it is unreadable, too large or not JSON."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES // 2**20} MB: this is no configuration.")
+            raise CheckpointError(
+                f"{path} is larger than {_MAX_JSON_BYTES // 2**20} MB: it is not a configuration file."
+            )
         return json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CheckpointError(f"{path} is not valid JSON ({first_line(error)}). {AGAIN}") from error
@@ -39,8 +41,8 @@ def refuse_code(config: Any, path: Path) -> None:
         for key in _CODE_KEYS:
             if config.get(key):
                 raise CheckpointError(
-                    f"{path} has an entry {key!r}, which makes transformers run code or open files of the "
-                    "checkpoint's choice; vitshrink never does. If the weights are those of a standard "
+                    f"{path} has an entry {key!r}, which makes transformers run code or open files that the "
+                    "checkpoint chooses; vitshrink never does that. If the weights belong to a standard "
                     "architecture, remove the entry in a copy."
                 )
 
@@ -66,8 +68,8 @@ def check_inside(path: Path, directory: Path) -> Path:
         raise CheckpointError(f"{path} is a link that leads nowhere ({first_line(error)}).") from error
     if not target.is_relative_to(root):
         raise CheckpointError(
-            f"{path} is a link that leads out of the checkpoint, to {target}: refused. "
-            f"If this is meant, put a copy of the {'folder' if target.is_dir() else 'file'} in its place."
+            f"{path} is a link out of the checkpoint, to {target}: refused. If it is intended, put a copy of the "
+            f"{'folder' if target.is_dir() else 'file'} in its place."
         )
     return target
 

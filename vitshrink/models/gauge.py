@@ -30,7 +30,7 @@ def best_window(rows: Tensor) -> int:
     conditions = ends | {start: _condition(rows, start, rank) for start in range(STRIDE, n - rank, STRIDE)}
     best = min(conditions, key=lambda start: conditions[start])
     if not conditions[best] < 1e7:
-        raise NumericsError("no block of neighboring inputs spans the row space.")
+        raise NumericsError("no block of adjacent inputs spans the row space.")
     return best
 
 

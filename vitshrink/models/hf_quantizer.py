@@ -57,12 +57,13 @@ class VitshrinkConfig(QuantizationConfigMixin):
     ) -> None:
         if type(format_version) is not int or format_version > FORMAT_VERSION or unknown:
             raise CheckpointError(
-                f"the checkpoint was written by vitshrink {vitshrink_version} in format {format_version!r}; "
-                f"this is vitshrink {__version__}, which reads formats up to {FORMAT_VERSION}"
-                f"{f' (unknown entries: {sorted(unknown)})' if unknown else ''}. Upgrade vitshrink."
+                f"the checkpoint was written by vitshrink {vitshrink_version} in format {format_version!r}, but "
+                f"this is vitshrink {__version__}, which reads formats up to "
+                f"{FORMAT_VERSION}{f' (unknown entries: {sorted(unknown)})' if unknown else ''}. Upgrade "
+                "vitshrink."
             )
         if not isinstance(layers, dict):
-            raise CheckpointError("the quantization_config of the checkpoint lists no layers: it is damaged.")
+            raise CheckpointError("quantization_config in config.json lists no layers: the checkpoint is damaged.")
         for entry in [*layers.values(), *(head or {}).values()]:
             read(entry)
         self.quant_method = quant_method  # type: ignore[assignment] # theirs are a closed enumeration
@@ -112,18 +113,18 @@ class VitshrinkQuantizer(HfQuantizer):
         numbers = [int(part) for part in name.split(".") if part.isdecimal()]
         if isinstance(blocks, int) and numbers and numbers[0] >= blocks:
             return (
-                f"Its config has {blocks} blocks, and this is in block {numbers[0]}, counted from 0. If blocks were "
-                "removed from the model after it was compressed, save it again from memory with this version, which "
-                "lists what is there, or take the missing ones out of quantization_config in config.json."
+                f"Its config has {blocks} blocks, and this module is in block {numbers[0]}, counted from 0. If "
+                "blocks were removed after compression, save the model again from memory with this version, or "
+                "remove the missing modules from quantization_config in config.json."
             )
         written = self.quantization_config.transformers_version
         if written != transformers.__version__:
             return (
-                f"It was written with transformers {written}, and this is {transformers.__version__}, whose modules "
-                "may have other names: install that version, or open the checkpoint with the architecture it was made "
-                "from."
+                f"It was written with transformers {written}, and this is {transformers.__version__}, whose "
+                "modules may have other names: install that version, or open the checkpoint with its original "
+                "architecture."
             )
-        return "Open the checkpoint with the architecture it was made from; otherwise its config.json is damaged."
+        return "Open the checkpoint with its original architecture; otherwise its config.json is damaged."
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called by ``save_pretrained`` before it writes the config: blocks may have been removed or replaced."""
@@ -192,14 +193,14 @@ def list_structures(model: PreTrainedModel, metadata: Mapping[str, Any] | None =
             head[name] = describe(found)
             continue
         if not name.startswith(prefix):
-            raise CheckpointError(f"{name} is outside the base model ({prefix}): it cannot be stored as low-rank.")
+            raise CheckpointError(f"{name} is outside the base model ({prefix}), so it cannot be stored as low-rank.")
         if isinstance(layer, LowRankLinear) and layer.weight.shape == (layer.out_features, layer.in_features):
             # It is the wrong shape of this tensor that stops transformers without vitshrink from loading it.
-            raise CheckpointError(f"{name} has rank {layer.rank}, its full rank: leave it dense.")
+            raise CheckpointError(f"{name} has rank {layer.rank}, which is its full rank: keep it dense.")
         if isinstance(found, Connected) and not found.finds_its_source(layer, model.base_model):
             raise CheckpointError(
-                f"{name} reads another module, {found.source}, which was removed or has moved: it would not load "
-                "again. Keep the blocks up to the last one that shares a tensor."
+                f"{name} reads another module, {found.source}, which was removed or moved, so the model would "
+                "not load again. Keep all blocks up to the last one that shares a tensor."
             )
         layers[name.removeprefix(prefix)] = describe(found)
     if layers or head:

@@ -39,13 +39,13 @@ def require_hub(repository: str, *, offline: bool) -> None:
     if offline or constants.HF_HUB_OFFLINE:
         raise UsageError("--push-to-hub needs the network: leave out --offline, and unset HF_HUB_OFFLINE.")
     if not get_token():
-        raise UsageError("--push-to-hub needs a token that may write: run 'hf auth login', or set HF_TOKEN.")
+        raise UsageError("--push-to-hub needs a token with write access: run 'hf auth login', or set HF_TOKEN.")
     try:
         HfApi().whoami()
     except Exception as error:  # those of the HTTP library, and the Hub's own
         raise UsageError(
-            f"--push-to-hub: the Hub does not take the token, or cannot be reached ({_reason(error)}). "
-            "Run 'hf auth login' with a token that may write, or leave the flag out."
+            f"--push-to-hub: the Hub rejects the token, or cannot be reached ({_reason(error)}). Run 'hf auth "
+            "login' with a token with write access, or remove the flag."
         ) from error
 
 
@@ -69,7 +69,7 @@ def push(directory: Path, repository: str, *, private: bool = False) -> str:
     except Exception as error:  # those of the HTTP library, and the Hub's own
         raise OutputError(
             f"the result is complete in {directory}, but it was not pushed to {repository} ({_reason(error)}). "
-            f"Once that is solved: hf upload {repository} {directory}"
+            f"To push it later: hf upload {repository} {directory}"
         ) from error
     return str(made)
 

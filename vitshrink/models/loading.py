@@ -146,13 +146,13 @@ def load_source(source: Source, *, dtype: torch.dtype, attention: str = "sdpa") 
     architectures = source.config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise CheckpointError(
-            f"{where} names no architecture: write the class of transformers that the weights are of there, such as "
-            '"architectures": ["BertModel"].'
+            f'{where} names no architecture: add the transformers class of the weights, such as "architectures": '
+            '["BertModel"].'
         )
     family = family_named(source.config["model_type"], str(architectures[0]), where)
     depth = source.config.get("num_hidden_layers")
     if isinstance(depth, int) and depth > len(source.tensors):  # would be built before anything is compared
-        raise CheckpointError(f"{where} promises {depth} blocks, more than the checkpoint has tensors: it is damaged.")
+        raise CheckpointError(f"{where} describes {depth} blocks, more than the checkpoint has tensors: it is damaged.")
     check_config(source.config, where)
     companions = companions_of(source.directory, source.weights)
     options: dict[str, Any] = {}
@@ -227,23 +227,24 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     or computed with as it was trained."""
     if config.get("is_encoder_decoder") and not str((config.get("architectures") or [""])[0]).endswith("EncoderModel"):
         raise CheckpointError(
-            f"{where} describes an encoder with a decoder: vitshrink compresses encoders alone. Where transformers has "
-            "the encoder as a class of its own (T5EncoderModel, say), load it as that and save it with save_pretrained."
+            f"{where} describes an encoder with a decoder, but vitshrink compresses only encoders. If "
+            "transformers has a class for the encoder alone (such as T5EncoderModel), load it with that class "
+            "and save it with save_pretrained."
         )
     for entry in ("is_decoder", "add_cross_attention"):
         if config.get(entry):
             raise CheckpointError(
-                f"{where} has {entry}: vitshrink compresses encoders, whose tokens see each other. If the model was "
-                "trained as one, remove the entry in a copy."
+                f"{where} has {entry}, but vitshrink compresses encoders, whose tokens see each other. If the "
+                "model was trained as an encoder, remove the entry in a copy."
             )
     if (positions := config.get("position_embedding_type") or "absolute") != "absolute":
         raise CheckpointError(
-            f"{where} has position_embedding_type {positions!r}, for which transformers {transformers.__version__} "
-            "computes 'absolute': the outputs would not be those that the model was trained for."
+            f"{where} has position_embedding_type {positions!r}, but transformers {transformers.__version__} "
+            "computes 'absolute': the outputs would differ from those of the trained model."
         )
     for entry, known in (("hidden_act", ACT2FN), ("problem_type", PROBLEM_TYPES)):
         if (value := config.get(entry)) is not None and value not in list(known):  # may be of any type
-            raise CheckpointError(f"{where} has {entry} {value!r}, which is none of {', '.join(known)}.")
+            raise CheckpointError(f"{where} has {entry} {value!r}, which is not one of {', '.join(known)}.")
     for entry in ("image_size", "patch_size"):
         if isinstance(value := config.get(entry), list | tuple) and len(value) != 2:
             raise CheckpointError(f"{where} has {entry} {list(value)}: give the height and the width.")
@@ -258,8 +259,8 @@ def usual_outputs(model: PreTrainedModel) -> list[str]:
         module.chunk_size_feed_forward = 0
     if chunked:
         notes.append(
-            f"chunk_size_feed_forward {model.config.chunk_size_feed_forward} was switched off: it only saves memory, "
-            "and fails with texts of other lengths than its multiples."
+            f"chunk_size_feed_forward {model.config.chunk_size_feed_forward} was switched off: it only saves "
+            "memory, and it fails with text lengths that are not multiples of it."
         )
         model.config.chunk_size_feed_forward = 0
     return notes
@@ -275,7 +276,7 @@ def _check_size(source: Source, architecture: type[PreTrainedModel], options: Ma
     labels = source.config.get("num_labels")
     if isinstance(labels, int) and labels > most:
         raise CheckpointError(
-            f"{where} promises {labels} classes, more than the checkpoint has numbers: it is damaged."
+            f"{where} describes {labels} classes, more than the checkpoint has numbers: it is damaged."
         )
     try:
         with quiet_transformers(), torch.device("meta"):
@@ -286,10 +287,12 @@ def _check_size(source: Source, architecture: type[PreTrainedModel], options: Ma
     except MemoryError:
         raise
     except Exception as error:  # a constructor raises whatever a contradictory config leads to
-        raise CheckpointError(f"transformers cannot load what {where} describes: {_one_line(error)}") from error
+        raise CheckpointError(
+            f"transformers cannot build the model that {where} describes: {_one_line(error)}"
+        ) from error
     for name, parameter in model.named_parameters():
         if not parameter.numel():
-            raise CheckpointError(f"{where} makes {name} {list(parameter.shape)}, which holds nothing.")
+            raise CheckpointError(f"{where} makes {name} {list(parameter.shape)}, which is empty.")
         if parameter.numel() > most:
             raise CheckpointError(
                 f"{where} makes {name} {list(parameter.shape)}, far larger than anything in the weight files: "
@@ -352,16 +355,18 @@ def _check_complete(source: Source, info: Mapping[str, Any], *, strict: bool) ->
         problems.append(
             f"it has no weights for {_listing(info['missing_keys'])}: "
             + (
-                "its config has tie_word_embeddings false, with which they are weights of their own"
+                "its config has tie_word_embeddings false, so they need weights of their own"
                 if untied
-                else f"it was saved from another kind of model than {source.config['architectures'][0]}, or its head "
-                "was never trained"
+                else (
+                    f"it was saved from another class than {source.config['architectures'][0]}, or its head was "
+                    "never trained"
+                )
             )
         )
         if wrapped := [name for name in info["unexpected_keys"] if name.startswith(WRAPPERS)]:
             problems.append(
-                f"only some of its tensors have the prefix of a wrapper ({_listing(wrapped)}): save the state dict of "
-                "the model inside it"
+                f"only some of its tensor names have the prefix of a wrapper ({_listing(wrapped)}): save the "
+                "state dict of the inner model"
             )
     if info["mismatched_keys"]:
         shapes = (f"{name} ({list(there)} instead of {list(here)})" for name, there, here in info["mismatched_keys"])
@@ -370,7 +375,7 @@ def _check_complete(source: Source, info: Mapping[str, Any], *, strict: bool) ->
     # would compute something else than they were trained for.
     left = [name for name in info["unexpected_keys"] if strict or re.search(r"(^|\.)layers?\.\d+\.", name)]
     if left:
-        problems.append(f"it has weights for which the model has no place: {_listing(left)}")
+        problems.append(f"it has weights that the model does not use: {_listing(left)}")
     problems += info["error_msgs"]
     if problems:
         raise CheckpointError(f"cannot use {source.directory}: {'; '.join(problems)}.")

@@ -20,17 +20,17 @@ def landmarks_of(model: PreTrainedModel, landmarks: int, form: str) -> Landmarks
     family = family_of(model)
     if family.modality != "image":
         raise UsageError(
-            f"--landmarks are means over a grid of patches, and {type(model).__name__} ({family.model_type}) reads "
-            "text, whose padding such means cannot leave out."
+            f"--landmarks are means over a grid of patches, but {type(model).__name__} ({family.model_type}) "
+            "reads text, and the means would contain padding."
         )
     require_grid(model, "--landmarks")
     if form not in FORMS:
         raise UsageError(f"--landmark-form {form}: unknown. Available: {', '.join(FORMS)}.")
     embeddings = model.base_model.get_submodule("embeddings")
     if isinstance(getattr(embeddings, "spec", None), MixedTokens):
-        raise UsageError("--landmarks are means over a grid of patches, and mixed tokens are no grid: use one of them.")
+        raise UsageError("--landmarks need a grid of patches, and mixed tokens have no grid: use one of them.")
     if any(isinstance(structure_of(block), MergedTokens) for block in blocks_of(model)):
-        raise UsageError("--landmarks are means over a grid of patches, which merged tokens are not: use one of them.")
+        raise UsageError("--landmarks need a grid of patches, and merged tokens have no grid: use one of them.")
     found = Landmarks(landmarks, 2 if hasattr(embeddings, "distillation_token") else 1, form)
     try:
         found.window(grid_of(model.config))

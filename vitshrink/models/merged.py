@@ -29,13 +29,15 @@ def require_mergeable(model: PreTrainedModel) -> None:
     family = family_of(model)
     if family.modality != "image":
         raise UsageError(
-            f"--tokens merge is about the patches of an image, and {type(model).__name__} ({family.model_type}) reads "
-            "text, of which every token counts. Batches of texts of one length are what saves time there."
+            f"--tokens merge merges patches of an image, but {type(model).__name__} ({family.model_type}) reads "
+            "text, where every token counts. For texts, batches of equal length save time."
         )
     require_grid(model, "--tokens merge")
     for spec in map(structure_of, model.modules()):
         if isinstance(spec, MixedTokens | Landmarks | MergedTokens):
-            raise UsageError("--tokens merge: this model already has other tokens or maps than the dense one.")
+            raise UsageError(
+                "--tokens merge needs the tokens and attention maps of the dense model, and this model has others."
+            )
 
 
 def special_tokens(model: PreTrainedModel) -> int:

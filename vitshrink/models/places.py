@@ -27,10 +27,10 @@ def find(path_or_id: str | Path, *, offline: bool = False, revision: str | None 
         if not is_portable(path):
             raise CheckpointError(unportable(path))
         if revision is not None:
-            raise UsageError(f"{path} is a local folder: a revision ({revision!r}) only makes sense for a Hub id.")
+            raise UsageError(f"{path} is a local folder, and a revision ({revision!r}) works only with a Hub id.")
         return path
     if is_file:
-        raise CheckpointError(f"{path} is a file: give the directory that holds it and its {CONFIG}.")
+        raise CheckpointError(f"{path} is a file: give the directory that contains it and its {CONFIG}.")
     name = str(path_or_id)
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1 or not name.strip():
         raise CheckpointError(f"no such folder: {name!r}. Check the path.")
@@ -49,12 +49,12 @@ def _downloaded(name: str, *, offline: bool, revision: str | None) -> Path | Non
     try:
         cached = try_to_load_from_cache(name, CONFIG, revision=revision)
     except HFValidationError as error:
-        raise CheckpointError(f"{absent(name)} it is not the id of a Hub model either. Check the path.") from error
+        raise CheckpointError(f"{absent(name)} it is not a Hub model id either. Check the path.") from error
     if not (offline or constants.HF_HUB_OFFLINE):
         return None
     if isinstance(cached, str):
         return Path(cached).parent
     raise CheckpointError(
-        f"{absent(name)} no such model in the local Hub cache, and offline mode is on. "
-        "Give a local folder, or run once with a network connection."
+        f"{absent(name)} the local Hub cache has no such model, and offline mode is on. Give a local folder, or "
+        "run once with a network connection."
     )

@@ -103,7 +103,7 @@ def free_place(url: str, *, overwrite: bool) -> Place:
     if names and not overwrite:
         raise OutputError(f"{url} exists and is not empty: choose another output, or pass --overwrite.")
     if names and not names.keys() & {REPORT, MARKER}:
-        raise OutputError(f"{url} was not written by vitshrink, so it is kept: choose another output.")
+        raise OutputError(f"vitshrink did not write {url}, so it is kept: choose another output.")
     return place
 
 
@@ -114,8 +114,8 @@ def check_space(directory: Path, bytes_needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < bytes_needed:
         raise OutputError(
-            f"{existing} has {free / 1e6:.1f} MB free, but about {bytes_needed / 1e6:.1f} MB are needed: "
-            "free some space or choose another output."
+            f"{existing} has {free / 1000000.0:.1f} MB free, but about {bytes_needed / 1000000.0:.1f} MB are "
+            "needed: free some space, or choose another output."
         )
 
 
@@ -129,7 +129,7 @@ def check_writable(directory: str | Path | None, flag: str) -> None:
     path = Path(directory).expanduser().absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"{flag} {directory}: {existing} is not a folder that can be written to; choose another.")
+        raise OutputError(f"{flag} {directory}: {existing} is not a writable folder; choose another.")
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _check_target(target: Path, parts: Collection[str], *, overwrite: bool, prot
     if protect is not None:
         source = protect.resolve()
         if target.is_relative_to(source) or source.is_relative_to(target):
-            raise OutputError(f"{target} is, holds or lies in the source model {protect}: choose another output.")
+            raise OutputError(f"{target} is, contains or is inside the source model {protect}: choose another output.")
     if not target.exists():
         return
     if not target.is_dir():
@@ -165,11 +165,11 @@ def _check_target(target: Path, parts: Collection[str], *, overwrite: bool, prot
     others = sorted({path.name for path in target.iterdir()} - {*parts, *COMPARISON}) if parts else []
     if others:
         raise OutputError(
-            f"{target} holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}, which this job would not write "
-            "again, and its sizes replace the whole directory: choose another output."
+            f"{target} contains {', '.join(others[:3])}{' …' if len(others) > 3 else ''}. This job does not "
+            "write these, but its sizes replace the whole directory: choose another output."
         )
     if not all(_is_ours(target / part) for part in parts or ("",) if (target / part).exists()):
-        raise OutputError(f"{target} was not written by vitshrink, so it is kept: choose another output.")
+        raise OutputError(f"vitshrink did not write {target}, so it is kept: choose another output.")
 
 
 def _is_ours(directory: Path) -> bool:
@@ -226,7 +226,7 @@ def _clear_leftovers(target: Path, own: Path) -> None:
             free = try_lock(lock)
             if free is False and _older(other, own):
                 raise OutputError(
-                    f"another vitshrink run is writing {target} (in {other.name}): wait for it, or choose "
+                    f"another vitshrink run writes to {target} (in {other.name}): wait until it ends, or choose "
                     "another output."
                 )
             if free and other.name.startswith(_aside(target)) and not target.exists():

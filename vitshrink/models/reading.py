@@ -68,12 +68,12 @@ def chain_problem(model: PreTrainedModel) -> str | None:
             stack.callback(block.register_forward_hook(see(name), with_kwargs=True).remove)
         _run(model, whole=True)
     if [name for name, *_ in runs] != list(blocks):
-        return "its blocks are shared, and run more often than once"
+        return "its blocks are shared and run several times"
     for (_, inputs, keywords, output), (_, after, others, _) in pairwise(runs):
         if not inputs or not after or after[0] is not hidden_of(output):
-            return "between its blocks something else happens"
+            return "other operations run between its blocks"
         if not _same((inputs[1:], keywords), (after[1:], others)):
-            return "its blocks are called with different arguments"
+            return "its blocks get different arguments"
     return None
 
 

@@ -26,7 +26,7 @@ def _embeddings(model: PreTrainedModel, flag: str) -> Any:
     family = family_of(model)
     if family.modality != "image":
         raise UsageError(
-            f"{flag} is about the patches of an image, and {type(model).__name__} ({family.model_type}) reads text."
+            f"{flag} is about the patches of an image, but {type(model).__name__} ({family.model_type}) reads text."
         )
     require_grid(model, flag)
     found = model.base_model.get_submodule("embeddings")
@@ -47,13 +47,13 @@ def set_resolution(model: PreTrainedModel, size: int) -> None:
         if isinstance(spec, MixedTokens | MergedTokens | Landmarks):
             what = _NAMES[type(spec)]
             raise UsageError(
-                f"--resolution {size}: the {what} of this model are chosen for {model.config.image_size} pixels. "
-                "Compress the dense model again, with --resolution."
+                f"--resolution {size}: the {what} of this model belong to {model.config.image_size} pixels. "
+                "Compress the dense model again with --resolution."
             )
     height, width = sides(model.config.image_size)
     if height != width:
         raise UsageError(
-            f"--resolution {size}: it is the side of square images, and this model takes {height} × {width} pixels."
+            f"--resolution {size} is the side of square images, but this model takes {height} × {width} pixels."
         )
     patches = embeddings.patch_embeddings
     kernel = patches.projection.kernel_size
@@ -81,7 +81,7 @@ def mix_tokens(model: PreTrainedModel, tokens: MixedTokens) -> None:
     for spec in map(structure_of, model.modules()):
         if isinstance(spec, Landmarks):
             raise UsageError(
-                "--tokens mixed are no grid of patches, over which this model has landmarks: use one of them."
+                "--tokens mixed have no grid of patches, and the landmarks of this model need one: use one of them."
             )
         if isinstance(spec, MergedTokens):
             raise UsageError("--tokens mixed: this model already has other tokens than the dense one.")

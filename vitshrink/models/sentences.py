@@ -124,7 +124,7 @@ class Embedding:
             if not isinstance(similarity, str) or similarity not in SIMILARITIES:
                 raise _UnknownError(f"{MODEL_SETTINGS} compares sentences by {similarity!r}")
             if not TextSettings.read(directory).prompt_is_pooled:
-                raise _UnknownError("its default prompt is left out of the pooling (include_prompt: false)")
+                raise _UnknownError("its default prompt is excluded from the pooling (include_prompt: false)")
             reader = _Reader(directory, {TOKENS: width})
             for module in modules[1:]:
                 reader.add(module)
@@ -176,7 +176,7 @@ class TextSettings:
         model, texts = (_settings(directory, name) for name in (MODEL_SETTINGS, TEXT_SETTINGS))
         length, lower = texts.get("max_seq_length"), texts.get("do_lower_case") or False
         if length is not None and (type(length) is not int or length < 1):
-            raise CheckpointError(f"{directory / TEXT_SETTINGS}: max_seq_length {length!r} is no number of tokens.")
+            raise CheckpointError(f"{directory / TEXT_SETTINGS}: max_seq_length {length!r} is not a number of tokens.")
         if not isinstance(lower, bool):
             raise CheckpointError(f"{directory / TEXT_SETTINGS}: do_lower_case {lower!r} is neither true nor false.")
         prompts, name = model.get("prompts") or {}, model.get("default_prompt_name")
@@ -249,7 +249,7 @@ class _Reader:
         if weight is None or weight.dim() != 2 or weight.shape[1] != width or (bias is not None and bias.dim() != 1):
             shape = None if weight is None else list(weight.shape)
             raise CheckpointError(
-                f"{self.directory / folder}: linear.weight is {shape}, and the vectors that it is given have {width} "
+                f"{self.directory / folder}: linear.weight is {shape}, but its input vectors have {width} "
                 "numbers: the folder is incomplete, or belongs to another model."
             )
         name = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
@@ -339,7 +339,7 @@ def _settings(directory: Path, name: str) -> dict[str, Any]:
     check_regular(path, directory)
     settings = read_json(path)
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} holds no settings: it is damaged.")
+        raise CheckpointError(f"{path} contains no settings: it is damaged.")
     return settings
 
 
@@ -347,13 +347,15 @@ def _check_transformer(first: Module, texts: Mapping[str, Any]) -> None:
     """Raises _UnknownError where something else than the last hidden states is handed to the other modules."""
     if first.folder or _kind(first) != "Transformer":
         raise _UnknownError(
-            f"{MODULES} begins with {first.type!r} in {first.folder!r}, not with the transformer beside it"
+            f"{MODULES} starts with {first.type!r} in {first.folder!r}, not with the transformer beside it"
         )
     modality = texts.get("modality_config")
     text = modality.get("text") if isinstance(modality, dict) else None
     made = text.get("method_output_name") if isinstance(text, dict) else None
     if texts.get("module_output_name", TOKENS) != TOKENS or made not in (None, "last_hidden_state"):
-        raise _UnknownError(f"{TEXT_SETTINGS} hands on {made or texts['module_output_name']!r} of the transformer")
+        raise _UnknownError(
+            f"{TEXT_SETTINGS} uses the output {made or texts['module_output_name']!r} of the transformer"
+        )
 
 
 def _activation(name: str, folder: str) -> nn.Module:
@@ -369,7 +371,7 @@ def _activation(name: str, folder: str) -> nn.Module:
 def _remarks(settings: Mapping[str, Any], texts: Mapping[str, Any]) -> tuple[str, ...]:
     prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
     others = [str(name) for name, text in prompts.items() if text and name != default]
-    remarks = [f"prompts that are not the default stand before no text: {', '.join(others)}"] if others else []
+    remarks = [f"only the default prompt is used, not {', '.join(others)}"] if others else []
     ignored = [name for name in ("truncate_dim",) if settings.get(name)]
     ignored += [name for name in ("processing_kwargs", "query_expansion") if texts.get(name)]
     return (*remarks, *(f"{name} has no effect here" for name in ignored))

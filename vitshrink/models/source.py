@@ -82,14 +82,12 @@ class Source:
         """What a user should know of how the files were read."""
         removed = ", ".join(repr(wrapper) for wrapper in self.wrappers)
         notes = (
-            [f"the names of the tensors of {self.directory} were read without {removed}, which a wrapper put there."]
+            [f"a wrapper added {removed} to the tensor names of {self.directory}; they were read without it."]
             if self.wrappers
             else []
         )
         if self.nested:
-            notes.append(
-                f"{self.weights[0]} is a training checkpoint: its state dict was read, and nothing else of it."
-            )
+            notes.append(f"{self.weights[0]} is a training checkpoint: only its state dict was read.")
         return tuple(notes)
 
     def read_tensors(self) -> dict[str, torch.Tensor]:
@@ -130,7 +128,7 @@ def resolve(path_or_id: str | Path, *, offline: bool = False, revision: str | No
     found = places.find(path_or_id, offline=offline, revision=revision)
     if is_url(path_or_id):
         if revision is not None:
-            raise UsageError(f"{path_or_id} is a URL: a revision ({revision!r}) only makes sense for a Hub id.")
+            raise UsageError(f"{path_or_id} is a URL, and a revision ({revision!r}) works only with a Hub id.")
         return _fetched(str(path_or_id))
     return _download(str(path_or_id), revision=revision) if found is None else found
 
@@ -149,10 +147,11 @@ def _fetched(url: str) -> Path:
             place.download(target)
         elif "report.json" in names:
             raise CheckpointError(
-                f"{url} holds no complete model: there is no {MARKER}. It is being written, or was left."
+                f"{url} contains no complete model, because {MARKER} is missing. Another job still writes it, or "
+                "a job was stopped."
             )
         elif CONFIG not in names:
-            raise CheckpointError(f"{url} holds no checkpoint: there is no {CONFIG}. Check the URL.")
+            raise CheckpointError(f"{url} contains no checkpoint, because {CONFIG} is missing. Check the URL.")
         else:
             modules: tuple[Module, ...] = ()
             if MODULES in names:
@@ -189,8 +188,8 @@ def _download(name: str, *, revision: str | None) -> Path:
         ) from error
     except Exception as error:  # the errors of whichever HTTP library huggingface_hub is built on
         raise CheckpointError(
-            f"{absent} the Hub could not be asked for it ({error.__class__.__name__}: {first_line(error)}). "
-            "Check the network and the token, or "
+            f"{absent} the Hub cannot be reached ({error.__class__.__name__}: {first_line(error)}). Check the "
+            "network and the token, or "
             + ("use the copy in the local cache (offline)." if isinstance(cached, str) else "give a local folder.")
         ) from error
 
@@ -237,13 +236,13 @@ def _examine(directory: Path) -> Source:
     config = read_config(directory)
     weights, tensors, nested = read_weights(directory)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
-        raise CheckpointError(f"{weights[0]} holds no floating-point tensor: it is no checkpoint of a model.")
+        raise CheckpointError(f"{weights[0]} contains no floating-point tensor: it is not a model checkpoint.")
     wrappers = _wrappers_of(tensors)
     named = {_unwrapped(name, wrappers): tensor for name, tensor in tensors.items()}
     if len(named) < len(tensors):
         raise CheckpointError(
-            f"{weights[0]} holds some tensors twice, with and without {' or '.join(wrappers)} in their names: save the "
-            "state dict of one model."
+            f"{weights[0]} contains some tensors twice, with and without {' or '.join(wrappers)} in their names: "
+            "save the state dict of one model."
         )
     return Source(directory, config, weights, named, wrappers, nested)
 
@@ -288,7 +287,7 @@ def modules_of(directory: Path) -> tuple[Module, ...]:
     check_regular(path, directory)
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
-        raise CheckpointError(f"{path} is no list of modules. {AGAIN}")
+        raise CheckpointError(f"{path} is not a list of modules. {AGAIN}")
     return tuple(_module(entry, path) for entry in entries)
 
 
@@ -299,8 +298,8 @@ def _module(entry: Any, path: Path) -> Module:
     parts = PurePosixPath(folder).parts
     if PurePosixPath(folder).is_absolute() or ".." in parts or re.search(r"[\\\0:]", folder):
         raise CheckpointError(
-            f"{path} places a module in {folder!r}, which is no folder of this directory: refused. "
-            "Do not use this checkpoint unless you know why it says so."
+            f"{path} has a module in {folder!r}, which is not a folder of this directory: refused. Do not use "
+            "this checkpoint unless you know why."
         )
     return Module("/".join(parts), kind)
 
@@ -310,17 +309,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.exists() and not path.is_symlink():
         raise CheckpointError(
-            f"{directory} has no {CONFIG}: it is no Hugging Face model directory. "
-            f"It holds {listing(directory)}. Give the folder with {CONFIG} and the weights."
+            f"{directory} has no {CONFIG}: it is not a Hugging Face model directory. It contains "
+            f"{listing(directory)}. Give the folder with {CONFIG} and the weights."
         )
     check_regular(path, directory)
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path} names no model_type: it is no configuration of a transformers model.")
+        raise CheckpointError(f"{path} names no model_type: it is not a configuration of a transformers model.")
     refuse_code(config, path)
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{directory} holds a PEFT adapter (adapter_config.json): merge it into its base model first "
+            f"{directory} contains a PEFT adapter (adapter_config.json): merge it into its base model "
             "(merge_and_unload) and save the result."
         )
     return config

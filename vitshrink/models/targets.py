@@ -98,8 +98,8 @@ def find_targets(
     targets = [target for target in everything if target.role in _ROLES[layers]]
     if everything and not targets:
         raise UsageError(
-            f"--layers {layers}: which layers of {type(model).__name__} are {layers} is not known. Name them with "
-            f"--include instead; they are called {', '.join(target.name for target in everything[:6])} …"
+            f"--layers {layers}: vitshrink does not know which layers of {type(model).__name__} are {layers}. "
+            f"Name them with --include instead, such as {', '.join(target.name for target in everything[:6])} …"
         )
     if not targets:
         raise UsageError("the model has no dense linear layer to factorize: it is already compressed.")
@@ -108,7 +108,7 @@ def find_targets(
     others = find_outside(model) if outside and layers == "all" and not include else []
     kept = included - matching([*names, *others], exclude, "exclude")
     if not kept:
-        raise UsageError("no layer is left to factorize: the exclude expressions match every included layer.")
+        raise UsageError("no layer is left to factorize: --exclude matches every included layer.")
     return [target for target in targets if target.name in kept]
 
 
@@ -193,7 +193,7 @@ def matching(names: Sequence[str], patterns: Sequence[str], flag: str) -> set[st
         if not found:
             examples = ", ".join(names[:6])
             raise UsageError(
-                f"{flag}: {pattern!r} matches none of the {len(names)} layers. They are called {examples} …"
+                f"{flag}: {pattern!r} matches none of the {len(names)} layers. Their names are {examples} …"
             )
         matching |= found
     return matching

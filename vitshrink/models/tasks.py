@@ -48,7 +48,7 @@ def task_named(architecture: str, where: str) -> Task:
         if architecture.endswith(ending):
             return task
     raise CheckpointError(
-        f"{where}: the architecture {architecture} is not supported. Supported are models whose class is called "
+        f"{where}: the architecture {architecture} is not supported. Supported are models with a class name like "
         f"{', '.join(f'…{ending}' for ending in TASKS)}."
     )
 

@@ -58,8 +58,8 @@ def read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTen
     entry = next((directory / name for name in WEIGHTS if (directory / name).exists()), None)
     if entry is None:
         raise CheckpointError(
-            f"{directory} has no weights that can be read: expected {', '.join(WEIGHTS[:3])}. "
-            f"It holds {listing(directory)}. Convert the weights to safetensors, or download them as well."
+            f"{directory} has no readable weights: expected {', '.join(WEIGHTS[:3])}. It contains "
+            f"{listing(directory)}. Convert the weights to safetensors, or download them as well."
         )
     check_regular(entry, directory)
     if entry.suffix != ".json":
@@ -71,7 +71,7 @@ def read_weights(directory: Path) -> tuple[tuple[Path, ...], dict[str, StoredTen
     nested = False
     for shard in shards:
         if not shard.exists():
-            raise CheckpointError(f"{shard} is missing, but {entry.name} lists it: download or copy it as well.")
+            raise CheckpointError(f"{shard} is missing, but {entry.name} lists it: download or copy it.")
         check_regular(shard, directory)
         stored, part_of_more = _stored_tensors(shard)
         nested |= part_of_more
@@ -91,13 +91,13 @@ def _read_index(path: Path) -> dict[str, str]:
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map: it is no index of a sharded checkpoint. {AGAIN}")
+        raise CheckpointError(f"{path} has no weight_map: it is not the index of a sharded checkpoint. {AGAIN}")
     suffix = ".safetensors" if ".safetensors" in path.name else ".bin"
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(suffix) or re.search(r"[/\\\0]", shard):
             raise CheckpointError(
-                f"{path} places {tensor!r} in {shard!r}, which is no *{suffix} file of this directory: "
-                "refused. Do not use this checkpoint unless you know why it says so."
+                f"{path} places {tensor!r} in {shard!r}, which is not a *{suffix} file of this directory: "
+                "refused. Do not use this checkpoint unless you know why."
             )
     return weight_map
 
@@ -110,7 +110,9 @@ def _stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], bool]:
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its repository.")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page, not weights: the download was answered by a login or error page.")
+        raise CheckpointError(
+            f"{path} is a web page, not weights: the server sent a login or error page instead of the file."
+        )
     if path.suffix == ".safetensors":
         return _safetensors_header(path), False
     state, nested = _state_of(_unpickled(path, "meta"), path)
@@ -132,8 +134,8 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
                 dtype = entry.get_dtype()
                 if dtype not in _DTYPES:
                     raise CheckpointError(
-                        f"{path}: the tensor {name!r} is of type {dtype}, as quantized checkpoints have. "
-                        "Start from the float32, float16 or bfloat16 checkpoint."
+                        f"{path}: the tensor {name!r} has type {dtype}, which quantized checkpoints use. Start "
+                        "from the float32, float16 or bfloat16 checkpoint."
                     )
                 tensors[name] = StoredTensor(_DTYPES[dtype], tuple(entry.get_shape()))
     except (SafetensorError, OSError) as error:
@@ -147,8 +149,8 @@ def _unpickled(path: Path, device: str) -> Any:
     except pickle.UnpicklingError as error:
         # The message of torch is left out: it advises to switch the protection off.
         raise CheckpointError(
-            f"{path} holds more than tensors (a whole pickled module, or code): refused, nothing was run. "
-            "Ask the publisher for a safetensors file or a plain state dict."
+            f"{path} contains more than tensors (a whole pickled module, or code): refused, nothing was run. Ask "
+            "the publisher for a safetensors file or a plain state dict."
         ) from error
     except Exception as error:  # a damaged archive fails in many ways, depending on where
         raise CheckpointError(f"{path} is not a readable PyTorch file ({first_line(error)}). {AGAIN}") from error
@@ -161,7 +163,7 @@ def _state_of(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     found = [content[name] for name in NESTED if name in content] if isinstance(content, dict) else []
     if len(found) != 1 or not _is_state(found[0]):
         raise CheckpointError(
-            f"{path} is not a state dict (tensors by name), and has none as its only entry of "
+            f"{path} is not a state dict (tensors by name), and does not have one as its only entry of "
             f"{', '.join(NESTED)}: save model.state_dict() alone."
         )
     return found[0], True

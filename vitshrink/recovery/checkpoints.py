@@ -108,13 +108,13 @@ class Checkpoints:
         """Raises UsageError for the state of another job."""
         if different := differing(state / JOB, self.job):
             raise UsageError(
-                f"{self.directory} holds the state of another job ({', '.join(different)} differ): "
-                "pass another --checkpoints, or remove it to start anew."
+                f"{self.directory} contains the state of another job (different: {', '.join(different)}): pass "
+                "another --checkpoints, or remove the directory to start again."
             )
 
     def _unreadable(self, error: Exception) -> OutputError:
         return OutputError(
-            f"the state of training in {self.directory} cannot be read ({error}): remove it to start anew."
+            f"the state of training in {self.directory} cannot be read ({error}): remove it to start again."
         )
 
     def load(
@@ -134,7 +134,7 @@ class Checkpoints:
         if not state.is_dir():
             raise OutputError(
                 f"{self.directory} is not the same directory for every process: on several machines, "
-                "--checkpoints has to lie on storage that they share."
+                "--checkpoints must be on shared storage."
             )
 
     @contextmanager

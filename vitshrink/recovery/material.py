@@ -57,7 +57,7 @@ def open_material(
     elif calibration is not None:
         samples = calibration.chosen
     else:
-        raise UsageError("recovery needs samples to train on: pass --calibration, or --finetune-option data=FOLDER.")
+        raise UsageError("recovery needs training samples: pass --calibration, or --finetune-option data=FOLDER.")
     samples = samples.at_most(config.samples, seed).read_apart()
     label_of = None
     if config.objective == "supervised":

@@ -70,9 +70,9 @@ def warn_without_gain(progress: Progress, job: Job, rounded: float | None, *, fa
     before = progress.start if rounded is None else rounded
     if progress.best < before:
         return
-    flattered = "The compression was fitted to them, which flatters it: add samples that it has not seen. "
+    flattered = "The compression was fitted to these samples, so they look too good: add samples that it did not use. "
     job.warn(
-        f"recovery gained nothing: no state had a held-out loss below {before:.4g}, that of the compressed model, "
-        f"which is kept as it was. {flattered if familiar else ''}"
-        "More samples, more time or a lower learning rate may help."
+        f"recovery gained nothing: no state had a held-out loss below {before:.4g}, the loss of the compressed "
+        f"model, so this model is kept. {flattered if familiar else ''}More samples, more time or a lower "
+        "learning rate may help."
     )

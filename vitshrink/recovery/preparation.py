@@ -72,7 +72,7 @@ def _trainable(model: PreTrainedModel, config: FinetuneConfig) -> dict[str, nn.P
         parameter.requires_grad_(config.train == "all" or id(parameter) in factors)
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
-        raise UsageError("the model has no matrix that compression made: it is not compressed. Use train=all.")
+        raise UsageError("the model has no compressed matrix. Use train=all.")
     return found
 
 

@@ -143,12 +143,12 @@ def _loop(ready: Prepared, aim: Aim, config: FinetuneConfig, identity: Identity,
 def _begin(loop: Loop, config: FinetuneConfig, job: Job) -> bool:
     """Take up the state that a killed training has left, or judge the model as it is; returns whether there was one."""
     if loop.resume():
-        job.warn(f"{config.checkpoints}: training goes on from step {loop.progress.step}.")
+        job.warn(f"{config.checkpoints}: training continues from step {loop.progress.step}.")
         return True
     if not math.isfinite(loop.begin()):
         raise NumericsError(
-            "the answers of the compressed model to the held-out samples are not finite: it cannot be trained. "
-            "Compress it again, less strongly."
+            "the outputs of the compressed model on the held-out samples are not finite, so it cannot be "
+            "trained. Compress it less."
         )
     return False
 

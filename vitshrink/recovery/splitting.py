@@ -31,8 +31,8 @@ def held_out_count(usable: int, validation: float, source: str) -> int:
     """How many of so many samples judge what training gains. Raises DataError where they are too few."""
     if usable < 2 * LEAST_HELD_OUT:
         raise DataError(
-            f"{source} has {usable} usable samples: recovery needs at least {2 * LEAST_HELD_OUT}, of which "
-            f"{LEAST_HELD_OUT} are held out to judge it. A few hundred unlabeled ones do."
+            f"{source} has {usable} usable samples: recovery needs at least {2 * LEAST_HELD_OUT}, and "
+            f"{LEAST_HELD_OUT} of them are held out. A few hundred unlabeled samples are enough."
         )
     return min(MOST_HELD_OUT, max(LEAST_HELD_OUT, round(validation * usable)))
 

@@ -172,8 +172,8 @@ class Loop:
         if not progress.best_step:
             self.warn(
                 f"learning rate {self.learning_rate * progress.rate:.1e} raised the held-out loss from "
-                f"{progress.best:.4g} to {held_out:.4g} in {progress.step - progress.began[0]} steps: training begins "
-                "again at a third of it."
+                f"{progress.best:.4g} to {held_out:.4g} in {progress.step - progress.began[0]} steps: training "
+                "starts again with a third of this learning rate."
             )
         progress.retreat()
         self._restore(self.best)
@@ -185,8 +185,8 @@ class Loop:
         self.progress.failures += 1
         self.progress.rate /= 2
         self.warn(
-            f"training met NaN or infinity at step {self.progress.step}: it goes on from the last good state at half "
-            f"the learning rate ({self.progress.failures} of at most {MOST_FAILURES} times)."
+            f"training met NaN or infinity at step {self.progress.step}: it continues from the last good state "
+            f"with half the learning rate ({self.progress.failures} of at most {MOST_FAILURES} times)."
         )
         weights, optimizer = self._good
         self._restore(weights)

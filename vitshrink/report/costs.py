@@ -13,11 +13,11 @@ class BeforeAfter:
     """One cost of the dense and of the compressed model: numbers, bytes or operations."""
 
     dense: int
-    """Of the dense model."""
+    """Cost of the dense model."""
     compressed: int
-    """Of the compressed model."""
+    """Cost of the compressed model."""
     kept: float
-    """The compressed model's as a fraction of the dense model's."""
+    """Cost of the compressed model as a fraction of the dense model's."""
 
 
 def before_after(dense: int, compressed: int) -> BeforeAfter:
@@ -27,7 +27,7 @@ def before_after(dense: int, compressed: int) -> BeforeAfter:
 
 @dataclass(frozen=True)
 class Timings:
-    """Both models timed in turn, with batches of one size. A model that was not timed is left out."""
+    """Both models, timed in turn with batches of one size. A model that was not timed is left out."""
 
     dense: IfSet[Latency] = None
     """The dense model."""
@@ -54,15 +54,15 @@ class LatencyTarget:
     """A time that was asked for, and the shortest passes of both models in turn, in seconds a batch."""
 
     asked: float
-    """What a batch may take."""
+    """Requested time."""
     dense: float
-    """What the dense model takes."""
+    """Time of the dense model."""
     compressed: float
-    """What the compressed model takes."""
+    """Time of the compressed model."""
     runtime: str
-    """What ran them, its version and the type that it computes in."""
+    """Runtime, its version and its type."""
     batch_size: int
-    """Samples a batch."""
+    """Samples per batch."""
     threads: int
     """Threads on the CPU."""
     levers: tuple[str, ...]

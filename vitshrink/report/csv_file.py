@@ -175,7 +175,7 @@ def check_appendable(path: Path) -> None:
             with path.open("r+b") as file:
                 _line_start(path, file.fileno())
         elif not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise OutputError(f"cannot append to {path}: {path.parent} is not a folder that can be written to.")
+            raise OutputError(f"cannot append to {path}: {path.parent} is not a writable folder.")
     except OSError as error:
         raise OutputError(f"cannot append to {path}: {error.strerror or error}.") from error
 
@@ -187,7 +187,5 @@ def _line_start(path: Path, descriptor: int) -> str | None:
         return None
     header = os.pread(descriptor, 4096, 0).decode(errors="replace").splitlines()[0]
     if header.split(",") != list(COLUMNS):
-        raise OutputError(
-            f"{path} is not a table of evaluations of this version: its columns are others. Name a new file."
-        )
+        raise OutputError(f"{path} has other columns than evaluations of this version: give a new file.")
     return "" if os.pread(descriptor, 1, size - 1) == b"\n" else "\n"

@@ -10,8 +10,8 @@ from vitshrink.report.wording import UNKNOWN, percent, size
 from vitshrink.runtime.records import IfSet, plain
 
 RULE = (
-    "the predicted point farthest below the straight line from the first to the last, bytes and the logarithm of the "
-    "loss both scaled to one"
+    "the predicted point with the largest distance below the straight line from the first to the last point, "
+    "with bytes and log loss scaled to one"
 )
 """Which size is called the knee."""
 
@@ -92,10 +92,8 @@ class Frontier:
     def remarks(self) -> str:
         """What the figures rest on, and which size is the knee."""
         knee = next((point.target_size for point in self.points if point.knee), None)
-        found = f"knee: {knee}, {self.rule}" if knee else f"no knee, which would be {self.rule}"
-        held_out = (
-            f"measured on {self.holdout} samples that nothing was learned from" if self.holdout else "not measured"
-        )
+        found = f"knee: {knee}, {self.rule}" if knee else f"no knee ({self.rule})"
+        held_out = f"measured on {self.holdout} held-out samples" if self.holdout else "not measured"
         return f"{held_out}; {found}"
 
     def loss(self, point: Point) -> float | None:

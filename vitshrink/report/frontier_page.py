@@ -31,7 +31,7 @@ def frontier_picture(frontier: Frontier) -> str:
             [max(0.0, loss - low) for loss, (low, _) in zip(losses, bounds, strict=True)],
             [max(0.0, high - loss) for loss, (_, high) in zip(losses, bounds, strict=True)],
         ]
-        label = f"measured {frontier.loss_name} on {frontier.holdout} others"
+        label = f"measured {frontier.loss_name} on {frontier.holdout} held-out samples"
         style = {"marker": "o", "markersize": 5, "capsize": 3, "linestyle": "none"}
         axes.errorbar(sizes, losses, yerr=spread, color=COLORS[1], label=label, **style)
     for point in frontier.points:
@@ -39,7 +39,7 @@ def frontier_picture(frontier: Frontier) -> str:
             place, label = point.target_bytes / 1e6, f"knee: {point.target_size}"
             axes.axvline(place, color=INK, alpha=0.5, linewidth=1, linestyle="--", label=label)
     axes.set_yscale("log")
-    axes.set_xlabel("MB of the file of weights")
+    axes.set_xlabel("MB of the weight file")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.2, color=INK)
     axes.legend(frameon=False, fontsize=8)

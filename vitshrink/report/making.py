@@ -19,9 +19,9 @@ class BlockTokens:
     block: int
     """Its number, from 0."""
     tokens: int
-    """That reach it."""
+    """Tokens that enter the block."""
     kept: int
-    """That its MLP sees, and that it hands on."""
+    """Tokens that its MLP reads and that leave the block."""
     macs: int
     """Multiply-accumulate operations of the block, matching included."""
 
@@ -34,20 +34,20 @@ class LayerEntry:
     name: str
     """Dotted path in the model; ``:qk`` and the like name a part of an attention."""
     shape: tuple[int, int]
-    """Of the dense weight: outputs, inputs."""
+    """Shape of the dense weight: outputs, inputs."""
     rank: int | None = None
-    """Rank of its factors; None where there are none."""
+    """Rank of its factors; None if it has none."""
     form: IfSet[str] = None
     """How it is stored: ``dense``, ``low-rank``, ``integer`` (of one width), ``coded`` (of any), or what there is of
     something narrower, such as ``512 neurons``; left out where the rank says it."""
     bits: IfSet[float] = None
     """Bits of an integer weight; left out where the weights are floating-point numbers."""
     parameters: int
-    """Numbers stored, bias left out."""
+    """Numbers stored, without the bias."""
     relative_error: float | None = None
-    """Square root of the part of the method's loss that is left; 0 for a dense layer, None where it is not known."""
+    """Square root of the relative loss in the metric of the method; 0 for a dense layer, None if unknown."""
     reason: str | None = None
-    """Why it stayed dense."""
+    """Why the layer stayed dense."""
 
     @property
     def dense(self) -> bool:
@@ -101,16 +101,16 @@ class QuantizationRecord:
 @final
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRecord:
-    """The samples that the method learned from."""
+    """The calibration samples."""
 
     source: str
-    """Where they are from, as the user named it."""
+    """Source of the samples, as the user named it."""
     samples: int
-    """How many were used."""
+    """Number of samples."""
     tokens: int | None = None
-    """How many tokens these have; None for images."""
+    """Number of their tokens; None for images."""
     seed: int | None = None
-    """The seed that chose them."""
+    """Seed that chose the samples."""
     fingerprint: str | None = None
     """SHA-256 of the contents of the samples, in their order."""
     preprocessing: Mapping[str, Any] | None = None
@@ -129,22 +129,22 @@ class RecoveryStep:
     seconds: float
     """Seconds spent."""
     learning_rate: float
-    """Of the next step."""
+    """Learning rate of the next step."""
     loss: float | None
-    """Mean training loss since the last entry; None at the start, or where it is not finite."""
+    """Mean training loss since the last entry; None at the start, or if it is not finite."""
     held_out: float | None
-    """Loss of the held-out samples; None where it is not finite."""
+    """Loss of the held-out samples; None if it is not finite."""
 
 
 @final
 @dataclass(frozen=True)
 class BlockError:
-    """Relative error of what one block gives, when blocks were reconstructed one by one."""
+    """Relative error of the output of one block, if blocks were reconstructed one by one."""
 
     block: int
     """From 0."""
     before: float | None
-    """None where it is not finite."""
+    """None if it is not finite."""
     after: float | None
     """Likewise."""
 
@@ -157,25 +157,25 @@ class RecoveryRecord:
     objective: str
     """``distill`` or ``supervised``."""
     before: float
-    """Loss of the model as compression left it."""
+    """Loss before training."""
     after: float
-    """Loss of the model as it is."""
+    """Loss of the result."""
     best_step: int
     """The step whose state was kept."""
     ended: str
     """``done``, ``time``, ``early`` (nothing was gained any longer) or ``diverged``."""
     samples: int
-    """How many were trained on."""
+    """Number of training samples."""
     held_out: int
-    """How many judged the training."""
+    """Number of held-out samples."""
     seconds: float
     """Seconds spent."""
     settings: Mapping[str, Any]
     """Every setting of the training."""
     history: tuple[RecoveryStep, ...] = ()
-    """Every time the held-out samples were looked at, the start first."""
+    """Every evaluation of the held-out samples, with the start first."""
     blocks: tuple[BlockError, ...] = ()
-    """Empty where blocks were not reconstructed."""
+    """Empty if blocks were not reconstructed."""
     familiar: bool = False
     """Whether the held-out samples had been calibrated on or trained on before; other views of them judged then."""
 

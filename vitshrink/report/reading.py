@@ -42,7 +42,10 @@ def parse(adapter: TypeAdapter[T], text: str, where: str, newest: int) -> T:
         raise DataError(f"{where} is not valid JSON ({error}): write it again with vitshrink compress.") from error
     written = entries.get("schema") if isinstance(entries, dict) else None
     if isinstance(written, int) and written > newest:
-        raise DataError(f"{where} is of a newer vitshrink (schema {written}, and {newest} is known here): update it.")
+        raise DataError(
+            f"{where} was written by a newer vitshrink (schema {written}; this version reads up to {newest}): "
+            "upgrade vitshrink."
+        )
     try:
         return adapter.validate_python(entries)
     except ValidationError as error:

@@ -34,63 +34,63 @@ SCHEMA: Literal[1] = 1
 @with_config(RULES)
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that is known of one compressed model; fractions in [0, 1], bytes, seconds, nats.
+    """All figures of one compressed model: fractions in [0, 1], bytes, seconds, nats.
 
     What was not measured is None, and every rendering says so.
     """
 
     vitshrink: str
-    """Version that wrote it."""
+    """Version of vitshrink that wrote the report."""
     model: str
     """The dense model: its Hub id, or the name of its folder."""
     task: str
     """``image-classification``, ``text-classification``, ``masked-lm`` or ``features``."""
     method: str
-    """``none`` where the weights were only rounded to integers."""
+    """Method; ``none`` if the weights were only rounded to integers."""
     allocation: str
-    """How the parameters were shared out among the layers."""
+    """How the parameters were distributed over the layers."""
     compensation: str
-    """What was repaired after truncation."""
+    """Repair after truncation."""
     parameters: BeforeAfter
-    """Numbers that the whole model stores."""
+    """Numbers that the model stores."""
     layers_parameters: Group[BeforeAfter]
     """Numbers that the weights of ``layers`` store."""
     layers: tuple[LayerEntry, ...]
     """Layers and attentions that could be compressed."""
     quantization: QuantizationRecord | None = None
-    """None where all weights are floating-point numbers."""
+    """None if all weights are floating-point numbers."""
     bytes: Group[BeforeAfter] = None
     """Bytes of the weight files."""
     memory: Group[BeforeAfter] = None
     """Bytes of the weights in memory, in the type they were measured in."""
     macs: Group[BeforeAfter] = None
-    """Multiply-accumulate operations of one sample."""
+    """Multiply-accumulate operations for one sample."""
     tokens: IfSet[tuple[BlockTokens, ...]] = None
     """What the blocks read and keep, from the first that merges tokens; left out where none does."""
     latency: Group[LatencyRecord] = None
     """Time of a forward pass."""
     target_latency: IfSet[LatencyTarget] = None
-    """The time that was asked for, and what it became; left out where none was."""
+    """Requested and measured time; left out if no time was requested."""
     evaluation: EvaluationRecord | None = None
     """Quality of both models on the same samples."""
     calibration: CalibrationRecord | None = None
-    """None where the method read weights alone."""
+    """None if the method needs no samples."""
     fitted_to: str = ""
     """Marks of the samples that the model was calibrated on and trained on (``SampleSet.marks``), spaces between."""
     recovery: RecoveryRecord | None = None
-    """None where the model was not trained after compression."""
+    """None if the model was not trained after compression."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage of the job."""
     environment: Environment = field(default_factory=Environment)
-    """What the job ran on, and with."""
+    """Software and hardware of the job."""
     command: str | None = None
     """The command line that does the job again."""
     recipe: Mapping[str, Any] | None = None
     """Every setting of the job, as in ``recipe.yaml``."""
     warnings: tuple[str, ...] = ()
-    """What the job had to say."""
+    """Warnings of the job."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Files of the source's directory that are not in the result, and why."""
+    """Files of the source directory that are not in the result, with the reason."""
     schema: Literal[1] = SCHEMA
     """Version of this schema; it rises when an entry gets another meaning or goes away."""
 
@@ -158,9 +158,7 @@ class Report:
         try:
             return cls.from_json(file.read_text(encoding="utf-8"), str(file))
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"cannot read {file} ({error}): name a directory that vitshrink compress has written."
-            ) from error
+            raise DataError(f"cannot read {file} ({error}): name a directory that vitshrink compress wrote.") from error
 
 
 def report_schema() -> dict[str, Any]:

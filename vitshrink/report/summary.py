@@ -91,7 +91,7 @@ def summary_rows(report: Report) -> list[Row]:
         _size_row("Parameters of the compressible layers", report.layers_parameters, count),
         _size_row("Weight files", report.bytes, size),
         _size_row("Weights in memory", report.memory, size),
-        _size_row("MACs a sample", report.macs, count),
+        _size_row("MACs per sample", report.macs, count),
     ]
     if report.tokens:
         tokens = [report.tokens[0].tokens, *(each.kept for each in report.tokens)]
@@ -99,7 +99,7 @@ def summary_rows(report: Report) -> list[Row]:
         rows.append(Row("Tokens, block by block", str(tokens[0]), merging, ""))
     if (timed := report.target_latency) is not None:
         asked, levers = duration(timed.asked), " and ".join(timed.levers) or "nothing"
-        name = f"Shortest pass, batch of {timed.batch_size}, {asked} asked for"
+        name = f"Shortest pass, batch of {timed.batch_size}, target {asked}"
         faster = f"{percent(timed.compressed / timed.dense)} of the time, by {levers}"
         rows.append(Row(name, duration(timed.dense), duration(timed.compressed), faster))
     if report.recovery is not None:
@@ -227,7 +227,7 @@ def _fidelity_rows(fidelity: Fidelity) -> list[Row]:
         ("Cosine to dense features, token by token", fidelity.feature_cosine, number, False),
         ("Cosine to dense features, pooled", fidelity.pooled_cosine, number, False),
         ("Ten nearest samples in common with dense", fidelity.neighbor_agreement, percent, False),
-        ("Nearest sample by dense among the ten nearest", fidelity.nearest_kept, percent, False),
+        ("Nearest sample of dense among the ten nearest", fidelity.nearest_kept, percent, False),
         ("Rank correlation with dense predictions", fidelity.prediction_spearman, number, compared),
     ]
     return [Row(label, "", show(value), "") for label, value, show, known in shown if known or value is not None]
@@ -275,14 +275,14 @@ def _faster(report: Report) -> Fact:
         return Fact(question, answer, f"{detail}; {counted}" if counted else detail, tone)
     if macs is not None:
         answer = f"{percent(1 - macs.kept)} fewer operations"
-        return Fact(question, answer, f"{counted} a sample; time not measured", "good")
+        return Fact(question, answer, f"{counted} per sample; time not measured", "good")
     return Fact(question, "not measured", "neither operations nor time were counted")
 
 
 def _worse(report: Report) -> Fact:
     question = "How much worse?"
     if report.evaluation is None:
-        return Fact(question, "not measured", "there were no data to measure it on")
+        return Fact(question, "not measured", "no data to measure it on")
     answer, detail, tone = (
         _drop_of(report.evaluation)
         or _distance_of(report.evaluation)
@@ -316,7 +316,7 @@ def _distance_of(evaluation: Evaluation) -> tuple[str, str, str] | None:
         detail = f"token by token on {samples:,} samples{error}; pooled {number(fidelity.pooled_cosine)}"
         return f"{number(fidelity.feature_cosine)} cosine to dense features", detail, "neutral"
     if fidelity.relative_error is not None:
-        detail = f"of the dense model's scores, as a share of their variance, on {samples:,} samples"
+        detail = f"of the dense model's scores, as a fraction of their variance, on {samples:,} samples"
         return f"{number(fidelity.relative_error)} squared error", detail, "neutral"
     return None
 
@@ -330,10 +330,10 @@ def _score_of(evaluation: Evaluation) -> tuple[str, str, str] | None:
 
 
 def _real(report: Report) -> Fact:
-    question = "Is the drop real?"
+    question = "Is the drop significant?"
     difference = None if report.evaluation is None else report.evaluation.difference
     if report.evaluation is None or difference is None or difference.drop is None:
-        return Fact(question, "cannot be told", "needs labeled samples for both models")
+        return Fact(question, "cannot be decided", "needs labeled samples for both models")
     drop = _gain_range(report.evaluation.metric, difference.drop_interval)
     detail = f"95 % interval {drop}; {p_value(difference.p_value)} ({difference.test})"
     if not difference.significant:

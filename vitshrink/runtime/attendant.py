@@ -113,13 +113,13 @@ class Attendant:
         here = self.place()
         if errand.version != __version__:
             raise VitshrinkError(
-                f"{here} has vitshrink {__version__}, and the sweep runs vitshrink {errand.version}: install the same "
-                "on all machines."
+                f"{here} has vitshrink {__version__}, but the sweep runs vitshrink {errand.version}: install the "
+                "same version on all machines."
             )
         if errand.shared and not (Path(errand.directory) / errand.recipe).exists():
             raise OutputError(
-                f"{here} does not see {errand.directory}: give an output on a disk that all machines share, or a URL "
-                "such as s3://bucket/results."
+                f"{here} cannot see {errand.directory}: use an output on a shared disk, or a URL such as "
+                "s3://bucket/results."
             )
 
     @contextmanager

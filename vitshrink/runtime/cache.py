@@ -68,7 +68,7 @@ class Cache:
             found = unpacked(kind, read_tensors(path, self.device))
             return {name: found[name] for name in key["layers"]}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            self.warn(f"{path} cannot be used and is written again ({type(error).__name__}: {error}).")
+            self.warn(f"{path} cannot be used and is computed again ({type(error).__name__}: {error}).")
             return None
 
     def write(self, key: Key, entries: Mapping[str, Entry]) -> None:
@@ -80,13 +80,13 @@ class Cache:
             if self.store is not None:
                 self.store.put(path, path.name)
         except (OSError, SafetensorError, OutputError) as error:
-            self.warn(f"{path} could not be written, and the next job will compute it again: {error}.")
+            self.warn(f"{path} could not be written, so the next job computes it again: {error}.")
 
     def _is_there(self, path: Path) -> bool:
         try:
             return path.exists() or (self.store is not None and self.store.fetch(path.name, path))
         except OutputError as error:
-            self.warn(f"what --cache holds is computed again: {error}")
+            self.warn(f"the content of --cache is computed again: {error}")
             return False
 
     def _path(self, kind: type[Any], key: Key) -> Path:

@@ -55,7 +55,7 @@ def parse(content: bytes) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         name = "" if match is None else _unescaped(match[3]) if match[1] else match[3]
         if match is None or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise OutputError(f"the line {line[:100]!r} is no checksum of a file in this directory")
+            raise OutputError(f"the line {line[:100]!r} is not a checksum of a file in this directory")
         found[name] = match[2]
     return found
 

@@ -14,8 +14,8 @@ def require_locks() -> None:
     """Raises OutputError on a system that has none, before any work."""
     if fcntl is None:
         raise OutputError(
-            "vitshrink writes models and tables on Linux and macOS only, whose file locks keep its processes apart: "
-            "on Windows, run it in WSL. What it has written can be loaded anywhere."
+            "vitshrink writes models and tables on Linux and macOS only, because it needs their file locks. On "
+            "Windows, run it in WSL. Its models can be loaded on any system."
         )
 
 

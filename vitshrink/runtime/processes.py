@@ -40,15 +40,15 @@ def join(device: str = "auto") -> None:
     if device != "cpu" and torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > gpus:
-            raise UsageError(f"{here} processes for {gpus} GPUs: start one process a GPU, or pass --device cpu.")
+            raise UsageError(f"{here} processes for {gpus} GPUs: start one process per GPU, or pass --device cpu.")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         distributed.init_process_group()  # gloo for what is on the CPU, NCCL for what is on a GPU
     except Exception as error:  # the address, the store and each backend have errors of their own
         reason = str(error).strip().split("\n")[0]
         raise VitshrinkError(
-            f"cannot meet the other processes of this job ({reason}): start it with torchrun or accelerate launch, "
-            "or unset WORLD_SIZE to run alone."
+            f"cannot connect to the other processes of this job ({reason}): start it with torchrun or accelerate "
+            "launch, or unset WORLD_SIZE to run one process."
         ) from error
 
 
@@ -122,7 +122,7 @@ def _meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OtherProcessError("another process of this job has ended; what it printed last says why.") from error
+        raise OtherProcessError("another process of this job has ended; its last message says why.") from error
 
 
 def gather(value: Any) -> list[Any]:

@@ -98,7 +98,9 @@ class Progress:
         different = self._differences(self.directory)
         if different is None:
             return True
-        self.warn(f"{self.directory} is the state of an interrupted job {different}: it is not used, and removed.")
+        self.warn(
+            f"{self.directory} is the state of an interrupted job {different}: it is not used, and it is removed."
+        )
         self.discard()
         return False
 
@@ -241,7 +243,7 @@ class Progress:
 
     def _give_up(self, error: Exception) -> None:
         """Go on without: the job itself can, and needs the room."""
-        self.warn(f"what is computed cannot be saved in {self.directory}, and would be lost with a kill: {error}.")
+        self.warn(f"the job state cannot be saved in {self.directory}, so a kill would lose it: {error}.")
         self.discard()
         self.directory = self.mirror = None
         self._unsaved.clear()

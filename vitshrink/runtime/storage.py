@@ -67,7 +67,7 @@ class Place:
         except Exception as error:  # every file system has errors of its own
             raise UsageError(f"{url} cannot be used: {_reason(error)}.") from error
         if set(path) & set("*?["):
-            raise UsageError(f"{url}: a URL with *, ? or [ means many files; give one directory.")
+            raise UsageError(f"{url}: a URL with *, ? or [ means several files; give one directory.")
         return cls(url.rstrip("/"), files, path.rstrip("/"))
 
     def __truediv__(self, name: str) -> "Place":
@@ -144,7 +144,7 @@ class Place:
         """What is missing of a published directory, as its marker lists it; None where nothing is."""
         text = self.read(MARKER)
         if text is None:
-            return f"{self.url} holds nothing that is complete: there is no {MARKER}."
+            return f"{self.url} contains nothing complete, because {MARKER} is missing."
         listed, there = checksums.parse(text), self.names()
         absent = [name for name in listed if name not in there]
         return f"{self.url}/{absent[0]} is missing." if absent else None
@@ -173,7 +173,7 @@ class Place:
             for name in files:
                 new.put(source / name, name)
                 if new._digest(name) != checksums.digest(source / name):
-                    raise OutputError(f"{new.url}/{name} was read back otherwise than it was written.")
+                    raise OutputError(f"{new.url}/{name} differs after it was written and read back.")
             self.remove(MARKER)  # from here on nobody takes what is here for complete
             for name in self.names():
                 self.remove(name)

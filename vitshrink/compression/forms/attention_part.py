@@ -47,20 +47,21 @@ class AttentionMaker:
         if attentions and not most:
             sizes = attentions[0].dimensions
             raise UsageError(
-                f"--method {name} has no rank for heads of {sizes.head} dimensions of {sizes.width}, as "
-                "those of this model are: choose another method."
+                f"--method {name} has no rank that makes heads of {sizes.head} dimensions in {sizes.width} "
+                "smaller: choose another method."
             )
         if not self._sites:
             parts = " or ".join(", ".join(roles) for roles in self.method.parts.values())
             raise UsageError(
-                f"--method {name} replaces parts of attentions whole ({parts}), and no block has all "
-                "layers of one among those that --include and --exclude leave: use --layers attention without the two."
+                f"--method {name} replaces parts of attentions as a whole ({parts}), and --include and --exclude "
+                "leave none of them complete in any block: use --layers attention without --include and "
+                "--exclude."
             )
         if self.rank is not None and self.rank > most:
             largest = max((attention.dimensions for attention in attentions), key=lambda each: each.head)
             raise UsageError(
-                f"--rank {self.rank}: ranks of --method {name} go up to {most} on this model, whose "
-                f"heads have {largest.head} dimensions of {largest.width}."
+                f"--rank {self.rank}: the largest rank of --method {name} is {most} for this model, whose heads "
+                f"have {largest.head} dimensions in {largest.width}."
             )
 
     def offers(self, findings: Findings | None = None) -> Sequence[Offer]:

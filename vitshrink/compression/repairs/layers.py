@@ -80,9 +80,9 @@ class LayerRepairs:
         if calibration is None or not layers:
             return
         if (problem := why_not_restored(self.material.dense)) is not None:
-            job.warn(f"The residual stream is not restored: {problem}.")
+            job.warn(f"The residual stream is not repaired: {problem}.")
             return
-        with job.stage("stream", "Restoring the residual stream", len(layers)) as advance:
+        with job.stage("stream", "Repairing the residual stream", len(layers)) as advance:
             restore_stream(
                 model,
                 self.material.dense,

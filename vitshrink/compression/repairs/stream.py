@@ -53,7 +53,7 @@ def why_not_restored(model: PreTrainedModel) -> str | None:
     """What keeps ``restore_stream`` from a model; None where nothing does."""
     family = family_of(model)
     if family.norm is None or not {"output", "fc1", "fc2"} <= set(family.modules):
-        return f"how blocks of {family.model_type} write to it is not known"
+        return f"vitshrink does not know how blocks of {family.model_type} write to it"
     return chain_problem(model)
 
 

@@ -66,7 +66,7 @@ def _questions(path: Path, articles: Sequence[Mapping[str, Any]]) -> Iterator[li
                     yield [asked["question"], paragraph["context"], answers]
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}, article {number}: no paragraphs with a context and questions as SQuAD has them ({error})."
+                f"{path}, article {number}: expected paragraphs with a context and questions, as in SQuAD ({error})."
             ) from error
 
 
@@ -76,7 +76,7 @@ def _answers(given: Any, context: str, column: str | None) -> Answers:
         try:
             given = ast.literal_eval(given.strip())
         except (ValueError, SyntaxError):
-            raise ValueError(f"column {column!r} holds {given[:40]!r}, which is no answer") from None
+            raise ValueError(f"column {column!r} contains {given[:40]!r}, which is not an answer") from None
     if isinstance(given, Mapping):
         starts = given.get("answer_start") or [None] * len(given.get("text") or ())
         given = [
@@ -85,7 +85,7 @@ def _answers(given: Any, context: str, column: str | None) -> Answers:
     pairs = [_answer(each, column) for each in (given if isinstance(given, list | tuple) else [given])]
     for each, start in pairs:
         if each not in context:
-            raise ValueError(f"the answer {each[:60]!r} does not stand in the context")
+            raise ValueError(f"the answer {each[:60]!r} does not occur in the context")
         if start is not None and context[start : start + len(each)] != each:
             raise ValueError(f"the answer {each[:60]!r} does not begin at character {start} of the context")
     texts = tuple(each for each, _ in pairs if each)
@@ -98,5 +98,5 @@ def _answers(given: Any, context: str, column: str | None) -> Answers:
 def _answer(given: Any, column: str | None) -> tuple[str, int | None]:
     found, start = (given.get("text"), given.get("answer_start")) if isinstance(given, Mapping) else (given, None)
     if not isinstance(found, str) or not isinstance(start, int | None):
-        raise ValueError(f"column {column!r} holds {str(given)[:40]!r}, which is no answer")
+        raise ValueError(f"column {column!r} contains {str(given)[:40]!r}, which is not an answer")
     return found, start

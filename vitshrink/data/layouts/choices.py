@@ -32,7 +32,7 @@ class Choices(Layout):
     def sample(self, key: str, row: Mapping[str, Any], columns: Columns, names: Sequence[str] | None) -> Sample:  # noqa: ARG002
         choices, marks = _choices(row, columns)
         if len(choices) < 2:
-            raise ValueError(f"{len(choices)} choices: there have to be two at least")
+            raise ValueError(f"{len(choices)} choices: at least two are needed")
         given = None if columns.label is None else row[columns.label]
         missing = given is None or given != given or given in ("", -1)
         label = None if missing else _index(given, choices, marks)
@@ -50,7 +50,7 @@ def _choices(row: Mapping[str, Any], columns: Columns) -> tuple[tuple[str, ...],
     if isinstance(given, Mapping):
         return texts(given.get("text") or (), columns.text_pair), list(map(str, given.get("label") or ()))
     if isinstance(given, str) and not given.strip().startswith("["):
-        raise ValueError(f"column {columns.text_pair!r} holds {given[:40]!r}, which is no list of choices")
+        raise ValueError(f"column {columns.text_pair!r} contains {given[:40]!r}, which is not a list of choices")
     return texts(listed(given, columns.text_pair), columns.text_pair), ()
 
 
@@ -63,7 +63,7 @@ def _index(given: Any, choices: Sequence[str], marks: Sequence[str]) -> int:
         if found is None and said in names:
             found = list(names).index(said)
     if found is None or not 0 <= found < len(choices):
-        raise ValueError(f"the label {said[:40]!r} is none of the {len(choices)} choices, which count from 0")
+        raise ValueError(f"the label {said[:40]!r} is not one of the {len(choices)} choices, which count from 0")
     return found
 
 
@@ -73,6 +73,6 @@ def require_as_many(samples: Sequence[Sample], source: str) -> None:
     for sample in samples:
         if len(sample.choices or ()) != len(first.choices or ()):
             raise DataError(
-                f"{source}, {sample.key}: {len(sample.choices or ())} choices, and {first.key} has "
-                f"{len(first.choices or ())}: give each as many."
+                f"{source}, {sample.key}: {len(sample.choices or ())} choices, but {first.key} has "
+                f"{len(first.choices or ())}: every sample needs the same number."
             )

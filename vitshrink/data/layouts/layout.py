@@ -77,7 +77,7 @@ def listed(value: Any, column: str | None) -> list[Any]:
         except (ValueError, SyntaxError):
             value = None
     if not isinstance(value, list | tuple):
-        raise ValueError(f"column {column!r} holds no list")
+        raise ValueError(f"column {column!r} does not contain a list")
     return list(value)
 
 
@@ -86,7 +86,7 @@ def texts(values: Iterable[Any], column: str | None) -> tuple[str, ...]:
     found = tuple(values)
     for value in found:
         if not isinstance(value, str):
-            raise ValueError(f"column {column!r} holds {str(value)[:40]!r}, which is no text")
+            raise ValueError(f"column {column!r} contains {str(value)[:40]!r}, which is not text")
     return found
 
 
@@ -94,5 +94,5 @@ def text(row: Mapping[str, Any], column: str | None) -> str:
     """Of a column; nothing where there is none. Raises ValueError."""
     value = None if column is None else row[column]
     if isinstance(value, list | dict):
-        raise ValueError(f"column {column!r} holds a {type(value).__name__}, not text")
+        raise ValueError(f"column {column!r} contains a {type(value).__name__}, not text")
     return "" if value is None or value != value else str(value)

@@ -45,8 +45,8 @@ class Words(Layout):
         tags = tuple(_tag(tag, names) for tag in listed(row[columns.label], columns.label))
         if len(words) != len(tags):
             raise ValueError(
-                f"{len(words)} words in the column {columns.text!r} and {len(tags)} tags in {columns.label!r}: give a "
-                "tag for each word"
+                f"{len(words)} words in the column {columns.text!r} but {len(tags)} tags in {columns.label!r}: "
+                "give one tag per word"
             )
         return Sample(key, text=" ".join(words), words=words, label=tags)
 
@@ -80,7 +80,9 @@ def _sentences(path: Path, lines: Sequence[str]) -> Iterator[list[list[str]]]:
         if line:
             fields = line.split("\t") if "\t" in line else line.split()
             if len(fields) < 2:
-                raise DataError(f"{path}, line {number}: {line[:40]!r} has no tag: write a word and its tag a line.")
+                raise DataError(
+                    f"{path}, line {number}: {line[:40]!r} has no tag: write one word and its tag per line."
+                )
             words.append(fields[0].strip())
             tags.append(fields[-1].strip())
         elif words:

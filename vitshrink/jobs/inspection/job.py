@@ -64,7 +64,7 @@ def inspect_checkpoint(config: InspectJob, figures: Path | None = None, observer
         check_available()
         check_writable(figures, "--figures")
         if config.calibration is None:
-            raise UsageError("--figures shows what goes through the layers: pass --calibration.")
+            raise UsageError("--figures needs samples: pass --calibration.")
     job = Job(observer or Silent())
     with job.stage("load", "Loading the model"):
         source = load_dense(config.model, offline=config.offline, warn=job.warn)

@@ -41,10 +41,10 @@ class Overview:
         layers = ", ".join(f"{count} {role}" for role, count in self.layers.items())
         found = [self.model, f"blocks: {blocks}", f"linear layers: {layers}"]
         if self.outside:
-            found.append(f"rounded with --bits only: {', '.join(self.outside)}")
+            found.append(f"rounded only with --bits: {', '.join(self.outside)}")
         if self.left:
             found.append(f"left alone: {', '.join(self.left)}")
-        return [*found, *(f"not for this model: {limit}" for limit in self.limits)]
+        return [*found, *(f"not available for this model: {limit}" for limit in self.limits)]
 
 
 def overview(model: PreTrainedModel, targets: Sequence[Target]) -> Overview:
@@ -71,13 +71,13 @@ def overview(model: PreTrainedModel, targets: Sequence[Target]) -> Overview:
 def _limits(model: PreTrainedModel) -> list[str]:
     family, found = family_of(model), []
     if not family.plain:
-        found.append("methods that make attentions anew, and --decatt")
+        found.append("methods that replace attentions, and --decatt")
     if not family.grid:
         found.append("--tokens, --landmarks and --resolution")
     if (problem := why_not_restored(model)) is not None:
-        found.append(f"restoring the residual stream: {problem}")
+        found.append(f"repair of the residual stream: {problem}")
     if (problem := chain_problem(model)) is not None:
-        found.append(f"--blockwise, --bdia, --reversible and rounding anew in recovery: {problem}")
+        found.append(f"--blockwise, --bdia, --reversible, and rounding again during recovery: {problem}")
     return found
 
 

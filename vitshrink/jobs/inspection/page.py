@@ -18,34 +18,36 @@ from vitshrink.statistics.stats import LinearStats
 CAPTIONS = {
     "explained-variance": (
         "Explained variance by rank",
-        "Share of the squared spectrum that a rank keeps: of the weights on the left, of the weights times the scales "
-        "of their inputs on the right. Where both sides look alike, scaling changes little.",
+        "Fraction of the squared spectrum that a rank keeps. Left: of the weights. Right: of the weights times "
+        "the scales of their inputs. If both sides look alike, the scaling changes little.",
     ),
     "output-loss": (
-        "What a rank loses of the outputs",
-        "Share of the energy of a layer's outputs that is lost on the sampled tokens, mean over the blocks: the same "
-        "measure for every method. Where plain and scaled run together, scaling by activations does not help, as after "
-        "a normalization that evens out the channels.",
+        "Output energy lost by rank",
+        "Fraction of the energy of a layer's outputs that is lost on the sampled tokens, as the mean over the "
+        "blocks. The measure is the same for every method. If the plain and scaled curves are equal, scaling by "
+        "activations does not help. This happens after a normalization that makes the channels equal.",
     ),
     "attention-inputs": (
         "Scales of the attention inputs",
-        "Standard deviation of each channel that query, key and value read, as a density over the channels. A narrow "
-        "peak means equal scales, and then activation-scaled SVD is plain SVD; a long tail is what it can use.",
+        "Standard deviation of each channel that query, key and value read, as a density over the channels. A "
+        "narrow peak means equal scales; activation-scaled SVD is then plain SVD. A long tail means that "
+        "scaling can help.",
     ),
     "pre-activations": (
         "Magnitudes before the activation function",
-        "Density of |W x + b| of the first layer of each MLP. A GELU is close to x / 2 near zero and flat far below: "
-        "where an MLP works mostly near zero its layers behave like one linear map.",
+        "Density of |W x + b| of the first layer of each MLP. A GELU is close to x / 2 near zero and flat far "
+        "below zero. An MLP that works mostly near zero behaves like one linear map.",
     ),
     "effective-rank": (
         "Effective rank",
-        "exp of the entropy of the spectrum, over the full rank. Where the outputs on real data need fewer directions "
-        "than the weights have, methods that see the data have something to gain.",
+        "exp of the entropy of the spectrum, divided by the full rank. If the outputs on real data need fewer "
+        "directions than the weights have, methods that use data can help.",
     ),
     "predicted-loss": (
         "Predicted loss by layer",
-        "Where every layer is compressed to half of its numbers by the method curvature: the share of each in the loss "
-        "at the model's output, to second order. It tells where parameters are spent best.",
+        "Every layer is compressed to half of its numbers with the method curvature. The figure shows the "
+        "fraction of each layer in the loss at the model's output, to second order. Layers with a large "
+        "fraction should keep more parameters.",
     ),
 }
 

@@ -10,7 +10,7 @@ from vitshrink.jobs.sweep.outcome import Outcome, Status
 from vitshrink.jobs.sweep.output import MODEL, locked
 from vitshrink.jobs.sweep.plan import JobPlan, SweepPlan
 
-MISSING = "no shard has run it to its end"
+MISSING = "no shard finished it"
 
 
 def collect(plan: SweepPlan) -> list[Outcome]:
@@ -23,7 +23,7 @@ def collect(plan: SweepPlan) -> list[Outcome]:
         OutputError: there is no such output, or a sweep is writing it.
     """
     if not (plan.output if plan.store is None else plan.store).exists():
-        raise OutputError(f"{plan.shown} is not there: run its shards first, as with --shard 1/8.")
+        raise OutputError(f"{plan.shown} does not exist: run its shards first, as with --shard 1/8.")
     with locked(plan, resume=True):
         return [_collected(plan, job) for job in plan.jobs]
 
@@ -32,11 +32,11 @@ def _collected(plan: SweepPlan, job: JobPlan) -> Outcome:
     directory, key = plan.output / job.name, recipe_key(job.config)
     there = Outcome.read(directory)
     if there is None or there.recipe != key:
-        return Outcome(Status.WAITING, "", message=MISSING if there is None else "it was run by another recipe")
+        return Outcome(Status.WAITING, "", message=MISSING if there is None else "another recipe ran it")
     if found := finished(plan, job, lambda outcome: outcome.recipe == key):
         return judged(found, job.gates, directory)
     if there.status is Status.PASSED or (there.status is Status.GATE and (directory / MODEL).exists()):
-        return replace(there, status=Status.WAITING, message="its model is damaged or is not there")
+        return replace(there, status=Status.WAITING, message="its model is damaged or missing")
     return there if there.status.ended else replace(there, status=Status.WAITING, message=MISSING)
 
 

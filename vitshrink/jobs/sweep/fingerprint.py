@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from vitshrink._version import __version__
 from vitshrink.config.fields import entries_of, plain_values
 from vitshrink.config.options import CompressConfig, DataConfig
-from vitshrink.data import Kind, hub_source, open_samples
+from vitshrink.data import hub_source, open_samples
 from vitshrink.errors import VitshrinkError
 from vitshrink.models.hub import revision
 from vitshrink.runtime.checksums import digest
@@ -92,7 +92,9 @@ def _samples(data: DataConfig, most: int | None, seed: int, *, offline: bool) ->
     options = {entry.name: getattr(data, entry.name) for entry in fields(data) if entry.name not in apart}
     found: dict[str, str] = {}
     problem: VitshrinkError | None = None
-    for kind in get_args(Kind):
+    if data.texts is not None:
+        found["texts"] = open_samples(data.texts, "text", offline=offline).at_most(most, seed).identity()
+    for kind in ("image", "text"):
         try:
             samples = open_samples(data.source, kind, offline=offline, **options)
         except VitshrinkError as error:

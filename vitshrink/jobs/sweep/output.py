@@ -38,10 +38,10 @@ def locked(plan: SweepPlan, *, resume: bool) -> Iterator[None]:
         try:
             output.mkdir(parents=True, exist_ok=True)
             _check(plan, {path.name for path in output.iterdir()}, resume=resume)
-            _hold(output / f".{LOCK}", held, f"another sweep is writing {output}", shared=shard is not None)
+            _hold(output / f".{LOCK}", held, f"another sweep writes to {output}", shared=shard is not None)
             if shard is not None:
                 path = output / f".{LOCK}-{shard.number}-of-{shard.count}"
-                _hold(path, held, f"another sweep is writing shard {shard} of {output}")
+                _hold(path, held, f"another sweep writes to shard {shard} of {output}")
         except OSError as error:
             raise OutputError(f"cannot write {output}: {explanation(error)}.") from error
         yield
@@ -55,8 +55,8 @@ def _check(plan: SweepPlan, names: set[str], *, resume: bool) -> None:
         return
     mine = there if plan.shard is None else there & {job.name for job in plan.jobs}
     if mine and not resume:
-        what = "is not empty" if plan.shard is None else f"holds jobs of shard {plan.shard}, such as {min(mine)}"
-        raise OutputError(f"{output} {what}: pass --resume to go on with the sweep in it, or choose another.")
+        what = "is not empty" if plan.shard is None else f"contains jobs of shard {plan.shard}, such as {min(mine)}"
+        raise OutputError(f"{output} {what}: pass --resume to continue the sweep in it, or choose another.")
     begun = any(name.startswith(f".{LOCK}-") for name in locks)  # another shard, which may have no result yet
     if plan.store is None and not begun and not any(plan.output.glob(f"*/{FILE_NAME}")):
         raise OutputError(f"{output} holds no sweep to resume: choose another output.")
@@ -66,7 +66,7 @@ def _hold(path: Path, held: ExitStack, problem: str, *, shared: bool = False) ->
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     held.callback(os.close, descriptor)
     if try_lock(descriptor, shared=shared) is False:
-        raise OutputError(f"{problem}: wait for it, or choose another output.")
+        raise OutputError(f"{problem}: wait until it ends, or choose another output.")
 
 
 FIGURES = f"{MODEL}/{REPORT}"

@@ -116,7 +116,7 @@ def read_sweep(
         raise UsageError(f"{path}: unknown entry {unknown[0]!r}. Available: {', '.join(KEYS)}.")
     target = output or entries.get("output")
     if not isinstance(target, str | Path) or not str(target).strip():
-        raise UsageError(f"{path}: say where the results go, as 'output: results' or with --output.")
+        raise UsageError(f"{path}: the output directory is missing: write 'output: results', or pass --output.")
     defaults = _mapping(entries.get("defaults"), f"{path}: defaults")
     common = {
         "gates": {**_mapping(entries.get("gates"), f"{path}: gates"), **(gates or {})},
@@ -129,8 +129,8 @@ def read_sweep(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(
-            f"{path}: two jobs are called {twice!r}: write one of their values as entries with a name, such as "
-            "model: [{name: first, model: a/vit}, {name: second, model: b/vit}]."
+            f"{path}: two jobs have the name {twice!r}: write one of their values as entries with a name, such "
+            f"as model: [{{name: first, model: a/vit}}, {{name: second, model: b/vit}}]."
         )
     limit = time_limit if time_limit is not None else entries.get("time_limit")
     seconds = None if limit is None else parse_duration(str(limit), f"{path}: time_limit")
@@ -157,19 +157,19 @@ def _combinations(entries: Mapping[str, Any], path: Path) -> list[Combination]:
             alone.append(_value("job", included, path))
     _require_few(len(combinations) + len(alone), path)
     if not combinations and not alone:
-        raise UsageError(f"{path}: no job is left: list values under 'matrix', or jobs under 'include'.")
+        raise UsageError(f"{path}: there is no job: list values under 'matrix', or jobs under 'include'.")
     return [*combinations, *alone]
 
 
 def _require_few(number: int, path: Path) -> None:
     if number > MOST_JOBS:
-        raise UsageError(f"{path}: {number:,} jobs; at most {MOST_JOBS:,} are run in one sweep.")
+        raise UsageError(f"{path}: {number:,} jobs; a sweep can have at most {MOST_JOBS:,}.")
 
 
 def _axis(name: str, listed: Any, path: Path) -> list[Combination]:
     values = listed if isinstance(listed, list) else [listed]
     if not values:
-        raise UsageError(f"{path}: matrix: {name} lists no value.")
+        raise UsageError(f"{path}: matrix: {name} has no value.")
     return [_value(name, value, path) for value in values]
 
 
@@ -178,7 +178,7 @@ def _value(axis: str, value: Any, path: Path) -> Combination:
     if not isinstance(value, Mapping):
         for kind in (NoneType, list):
             if isinstance(value, kind) and not _takes(axis, kind):
-                raise UsageError(f"{path}: matrix: {axis}: {value!r} is no value; write a name or a number.")
+                raise UsageError(f"{path}: matrix: {axis}: {value!r} is not a value; write a name or a number.")
         return Combination({axis: _label(axis, value)}, {axis: value}, frozenset({axis}))
     entries = _plain({key: entry for key, entry in value.items() if key != "name"})
     if axis not in entries and _takes(axis, dict):
@@ -249,9 +249,9 @@ def _require_known(wanted: Mapping[str, Any], combinations: Sequence[Combination
     known = sorted({key for each in combinations for key in (*each.labels, *each.entries)})
     for key in _plain(wanted):
         if combinations and key not in known:
-            raise UsageError(f"{where}: {key!r} is on no axis of the matrix. There are: {', '.join(known)}.")
+            raise UsageError(f"{where}: {key!r} is not an axis of the matrix. Axes: {', '.join(known)}.")
     if combinations and not any(_matches(each, wanted) for each in combinations):
-        raise UsageError(f"{where}: no combination has {dict(wanted)!r}: check the values.")
+        raise UsageError(f"{where}: no combination matches {dict(wanted)!r}: check the values.")
 
 
 def _job(
@@ -270,13 +270,13 @@ def _job(
     own = {name: {**common[name], **_mapping(entries.pop(name, None), f"{where}: {name}")} for name in common}
     for key in OWN:
         if key in entries:
-            raise UsageError(f"{where}: {key!r} is set by the sweep: leave it out.")
+            raise UsageError(f"{where}: the sweep sets {key!r} itself: remove it.")
     own_entries = {"output": below(output, name, "model"), "overwrite": True}
     config = CompressConfig.from_mapping(
         {"cache": below(output, CACHE), **_defaults_of_data(entries), **entries, **own_entries}, where
     )
     if len(config.keep) > 1:
-        raise UsageError(f"{where}: give several sizes as an axis, as in 'matrix: {{keep: [0.7, 0.5]}}'.")
+        raise UsageError(f"{where}: write several sizes as an axis, as in 'matrix: {{keep: [0.7, 0.5]}}'.")
     _require_sense(config, where)
     gates = Gates.from_mapping(own["gates"], f"{where}: gates")
     _require_figures(gates, config, where)

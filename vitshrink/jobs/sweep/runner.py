@@ -153,7 +153,7 @@ class _Sweep:
         stopped = [under_way.job for under_way in self.running]
         self.stop()
         for job in (*stopped, *waiting):
-            self._became(job, Status.CANCELLED, message="not run to its end: another job failed, and --fail-fast")
+            self._became(job, Status.CANCELLED, message="stopped, because another job failed and --fail-fast was given")
 
     def _next(self, waiting: Sequence[JobPlan]) -> JobPlan | None:
         """The first job whose statistics are not being collected by another one at this moment."""
@@ -167,7 +167,7 @@ class _Sweep:
             under_way = _Running(job, time.monotonic(), lock=lock)
             self.running.append(under_way)
             if try_lock(lock) is False:
-                self._became(job, Status.RUNNING, message="waits for the process of an earlier sweep")
+                self._became(job, Status.RUNNING, message="waits for a process of an earlier sweep")
                 return
             shutil.rmtree(directory / MODEL, ignore_errors=True)  # or it might be taken for the new one
             if self.plan.store is not None:
@@ -289,5 +289,5 @@ def _last_error(log: Path, code: int) -> str:
         return said.removeprefix("error: ")
     if code < 0:
         killed = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return f"killed by {killed}" + (", as when memory runs out" if -code == signal.SIGKILL else "")
+        return f"killed by {killed}" + (", which often means that memory ran out" if -code == signal.SIGKILL else "")
     return f"ended with exit code {code}: see {log}"

@@ -22,7 +22,7 @@ class Shard:
         """``3/8``. Raises UsageError."""
         match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--shard {text}: write the part and how many there are, from 1/8 to 8/8.")
+            raise UsageError(f"--shard {text}: write the part and the number of parts, from 1/8 to 8/8.")
         return cls(int(match[1]), int(match[2]))
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:

@@ -99,7 +99,9 @@ def require_running(model: nn.Module, runtime: Runtime) -> None:
     """Raises UsageError for an opened file that the runtime cannot open."""
     if isinstance(model, OnnxModel) and (file := model.file.path).suffix not in runtime.opens:
         able = " or ".join(name for name, each in RUNTIMES.items() if file.suffix in each.opens)
-        raise UsageError(f"--runtime {runtime.name}: {file} is for {able}; give the checkpoint that it was made from.")
+        raise UsageError(
+            f"--runtime {runtime.name}: {file} is for {able}; pass the checkpoint that it was exported from."
+        )
 
 
 def running(model: nn.Module, runtime: Runtime) -> nn.Module:

@@ -80,7 +80,7 @@ class StructuredAttention(Joined):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if past_key_values is not None:
-            raise ValueError("a compressed attention keeps no keys and values of earlier tokens: it is no decoder's.")
+            raise ValueError("a compressed attention is for encoders: it keeps no keys and values of earlier tokens.")
         output, maps = self.attend(*self.project(hidden_states), attention_mask, **kwargs)
         output = output.flatten(2).contiguous()
         return (output if self.layout.output is None else getattr(self, self.layout.output)(output)), maps

@@ -65,7 +65,7 @@ class Following:
         found = getattr(source, source.layout.query) if isinstance(source, TensorAttention) else None
         if not isinstance(found, TensorProjection) or self.block >= found.blocks:
             raise CheckpointError(
-                f"an attention takes block {self.block} of the tensor in {self.source!r}, and there is no such: "
+                f"an attention uses block {self.block} of the tensor in {self.source!r}, which does not exist: "
                 "the checkpoint is damaged."
             )
         # past nn.Module, which would make the source a part of this module, and its parameters ones of both

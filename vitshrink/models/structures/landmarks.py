@@ -46,7 +46,7 @@ class LandmarkAttention(StructuredAttention):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if mask is not None and not torch.compiler.is_exporting():  # where transformers gives one that hides nothing
-            raise ValueError("landmarks are means over all patches of a window: an attention mask cannot be kept.")
+            raise ValueError("landmarks are means over all patches of a window, so an attention mask cannot be used.")
         grid, explicit = self._grid(query), self.config._attn_implementation == "eager"
         if self.spec.form == "pooled":
             window = self.spec.window(grid)
@@ -68,7 +68,7 @@ class LandmarkAttention(StructuredAttention):
         if grid[0] * grid[1] != patches:
             grid = (math.isqrt(patches), math.isqrt(patches))
         if grid[0] * grid[1] != patches:
-            raise ValueError(f"{patches} patches are no grid: landmarks are means over windows of one.")
+            raise ValueError(f"{patches} patches are not a grid: landmarks are means over windows of a grid.")
         return grid
 
 
@@ -117,8 +117,8 @@ class Landmarks:
         if not found:
             numbers = sorted({(rows // a) * (columns // b) for a in _divisors(rows) for b in _divisors(columns)})
             raise ValueError(
-                f"{self.landmarks} landmarks are not possible: equal windows of a grid of {rows} × {columns} patches "
-                f"are {', '.join(map(str, numbers))}."
+                f"{self.landmarks} landmarks are not possible: a grid of {rows} × {columns} patches has equal "
+                f"windows for {', '.join(map(str, numbers))}."
             )
         return min(found, key=lambda window: abs(window[0] - window[1]))
 

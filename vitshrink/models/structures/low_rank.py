@@ -38,7 +38,9 @@ class LayerSpec:
             )
         if entry["rank"] < 1 or entry.get("pivot", 0) < 0:
             pivot = f" and pivot {entry['pivot']}" if "pivot" in entry else ""
-            raise CheckpointError(f"cannot build a layer of rank {entry['rank']}{pivot}: they start at 1 and 0.")
+            raise CheckpointError(
+                f"cannot build a layer of rank {entry['rank']}{pivot}: the rank starts at 1 and the pivot at 0."
+            )
         return cls(**entry)
 
     def fits(self, module: nn.Module) -> bool:

@@ -44,11 +44,11 @@ class Merging(Joined):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         spec = self.spec
         if attention_mask is not None and not torch.compiler.is_exporting():
-            raise ValueError("tokens are merged wherever they are: an attention mask cannot be kept.")
+            raise ValueError("an attention mask cannot be used with merged tokens.")
         if hidden_states.shape[1] != spec.tokens:
             raise ValueError(
-                f"{hidden_states.shape[1]} tokens reach a block that merges {spec.tokens} to {spec.kept}: images need "
-                "the size that the model was compressed for, and the blocks their order."
+                f"{hidden_states.shape[1]} tokens reach a block that merges {spec.tokens} to {spec.kept}: use "
+                "images of the size that the model was compressed for, and keep the order of the blocks."
             )
         x, sizes = hidden_states, None
         if spec.reads == "sizes":

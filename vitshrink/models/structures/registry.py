@@ -85,8 +85,8 @@ def read(entry: Any) -> Structure:
     kind = kind_of(entry)
     if kind not in _STRUCTURES:
         raise CheckpointError(
-            f"the checkpoint holds a structure {kind!r}, and this version knows {', '.join(sorted(_STRUCTURES))}. "
-            "Upgrade vitshrink."
+            f"the checkpoint contains a structure {kind!r}, but this version knows only "
+            f"{', '.join(sorted(_STRUCTURES))}. Upgrade vitshrink."
         )
     cls = _STRUCTURES[kind]
     if kind == LINEAR:

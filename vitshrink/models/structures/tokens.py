@@ -36,10 +36,12 @@ class MixedEmbeddings(Joined):
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool = False
     ) -> Tensor:
         if bool_masked_pos is not None:
-            raise ValueError("mixed tokens cannot be masked: an image has another set of them than the next.")
+            raise ValueError(
+                "an attention mask cannot be used with mixed tokens, because every image has other tokens."
+            )
         if pixel_values.shape[-2:] != tuple(self.image_size) and not interpolate_pos_encoding:
             raise ValueError(
-                f"the image is {tuple(pixel_values.shape[-2:])}, the model takes {tuple(self.image_size)}: "
+                f"the image is {tuple(pixel_values.shape[-2:])}, but the model takes {tuple(self.image_size)}: "
                 "pass interpolate_pos_encoding=True."
             )
         patches, chosen = self._tree(pixel_values)
@@ -178,13 +180,13 @@ class MixedTokens:
         step = 2 ** (self.levels - 1)
         if self.levels < 2 or any(size % step for size in grid):
             raise ValueError(
-                f"{self.levels} sizes of patches need a grid that divides by {step}, not {grid[0]} × {grid[1]}: "
-                "choose another number of levels (2 or more), or another resolution."
+                f"{self.levels} patch sizes need a grid that {step} divides, not {grid[0]} × {grid[1]}: choose "
+                "another number of levels (2 or more), or another resolution."
             )
         if not self.coarse(grid) <= self.budget <= grid[0] * grid[1]:
             raise ValueError(
-                f"a budget of {self.budget} patches is not possible: this grid of {grid[0]} × {grid[1]} in "
-                f"{self.levels} sizes takes {self.coarse(grid)} to {grid[0] * grid[1]}."
+                f"a budget of {self.budget} patches is not possible: a grid of {grid[0]} × {grid[1]} with "
+                f"{self.levels} patch sizes allows {self.coarse(grid)} to {grid[0] * grid[1]}."
             )
 
     def fits(self, module: nn.Module) -> bool:

@@ -149,7 +149,7 @@ def _each(
     )
     batches = batches_that_fit(dense, batches)
     history = []
-    with job.stage("rounding", "Rounding blocks anew", len(blocks_of(model))) as advance, evaluating(model, dense):
+    with job.stage("rounding", "Rounding blocks again", len(blocks_of(model))) as advance, evaluating(model, dense):
         longest = max(0 if each.mask is None else each.mask.shape[-1] for each in (*batches, *held_out))
         importance = importance_of(dense, batches[: max(1, SAMPLES // config.batch_size)], seed, longest)
         generator = torch.Generator().manual_seed(seed)  # what is drawn later is the same after a kill

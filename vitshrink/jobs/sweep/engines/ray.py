@@ -68,8 +68,8 @@ class Attempt:
         self._lost += 1
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         if self._lost > MOST_LOST:
-            raise VitshrinkError(f"the machines were lost that ran it, {self._lost} times; the last time: {reason}")
-        self._work.say(f"its machine was lost, and it is run again: {reason}")
+            raise VitshrinkError(f"its machines were lost {self._lost} times; the last time: {reason}")
+        self._work.say(f"its machine was lost, so it runs again: {reason}")
         self._send()
 
     def terminate(self) -> None:
@@ -104,7 +104,7 @@ class Cluster:
         needs = work.resources
         if needs not in self._waited and not self._fits(needs):
             self._waited.add(needs)
-            work.say(f"waits for a machine with {needs}: the cluster has none now")
+            work.say(f"waits for a machine with {needs}; the cluster has none now")
         unlock(work.lock)  # it is taken where the job runs
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, int(needs.cpus)))
         text = (work.directory / RECIPE).read_text(encoding="utf-8")
@@ -119,7 +119,8 @@ class Cluster:
         """Raises UsageError for what this machine, which is the whole cluster, will never have."""
         if self.own and not self._fits(needs):
             raise UsageError(
-                f"a job needs {needs}, and this machine has less: lower 'resources', or give a cluster's --address."
+                f"a job needs {needs}, and this machine has less: lower 'resources', or pass the --address of a "
+                "cluster."
             )
 
     def _fits(self, needs: Resources) -> bool:
@@ -145,8 +146,8 @@ def join(wanted: Wanted) -> Cluster:
     except Exception as error:  # an address that is none, nobody there, another version of Ray or Python
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UsageError(
-            f"--address {wanted.address}: there is no Ray cluster that could be joined ({reason}). Start one with "
-            "'ray start --head', or leave --address out."
+            f"--address {wanted.address}: cannot join a Ray cluster there ({reason}). Start one with 'ray start "
+            "--head', or remove --address."
         ) from error
     cluster = Cluster(ray, wanted.jobs or sys.maxsize, own=wanted.address is None)
     try:
