@@ -50,8 +50,8 @@ def open_pairs(data: DataConfig, *, labeled: bool, offline: bool) -> SampleSet:
         return replace(_listed(images), kind="image-text", apart=True, prompts=prompts)
     raise DataError(
         f"{images.source} has images without captions, and the model also needs texts: pass {texts_flag(data)} FILE "
-        "with one text per line (they need not belong to the images), or a table with a column of images and a column of "
-        "captions (file_name,caption)."
+        "with one text per line (they need not belong to the images), or a table with a column of images and a column "
+        "of captions (file_name,caption)."
     )
 
 
