@@ -67,6 +67,7 @@ def rows(output: str) -> list[list[str]]:
         "merging",
         "narrow",
         "same_bytes",
+        "checkpoints",
     ],
 )
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
@@ -634,3 +635,27 @@ def test_only_jobs_whose_weights_a_change_touches_are_different(
     with pytest.raises(SystemExit, match="1 of 2 jobs differ: vit svd"):
         script.main(["--against", "HEAD", "--jobs", "vit svd", "vit quantize int8"])
     assert [row[-1] for row in rows(capsys.readouterr().out)[1:]] == ["DIFFERENT", "same"]
+
+
+@pytest.mark.slow
+def test_checkpoints_of_several_heads_share_a_table(
+    benchmark: Benchmark,
+    vit_directory: Path,
+    learned_images: Path,
+    checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script, file, bert = benchmark("checkpoints"), str(tmp_path / "found.json"), str(checkpoint("BertModel"))
+    given = ["--checkpoint", str(vit_directory), str(learned_images), str(learned_images)]
+    given += ["--checkpoint", bert, str(text_file), str(text_file)]
+    script.main([*given, "--keep", "0.8", "0.01", "--bits", "5", "--samples", "8", "--limit", "8", "--results", file])
+    output = capsys.readouterr().out
+    head, *body = rows(output)
+    assert head[:3] == ["checkpoint", "size", "measure"]
+    assert [row[1] for row in body] == ["keep 0.8", "bits 5"] * 2
+    assert [row[2].partition(",")[0] for row in body] == ["top1"] * 2 + ["none: no labels"] * 2
+    assert "keep 0.01: cannot reach" in output
+    script.main(["--results", file])
+    assert rows(capsys.readouterr().out) == [head, *body]
