@@ -142,6 +142,23 @@ def test_what_is_for_dual_encoders_alone_is_refused_elsewhere(vit_directory: Pat
     assert "--calibration-texts is for CLIP" in refused(*arguments, "--calibration-texts", "lines.txt")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("compress", "--tokens", "merge", "--token-operations", "0.7"), "--tokens merge needs to know where"),
+        (("compress", "--keep", "0.9", "--resolution", "48"), "needs to know where the patches are"),
+        (("compress", "--keep", "0.9", "--method", "qk-joint"), "choose a method for linear layers"),
+        (("quantize", "--activations", "static"), "is for one tower"),
+    ],
+)
+def test_what_two_towers_cannot_have_is_refused(
+    arguments: tuple[str, ...], said: str, clip: Path, tmp_path: Path
+) -> None:
+    command, *flags = arguments
+    data = ("--calibration", kinds.write_captions(tmp_path), "--samples", "8")
+    assert said in refused(command, clip, tmp_path / "out", *flags, *data)
+
+
 def test_a_bound_is_kept_on_the_vectors(clip: Path, tmp_path: Path) -> None:
     assert_a_bound_is_kept(clip, kinds.write_captions(tmp_path, 48), tmp_path / "out", "--max-error", 0.2)
 

@@ -14,6 +14,7 @@ from vitshrink.config.options import quantized_bits
 from vitshrink.config.quantize import QuantizeJob
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData, hold_out, read_calibration
+from vitshrink.errors import UsageError
 from vitshrink.evaluation.quality import EvaluationRecord
 from vitshrink.jobs.compress import compress
 from vitshrink.jobs.description import calibrated_on, environment, latency_record, quantization_of
@@ -56,6 +57,12 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
     session.source.companions.tell(job)
     if config.could_lose_less and not is_compressed(session.source.source):
         job.warn(LESS)
+    if config.activations == "static" and session.source.task == "image-text":
+        kind = type(session.source.model).__name__.removesuffix("Model")
+        raise UsageError(
+            f"--activations static is for one tower: save {kind}VisionModel or {kind}TextModel alone (from_pretrained, "
+            "then save_pretrained), and quantize that."
+        )
     dtype, data = session.dtype(config.dtype), _Data.open(config, session)
     source = session.source
     needed = 2 * cost.parameters(source.model)

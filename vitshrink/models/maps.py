@@ -18,7 +18,7 @@ from vitshrink.models.targets import blocks_of
 def landmarks_of(model: PreTrainedModel, landmarks: int, form: str) -> Landmarks:
     """What a model's attentions shall become. Raises UsageError where they cannot."""
     family = family_of(model)
-    if family.modality != "image":
+    if family.modality == "text":
         raise UsageError(
             f"--landmarks are means over a grid of patches, but {type(model).__name__} ({family.model_type}) "
             "reads text, and the means would contain padding."

@@ -27,7 +27,7 @@ Kept = tuple[int, ...]
 def require_mergeable(model: PreTrainedModel) -> None:
     """Raises UsageError for a model whose tokens cannot be merged."""
     family = family_of(model)
-    if family.modality != "image":
+    if family.modality == "text":
         raise UsageError(
             f"--tokens merge merges patches of an image, but {type(model).__name__} ({family.model_type}) reads "
             "text, where every token counts. For texts, batches of equal length save time."

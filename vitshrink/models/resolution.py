@@ -24,7 +24,7 @@ _NAMES = {MixedTokens: "mixed tokens", MergedTokens: "merged tokens", Landmarks:
 def _embeddings(model: PreTrainedModel, flag: str) -> Any:
     """With positions of its own, decoded where they were not."""
     family = family_of(model)
-    if family.modality != "image":
+    if family.modality == "text":
         raise UsageError(
             f"{flag} is about the patches of an image, but {type(model).__name__} ({family.model_type}) reads text."
         )
