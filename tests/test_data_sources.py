@@ -221,8 +221,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "cat" / "locked").mkdir()
     scandir = os.scandir  # tests may run as root, whom no permission stops
 
-    def locked(path: Path) -> Any:
-        if path.name == "locked":
+    def locked(path: str | Path) -> Any:
+        if Path(path).name == "locked":
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
