@@ -2,8 +2,10 @@
 # make test    lint, types and the fast tests; make test-slow the others
 # make test-lowest  some of the fast tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 # make ci      lint, types, all tests, and the branch coverage of the fast ones
+# make dist    the wheel and the source distribution, checked, into dist/
 # make docs    the documentation site, into build/site/; offline once installed
 # make outside odd checkpoints, data and surroundings; COUNT=1000 SEED=7 for more, others
+# CONSTRAINTS= takes the latest versions in place of those of constraints.txt.
 # Each sets up its own environment in .venv first; PYTHON=python3.12 make test picks the interpreter.
 
 PYTHON ?= python3
@@ -12,6 +14,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 INSTALLED := $(VENV)/.installed
 OUTPUT ?= demo-output
+CONSTRAINTS ?= constraints.txt
 COUNT ?= 1000
 SEED ?= 0
 WORKERS ?= auto
@@ -26,7 +29,7 @@ LOWEST_TESTS := tests/test_api.py tests/test_autoload.py tests/test_cli.py tests
 	tests/test_exporting.py tests/test_finetuning.py tests/test_report.py tests/test_runtimes.py tests/test_start.py
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check test test-slow test-lowest ci outside docs clean
+.PHONY: help venv demo check test test-slow test-lowest ci outside docs dist clean
 
 help:
 	@echo "make demo   the whole job on an embedded example, into $(OUTPUT)/"
@@ -35,6 +38,7 @@ help:
 	@echo "make test-lowest  some of the fast tests with the oldest versions that pyproject.toml allows, in $(LOWEST)/"
 	@echo "make ci     both, and the branch coverage of the fast ones: what continuous integration runs"
 	@echo "make outside  the command line on odd input by chance: COUNT=$(COUNT) cases from SEED=$(SEED)"
+	@echo "make dist   the wheel and the source distribution, checked, into dist/"
 	@echo "make docs   the documentation site, into build/site/; a broken link fails"
 	@echo "make check  lint and types only"
 	@echo "make venv   only the environment, in $(VENV)/"
@@ -47,7 +51,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "vitshrink needs Python 3.11 or newer; point to one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "setting up $(VENV) (once; torch is a large download where it is not cached)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -82,6 +86,14 @@ ci:
 
 outside: $(INSTALLED)
 	$(BIN)/python -m tests.outside --singles --count $(COUNT) --seed $(SEED)
+
+# what a release publishes
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt twine check-wheel-contents
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 # the theme's notes on its own future are no concern of the build
 docs: $(INSTALLED)
