@@ -81,6 +81,21 @@ def test_links_lead_to_files_and_headings_of_the_repository(page: Path) -> None:
             assert anchor in headings(target.read_text(encoding="utf-8")), link
 
 
+def figures(page: Path) -> list[list[str]]:
+    """The numbers of every row of a table that has some, signs of emphasis and units aside."""
+    rows = (line.split("|")[1:-1] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
+    found = [[each for cell in row for each in re.findall(r"^[*]*([\d.]+)", cell.strip())] for row in rows]
+    return [row for row in found if row]
+
+
+def test_figures_of_the_results_page_are_those_of_the_runs() -> None:
+    runs = [row for page in (ROOT / "benchmarks" / "results").glob("*.md") for row in figures(page)]
+    rows = figures(ROOT / "docs" / "results.md")
+    assert len(rows) > 15
+    for row in rows:
+        assert any(run[: len(row)] == row for run in runs), row
+
+
 def test_every_page_of_the_guide_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2].partition("\nvalidation:")[0]
     listed = set(re.findall(r"([\w-]+\.md)$", navigation, re.MULTILINE))
