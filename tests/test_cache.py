@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitshrink.compression import estimation
+from vitshrink.compression import estimation, sensitivity_estimation
 from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch
@@ -92,6 +92,22 @@ def test_a_second_job_computes_nothing_again_and_gives_the_same_weights(job: Job
     found, want = load_file(second.directory / "model.safetensors"), load_file(plain.directory / "model.safetensors")
     for name, tensor in want.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_integers_of_another_size_do_not_run_the_model_on_the_calibration_data(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"keep": (), "refine": 2, "bits": 4.0}
+    plain = job(**asked, cache=None)
+    first = job(**asked)
+    monkeypatch.setattr(
+        sensitivity_estimation, "collect_sensitivity", lambda *_, **__: pytest.fail("the model was run")
+    )
+    assert weights(first) == weights(job(**asked)) == weights(plain)
+    smaller = job(**asked | {"bits": 3.0})
+    assert len(weights(smaller)) < len(weights(first))
+    with pytest.raises(pytest.fail.Exception, match="the model was run"):
+        job(**asked, seed=1)
 
 
 def test_a_second_job_never_runs_the_model_on_the_calibration_data(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

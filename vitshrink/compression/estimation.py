@@ -45,6 +45,18 @@ DENSE = "dense"
 """The step of a job that looks at the dense model only."""
 
 
+def origin(dense: PreTrainedModel, layers: Sequence[str], calibration: CalibrationData | None) -> dict[str, Any]:
+    """What all statistics of a dense model follow from, as the key of a cache says it."""
+    return {
+        "vitshrink": __version__,
+        "torch": torch.__version__,
+        "device": next(dense.parameters()).device.type,
+        "model": model_digest(dense),
+        "layers": list(layers),
+        "data": None if calibration is None else data_digest(calibration.batches),
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class LayerEstimator:
     """The dense model, its calibration data, and what is asked of them.
@@ -69,7 +81,7 @@ class LayerEstimator:
         return self._known(self._memory(job), job)
 
     def _known(self, memory: Memory, job: Job) -> dict[str, LinearStats]:
-        stats = memory.read(LinearStats)
+        stats = paged(memory.read(LinearStats), self.pages)
         if not stats:
             stats = self._statistics(self.dense, {}, job, seed=self.config.seed, step=DENSE)
             memory.write(stats)
@@ -79,7 +91,7 @@ class LayerEstimator:
         """Calibrate on the dense model and factorize each target once; a rank is then a slice."""
         memory = self._memory(job)
         stats = self._known(memory, job)
-        layers = memory.read(Factorization)
+        layers = paged(memory.read(Factorization), self.pages)
         if layers:
             return Findings(layers, {}, stats)
         findings = self._factorize(stats, job)
@@ -188,12 +200,7 @@ class LayerEstimator:
         curvature = self.method.needs is Needs.CURVATURE
         wanted = precision_for(self.dense, self.config.precision)
         return {
-            "vitshrink": __version__,
-            "torch": torch.__version__,
-            "device": device.type,
-            "model": model_digest(self.dense),
-            "layers": [target.name for target in self.targets],
-            "data": None if self.calibration is None else data_digest(self.calibration.batches),
+            **origin(self.dense, [target.name for target in self.targets], self.calibration),
             "needs": self.method.needs.value,
             "seed": self.config.seed if curvature else None,
             "probes": self.config.probes if curvature else None,

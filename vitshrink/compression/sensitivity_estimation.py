@@ -5,19 +5,20 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
-from vitshrink.compression.estimation import DENSE
+from vitshrink.compression.estimation import DENSE, origin
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.forms.coded import matrix_of
-from vitshrink.compression.keeping import Step
+from vitshrink.compression.keeping import Cached, Step
 from vitshrink.compression.rounding import Metric
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
 from vitshrink.models.families import precision_for
+from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.entries import laid_out
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.paging import paged
-from vitshrink.runtime.precision import passes_in
+from vitshrink.runtime.precision import passes_in, resolve_precision
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.recomputing import is_large
 from vitshrink.statistics.sensitivity import Sensitivity, collect_sensitivity
@@ -36,11 +37,15 @@ class SensitivityEstimator:
 
     def learn(self, job: Job) -> Findings:
         """One walk over the calibration data, from which every fineness follows."""
-        memory = Step(self.progress, DENSE)
-        found = memory.read(Sensitivity)
+        cached = self._cached(job)
+        step = Step(self.progress, DENSE)
+        found = step.read(Sensitivity) if cached is None else cached.read(Sensitivity)
         if not found:
             found = self._collected(job)
-            memory.write(dict(found), hold=False)  # they are used up
+            if cached is None:
+                step.write(dict(found), hold=False)  # they are used up
+            elif len(found) == len(self.sites):
+                cached.write(found)
         findings = Findings({}, {}, found)
         needed = sum(each.half.nbytes for each in found.values() if each.half is not None)
         pages = self.progress.prepared() if is_large(needed, self.dense) else None
@@ -57,6 +62,16 @@ class SensitivityEstimator:
         if not findings.layers:
             raise NumericsError("no layer could be rounded; see the warnings for the reasons.")
         return findings
+
+    def _cached(self, job: Job) -> Cached | None:
+        """Where sensitivities are kept for other jobs; None where the job keeps none."""
+        if self.config.cache is None:
+            return None
+        with job.stage("cache", "Looking into the cache"):
+            device = next(self.dense.parameters()).device
+            precision = resolve_precision(device, precision_for(self.dense, self.config.precision))
+            key = origin(self.dense, self.sites, self.calibration) | {"seed": self.config.seed, "precision": precision}
+            return Cached(Cache.at(self.config.cache, device, job.warn), {Sensitivity: key})
 
     def _collected(self, job: Job) -> dict[str, Sensitivity]:
         assert self.calibration is not None
