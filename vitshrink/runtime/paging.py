@@ -69,9 +69,9 @@ def _in_file(tensor: Tensor, directory: Path) -> Tensor:
         try:
             os.unlink(name)
             tensor.detach().numpy().tofile(file)
-        except OSError:  # no room
+            file.flush()
+            array = np.memmap(file, np.uint8, "r+", shape=(tensor.nbytes,))
+        except OSError:  # no room, or a file system that maps nothing
             return tensor
-        file.flush()
-        array = np.memmap(file, np.uint8, "r+", shape=(tensor.nbytes,))
     _maps.append(ref(array))
     return torch.from_numpy(array).view(tensor.dtype).view(tensor.shape)
