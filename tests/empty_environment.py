@@ -31,7 +31,7 @@ def install(wheel: Path, requirements: list[str], folder: Path) -> Path:
     _run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     _run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps", wheel)
-    (site,) = folder.glob("lib*/python*/site-packages")
+    (site,) = folder.glob("lib/python*/site-packages")
     here = Path(sysconfig.get_paths()["purelib"])
     for name in needed_by(requirements):
         tops = {file.parts[0] for file in distribution(name).files or []} - {"..", "__pycache__"}
