@@ -135,11 +135,11 @@ def test_the_whole_is_rounded_inspected_and_written_dense(small: Path, clip: Pat
 
 def test_what_is_for_dual_encoders_alone_is_refused_elsewhere(vit_directory: Path, flat_images: Path) -> None:
     told = refused("eval", vit_directory, "--data", flat_images, "--template", "a {}")
-    assert "--template is for CLIP and SigLIP" in told
+    assert "--template works with CLIP and SigLIP" in told
     told = refused("eval", vit_directory, "--data", flat_images, "--template", "a photo")
     assert "has no {}" in told
     arguments = ("compress", vit_directory, "out", "--keep", "0.9", "--calibration", flat_images)
-    assert "--calibration-texts is for CLIP" in refused(*arguments, "--calibration-texts", "lines.txt")
+    assert "--calibration-texts works with CLIP" in refused(*arguments, "--calibration-texts", "lines.txt")
 
 
 @pytest.mark.parametrize(

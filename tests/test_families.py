@@ -279,7 +279,7 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     job = CompressConfig(str(tmp_path / "model"), str(tmp_path / "out"), keep=(0.8,), method="svd")
     for more, said in (
         ({"auto_map": {"AutoModel": "modeling_own.OwnModel"}}, "auto_map.*vitshrink never does.*remove the entry"),
-        ({}, "has no model OwnModel. Code of a checkpoint is never run"),
+        ({}, "has no model OwnModel. vitshrink never runs code from a checkpoint"),
     ):
         config.write_text(json.dumps(entries | more))
         with pytest.raises(CheckpointError, match=said):

@@ -128,7 +128,7 @@ def test_a_larger_candidate_is_taken_where_storing_costs_too_much(
     result = bounded(output="larger", max_kl=0.002, refine=0)
     assert kept(result) > kept(plain)
     assert fidelity(result).kl <= 0.002
-    assert any("a larger one is taken" in warning for warning in result.report.warnings)
+    assert any("a larger size is used" in warning for warning in result.report.warnings)
 
 
 def test_the_dense_model_runs_once_on_each_held_out_batch(bounded: Bounded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_a_job_whose_node_is_killed_goes_on_elsewhere_and_ends_in_the_same_bytes
     assert f"{job}: running (its machine was lost, so it runs again: " in said
     log = (far / job / "log.txt").read_text()
     assert "The machine was lost; it is run again on" in log
-    assert "Going on with what an interrupted run has computed" in log
+    assert "Continuing from the saved state" in log
     on_this = start(sweep_file, "--output", near)
     assert on_this.wait(600) == 0
     assert rows(far) == rows(near)
@@ -160,7 +160,7 @@ def test_limits_and_interruptions_end_the_jobs_of_a_cluster_and_the_sweep_goes_o
     told = last.communicate(timeout=600)
     assert last.returncode == 3, told
     assert [row["status"] for row in json.loads(told[0])["jobs"]] == ["gate", "gate"]
-    assert "Going on with" in "".join(log.read_text() for log in output.glob("*/log.txt"))
+    assert "Continuing from" in "".join(log.read_text() for log in output.glob("*/log.txt"))
 
 
 def test_what_the_cluster_lacks_is_refused_before_any_job(sweep_file: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_job_goes_on_in_a_process_that_shares_no_disk(entries: dict[str, Any],
     assert not (store / "model").exists()
     log = Log()
     compress(CompressConfig.from_mapping(entries), log)
-    assert any(title.startswith("Going on with") for title in log.titles)
+    assert any(title.startswith("Continuing from") for title in log.titles)
     assert not [each for each in store.rglob("*") if each.is_file() and "state" in str(each)]
     compress(CompressConfig.from_mapping({**entries, "output": str(tmp_path / "plain"), "cache": None}))
     assert weights(store / "model") == weights(tmp_path / "plain")

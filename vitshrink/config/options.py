@@ -189,8 +189,8 @@ class CompressConfig(
             raise UsageError(f"--target-latency already decides how much is computed: remove {others[0]}.")
         if self.forms == "bits":
             raise UsageError(
-                "--forms bits: integers of any fineness are no faster: leave it out, and --target-latency makes those "
-                "that are."
+                "--forms bits: entropy-coded integers are not faster. Remove it; --target-latency makes faster "
+                "integers."
             )
         self._check_integers()
 
@@ -490,7 +490,7 @@ class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
         suggested=("onnx", "openvino", "torch", "dense"),
     )
     tower: Literal["image", "text"] | None = option(
-        None, "Of a dual encoder (CLIP, SigLIP): which tower to export; needed for all forms but dense."
+        None, "Tower of a dual encoder (CLIP, SigLIP) to export; needed for all forms except dense."
     )
     tolerance: float = option(
         1e-4,

@@ -58,7 +58,7 @@ def open_data(
     for flag, given in ((texts_flag(data), data.texts), ("--template", data.templates)):
         if given and model.task != "image-text":
             raise UsageError(
-                f"{flag} is for CLIP and SigLIP, and {type(model.model).__name__} is neither: leave it out."
+                f"{flag} works with CLIP and SigLIP only, not with {type(model.model).__name__}: remove it."
             )
     if model.task == "image-text":
         return _told(open_pairs(data, labeled=labeled, offline=offline), model, job, labeled=labeled)

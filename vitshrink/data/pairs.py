@@ -27,7 +27,7 @@ def open_pairs(data: DataConfig, *, labeled: bool, offline: bool) -> SampleSet:
     Raises DataError where there are images and no texts.
     """
     if data.text_pair_column is not None:
-        raise UsageError(f"{data.flags}text-pair-column: the model reads one text beside an image: leave it out.")
+        raise UsageError(f"{data.flags}text-pair-column: the model reads one text per image: remove it.")
     source = _with_metadata(data)
     images = open_samples(
         source,

@@ -30,9 +30,9 @@ def comparison_page(table: str, made: Sequence[Made], missing: Sequence[str]) ->
     return (
         "# One model of scanned digits, made smaller and faster\n\n"
         f"A ViT was trained on scanned digits and compressed with {CALIBRATION_IMAGES} unlabeled training images.\n"
-        f"The figures are of {HELD_OUT} images that neither training nor compression has seen. KL (nats) is\n"
-        f"the divergence from the dense model. Time is that of a batch of {BATCH_SIZE}, as a share of the dense\n"
-        f"model's, both timed in turn on one thread in the same runtime ({timed}).\n\n"
+        f"The test set is {HELD_OUT} images that neither training nor compression used. KL (nats) is the divergence\n"
+        f"from the dense model. Time is the latency of a batch of {BATCH_SIZE}, as a fraction of the dense model's;\n"
+        f"both were timed in turn on one thread in the same runtime ({timed}).\n\n"
         f"{table}\n\n{links}\n\n"
         f"Not part of the demo:\n\n" + "".join(f"- {each}\n" for each in missing)
     )

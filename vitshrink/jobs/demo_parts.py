@@ -83,13 +83,13 @@ def left_out(methods: Sequence[str] | None = None) -> list[str]:
     """What the tool has beside these, each with the reason why the demo does without it."""
     unused = sorted({*available_methods()} - {*(methods or available_methods())})
     reasons = [
-        f"--method {', '.join(attention_methods())}: change attention alone, a third of this model",
-        "--target-latency, --tokens merge, --tokens mixed, --landmarks: 16 patches an image are too few to gain by",
+        f"--method {', '.join(attention_methods())}: they change attention only, a third of this model",
+        "--target-latency, --tokens merge, --tokens mixed, --landmarks: with 16 patches per image they gain too little",
         "--finetune: the demo trains nothing after compression",
     ]
     if static_runtime() is None:
         reasons.append('quantize --activations static: needs a runtime, pip install "vitshrink[onnx]" or "[openvino]"')
-    return ([f"--method {', '.join(unused)}: not asked for"] if unused else []) + reasons
+    return ([f"--method {', '.join(unused)}: not requested"] if unused else []) + reasons
 
 
 def static_runtime() -> str | None:

@@ -144,14 +144,14 @@ def _of_tower(session: Session, form: str, tower: Side | None) -> Session:
     source = session.source
     if source.task != "image-text":
         if tower is not None:
-            raise UsageError(f"--tower {tower}: {type(source.model).__name__} has one tower only: leave it out.")
+            raise UsageError(f"--tower {tower}: {type(source.model).__name__} has only one tower: remove --tower.")
         return session
     if tower is None:
         if form == "dense":
             return session
         raise UsageError(
-            f"{type(source.model).__name__} has two towers, which runtimes run apart: pass --tower image or "
-            "--tower text."
+            f"{type(source.model).__name__} has two towers, which run separately in runtimes: pass --tower image "
+            "or --tower text."
         )
     model = tower_of(source.model, tower)
     list_structures(model)

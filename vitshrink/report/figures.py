@@ -133,7 +133,7 @@ def loss_by_cost(reports: Sequence[Report]) -> str | None:
     times = [(ratio, kl, report) for report, kl in known if (ratio := report.latency_ratio) is not None]
     if len({report.latency and report.latency.batch_size for _, _, report in times}) == 1:
         batch_size = next(report.latency.batch_size for _, _, report in times if report.latency)
-        panels.append((f"time of a batch of {batch_size}, share of the dense model's", times))
+        panels.append((f"time of a batch of {batch_size}, fraction of the dense model's", times))
     panels = [panel for panel in panels if len(panel[1]) > 1]
     if not panels:
         return None
