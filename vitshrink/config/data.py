@@ -10,7 +10,7 @@ Preprocessing = Literal["checkpoint", "timm"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from, and how to read them."""
+    """Source of samples, and how to read them."""
 
     source: str
     split: str | None = None

@@ -26,7 +26,7 @@ class FrontierJob(
     LayerOptions,
     JobOptions,
 ):
-    """Everything ``frontier`` needs to know: what ``compress`` does, but the size."""
+    """Options of ``vitshrink frontier``: those of ``compress``, without the size."""
 
     model: str = required("A dense checkpoint: a directory or a Hub id.", positional=True, reads=True)
     points: int = option(24, "Number of sizes for which the loss is predicted.", panel=SIZE, low=3)

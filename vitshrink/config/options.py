@@ -115,7 +115,7 @@ class CompressConfig(
     Paths,
     JobOptions,
 ):
-    """Everything ``compress`` needs to know."""
+    """Options of ``vitshrink compress``. The fields are the flags, with ``_`` instead of ``-``."""
 
     finetune: FinetuneConfig | None = option(
         None,
@@ -354,7 +354,7 @@ class FinetuneJob(
     Paths,
     JobOptions,
 ):
-    """Everything ``finetune`` needs to know; the flags are its own and those of ``FinetuneConfig``."""
+    """Options of ``vitshrink finetune``, with those of ``FinetuneConfig``."""
 
     command_name: ClassVar = "finetune"
     what: ClassVar = {"model": "the compressed checkpoint", "output": "the directory to write"}
@@ -423,7 +423,7 @@ class EvalJob(
     MeasuredOptions,
     JobOptions,
 ):
-    """Everything ``eval`` needs to know, but the bounds, which are ``GateOptions``."""
+    """Options of ``vitshrink eval``, without the bounds, which are ``GateOptions``."""
 
     latency: tuple[int, ...] = option(
         (), "Measure the latency of a batch of this size; repeat the flag for several sizes.", panel=RUN, low=1
@@ -465,7 +465,7 @@ class EvalJob(
 class InspectJob(
     BatchOptions, NetworkOptions, RunOptions, LayerOptions, InputOptions, ColumnOptions, CalibrationOptions, JobOptions
 ):
-    """Everything ``inspect`` needs to know."""
+    """Options of ``vitshrink inspect``."""
 
     model: str = required("Dense checkpoint: a directory or a Hub id.", positional=True, reads=True)
     samples: int = option(128, "Number of samples, if a data recipe does not set it.", panel=DATA, low=1)
@@ -481,7 +481,7 @@ class InspectJob(
 
 @dataclass(frozen=True, kw_only=True)
 class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
-    """Everything ``export`` needs to know."""
+    """Options of ``vitshrink export``."""
 
     to: str = required(
         "onnx: model.onnx, for onnxruntime and others; openvino: model.xml and model.bin; torch: model.pt2, a "

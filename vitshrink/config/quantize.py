@@ -75,7 +75,7 @@ class QuantizeJob(
     Paths,
     JobOptions,
 ):
-    """Everything ``quantize`` needs to know."""
+    """Options of ``vitshrink quantize``."""
 
     rounding: Rounding = option(
         "auto",

@@ -130,14 +130,15 @@ FIDELITIES, BOUNDS = (tuple(entry.name for entry in entries_of(group)) for group
 
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions(BoundOptions, RankSizeOptions, TimeOptions, BytesOptions, CountOptions):
-    """Exactly one size.
+    """Exactly one size or bound.
 
-    ``keep`` (fractions of the whole model's parameters, or, of integers, of its bytes in float16; several give several
-    outputs), ``target_params``, ``target_size``, ``bits`` (of a weight, on average), ``target_latency`` (of a batch),
-    ``rank``, ``explained_variance`` (the share that every layer keeps of its energy in the method's metric), or the
-    smallest that keeps a bound on held-out calibration samples: ``max_changed``, percent of the predictions, which
-    differ from the dense model's, ``max_kl``, nats, for scores and features ``max_error``, the squared error as a share
-    of their spread, or, where the samples have labels, ``max_accuracy_drop``, points of accuracy.
+    Sizes: ``keep`` (fraction of the parameters, or of the bytes in float16 for integers; several give several outputs),
+    ``target_params``, ``target_size`` (bytes of the file), ``bits`` (average per weight), ``target_latency`` (of a
+    batch), ``rank`` and ``explained_variance`` (fraction of the energy that every layer keeps).
+
+    Bounds, for the smallest model that keeps them on held-out calibration samples: ``max_changed`` (percentage of the
+    predictions), ``max_kl`` (nats), ``max_error`` (squared error of scores or features as a fraction of their spread),
+    ``max_accuracy_drop`` (points of accuracy; needs labels).
     """
 
     @property

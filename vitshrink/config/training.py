@@ -16,9 +16,10 @@ GAMMAS = (0.5, 0.25, 0.125)
 
 @dataclass(frozen=True)
 class FinetuneConfig(Options):
-    """How a compressed model is trained to recover: the flags of ``finetune``, the options of ``compress --finetune``.
+    """How a compressed model is trained: flags of ``vitshrink finetune`` and values of ``compress --finetune-option``.
 
-    ``distill`` needs no labels: the dense model's answers are the targets. What is None depends on the objective.
+    ``distill`` needs no labels, because the outputs of the dense model are the targets. The default of a field that is
+    None depends on the objective.
     """
 
     objective: Objective = option(

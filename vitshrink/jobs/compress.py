@@ -41,17 +41,21 @@ __all__ = ["CompressionResult", "compress"]
 
 
 def compress(config: CompressConfig, observer: Observer | None = None) -> list[CompressionResult]:
-    """Compress a checkpoint to every requested size, from one calibration, and publish what was verified.
+    """Compress a checkpoint to every requested size, from one calibration, and publish the verified results.
 
-    All outputs appear whole at the end, in one rename, or none does; beside several of them lies a comparison. What a
-    killed job had computed is used by the next one of the same kind. Several processes that have met share the work;
-    the first alone publishes.
+    All outputs appear at the end in one rename, or none does. Several outputs come with a comparison. A job continues
+    from the saved state of a killed job with the same options. If a launcher started several processes, they share the
+    work, and the first one publishes.
 
     Raises:
-        UsageError, TargetError: before any work where that can be known.
-        CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
-        GateError: no size keeps within a bound.
-        OtherProcessError: another process of this job has failed.
+        UsageError: options that are wrong; before any work if possible.
+        TargetError: a size that cannot be reached.
+        CheckpointError: a checkpoint that cannot be read, or is not supported.
+        DataError: samples that cannot be used.
+        NumericsError: NaN or infinity, or no layer that can be compressed.
+        OutputError: an output that cannot be written or verified.
+        GateError: no size keeps the bound.
+        OtherProcessError: another process of this job failed.
     """
     job = Job(observer or Silent())
     choices = Choices.of(config)

@@ -173,16 +173,38 @@ def evaluate_checkpoint(
     landmark_form: str = "pooled",
     observer: Observer | None = None,
 ) -> Assessment:
-    """Measure a model on ``data`` and, with a ``baseline``, its difference from that on the same samples.
+    """Evaluate a model on ``data`` and, with a ``baseline``, compare both on the same samples.
 
-    ``tokens`` and ``landmarks`` are those of the model alone, ``resolution`` is that of both.
-    ``limit`` samples are drawn by ``seed``. Weights are read in the type they are stored in and computed in float32.
-    ``latency`` are batch sizes to time, both models in turn and with ``number_of_threads``: in ``runtime``, into which
-    they are exported for that, or as they are: in PyTorch, or in what runs an exported file.
-    Where several processes work on the job each measures its share of the samples.
+    Weights are read in their stored type and computed in float32. If a launcher started several processes, each
+    measures its share of the samples.
+
+    Args:
+        model: checkpoint directory, Hub id or exported model.
+        data: where the samples come from.
+        baseline: model to compare with, of any of these kinds.
+        limit: maximum number of samples, drawn with ``seed``.
+        batch_size: samples per batch.
+        max_length: maximum number of tokens in a text.
+        preprocess: ``checkpoint``, or ``timm`` for the preprocessing of timm.
+        class_map: file that maps class names to class indices.
+        max_bad_samples: maximum number of unreadable samples; 1 % of them by default.
+        workers: threads that decode images.
+        latency: batch sizes to time, both models in turn.
+        runtime: runtime for the timing, into which the models are exported; by default they run as they are.
+        number_of_threads: CPU threads for the timing.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        seed: seed of the samples, the masks and the intervals.
+        offline: never use the network.
+        resolution: image size in pixels, for both models.
+        tokens: mixed-resolution tokens of the model, not of the baseline.
+        landmarks: number of landmarks of the model, not of the baseline.
+        landmark_form: ``pooled`` or ``nystrom``.
+        observer: receives progress and warnings.
 
     Raises:
-        CheckpointError, DataError, UsageError: as the parts that read the model and the data.
+        CheckpointError: a model that cannot be read.
+        DataError: samples or labels that cannot be used.
+        UsageError: options that are wrong.
     """
     asked = {"--resolution": resolution, "--tokens mixed": tokens, "--landmarks": landmarks}
     for flag in (name for name, value in asked.items() if value is not None):

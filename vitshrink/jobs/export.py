@@ -75,18 +75,19 @@ def export(
     overwrite: bool = False,
     observer: Observer | None = None,
 ) -> Export:
-    """Write ``model`` into the directory ``output``: as ONNX, as an OpenVINO IR, as a dense
+    """Export ``model`` to the directory ``output``: as ONNX, as an OpenVINO IR, as a dense
     checkpoint, or as a torch.export program. Low-rank layers lose their pivots, see ``models.plain``. ``tower`` is the
-    part of a dual encoder to write, which only a dense checkpoint may be whole.
+    tower of a dual encoder to export; only a dense checkpoint can hold both.
 
-    Batches of any size, and texts of any length that the model can take, may be given to the result. It is compared
-    with the model on random inputs of several sizes before it is published.
+    The result takes batches of any size and texts of any length that the model takes. It is compared with the model on
+    random inputs of several sizes before it is published.
 
     Raises:
-        UsageError: an unknown form, a dense model that is to be made dense, or a tower where there is none to choose.
+        UsageError: an unknown form, a model without compressed layers for ``dense``, or a wrong tower.
         DependencyError: a package that the form needs is missing.
         CheckpointError: the model cannot be read.
-        OutputError: it cannot be written, or differs by more than ``tolerance`` and the rounding of activations.
+        OutputError: the output cannot be written, or differs by more than ``tolerance`` and the rounding of
+            activations.
     """
     write = choose(form, FORMS, "form")
     if not 0 < tolerance < float("inf"):

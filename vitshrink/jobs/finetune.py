@@ -27,13 +27,16 @@ from vitshrink.runtime.observer import Job, Observer, Silent
 
 
 def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -> CompressionResult:
-    """Train a compressed checkpoint, verify and publish it; ranks, sizes and the source stay as they are.
+    """Train a compressed checkpoint, verify it and publish it. Ranks, sizes and the source do not change.
 
-    Where a launcher has started several processes, and they have met, they train together.
+    If a launcher started several processes, they train together.
 
     Raises:
-        UsageError: before any work where that can be known.
-        CheckpointError, DataError, NumericsError, OutputError: with the file, layer or sample it is about.
+        UsageError: options that are wrong; before any work if possible.
+        CheckpointError: a checkpoint that cannot be read or trained.
+        DataError: samples or labels that cannot be used.
+        NumericsError: outputs that are NaN or infinite.
+        OutputError: an output that cannot be written or verified.
     """
     check_writable(config.finetune.checkpoints, "--checkpoints")
     job = Job(observer or Silent())

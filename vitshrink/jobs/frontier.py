@@ -47,14 +47,15 @@ class Survey:
 
 
 def survey(config: FrontierJob, observer: Observer | None = None) -> Survey:
-    """Predict what sizes lose, and measure some of them and the knee; models are built in memory alone.
+    """Predict the loss of many sizes, and measure some of them and the knee. Models are built in memory only.
 
-    Several processes that have met share the work; the first alone writes.
+    If a launcher started several processes, they share the work, and the first one writes.
 
     Raises:
-        UsageError, OutputError: before any work.
-        CheckpointError, DataError, NumericsError: as the parts that read and measure.
-        TargetError: nothing of the model can be made smaller.
+        UsageError: options that are wrong.
+        OutputError: an output directory that cannot be written; before any work.
+        CheckpointError, DataError, NumericsError: as ``compress``.
+        TargetError: nothing in the model can be made smaller.
     """
     check_writable(config.output, "--output")
     work = _Work.open(config, Job(observer or Silent()))

@@ -36,15 +36,15 @@ LESS = (
 
 
 def quantize_checkpoint(config: QuantizeJob, observer: Observer | None = None) -> CompressionResult:
-    """Write a model with integer weights, verified, whole or not at all: by calibration data, or to the nearest.
+    """Write a model with integer weights, rounded with calibration data or to nearest, and verify it.
 
-    To the nearest, models that are compressed are rounded as well, and measured beside ``baseline``, which is the model
-    itself if none is given; where several processes work on the job each measures its share of the samples. Weights are
-    then rounded on the CPU, whatever the ``device`` on which models are measured.
+    Rounding to nearest also takes compressed models. It compares with ``baseline``, by default with the model itself.
+    If a launcher started several processes, each measures its share of the samples. The weights are rounded on the
+    CPU; ``device`` is used for the measurement.
 
     Raises:
-        UsageError: a model that is quantized already.
-        CheckpointError, DataError, OutputError: as the parts that read and write, and all that ``compress`` raises.
+        UsageError: a model that is already quantized, or options that are wrong.
+        CheckpointError, DataError, OutputError: as ``compress``, whose other errors are possible, too.
     """
     if config.rounds == "curvature":
         (result,) = compress(config.compression(), observer)

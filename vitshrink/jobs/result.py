@@ -24,7 +24,7 @@ from vitshrink.runtime.storage import is_url, scratch
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """One compressed model: where it lies (None after a dry run; a URL is text) and what there is to say of it."""
+    """One compressed model: its directory (None after a dry run; a string for a URL) and its report."""
 
     directory: Path | str | None
     report: Report

@@ -29,7 +29,7 @@ class Check:
 def verify_directory(directory: Path) -> list[Check]:
     """Check a directory that vitshrink published: files, strict load, finite outputs, and the figures of its report.
 
-    Nothing is written, and every check is made, whatever the others find; a model that does not load ends them.
+    Nothing is written. All checks run even if one of them fails, unless the model does not load.
 
     Raises:
         UsageError: there is no such directory.

@@ -117,10 +117,11 @@ def load(
 ) -> PreTrainedModel:
     """Load a compressed (or dense) checkpoint strictly, in evaluation mode.
 
-    Unlike ``from_pretrained``, this raises on any weight that is missing, left over, of another shape or not
-    finite. ``dtype`` is that of the files if none is given.
+    Unlike ``from_pretrained``, this raises an error for every weight that is missing, unused, of another shape or not
+    finite. ``dtype`` is by default the type of the files.
 
-    Raises CheckpointError.
+    Raises:
+        CheckpointError: a checkpoint that cannot be read, or that does not match its config.
     """
     source = examine(resolve(path_or_id, offline=offline, revision=revision))
     model = load_source(source, dtype=dtype or source.dtype, attention=attention).model

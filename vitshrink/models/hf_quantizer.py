@@ -33,7 +33,7 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 
 class VitshrinkConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a compressed checkpoint: which modules are replaced, and by what.
+    """The ``quantization_config`` of a compressed checkpoint: which modules are replaced by which structures.
 
     Args:
         layers: module name relative to the base model -> its structure, see ``structures``.
@@ -77,7 +77,7 @@ class VitshrinkConfig(QuantizationConfigMixin):
 
 
 class VitshrinkQuantizer(HfQuantizer):
-    """Puts empty structures where the config lists them, before the weights are read."""
+    """Puts empty structures into the model, as the config lists them, before the weights are loaded."""
 
     quantization_config: VitshrinkConfig
     is_qat_trainable = True
