@@ -450,7 +450,7 @@ def test_inspect_lists_every_layer_with_and_without_data(vit_directory: Path, fl
     plain = run("inspect", vit_directory, "--layers", "mlp")
     assert plain.exit_code == 0
     assert len(re.findall(r"^vit\.layers", plain.stdout, re.MULTILINE)) == 4
-    assert "share of the plain squared spectrum" in plain.stdout
+    assert "fraction of the plain squared spectrum" in plain.stdout
     weighted = run("inspect", vit_directory, "--calibration", flat_images, "--samples", "8", "--json")
     layers = json.loads(weighted.stdout)
     assert len(layers) == 12

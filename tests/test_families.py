@@ -77,7 +77,7 @@ def test_a_family_without_an_entry_is_found_as_well(name: str) -> None:
         assert {target.role for target in found} == {"other"}
         groups = [{t.input_group for t in each if t.block == 0} for each in (found, known)]
         assert len(groups[0]) == len(groups[1])
-        with pytest.raises(UsageError, match=r"--layers mlp: which layers of .* are mlp is not known"):
+        with pytest.raises(UsageError, match=r"--layers mlp: vitshrink does not know which layers of .* are mlp"):
             find_targets(model, layers="mlp")
 
 
