@@ -75,6 +75,9 @@ class Bench:
     table: byte_table.Bench | None
     fractions: Sequence[float]
     random: bool
+    latencies: Sequence[float] = ()
+    batch: int = 8
+    """Samples in a batch for which a latency is asked for."""
 
     @property
     def dense(self) -> PreTrainedModel:
@@ -107,6 +110,9 @@ def rows_of(bench: Bench) -> Iterator[Row]:
     for fraction in () if bench.random else (1.0, *(bench.fractions if image else ())):
         for runtime, form in (("onnxruntime", "onnx"), ("OpenVINO", "openvino")):
             yield Row(f"ours, static int8, in {runtime}: {fraction:g}", partial(_rounded, fraction, form))
+    for share in () if bench.random else bench.latencies:
+        for runtime, form in (("onnxruntime", "onnx"), ("OpenVINO", "openvino")):
+            yield Row(f"ours, --target-latency {share:g}, in {runtime}", partial(_in_time, share, form, image))
 
 
 def _ours(bench: Bench) -> Iterator[tuple[str, float, Callable[[Bench], PreTrainedModel]]]:
@@ -168,6 +174,19 @@ def _rounded(fraction: float, form: str, bench: Bench, folder: Path) -> Path:
         source = str(merged)
     if not small.exists():
         quantize_checkpoint(QuantizeJob(source, str(small), activations="static", **data))
+    found = export(str(small), str(folder / form), form, offline=True, overwrite=True)
+    return folder / form / found.file
+
+
+def _in_time(share: float, form: str, image: bool, bench: Bench, folder: Path) -> Path:
+    """As the command line makes it for a batch: integers, and merged tokens of images or narrower layers of texts."""
+    given, small = bench.material, folder / "model"
+    data: dict[str, Any] = {"calibration": given.calibration, "samples": given.samples, "holdout": 8, "offline": True}
+    levers: dict[str, Any] = {"tokens": "merge"} if image else {"forms": "narrow"}
+    runtime = "openvino" if form == "openvino" else "onnxruntime"
+    clock = {"runtime": runtime, "threads": torch.get_num_threads(), "latency_batch_size": bench.batch}
+    if not small.exists():
+        compress(CompressConfig(given.model, str(small), target_latency=f"{share:g}", **clock, **levers, **data))
     found = export(str(small), str(folder / form), form, offline=True, overwrite=True)
     return folder / form / found.file
 
@@ -283,7 +302,7 @@ def opened(args: argparse.Namespace, work: Path) -> Bench:
     """The bench of a model, or of random weights and random pixels."""
     if not args.random:
         table = byte_table.Bench.open(args, work)
-        return Bench(table.material, table, args.fractions, False)
+        return Bench(table.material, table, args.fractions, False, args.latencies, max(args.batches))
     model = random_vit(args.blocks)
     pixels = example_inputs(model, args.samples)
     batch: Any = SimpleNamespace(inputs=pixels, mask=None, keys=list(range(args.samples)))
@@ -304,6 +323,8 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
         "time": f"{TIMES[args.cpu_time]}, shortest pass of each, all in turn in one run; as a multiple of PyTorch's",
         "merged tokens": "fractions of the operations",
     }
+    if args.latencies:
+        known |= {"--target-latency": "of the dense model's time in the same runtime, for the largest batch"}
     packages = ("nncf", "openvino", "onnxruntime")
     return known | {"peers": ", ".join(f"{each} {byte_table.version(each)}" for each in packages)}
 
@@ -318,6 +339,9 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--samples", type=int, default=64, help="calibration samples (default: 64)")
     known.add_argument("--limit", type=int, help="test samples (default: all)")
     known.add_argument("--fractions", type=float, nargs="*", default=[0.77, 0.67, 0.5], metavar="F")
+    known.add_argument(
+        "--latencies", type=float, nargs="*", default=[], metavar="S", help="of --target-latency, for the largest batch"
+    )
     known.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N")
     known.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="rows of such names")
     known.add_argument("--again", action="store_true", help="time again, though nothing was built")

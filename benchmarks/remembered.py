@@ -40,6 +40,9 @@ class ReadOnce:
     def processor(self) -> Any:
         return self.preprocessor.processor
 
+    def windows(self, samples: SampleSet) -> SampleSet:
+        return self.preprocessor.windows(samples)
+
     def batches(self, samples: SampleSet, batch_size: int, **options: Any) -> Iterator[Batch]:
         key = samples.fingerprint()
         if key not in self.kept:
