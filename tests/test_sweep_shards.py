@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from typer.testing import CliRunner
 
 from vitshrink.cli.app import app
 from vitshrink.errors import OutputError, UsageError
+from vitshrink.jobs.compress import compress
 from vitshrink.jobs.sweep import Shard, SweepPlan, read_sweep
 from vitshrink.jobs.sweep.output import locked
 from vitshrink.jobs.sweep.results import FILES
+from vitshrink.runtime import child
 
 
 def sweep(*arguments: str | Path) -> Result:
@@ -37,8 +41,16 @@ def test_a_shard_that_there_is_none_of_is_refused(text: str) -> None:
         Shard.read(text)
 
 
+SCRIPT = """
+directory=$(dirname "$1"); name=$(basename "$directory")
+if [ "$name" = lost ]; then echo "error: no such folder: 'no/such-model'."; exit 1; fi
+cp -r "$2/$name" "$directory/.new" && mv "$directory/.new" "$directory/model"
+"""
+
+
 @pytest.fixture(scope="module")
 def sweep_file(tmp_path_factory: pytest.TempPathFactory, vit_directory: Path, flat_images: Path) -> Path:
+    """Two sizes and a job that fails. Its jobs copy what was compressed once: the slow tests start real ones."""
     folder = tmp_path_factory.mktemp("shards")
     entries: dict[str, Any] = {
         "defaults": {"model": str(vit_directory), "calibration": str(flat_images), "samples": 8, "holdout": 4},
@@ -48,7 +60,20 @@ def sweep_file(tmp_path_factory: pytest.TempPathFactory, vit_directory: Path, fl
     }
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump(entries, sort_keys=False))
+    for job in read_sweep(file, output=folder / "ready").jobs[:2]:
+        compress(replace(job.config, output=str(folder / "ready" / job.name), cache=None))
+    script = folder / "job.sh"
+    script.write_text(SCRIPT)
     return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def jobs_that_copy(sweep_file: Path) -> Iterator[None]:
+    folder = sweep_file.parent
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["sh", str(folder / "job.sh")]
+        patch.setattr(child, "command", lambda recipe: [*words, str(recipe), str(folder / "ready")])
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TextIO
 
 from vitshrink.errors import UsageError, VitshrinkError
 from vitshrink.jobs.sweep.engines.registry import Task, Wanted, Work, engine
@@ -66,7 +66,7 @@ class Attempt:
     def _again(self, error: Exception) -> None:
         self._forget()
         self._lost += 1
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = type(error).__name__
         if self._lost > MOST_LOST:
             raise VitshrinkError(f"its machines were lost {self._lost} times; the last time: {reason}")
         self._work.say(f"its machine was lost, so it runs again: {reason}")
@@ -114,6 +114,8 @@ class Cluster:
 
     def close(self) -> None:
         self.ray.shutdown()
+        if isinstance(sys.stdout, WithoutRay):
+            sys.stdout = sys.stdout.stream
 
     def require(self, needs: Resources) -> None:
         """Raises UsageError for what this machine, which is the whole cluster, will never have."""
@@ -149,6 +151,7 @@ def join(wanted: Wanted) -> Cluster:
             f"--address {wanted.address}: cannot join a Ray cluster there ({reason}). Start one with 'ray start "
             "--head', or remove --address."
         ) from error
+    sys.stdout = WithoutRay(sys.stdout)
     cluster = Cluster(ray, wanted.jobs or sys.maxsize, own=wanted.address is None)
     try:
         for needs in dict.fromkeys(wanted.resources):
@@ -157,6 +160,20 @@ def join(wanted: Wanted) -> Cluster:
         cluster.close()
         raise
     return cluster
+
+
+class WithoutRay:
+    """Standard output without what the threads of Ray print there, which no setting of it keeps back."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        own = not threading.current_thread().name.startswith("ray_")
+        return self.stream.write(text) if own else len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 @contextmanager
