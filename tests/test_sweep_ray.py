@@ -68,7 +68,7 @@ def sweep_file(tmp_path: Path, vit_directory: Path, flat_images: Path) -> Path:
             "holdout": 4,
             "save_every": 0,
             "cache": None,
-            "refine": 40,
+            "refine": 20,
         },
         "matrix": {"method": ["whitened", "curvature"], "keep": [0.8]},
         "gates": {"max_size": "1MB"},

@@ -230,21 +230,28 @@ def refit(
 def best_ridge(one: Lack, other: Lack, metric: Tensor | None) -> float | None:
     """The ridge with which either half of the samples explains most of the other; None where none explains anything.
 
-    ``metric`` (m, m) says what counts at the output, all alike if it is None.
+    ``metric`` (m, m) says what counts at the output, all alike if it is None. Several processes share the trials.
     """
-    least: tuple[float, float | None] = (0.0, None)
     if not one or not other:
         return None
-    for ridge in RIDGES:
-        error = 0.0
-        for fitted, tested in ((one, other), (other, one)):
-            B = regression(*fitted.covariances(), ridge)
-            covariance, cross = tested.covariances()
-            against = B if metric is None else metric @ B
-            error += float((against * (B @ covariance - 2 * cross)).sum())
-        if error < least[0]:
-            least = (error, ridge)
+    trials = [(ridge, fitted, tested) for ridge in RIDGES for fitted, tested in ((one, other), (other, one))]
+    with processes.together():
+        mine = [_missed(*trial, metric) for trial in processes.share(trials)]
+    shares = processes.gather(mine)
+    errors = [shares[number % len(shares)][number // len(shares)] for number in range(len(trials))]
+    least: tuple[float, float | None] = (0.0, None)
+    for ridge, forth, back in zip(RIDGES, errors[::2], errors[1::2], strict=True):
+        if forth + back < least[0]:
+            least = (forth + back, ridge)
     return least[1]
+
+
+def _missed(ridge: float, fitted: Lack, tested: Lack, metric: Tensor | None) -> float:
+    """What the ridge regression of one half leaves of the other, less what is there without one."""
+    B = regression(*fitted.covariances(), ridge)
+    covariance, cross = tested.covariances()
+    against = B if metric is None else metric @ B
+    return float((against * (B @ covariance - 2 * cross)).sum())
 
 
 def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
