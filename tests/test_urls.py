@@ -202,6 +202,7 @@ def test_a_job_killed_while_it_publishes_is_as_it_was_or_not_there_and_is_done_a
 
 @pytest.mark.slow
 def test_a_job_goes_on_in_a_process_that_shares_no_disk(entries: dict[str, Any], tmp_path: Path) -> None:
+    entries["cache"] = None  # which would keep the same for other jobs
     compress_until(entries, "vitshrink.jobs.compress", "write_result", 0)
     store = tmp_path / "store"
     assert list((store / ".model.vitshrink-state").glob("*.safetensors"))
