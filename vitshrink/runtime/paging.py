@@ -28,20 +28,24 @@ def paged(entries: Mapping[str, Entry] | Iterable[tuple[str, Entry]], directory:
 
     Tensors that several entries share are shared again. Without a directory, or room there, all stays in memory.
     """
+    if directory is None:
+        return laid_out(dict(entries))
     found: dict[str, Entry] = {}
     known: dict[int, tuple[Tensor, Tensor]] = {}
     for name, entry in entries.items() if isinstance(entries, Mapping) else entries:
         (placed,) = laid_out({name: entry}).values()
-        changes: dict[str, Any] = {}
-        for field, tensor in values_of(placed).items():
-            if directory is None or not isinstance(tensor, Tensor) or tensor.is_cuda or tensor.nbytes < LEAST:
-                continue
-            if id(tensor) not in known:
+        large = {field: value for field, value in values_of(placed).items() if _is_large(value)}
+        for tensor in large.values():
+            if id(tensor) not in known:  # the tensor stands beside, so that no other one gets its identity
                 known[id(tensor)] = tensor, _in_file(tensor, directory)
-            changes[field] = known[id(tensor)][1]
+        changes: dict[str, Any] = {field: known[id(tensor)][1] for field, tensor in large.items()}
         found[name] = replace(placed, **changes)
         rest()
     return found
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes >= LEAST
 
 
 def rest() -> None:
