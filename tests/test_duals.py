@@ -145,8 +145,8 @@ def test_what_is_for_dual_encoders_alone_is_refused_elsewhere(vit_directory: Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("compress", "--tokens", "merge", "--token-operations", "0.7"), "--tokens merge needs to know where"),
-        (("compress", "--keep", "0.9", "--resolution", "48"), "needs to know where the patches are"),
+        (("compress", "--tokens", "merge", "--token-operations", "0.7"), "--tokens merge needs the positions of"),
+        (("compress", "--keep", "0.9", "--resolution", "48"), "needs the positions of the patches"),
         (("compress", "--keep", "0.9", "--method", "qk-joint"), "choose a method for linear layers"),
         (("quantize", "--activations", "static"), "is for one tower"),
     ],
