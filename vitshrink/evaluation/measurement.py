@@ -162,9 +162,22 @@ def measure_each(
     cut.warn(preprocessor, job)
     if label_of is not None and _num_labels(models[0]) > 1:
         check_labels(evaluations[0], _num_labels(models[0]))
+    return _recorded(evaluations, samples, rule, bad, embedding if task == "features" else None, pairs=pairs)
+
+
+def _recorded(
+    evaluations: Sequence[Evaluation],
+    samples: SampleSet,
+    rule: str | None,
+    bad: BadSamples,
+    embedding: Embedding | None,
+    *,
+    pairs: bool,
+) -> list[Measurement]:
+    """The evaluations with what their data were; ``embedding`` is how models without a head were read."""
     fingerprint = processes.from_main(samples.fingerprint() if processes.is_main() else None)
-    pooling = embedding.pooling if task == "features" else None
-    similarity = embedding.similarity if pairs else None
+    pooling = None if embedding is None else embedding.pooling
+    similarity = embedding.similarity if embedding is not None and pairs else None
     return [
         Measurement(evaluation, samples, samples.source, fingerprint, rule, bad, pooling, similarity)
         for evaluation in evaluations
