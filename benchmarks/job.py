@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +66,6 @@ class Passed:
     """Of its weights in float32."""
     peak: int
     """Bytes of memory, at most."""
-
-    def least(self, other: "Passed") -> "Passed":
-        """Of two runs: a busy machine makes passes longer, never shorter."""
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in ("forward", "both", "exact")}
-        return replace(self, **{name: min(pair, key=lambda each: each.processor) for name, pair in pairs.items()})
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@
     python benchmarks/stages.py --random l --samples 16 --jobs bits=3        # ViT-L shapes, random weights and images
 
 A job is options of ``vitshrink compress`` as they stand in a recipe, ``name=value``. Every job runs in a process of its
-own, and the passes in two, before and after all jobs, of which the shorter ones count. Times are of the processor, so
-that other work on the machine hardly counts; on a GPU they are those of the clock. ``over passes`` is a multiple of one
-forward and one backward pass over the samples, in the arithmetic of the job. On a machine with other work pass
-``--threads 1``: threads that wait for each other take processor time, too.
+own, and the passes before all jobs, which count, and again after them: a busy machine shows in the difference. Times
+are of the processor, so that other work on the machine hardly counts; on a GPU they are those of the clock. ``over
+passes`` is a multiple of one forward and one backward pass over the samples, in the arithmetic of the job. On a machine
+with other work pass ``--threads 1``: threads that wait for each other take processor time, too.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -66,25 +67,32 @@ def config_of(job: str, args: argparse.Namespace, scratch: Path) -> CompressConf
     return CompressConfig.from_mapping(entries, f"--jobs {job!r}")
 
 
-def print_stages(jobs: Sequence[tuple[str, Ran]], passed: Passed, *, processor: bool) -> None:
-    """One row a stage; the stages of several sizes come one after the other."""
+@dataclass(frozen=True)
+class Table:
+    """Prints a row a stage, as soon as its job is done; those of several sizes come one after the other."""
 
-    def counted(taken: Taken) -> float:
-        return taken.processor if processor else taken.wall
+    passed: Passed
+    processor: bool
+    """Whether the time of the processor counts, or that of the clock."""
 
-    def row(job: str, stage: str, taken: Taken) -> None:
-        print_row([job, stage, f"{taken.wall:.1f}", f"{counted(taken):.1f}", f"{counted(taken) / whole:.2f}"])
+    def counted(self, taken: Taken) -> float:
+        return taken.processor if self.processor else taken.wall
 
-    whole = counted(passed.both)
-    print_head(["job", "stage", "seconds", "counted", "over passes"], texts=2)
-    row("passes", "forward", passed.forward)
-    row("passes", "forward and backward", passed.both)
-    row("passes", "forward and backward, float32", passed.exact)
-    for name, ran in jobs:
+    def row(self, job: str, stage: str, taken: Taken) -> None:
+        counted = self.counted(taken)
+        shares = f"{counted:.1f}", f"{counted / self.counted(self.passed.both):.2f}"
+        print_row([job, stage, f"{taken.wall:.1f}", *shares])
+
+    def passes(self, name: str, passed: Passed) -> None:
+        self.row(name, "forward", passed.forward)
+        self.row(name, "forward and backward", passed.both)
+        self.row(name, "forward and backward, float32", passed.exact)
+
+    def job(self, name: str, ran: Ran) -> None:
         for stage, taken in ran.stages:
-            row(name, stage, taken)
-        row(name, "between stages", ran.between)
-        row(name, "**the whole job**", ran.whole)
+            self.row(name, stage, taken)
+        self.row(name, "between stages", ran.between)
+        self.row(name, "**the whole job**", ran.whole)
 
 
 def print_memory(jobs: Sequence[tuple[str, Ran]], passed: Passed) -> None:
@@ -125,12 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             first = next(iter(configs.values()))
             facts = {"model": args.model or f"ViT-{args.random.upper()} shapes", "device": device}
             print_circumstances("Stages of a job", **facts, samples=args.samples, batch_size=args.batch_size)
-            before = alone(pass_over, first, args.threads)
-            ran = [(job, alone(run, config, args.threads)) for job, config in configs.items()]
-            passed = before.least(alone(pass_over, first, args.threads))
+            passed = alone(pass_over, first, args.threads)
+            table, ran = Table(passed, device.type == "cpu"), list[tuple[str, Ran]]()
+            print_head(["job", "stage", "seconds", "counted", "over passes"], texts=2)
+            table.passes("passes", passed)
+            for job, config in configs.items():
+                ran.append((job, alone(run, config, args.threads)))
+                table.job(*ran[-1])
+            table.passes("passes, again", alone(pass_over, first, args.threads))
         except VitshrinkError as error:
             sys.exit(str(error))
-    print_stages(ran, passed, processor=device.type == "cpu")
     print_memory(ran, passed)
 
 
