@@ -79,7 +79,7 @@ def sweep_file(tmp_path: Path, vit_directory: Path, flat_images: Path) -> Path:
     return file
 
 
-def jobs_of(node: int, output: Path) -> list[tuple[str, int]]:
+def jobs_of(node: int, output: str) -> list[tuple[str, int]]:
     """The jobs whose processes a node has started, with these."""
     found = []
     for process in psutil.Process(node).children(recursive=True):
@@ -87,8 +87,10 @@ def jobs_of(node: int, output: Path) -> list[tuple[str, int]]:
             line = process.cmdline()
         except psutil.Error:
             continue
-        if "--config" in line and line[-1].startswith(str(output)):
-            found.append((Path(line[-1]).parent.name, process.pid))
+        if "--config" in line:
+            model = str(yaml.safe_load(Path(line[-1]).read_text())["output"])
+            assert model.startswith(output)
+            found.append((model.split("/")[-2], process.pid))
     return found
 
 
@@ -100,24 +102,24 @@ def until(condition: Any, seconds: float = 300) -> Any:
     return found
 
 
-def rows(output: Path) -> list[dict[str, Any]]:
-    with (output / "results.csv").open(newline="") as file:
+def rows(folder: Path, output: str) -> list[dict[str, Any]]:
+    with (folder / "results.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     varying = ("seconds", "latency_ratio")
-    return [
-        {name: value.replace(str(output), "") for name, value in row.items() if name not in varying} for row in found
-    ]
+    return [{name: value.replace(output, "") for name, value in row.items() if name not in varying} for row in found]
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["path", "url"])
 def test_a_job_whose_node_is_killed_goes_on_elsewhere_and_ends_in_the_same_bytes(
-    cluster: "subprocess.Popen[str]", sweep_file: Path, tmp_path: Path
+    scheme: str, cluster: "subprocess.Popen[str]", sweep_file: Path, tmp_path: Path
 ) -> None:
+    """Into a directory that both nodes see, and into a store, through which alone they know of each other."""
     assert cluster.stdin is not None
     assert cluster.stdout is not None
     address, node = cluster.stdout.readline().split()
     far, near = tmp_path / "far", tmp_path / "near"
-    on_ray = start(sweep_file, "--output", far, "--engine", "ray", "--address", address)
-    [(job, process)] = until(lambda: jobs_of(int(node), far))
+    on_ray = start(sweep_file, "--output", f"{scheme}{far}", "--engine", "ray", "--address", address)
+    [(job, process)] = until(lambda: jobs_of(int(node), f"{scheme}{far}"))
     until(lambda: list((far / job).glob(".model.vitshrink-state/*.safetensors")))
     cluster.stdin.write("kill\n")
     cluster.stdin.flush()
@@ -132,9 +134,9 @@ def test_a_job_whose_node_is_killed_goes_on_elsewhere_and_ends_in_the_same_bytes
     on_this = start(sweep_file, "--output", near)
     on_this.communicate(timeout=600)
     assert on_this.returncode == 0
-    assert rows(far) == rows(near)
+    assert rows(far, f"{scheme}{far}") == rows(near, str(near))
     assert (far / "summary.md").exists()
-    for name in (row["job"] for row in rows(near)):
+    for name in (row["job"] for row in rows(near, str(near))):
         weights = Path(name) / "model" / "model.safetensors"
         assert (far / weights).read_bytes() == (near / weights).read_bytes(), name
 
