@@ -295,7 +295,7 @@ def test_a_table_beside_a_flat_folder_is_pointed_out(vit_directory: Path, tmp_pa
     tiny.write_images(tmp_path, 4)
     (tmp_path / "labels.csv").write_text("image,label\n")
     found = evaluate_checkpoint(str(vit_directory), DataConfig(str(tmp_path)), baseline=str(vit_directory))
-    assert "If labels.csv holds labels, pass it with --labels." in found.warnings[0]
+    assert "If labels.csv contains labels, pass it with --labels." in found.warnings[0]
 
 
 # Tables
@@ -627,7 +627,7 @@ def test_a_recipe_of_the_other_kind_is_refused() -> None:
 def test_a_folder_called_like_a_recipe_is_ambiguous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.write_images(tmp_path / "imagenette", 1)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"write \./imagenette for that"):
+    with pytest.raises(UsageError, match=r"write \./imagenette for the file or folder"):
         open_samples("imagenette", "image")
     assert len(open_samples("./imagenette", "image")) == 1
 
