@@ -152,6 +152,38 @@ def test_the_rest_may_have_another_type(compressed: Compressed, dtype: str) -> N
     assert found == {f"torch.{dtype}", "torch.uint8"}
 
 
+@pytest.mark.parametrize("name", [VIT, MASKED])
+def test_a_model_runs_in_the_type_of_its_source_and_is_stored_in_half(
+    coded: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    directory, again = coded(name), tmp_path / "again"
+    stored = (directory / "model.safetensors").read_bytes()
+    assert {tensor.dtype for tensor in load_file(directory / "model.safetensors").values()} == {
+        torch.float16,
+        torch.uint8,
+    }
+    model = getattr(transformers, name).from_pretrained(directory)
+    assert model.dtype is vitshrink.load(directory).dtype is torch.float32
+    for narrow in (torch.float32, torch.float16):
+        model.to(narrow).save_pretrained(again)
+        assert (again / "model.safetensors").read_bytes() == stored
+    trained = getattr(transformers, name).from_pretrained(directory)
+    next(each for each in trained.parameters() if each.requires_grad).data.add_(1e-6)
+    trained.save_pretrained(again)
+    reread = getattr(transformers, name).from_pretrained(again)
+    assert all(map(torch.equal, trained.parameters(), reread.parameters()))
+
+
+def test_a_model_in_memory_keeps_its_type_and_is_stored_in_half(tmp_path: Path) -> None:
+    dense = getattr(transformers, VIT).from_pretrained(tiny.write(VIT, tmp_path / "m"))
+    images = str(tiny.write_images(tmp_path / "images", 12))
+    small = vitshrink.compress(dense, images, target_size=str(SIZE), samples=8, holdout=4)
+    assert {parameter.dtype for parameter in small.model.parameters()} == {torch.float32}
+    small.save(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size <= SIZE
+    assert getattr(transformers, VIT).from_pretrained(tmp_path / "out").dtype is torch.float32
+
+
 @pytest.mark.parametrize("name", [VIT, BERT])
 def test_a_matrix_is_held_as_it_is_wanted(coded: Callable[[str], Path], name: str) -> None:
     model = vitshrink.load(coded(name)).float()

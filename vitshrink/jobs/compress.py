@@ -192,6 +192,7 @@ def _saved(
             staging / part,
             session,
             dtype=dtype,
+            runs_in=session.runs_in(config.dtype),
             extra_files=extra,
             finish=None if quantization is None else quantization.applied,
         )

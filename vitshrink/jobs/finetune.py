@@ -69,7 +69,9 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
         )
         with job.stage("save", "Saving and verifying"):
             extra = {"recipe.yaml": config.to_yaml()}
-            written = write_result(model, staging, session, dtype=dtype, extra_files=extra)
+            written = write_result(
+                model, staging, session, dtype=dtype, runs_in=session.runs_in(config.dtype), extra_files=extra
+            )
         measurement = None
         if samples is not None:
             measurement = session.measure(written.model, samples, preprocessor, against=teacher)

@@ -36,6 +36,7 @@ from vitshrink.models.companions import Companions
 from vitshrink.models.duals import read_together
 from vitshrink.models.example import example_inputs
 from vitshrink.models.families import family_of
+from vitshrink.models.hf_quantizer import list_structures
 from vitshrink.models.loading import check_config, check_finite, held, moved, usual_outputs
 from vitshrink.models.publication import publish
 from vitshrink.models.readings import plainly_read
@@ -152,8 +153,10 @@ def compress(
     report = description.written(layers, shrunk.plan, shrunk.job, judged, nbytes, measurement, paced=shrunk.paced)
     plainly_read(small)
     read_together(small)
+    runs_in: torch.dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
+    list_structures(small, stored=None if runs_in is dtype else dtype)
     return Compressed(
-        moved(small, dtype=dtype),
+        moved(small, dtype=runs_in),
         replace(report, command=None),
         processor or getattr(preprocessor, "processor", None),
         None if origin is None else session.source.companions.of_modules,

@@ -75,6 +75,7 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
                 staging,
                 session,
                 dtype=dtype,
+                runs_in=session.runs_in(config.dtype),
                 finish=None if made else _nearest(config, source),
                 in_place=False,
             )

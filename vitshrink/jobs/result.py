@@ -69,6 +69,7 @@ def write_result(
     session: Session,
     *,
     dtype: torch.dtype | None = None,
+    runs_in: torch.dtype | None = None,
     extra_files: Mapping[str, str] | None = None,
     finish: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
     in_place: bool = True,
@@ -76,8 +77,9 @@ def write_result(
     """Save a model in a staging directory, verify it, and give what was read back, in float32 on the session's device.
 
     The first process writes, and verifies what it reads back; the others read a copy of its files. The model is given
-    away: it is cast ``in_place`` to ``dtype`` (the source's, if none is given), and on the CPU afterwards. ``finish``
-    makes of it what is written.
+    away: it is cast ``in_place`` to ``dtype`` (the source's, if none is given), and on the CPU afterwards. Its config
+    names ``runs_in`` for those who load it (``dtype``, or the source's, if none is given). ``finish`` makes of it what
+    is written.
 
     Raises:
         NumericsError: a value does not fit the type it is saved in.
@@ -89,7 +91,13 @@ def write_result(
         if processes.is_main():
             finished = model if finish is None else finish(model)
             saved = save(
-                finished, directory, source=session.source, dtype=dtype, extra_files=extra_files, in_place=in_place
+                finished,
+                directory,
+                source=session.source,
+                dtype=dtype,
+                runs_in=runs_in or dtype or session.runs_in(None),
+                extra_files=extra_files,
+                in_place=in_place,
             )
             give_back()
             written = verify(directory, saved, example_inputs(session.source.model), attention=attention)

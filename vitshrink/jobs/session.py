@@ -119,6 +119,11 @@ class Session:
         require_dtype(self.source.model, found)
         return found
 
+    def runs_in(self, name: str | None) -> torch.dtype:
+        """The type that a result is loaded in: of this name, or the source's, though it may be stored in a narrower."""
+        found: torch.dtype = getattr(torch, name) if name else self.source.source.runs_in
+        return found
+
     def preprocessor(self) -> Preprocessor:
         """How samples become the model's inputs. Raises CheckpointError and UsageError."""
         return Preprocessor.from_checkpoint(

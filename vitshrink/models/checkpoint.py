@@ -1,6 +1,7 @@
 """Compressed checkpoints on disk: saved in the source's form, loaded strictly, verified after writing."""
 
 import copy
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,13 +45,15 @@ def save(
     *,
     source: LoadedModel | None = None,
     dtype: torch.dtype | None = None,
+    runs_in: torch.dtype | None = None,
     metadata: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     in_place: bool = False,
 ) -> PreTrainedModel:
     """Write the model as a checkpoint directory that ``from_pretrained`` loads once vitshrink is imported.
 
-    The weights are cast to ``dtype`` (the source's, or else the model's, if none is given), tensors are named as in
+    The weights are cast to ``dtype`` (the source's, or else the model's, if none is given). The config names
+    ``runs_in`` (``dtype``, if none is given), the type that ``from_pretrained`` loads them in. Tensors are named as in
     the source's files, and its companions are copied: processor, tokenizer, sentence modules, license. ``metadata``
     (JSON) goes into the config, ``extra_files`` (by names relative to the directory) beside the weights. The model
     itself is not changed, unless ``in_place`` spares the copy. Writing is not atomic: give a staging directory, see
@@ -63,12 +66,16 @@ def save(
         NumericsError: a value does not fit the type it is saved in.
         OutputError: the directory cannot be written.
     """
+    as_it_is = dtype is None and source is None
     dtype = dtype or (source.source_dtype if source is not None else model.dtype)
+    runs_in = runs_in or dtype
     saved = cast(model, dtype, in_place=in_place)
-    list_structures(saved, metadata)
+    list_structures(saved, metadata, stored=... if as_it_is else None if runs_in is dtype else dtype)
     try:
         with quiet_transformers():
             saved.save_pretrained(directory)
+        if runs_in is not dtype:
+            _name_type(directory / "config.json", runs_in)
         if source is not None:
             source.companions.copy_to(directory)
         for name, content in (extra_files or {}).items():
@@ -79,6 +86,13 @@ def save(
             f"cannot write the checkpoint to {directory}: {error}. Check free space and permissions."
         ) from error
     return saved
+
+
+def _name_type(config: Path, dtype: torch.dtype) -> None:
+    """Write into a config.json the type that the model runs in, in place of that of its files."""
+    written = json.loads(config.read_text(encoding="utf-8"))
+    written["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")  # as transformers does
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype, *, in_place: bool = False) -> PreTrainedModel:
@@ -118,13 +132,14 @@ def load(
     """Load a compressed (or dense) checkpoint strictly, in evaluation mode.
 
     Unlike ``from_pretrained``, this raises an error for every weight that is missing, unused, of another shape or not
-    finite. ``dtype`` is by default the type of the files.
+    finite. ``dtype`` is by default the type that ``from_pretrained`` takes: that of the files, or a wider one that
+    the config names beside it.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, or that does not match its config.
     """
     source = examine(resolve(path_or_id, offline=offline, revision=revision))
-    model = load_source(source, dtype=dtype or source.dtype, attention=attention).model
+    model = load_source(source, dtype=dtype or source.runs_in, attention=attention).model
     read_together(model)
     return moved(model, device or "cpu")
 

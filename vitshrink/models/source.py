@@ -111,6 +111,14 @@ class Source:
         return max(numbers, key=lambda dtype: numbers[dtype])
 
     @property
+    def runs_in(self) -> torch.dtype:
+        """The type that the model is made for: of the files, or a wider one, where vitshrink has stored a narrower."""
+        stored = self.config.get("quantization_config") or {}
+        named = getattr(torch, str(self.config.get("dtype")), None)
+        narrow = isinstance(stored, dict) and stored.get("stored_dtype") is not None
+        return named if narrow and isinstance(named, torch.dtype) else self.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weight files."""
         return sum(file.stat().st_size for file in self.weights)
