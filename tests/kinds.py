@@ -97,7 +97,7 @@ ONE_OF_EACH = tuple(
 
 
 def stem_of(name: str) -> str:
-    return name.partition("For")[0].removesuffix("Model")
+    return name.partition("For")[0].removesuffix("WithProjection").removesuffix("Model")
 
 
 def is_text(name: str) -> bool:

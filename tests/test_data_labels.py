@@ -243,7 +243,7 @@ def test_a_class_map_renumbers_integers(tmp_path: Path) -> None:
     [
         ("map.tsv", "cat\t0\n", "has no entry for 'dog'"),
         ("map.tsv", "cat\t0\ndog\t9\n", "class 9, but the model has the classes 0 to 1"),
-        ("map.tsv", "cat\t0\ncat\t1\n", "gives 'cat' the classes 0 and 1"),
+        ("map.tsv", "cat\t0\ncat\t1\n", "gives 'cat' two classes, 0 and 1"),
         ("map.tsv", "", "is empty"),
         ("map.txt", "490\n361\n", "numbers without names"),
         ("map.json", "{", "cannot read the class map"),

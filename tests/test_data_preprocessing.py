@@ -159,7 +159,7 @@ def test_more_bad_images_than_allowed_end_the_reading(image_preprocessor: Prepro
     samples = open_samples(broken_images, "image")
     with pytest.raises(DataError, match=r"a-empty\.png is empty.*z-page\.jpg is not an image.*--max-bad-samples"):
         list(image_preprocessor.batches(samples, 3, bad=BadSamples(limit=1)))
-    with pytest.raises(DataError, match=r"1 of 10 samples cannot be used, 0 may be bad: a-empty\.png"):
+    with pytest.raises(DataError, match=r"1 of 10 samples cannot be used, but at most 0 are allowed: a-empty\.png"):
         list(image_preprocessor.batches(samples, 3))
 
 

@@ -74,7 +74,7 @@ def test_a_gain_passes_and_a_dense_model_can_be_gated() -> None:
         (Gates(min_accuracy=1), "--min-accuracy cannot be judged: the data have no labels"),
         (Gates(max_drop=1), "--max-drop cannot be judged: the data have no labels"),
         (Gates(max_kl=1), "--max-kl cannot be judged"),
-        (Gates(max_changed=1), "--max-changed cannot be judged: the models predict no classes"),
+        (Gates(max_changed=1), "--max-changed cannot be judged: the models do not predict classes"),
     ],
 )
 def test_a_bound_that_cannot_be_judged_is_no_pass(gates: Gates, said: str) -> None:

@@ -177,7 +177,7 @@ def test_gray_and_transparent_images_are_read_as_the_model_takes_them(
 def test_other_channels_need_ready_batches(flat_images: Path, tmp_path: Path) -> None:
     directory = tiny.write("ViTForImageClassification", tmp_path / "vit", num_channels=2)
     config = CompressConfig(str(directory), str(tmp_path / "out"), keep=(0.8,), calibration=str(flat_images))
-    with pytest.raises(UsageError, match=r"images of 2 channels.*ready batches"):
+    with pytest.raises(UsageError, match=r"images with 2 channels.*ready batches"):
         compress(config)
     small = vitshrink.compress(
         load_dense(directory).model, torch.randn(12, 2, 32, 32), keep=0.8, samples=8, holdout=4, refine=0

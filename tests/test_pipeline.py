@@ -114,7 +114,7 @@ def test_fast_is_short_for_what_it_leaves_out(vit_directory: Path, flat_images: 
         assert result.directory is not None
         weights.append((result.directory / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
-    with pytest.raises(UsageError, match=r"--fast decides what --refine would"):
+    with pytest.raises(UsageError, match=r"--fast already sets --refine"):
         job(vit_directory, tmp_path / "both", **known | {"fast": True, "refine": 1})
 
 

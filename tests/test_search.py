@@ -252,7 +252,7 @@ def test_with_data_to_evaluate_on_the_size_is_chosen_without_them(
     assert kept(blind) == kept(seen)
     assert seen.report.evaluation is not None
     assert seen.report.evaluation.source == str(learned_images)
-    assert any("flatter" in warning for warning in blind.report.warnings)
+    assert any("too good" in warning for warning in blind.report.warnings)
     assert not any("chose the size" in warning for warning in seen.report.warnings)
     assert seen.directory is not None
     model = evaluate_checkpoint(str(seen.directory), DataConfig(str(photos)), baseline=seen.report.model)

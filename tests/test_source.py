@@ -408,9 +408,9 @@ def test_a_wrong_path_is_not_taken_for_a_hub_model(name: str) -> None:
 
 
 def test_a_name_that_is_neither_folder_nor_model() -> None:
-    with pytest.raises(CheckpointError, match=r"no such folder: 'no/such-model', and no such model in the local Hub"):
+    with pytest.raises(CheckpointError, match=r"no such folder: 'no/such-model', and the local Hub cache has"):
         source.resolve("no/such-model", offline=True)
-    with pytest.raises(CheckpointError, match=r"no such folder: 'my model', and it is not the id"):
+    with pytest.raises(CheckpointError, match=r"no such folder: 'my model', and it is not a Hub model id"):
         source.resolve("my model")
 
 

@@ -119,8 +119,9 @@ def weighed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], int
 
 
 def test_the_state_of_a_job_stays_below_twice_the_model(
-    weighed: Callable[[], int], flat_images: Path, tmp_path: Path
+    weighed: Callable[[], int], flat_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("vitshrink.statistics.halves.BLOCK", 16)  # to the width as 128 is to 512
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4}
     model = tiny.write("ViTForImageClassification", tmp_path / "model", **shape)
     job = {"model": str(model), "output": str(tmp_path / "out"), "calibration": str(flat_images), "keep": [0.6]}

@@ -243,7 +243,7 @@ def test_a_directory_of_something_else_is_left_alone(sweep: Sweep, tmp_path: Pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     for resume in (False, True):
-        with pytest.raises(OutputError, match=r"is not empty|contains no sweep"):
+        with pytest.raises(OutputError, match=r"is not empty|holds no sweep"):
             sweep("a", resume=resume)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
