@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from results import Results
 from tables import print_circumstances, print_head, print_row
 
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import TargetError
 from vitshrink.jobs.compress import compress
-from vitshrink.report import figures
 from vitshrink.report.record import Report
+from vitshrink.runtime.modes import threads
 
 DIVERGENCES = {"kl": "KL", "relative_error": "error"}
 AGREEMENTS = {"agreement": "prediction", "neighbor_agreement": "neighbors", "prediction_spearman": "order"}
@@ -130,19 +129,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    figures.available = lambda: False  # drawings for reports that nobody keeps
     results = Results.of(args.results, circumstances(args) if args.checkpoint else None)
     sizes = [("keep", {"keep": (share,)}, share) for share in args.keep]
     sizes += [("bits", {"bits": bits}, bits) for bits in args.bits]
-    for checkpoint in args.checkpoint:
-        for kind, size, number in sizes:
-            name = f"{Path(checkpoint[0]).name}: {kind} {number:g}"
-            if name not in results.rows:
-                print(f"{name} …", file=sys.stderr, flush=True)
-                results.add(name, run(checkpoint, size, args))
-                print(f"{name}: {results.rows[name]}", file=sys.stderr, flush=True)
+    with threads(args.threads):
+        for checkpoint in args.checkpoint:
+            for kind, size, number in sizes:
+                name = f"{Path(checkpoint[0]).name}: {kind} {number:g}"
+                if name not in results.rows:
+                    print(f"{name} …", file=sys.stderr, flush=True)
+                    results.add(name, run(checkpoint, size, args))
+                    print(f"{name}: {results.rows[name]}", file=sys.stderr, flush=True)
     show(results)
 
 
