@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from job import SHAPES, write_images, write_random_vit
-from stages import config_of
+from job import write_images, write_random_vit
+from stages import config_of, job_parser
 from tables import print_circumstances, print_head, print_row
 
 from vitshrink.compression.choices import Choices
@@ -77,15 +77,7 @@ def print_agreement(jobs: Sequence[tuple[str, Planned, Planned]], devices: Seque
 
 
 def parser() -> argparse.ArgumentParser:
-    known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = known.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="a checkpoint")
-    model.add_argument("--random", choices=SHAPES, help="random weights in the shapes of a ViT")
-    known.add_argument("--blocks", type=int, help="blocks of the random model, if not all")
-    known.add_argument("--calibration", help="samples; random images if not given")
-    known.add_argument("--samples", type=int, default=32)
-    known.add_argument("--batch-size", type=int, default=CompressConfig.batch_size)
-    known.add_argument("--jobs", nargs="+", default=["keep=0.7", "keep=0.5", "bits=3"], metavar="'NAME=VALUE …'")
+    known = job_parser(__doc__, 32, ["keep=0.7", "keep=0.5", "bits=3"])
     known.add_argument("--devices", nargs=2, default=["cpu", "cuda"], metavar="DEVICE")
     known.add_argument("--tolerance", type=float, default=0.02)
     return known

@@ -104,17 +104,23 @@ def print_memory(jobs: Sequence[tuple[str, Ran]], passed: Passed) -> None:
         print_row([name, f"{peak / 1e9:.2f}", f"{peak / passed.model_bytes:.2f}", f"{peak / allowed:.2f}"])
 
 
-def parser() -> argparse.ArgumentParser:
-    known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def job_parser(description: str | None, samples: int, jobs: Sequence[str]) -> argparse.ArgumentParser:
+    """The model, its samples and the jobs, as ``config_of`` reads them; with the defaults of a script."""
+    known = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = known.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="a checkpoint")
     model.add_argument("--random", choices=SHAPES, help="random weights in the shapes of a ViT")
     known.add_argument("--blocks", type=int, help="blocks of the random model, if not all")
     known.add_argument("--calibration", help="samples; random images if not given")
-    known.add_argument("--samples", type=int, default=128)
-    known.add_argument("--holdout", type=int, default=0)
+    known.add_argument("--samples", type=int, default=samples)
     known.add_argument("--batch-size", type=int, default=CompressConfig.batch_size)
-    known.add_argument("--jobs", nargs="+", default=["keep=0.7", "bits=3"], metavar="'NAME=VALUE …'")
+    known.add_argument("--jobs", nargs="+", default=jobs, metavar="'NAME=VALUE …'")
+    return known
+
+
+def parser() -> argparse.ArgumentParser:
+    known = job_parser(__doc__, 128, ["keep=0.7", "bits=3"])
+    known.add_argument("--holdout", type=int, default=0)
     known.add_argument("--device", default="auto")
     known.add_argument("--threads", type=int)
     return known

@@ -143,12 +143,8 @@ class VitshrinkQuantizer(HfQuantizer):
             return None, {}
         list_structures(model)
         keep_names(model)
-        stored = getattr(model.config.quantization_config, "stored_dtype", None) if self._lists(model) else None
+        stored = getattr(getattr(model.config, "quantization_config", None), "stored_dtype", None)
         return None if stored is None else _narrowed(model, getattr(torch, stored)), {}
-
-    @staticmethod
-    def _lists(model: PreTrainedModel) -> bool:
-        return isinstance(getattr(model.config, "quantization_config", None), VitshrinkConfig)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         decode_ahead(model)
