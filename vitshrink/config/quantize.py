@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from vitshrink.config.compress import CompressConfig, one_size, survey_of
 from vitshrink.config.data import (
     COLUMNS,
     CalibrationOptions,
@@ -17,7 +18,7 @@ from vitshrink.config.evaluation import EvaluationColumnOptions, EvaluationOptio
 from vitshrink.config.fields import DATA, METHOD, Options, entries_of, option
 from vitshrink.config.job import JobOptions
 from vitshrink.config.method import LayerOptions
-from vitshrink.config.options import A_CHECKPOINT, CompressConfig, one_size, survey_of
+from vitshrink.config.options import A_CHECKPOINT
 from vitshrink.config.quantities import quantized_bits
 from vitshrink.config.run import BatchOptions, NetworkOptions, Paths, RunOptions, SaveOptions, TypeOptions
 from vitshrink.config.size import BoundOptions, BytesOptions
