@@ -20,6 +20,9 @@ from matplotlib.figure import Figure
 FRACTION = "fraction"
 OURS = "curvature"
 OUR_BYTES = "ours"
+OUR_NAME = "vitshrink"
+"""What a legend calls ours."""
+
 LEAST = 1e-5
 """Nats: divergences below are rounding, and drawn as if they were so large."""
 
@@ -89,7 +92,7 @@ def draw_bytes(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
         ours = family not in peers
         color = None if ours else plt.get_cmap("tab20")(peers.index(family) % 20)
         dashed = "--" if ours and family != OUR_BYTES else "-"
-        shown = {"label": family, "color": "black" if ours else color, "linestyle": dashed, "zorder": 2 + ours}
+        shown = {"label": _label(family), "color": "black" if ours else color, "linestyle": dashed, "zorder": 2 + ours}
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=3 if ours else 1.2, **shown)
     axes.set_xlabel("megabytes of the file")
     axes.set_ylabel("KL(dense ‖ variant), nats")
@@ -124,13 +127,18 @@ def draw_times(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
     for name, each in zip(workloads, np.atleast_1d(axes), strict=True):
         for family, points in curves[name].items():
             ours = family.startswith(OUR_BYTES)
-            shown = {"label": family, "color": plt.get_cmap("tab20")(families.index(family) % 20), "zorder": 2 + ours}
+            color = plt.get_cmap("tab20")(families.index(family) % 20)
+            shown = {"label": _label(family), "color": color, "zorder": 2 + ours}
             each.plot(*zip(*points, strict=True), marker="o" if ours else "x", linewidth=2.5 if ours else 1, **shown)
         each.set(xlabel=f"time, {name} (PyTorch float32 = 1)", yscale="log")
         each.grid(alpha=0.3)
     np.atleast_1d(axes)[0].set_ylabel("KL(dense ‖ variant), nats")
     np.atleast_1d(axes)[-1].legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, output)
+
+
+def _label(family: str) -> str:
+    return OUR_NAME + family.removeprefix(OUR_BYTES) if family.startswith(OUR_BYTES) else family
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:

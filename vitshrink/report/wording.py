@@ -51,8 +51,8 @@ def score(metric: str | None, value: float | None) -> str:
 def signed(metric: str | None, value: float) -> str:
     """A change in a score: points of a percentage, or the plain figure of a correlation."""
     if metric == "spearman":
-        return f"{value:+.3f}".replace("-", "−")
-    return f"{100 * value:+.1f} points".replace("-", "−")
+        return f"{value:+z.3f}".replace("-", "−")
+    return f"{100 * value:+z.1f} points".replace("-", "−")
 
 
 def signed_range(metric: str | None, low: float, high: float) -> str:
