@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ class Taken:
 
     wall: float
     processor: float
+    peak: int = 0
+    """Bytes of memory, at most; where a system cannot count anew, of all that came before as well."""
 
 
 @contextmanager
@@ -42,16 +44,36 @@ def timed(keep: Callable[[Taken], None]) -> Iterator[None]:
     keep(Taken(time.perf_counter() - started[0], time.process_time() - started[1]))
 
 
+def highest(device: torch.device) -> int:
+    """The most bytes of memory since this was asked the last time."""
+    found = cost.peak_memory_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # of Linux alone
+            Path("/proc/self/clear_refs").write_text("5")
+    return found
+
+
 class Chronology(Silent):
     """Observes a job and keeps its stages in the order in which they ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stages: list[tuple[str, Taken]] = []
+        self.between = 0
+        """Bytes of memory outside of stages, at most."""
 
     @contextmanager
     def stage(self, title: str, _total: int | None = None) -> Iterator[Callable[[int], None]]:
-        with timed(lambda taken: self.stages.append((title, taken))):
+        self.between = max(self.between, highest(self.device))
+        with timed(lambda taken: self.stages.append((title, replace(taken, peak=highest(self.device))))):
             yield lambda _steps: None
+
+    def peak(self) -> int:
+        """Of the whole job so far."""
+        self.between = max(self.between, highest(self.device))
+        return max(self.between, *(taken.peak for _, taken in self.stages))
 
 
 @dataclass(frozen=True)
@@ -73,15 +95,14 @@ class Ran:
     """What a job took."""
 
     stages: Sequence[tuple[str, Taken]]
+    between: Taken
+    """What is in no stage."""
     whole: Taken
-    peak: int
-    """Bytes of memory, at most."""
 
     @property
-    def between(self) -> Taken:
-        """What is in no stage."""
-        walls, processors = zip(*((each.wall, each.processor) for _, each in self.stages), strict=True)
-        return Taken(self.whole.wall - sum(walls), self.whole.processor - sum(processors))
+    def peak(self) -> int:
+        """Bytes of memory, at most."""
+        return self.whole.peak
 
 
 def pass_over(config: CompressConfig) -> Passed:
@@ -103,10 +124,13 @@ def pass_over(config: CompressConfig) -> Passed:
 
 def run(config: CompressConfig) -> Ran:
     """``vitshrink compress``, timed."""
-    job, whole = Chronology(), list[Taken]()
-    with timed(whole.append):
+    job, taken = Chronology(find_device(config.device)), list[Taken]()
+    with timed(taken.append):
         compress(config, job)
-    return Ran(job.stages, whole[0], cost.peak_memory_bytes(find_device(config.device)))
+    whole = replace(taken[0], peak=job.peak())
+    walls, processors = zip(*((each.wall, each.processor) for _, each in job.stages), strict=True)
+    between = Taken(whole.wall - sum(walls), whole.processor - sum(processors), job.between)
+    return Ran(job.stages, between, whole)
 
 
 def bare_passes(model: PreTrainedModel, batches: Sequence[Batch], passes: Passes) -> tuple[Taken, Taken]:

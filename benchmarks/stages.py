@@ -81,7 +81,8 @@ class Table:
     def row(self, job: str, stage: str, taken: Taken) -> None:
         counted = self.counted(taken)
         shares = f"{counted:.1f}", f"{counted / self.counted(self.passed.both):.2f}"
-        print_row([job, stage, f"{taken.wall:.1f}", *shares])
+        memory = f"{taken.peak / 1e9:.2f}" if taken.peak else "–"
+        print_row([job, stage, f"{taken.wall:.1f}", *shares, memory])
 
     def passes(self, name: str, passed: Passed) -> None:
         self.row(name, "forward", passed.forward)
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_circumstances("Stages of a job", **facts, samples=args.samples, batch_size=args.batch_size)
             passed = alone(pass_over, first, args.threads)
             table, ran = Table(passed, device.type == "cpu"), list[tuple[str, Ran]]()
-            print_head(["job", "stage", "seconds", "counted", "over passes"], texts=2)
+            print_head(["job", "stage", "seconds", "counted", "over passes", "GB at most"], texts=2)
             table.passes("passes", passed)
             for job, config in configs.items():
                 ran.append((job, alone(run, config, args.threads)))

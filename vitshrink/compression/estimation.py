@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ class LayerEstimator:
             stats = paged(averaged, self.pages)
             memory.write(stats)
         measured = self._measured(model, before, job)
+        del model  # of which others will be made
         refined = self._factorize(stats, job)
         chosen = self._best_measured(refined, before, measured, rebuilt, job)
         chosen = replace(chosen, layers=laid_out(chosen.layers))
@@ -221,7 +222,7 @@ class LayerEstimator:
             if self.method.needs is not Needs.CURVATURE:
                 found = collect(model, self.targets, batches, self.method.needs, course=course, on_batch=advance)
             else:
-                found = collect_curvature(
+                return collect_curvature(
                     model,
                     self.targets,
                     batches,
@@ -232,6 +233,7 @@ class LayerEstimator:
                     full=self.full,
                     course=course,
                     on_batch=advance,
+                    keep=partial(paged, directory=self.pages),
                 )
         return paged(found, self.pages)
 
@@ -275,6 +277,7 @@ class LayerEstimator:
                 candidate = replace(refined, layers=layers)
                 model = rebuilt(candidate)
                 missing = shared_shortfall(model, self.dense_outputs, batches, seed=seed, passes=self.passes)
+                del model  # before the next one is made
                 candidates.append((float(missing.square().mean()), candidate))
                 advance(1)
         return min(candidates, key=lambda each: each[0])[1]

@@ -191,6 +191,7 @@ def losses_of_heads(
         output, query = torch.cat(energies).sqrt()[None], matching.loss.flatten().sqrt()[None]
     assert output is not None
     assert query is not None
+    output, query = output.double(), query.double()
     narrow, whole = output.tensor_split(2, 1)
     scores = query.view(-1, *matching.loss.shape)
     owners = carried.dimensions.order // head

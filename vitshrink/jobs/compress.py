@@ -26,16 +26,20 @@ from vitshrink.jobs.description import Description
 from vitshrink.jobs.inputs import Inputs, trains_on_calibration
 from vitshrink.jobs.result import CompressionResult, published, result_at, write_result
 from vitshrink.jobs.session import Session, Settings
+from vitshrink.models import cost
 from vitshrink.models.loading import LoadedModel, moved
 from vitshrink.models.publication import check_writable
 from vitshrink.models.runtimes import find_runtime
+from vitshrink.models.views import own
 from vitshrink.recovery import Recovery, clear_state, recover
 from vitshrink.report import write, write_comparison
 from vitshrink.report.making import LayerEntry
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
+from vitshrink.runtime.paging import in_file, page_weights
 from vitshrink.runtime.state import FINETUNE, Progress, state_of
 from vitshrink.statistics.digests import data_digest, model_digest
+from vitshrink.statistics.recomputing import is_large
 
 __all__ = ["CompressionResult", "compress"]
 
@@ -69,6 +73,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         with processes.together():
             data = Inputs.open(config, session, shrinking)
         progress = _progress(config, session, data, resumable=staging is not None)
+        paged = _lay_in_files(config, dense, data, progress)
         description = Description.of(shrinking, data.calibration, data.preprocessor)
         with _unless_in_vain(progress):
             shrunken = shrinking.run(data.calibration, data.held_out, data.preprocessor, job, progress)
@@ -81,6 +86,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
                 _saved(config, session, data, description, shrunk, staging, part, progress)
                 for part, shrunk in zip(parts or [""], shrunken, strict=True)
             ]
+        if paged:
+            own(dense)  # it is timed as the compressed models are
         results = _measured(config, session, data, description, saved, staging)
     progress.discard()
     if config.finetune is not None and config.finetune.checkpoints is not None and processes.is_main():
@@ -125,6 +132,23 @@ def _progress(config: CompressConfig, session: Session, data: Inputs, *, resumab
         with session.job.stage("resume", "Continuing from the saved state"):
             pass
     return progress
+
+
+def _lay_in_files(config: CompressConfig, dense: PreTrainedModel, data: Inputs, progress: Progress) -> bool:
+    """Keep large weights and samples in files: a job reads them block by block, and batch by batch.
+
+    Unless the model is timed on the way. Returns whether the weights are there.
+    """
+    if config.target_latency is not None:
+        return False
+    batches = [] if data.calibration is None else data.calibration.batches
+    if is_large(sum(each.nbytes for batch in batches for each in batch.inputs.values()), dense):
+        for batch in batches:
+            batch.inputs = {name: in_file(each, progress.prepared()) for name, each in batch.inputs.items()}
+    large = is_large(cost.memory_bytes(dense), dense)
+    if large:
+        page_weights(dense, progress.prepared())
+    return large
 
 
 def _identity(config: CompressConfig, dense: PreTrainedModel, data: Inputs) -> dict[str, Any]:

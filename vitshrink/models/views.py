@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -70,21 +71,19 @@ def rounded(model: Model, dtype: torch.dtype) -> Model:
 
 
 def _changed(model: Module, change: Callable[[Tensor], Tensor]) -> Module:
-    changed: dict[int, Tensor] = {}  # by identity, so that what is tied stays so
-    kept: list[Tensor] = []  # as long as identities count, nothing else may get one of them
+    changed = WeakTensorKeyDictionary()  # by identity, so that what is tied stays so; what is replaced is let go
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in changed:
+                if tensor not in changed:
                     bare = tensor.detach()
                     found = change(bare)
                     if found is bare:
                         found = tensor
                     elif isinstance(tensor, nn.Parameter):
                         found = nn.Parameter(found, requires_grad=tensor.requires_grad)
-                    kept.append(tensor)
-                    changed[id(tensor)] = found
-                tensors[name] = changed[id(tensor)]  # type: ignore[assignment]
+                    changed[tensor] = found
+                tensors[name] = changed[tensor]
     return model

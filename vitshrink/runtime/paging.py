@@ -11,7 +11,8 @@ from weakref import ref
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitshrink.runtime.entries import Entry, laid_out, values_of
 from vitshrink.runtime.heap import give_back
@@ -31,17 +32,31 @@ def paged(entries: Mapping[str, Entry] | Iterable[tuple[str, Entry]], directory:
     if directory is None:
         return laid_out(dict(entries))
     found: dict[str, Entry] = {}
-    known: dict[int, tuple[Tensor, Tensor]] = {}
+    known = WeakTensorKeyDictionary()  # entries that come one by one are let go of one by one
     for name, entry in entries.items() if isinstance(entries, Mapping) else entries:
         (placed,) = laid_out({name: entry}).values()
         large = {field: value for field, value in values_of(placed).items() if _is_large(value)}
         for tensor in large.values():
-            if id(tensor) not in known:  # the tensor stands beside, so that no other one gets its identity
-                known[id(tensor)] = tensor, _in_file(tensor, directory)
-        changes: dict[str, Any] = {field: known[id(tensor)][1] for field, tensor in large.items()}
+            if tensor not in known:
+                known[tensor] = _in_file(tensor, directory)
+        changes: dict[str, Any] = {field: known[tensor] for field, tensor in large.items()}
         found[name] = replace(placed, **changes)
         rest()
     return found
+
+
+def in_file(tensor: Tensor, directory: Path | None) -> Tensor:
+    """The same numbers in a file of a directory, if they are many; the tensor itself where that cannot be."""
+    if directory is None or not _is_large(tensor):
+        return tensor
+    return _in_file(tensor.contiguous(), directory)
+
+
+def page_weights(model: nn.Module, directory: Path | None) -> None:
+    """Lay the parameters of a model in files, in place: views of it have them there, too."""
+    for parameter in model.parameters():
+        parameter.data = in_file(parameter.data, directory)
+    rest()
 
 
 def _is_large(value: Any) -> bool:
@@ -53,12 +68,17 @@ def rest() -> None:
 
     It is read again where it is used. Nothing happens where there is no such tensor.
     """
+    if drop():
+        give_back()
+
+
+def drop() -> bool:
+    """The same, but for what was freed. Whether there is any such tensor."""
     alive = [(each, array) for each in _maps if (array := each()) is not None]
     _maps[:] = [each for each, _ in alive]
     for _, array in alive:
         array._mmap.madvise(mmap.MADV_DONTNEED)
-    if alive:
-        give_back()
+    return bool(alive)
 
 
 def _in_file(tensor: Tensor, directory: Path) -> Tensor:

@@ -1,6 +1,7 @@
 """Label-free curvature of a model's output with respect to the outputs of its linear layers."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -201,10 +202,14 @@ class CurvatureCollector:
 
     def statistics(self) -> dict[str, LinearStats]:
         """Statistics of every target; uses up the sums. Raises DataError when no token came through."""
+        return dict(self.each())
+
+    def each(self) -> Iterator[tuple[str, LinearStats]]:
+        """The same one by one: the sums of a target are let go before the next one's statistics are made of theirs."""
         if not self._groups:
             raise DataError("no calibration token reached the model: is the data set empty?")
-        found = {}
         most = max(layer.count for layer in self._layers.values())
+        left = Counter(target.input_group for target in self.targets)
         grams: dict[str, Tensor] = {}  # one for all layers that read the same
         for target in self.targets:
             group, layer = self._groups[target.input_group], self._layers.pop(target.name, LayerSums())
@@ -218,16 +223,22 @@ class CurvatureCollector:
                 gradient = group.total.new_zeros(min(m, n), min(m, n))
             else:
                 gradient = symmetric(layer.gradient).div_(layer.count).mul_(uses)
-            found[target.name] = LinearStats(
-                tokens=group.tokens,
-                mean=group.total / group.weight,
-                gram=grams.get(target.input_group),
-                output_gram=None if layer.output_gram is None else symmetric(layer.output_gram).div_(group.weight),
-                gradient_gram=gradient if m <= n else None,
-                input_gradient_gram=gradient if m > n else None,
-                gradient_power=layer.power / max(layer.count, 1) * uses,
+            left[target.input_group] -= 1
+            gram = grams.get(target.input_group)
+            if not left[target.input_group]:
+                grams.pop(target.input_group, None)
+            yield (
+                target.name,
+                LinearStats(
+                    tokens=group.tokens,
+                    mean=group.total / group.weight,
+                    gram=gram,
+                    output_gram=None if layer.output_gram is None else symmetric(layer.output_gram).div_(group.weight),
+                    gradient_gram=gradient if m <= n else None,
+                    input_gradient_gram=gradient if m > n else None,
+                    gradient_power=layer.power / max(layer.count, 1) * uses,
+                ),
             )
-        return found
 
     def _weight(self, target: Target) -> Tensor:
         """The dense one, (m, n)."""
@@ -404,6 +415,7 @@ def collect_curvature(
     full: Collection[str] = (),
     course: Course = one_by_one,
     on_batch: OnBatch = lambda _samples: None,
+    keep: Callable[[Iterable[tuple[str, LinearStats]]], dict[str, LinearStats]] = dict,
 ) -> dict[str, LinearStats]:
     """Input covariances and output curvatures of every target: one forward and ``probes`` backward passes a batch.
 
@@ -415,6 +427,7 @@ def collect_curvature(
         weights: the dense weights of the targets that ``model`` holds compressed.
         passes: the arithmetic of the passes; what is made of their activations and gradients is summed in float32.
         full: the targets of which the whole of C is wanted, whatever their shape.
+        keep: takes the statistics of one target after the other; together they are twice as large as their sums.
 
     Raises:
         NumericsError: NaN or Inf; names the layer and the batch.
@@ -423,4 +436,4 @@ def collect_curvature(
     collector = CurvatureCollector(model, targets, weights or {}, seed, probes, passes, full=full)
     with frozen(model):
         course(collector, batches, on_batch)
-    return collector.statistics()
+    return keep(collector.each())

@@ -49,9 +49,9 @@ class Effects:
     """
 
     layers: dict[str, Tensor]
-    """(samples, k) of the components of each layer, float64."""
+    """(samples, k) of the components of each layer, float32: as large as the model for some hundred samples."""
     shifts: dict[str, Tensor]
-    """(samples, m) of a shift of each output of each layer, at every token alike, float64."""
+    """(samples, m) of a shift of each output of each layer, at every token alike, float32."""
     missing: Tensor | None
     """What the functionals lack compared with the reference, (samples,), where there is one."""
 
@@ -108,17 +108,15 @@ def component_effects(
             if wanted is not None:
                 missing.append((functional(wanted) - values.detach()).double())
             on_batch(len(values))
-    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    nothing = torch.zeros(0, device=device)
 
-    def whole(found: Mapping[str, list[Tensor]], width: Callable[[Components], int]) -> dict[str, Tensor]:
-        return {
-            name: torch.cat(each).double() if each else nothing.new_zeros(0, width(components[name]))
-            for name, each in found.items()
-        }
+    def whole(found: dict[str, list[Tensor]], width: Callable[[Components], int]) -> dict[str, Tensor]:
+        empty = {name: [nothing.new_zeros(0, width(parts))] for name, parts in components.items()}
+        return {name: torch.cat(found.pop(name) or empty[name]) for name in components}
 
     layers = whole(watch.effects, lambda parts: parts.up.shape[1])
     shifts = whole(watch.shifts, lambda parts: parts.up.shape[0])
-    return Effects(layers, shifts, None if reference is None else torch.cat([nothing, *missing]))
+    return Effects(layers, shifts, None if reference is None else torch.cat([nothing.double(), *missing]))
 
 
 @torch.no_grad()
@@ -217,6 +215,7 @@ def measured_loss(effects: Tensor) -> Tensor:
     the rest of the model answers to what is gone. Their geometric mean is taken, the second with a quarter of the
     weight: with half of it small cuts come out a little better and deep ones worse. It never rises with r.
     """
+    effects = effects.double()
     alone = effects.square().mean(0).flip(0).cumsum(0).flip(0)
     together = effects.flip(1).cumsum(1).square().mean(0).flip(0)
     loss = torch.cat([alone ** (1 - TOGETHER) * together**TOGETHER, effects.new_zeros(1)])

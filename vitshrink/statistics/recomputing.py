@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.models.cost import memory_bytes
 from vitshrink.models.targets import blocks_of, first_blocks
+from vitshrink.runtime.paging import drop
 
 SHARE = 1 / 8
 """Of the memory that is free: what the activations of all blocks may take before some are computed twice."""
@@ -57,9 +58,12 @@ class Recomputing:
         """What stands for the ``forward`` of a block, which is ``dense``."""
 
         def forward(*inputs: Any, **options: Any) -> Any:
+            drop()  # weights in files of the blocks before
             if not inputs or not isinstance(inputs[0], Tensor):
                 return dense(*inputs, **options)
             hidden, *rest = inputs
+            if hidden.requires_grad and torch.is_grad_enabled():
+                hidden.register_hook(_let_go)
             encoder = self._encoder[block]
             if block is encoder[0]:
                 self.decide(hidden, encoder)
@@ -80,6 +84,11 @@ class Recomputing:
             return dense(hidden)
         finally:
             self.call = None
+
+
+def _let_go(_gradient: Tensor) -> None:
+    """The backward pass of a block has ended: of its weights in files nothing is used any more."""
+    drop()
 
 
 def room_for(model: nn.Module) -> int:

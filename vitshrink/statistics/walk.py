@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from vitshrink.models.blocks import hidden_of
 from vitshrink.runtime.modes import evaluating
+from vitshrink.runtime.paging import in_file, rest
 from vitshrink.statistics.calibration import CalibrationBatch, to_device, token_mask
 
 
@@ -28,8 +30,10 @@ class HiddenBatch:
 
 
 @torch.no_grad()
-def hidden_batches(model: nn.Module, first_block: nn.Module, batches: Iterable[CalibrationBatch]) -> list[HiddenBatch]:
-    """The batches as they enter the first block: embeddings are computed once and kept."""
+def hidden_batches(
+    model: nn.Module, first_block: nn.Module, batches: Iterable[CalibrationBatch], pages: Path | None = None
+) -> list[HiddenBatch]:
+    """The batches as they enter the first block: embeddings are computed once and kept, in files of ``pages``."""
 
     def stop(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         raise _FirstBlockReached(arguments, keywords)
@@ -44,7 +48,9 @@ def hidden_batches(model: nn.Module, first_block: nn.Module, batches: Iterable[C
                 with evaluating(model):
                     model(**to_device(batch.inputs, device))
             except _FirstBlockReached as call:
-                reached.append(HiddenBatch(call.arguments[0], call.arguments[1:], call.keywords, mask))
+                hidden = in_file(call.arguments[0], pages)
+                reached.append(HiddenBatch(hidden, call.arguments[1:], call.keywords, mask))
+                rest()
     finally:
         handle.remove()
     return reached

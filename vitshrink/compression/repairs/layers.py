@@ -68,6 +68,7 @@ class LayerRepairs:
                     passes=estimator.passes,
                     measure=shared_effects,
                     lacking=shared_shortfall,
+                    pages=estimator.pages,
                     on_batch=advance,
                 )
         if self.material.storage == "gauge":
@@ -92,6 +93,7 @@ class LayerRepairs:
                 calibration.batches,
                 seed=estimator.config.seed + 5,
                 passes=estimator.passes,
+                pages=estimator.pages,
                 on_layer=lambda _name: advance(1),
             )
 

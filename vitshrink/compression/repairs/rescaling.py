@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.compression.repairs.products import Product, factors_of, product_of, set_factors
+from vitshrink.runtime.paging import in_file
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch
 from vitshrink.statistics.effects import Components, Effects, Lacking, Measure, component_effects, shortfall
@@ -56,6 +58,7 @@ def rescale_components(
     passes: Passes = nullcontext,
     measure: Measure = component_effects,
     lacking: Lacking = shortfall,
+    pages: Path | None = None,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> int:
     """Fit a gain for every component of the smaller layers ``names``, and their biases, in place; no size changes.
@@ -71,6 +74,7 @@ def rescale_components(
         reference: the outputs of the dense model.
         means: of the inputs (n,) of each layer; a gain leaves the mean output as it is. Zeros for layers without bias.
         measure, lacking: how effects, and what is missing after a step, are found over all batches.
+        pages: where the factors before a step lie, if they take much room; in memory if it is None.
 
     Returns:
         the number of steps taken, 0 to ``STEPS``.
@@ -81,8 +85,8 @@ def rescale_components(
         found: dict[str, tuple[Product, Components]] = {}
         for name in names:
             layer = product_of(model, name)
-            up, down = factors_of(layer)
-            found[name] = layer, Components(up.clone(), down.clone(), means[name])
+            up, down = (in_file(factor.clone(), pages) for factor in factors_of(layer))
+            found[name] = layer, Components(up, down, means[name])
         components = {name: parts for name, (_, parts) in found.items()}
         effects = measure(
             model, components, batches, reference=reference, seed=seed + step, passes=passes, on_batch=on_batch
@@ -115,11 +119,11 @@ def best_repair(effects: Effects) -> Repair | None:
     nothing = float(missing.square().mean())
     if len(missing) < 2 or nothing == 0:
         return None
-    gains, shifts = _weighted(effects.layers), _weighted(effects.shifts, SHIFTS)
+    gains, shifts = Weighted.of(effects.layers), Weighted.of(effects.shifts, SHIFTS)
     kernel = missing.new_zeros(len(missing), len(missing))
-    for weighted, plain in ((gains, effects.layers), (shifts, effects.shifts)):
-        for name, each in weighted.items():
-            kernel += each @ plain[name].T
+    for weighted in (gains, shifts):
+        for name, plain in weighted.effects.items():
+            kernel += weighted[name] @ plain.double().T
     values, vectors = torch.linalg.eigh(kernel)
     errors, duals = [], []
     for ridge in RIDGES:
@@ -130,15 +134,28 @@ def best_repair(effects: Effects) -> Repair | None:
     if not errors[best] < nothing:
         return None
     return Repair(
-        {name: each.T @ duals[best] for name, each in gains.items()},
-        {name: each.T @ duals[best] for name, each in shifts.items()},
+        {name: gains[name].T @ duals[best] for name in effects.layers},
+        {name: shifts[name].T @ duals[best] for name in effects.shifts},
         RIDGES[best],
         1 - errors[best] / nothing,
     )
 
 
-def _weighted(effects: Mapping[str, Tensor], weight: float = 1.0) -> dict[str, Tensor]:
-    """Effects over their own mean squares, which the floor keeps from zero; times ``weight``."""
-    power = {name: each.square().mean(0) for name, each in effects.items()}
-    floor = FLOOR * torch.cat(list(power.values())).mean()
-    return {name: weight * each / (power[name] + floor).clamp_min(1e-300) for name, each in effects.items()}
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """Effects over their own mean squares, which the floor keeps from zero; times ``weight``. Made when asked for."""
+
+    effects: Mapping[str, Tensor]
+    power: Mapping[str, Tensor]
+    floor: Tensor
+    weight: float
+
+    @classmethod
+    def of(cls, effects: Mapping[str, Tensor], weight: float = 1.0) -> "Weighted":
+        power = {name: each.double().square().mean(0) for name, each in effects.items()}
+        return cls(effects, power, FLOOR * torch.cat(list(power.values())).mean(), weight)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """(samples, k), float64."""
+        each = self.effects[name].double()
+        return self.weight * each / (self.power[name] + self.floor).clamp_min(1e-300)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from vitshrink.models.structures.narrow import NarrowLinear
 from vitshrink.models.targets import Target, blocks_of, linear_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.modes import evaluating
+from vitshrink.runtime.paging import in_file, rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch
 from vitshrink.statistics.importance import weights_of_tokens
@@ -68,6 +70,7 @@ def restore_stream(
     *,
     seed: int = 0,
     passes: Passes = nullcontext,
+    pages: Path | None = None,
     on_layer: Callable[[str], None] = lambda _name: None,
 ) -> None:
     """Refit the smaller layers that write to the residual stream, in place; no size changes.
@@ -82,6 +85,7 @@ def restore_stream(
         dense: the model that ``model`` was made of.
         targets: of ``model``; those that are ``writers`` are refitted.
         stats: their statistics in the compressed model, of which H is used.
+        pages: where the hidden states of the samples lie, if they take much room; in memory if it is None.
     """
     parts = writers(model, targets)
     mine = processes.block(len(batches))
@@ -89,13 +93,12 @@ def restore_stream(
     family = family_of(model)
     with processes.together():
         weights = weights_of_tokens(model, parts, own, seed=seed, first=mine.start, passes=passes)
-        there = hidden_batches(dense, blocks_of(dense)[0], own)
-        here = hidden_batches(model, blocks_of(model)[0], own)
+        there = hidden_batches(dense, blocks_of(dense)[0], own, pages)
+        here = hidden_batches(model, blocks_of(model)[0], own, pages)
     with evaluating(model, dense):
         for index, (theirs, ours) in enumerate(zip(blocks_of(dense), blocks_of(model), strict=True)):
             with processes.together():
-                met_there = (passage(theirs, family, batch) for batch in there)
-                wanted = [(met.stream, met.left) for met in met_there]  # what is read is large, and not needed
+                wanted = [_wanted(passage(theirs, family, batch), pages) for batch in there]
             for target in (part for part in parts if part.block == index):
                 inputs = product_of(model, target.name).in_features
                 center = stats[target.name].mean
@@ -109,11 +112,13 @@ def restore_stream(
                         for number, half in enumerate(halves):
                             each = slice(number, None, 2)
                             half.add(met.read[each], lacking[each], weight[target.name][each])
+                        rest()
                 refit(model, dense, target, stats[target.name], factorize, [half.of_all() for half in halves])
                 on_layer(target.name)
             with processes.together():
                 for batch in here:
-                    batch.hidden = batch.through(ours)
+                    batch.hidden = in_file(batch.through(ours), pages)
+                    rest()
             for batch, (_, left) in zip(there, wanted, strict=True):
                 batch.hidden = left
 
@@ -147,6 +152,13 @@ def passage(block: nn.Module, family: Family, batch: HiddenBatch, reader: Role =
         left = batch.through(block)
     between = batch.hidden + seen["output"][1] if family.norm == "before" else seen["fc1"][0]
     return Passage({"output": batch.hidden, "fc2": between}, seen[reader][0], left)
+
+
+def _wanted(met: "Passage", pages: Path | None) -> tuple[dict[Role, Tensor], Tensor]:
+    """What a batch met in a block of the dense model, but for what was read: that is large, and not needed."""
+    between, left = in_file(met.stream["fc2"], pages), in_file(met.left, pages)
+    rest()
+    return {**met.stream, "fc2": between}, left
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +268,7 @@ def _missed(ridge: float, fitted: Lack, tested: Lack, metric: Tensor | None) -> 
 
 def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """B (m, n) of the ridge regression r ≈ B x, from Cov(x) (n, n) and Cov(r, x) (m, n)."""
-    damping = ridge * covariance.diagonal().mean().clamp_min(1e-300)
-    damped = covariance + damping * torch.eye(len(covariance)).to(covariance)
+    damped = covariance.clone()
+    damped.diagonal().add_(ridge * covariance.diagonal().mean().clamp_min(1e-300))
     solved: Tensor = torch.linalg.solve(damped, cross.T)
     return solved.T
