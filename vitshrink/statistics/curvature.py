@@ -304,7 +304,8 @@ class CurvatureCollector:
         """Of the output of a call."""
         g = self._real(gradient)
         m, n = target.shape
-        power = float(g.square().sum(1).double().sum())
+        norms = g.norm(dim=1, keepdim=True)
+        power = float(norms.double().square().sum())
         if not torch.isfinite(torch.tensor(power)):
             raise NumericsError(
                 f"layer {target.name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
@@ -313,8 +314,8 @@ class CurvatureCollector:
         sums = self._layers.setdefault(target.name, LayerSums())
         sums.power += power
         sums.count += g.shape[0]
-        scale = clipping(g, self.clip)
-        importance = (g * scale).square().sum(1)
+        scale = clipping(norms, self.clip)
+        importance = (norms * scale).square().squeeze(1)
         known = self._importance.setdefault(target.name, {})
         known[number] = importance if number not in known else known[number] + importance
         if m > n and target.name not in self.weights:
@@ -369,12 +370,11 @@ def _narrow(target: Target) -> bool:
     return target.shape[0] < target.shape[1]
 
 
-def clipping(g: Tensor, bounds: tuple[float, float] = CLIP) -> Tensor:
-    """Factors (tokens, 1) that bring the norms of gradients g (tokens, m) within ``bounds``, times their mean.
+def clipping(norms: Tensor, bounds: tuple[float, float] = CLIP) -> Tensor:
+    """Factors (tokens, 1) that bring the ``norms`` of gradients g (tokens, 1) within ``bounds``, times their mean.
 
     Σ‖g‖² stays what it is, so that losses of different layers compare as before.
     """
-    norms = g.norm(dim=1, keepdim=True)
     low, high = (bound * norms.mean() for bound in bounds)
     clipped = torch.where(norms > 0, norms.clamp(low, high), 0)
     scale = torch.where(norms > 0, clipped / norms.clamp_min(1e-30), 1)

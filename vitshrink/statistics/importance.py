@@ -44,9 +44,9 @@ def weights_of_tokens(
         def hook(_module: nn.Module, _grad_input: Any, grad_output: Any) -> None:
             gradient = grad_output[0].detach().float()
             real = torch.ones(gradient.shape[:2], dtype=torch.bool, device=device) if mask is None else mask
-            g = gradient[real]
+            norms = gradient[real].norm(dim=1, keepdim=True)
             weights = gradient.new_zeros(gradient.shape[:2])
-            weights[real] = token_weights([(g * clipping(g)).square().sum(1)])
+            weights[real] = token_weights([(norms * clipping(norms)).square().squeeze(1)])
             found[-1][name] = weights
 
         return hook
