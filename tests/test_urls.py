@@ -1,4 +1,4 @@
-"""Outputs, caches, states and models by URL: whole or not at all, from whichever process or machine."""
+"""Outputs, caches, states, models and data by URL: whole or not at all, from whichever process or machine."""
 
 import csv
 import functools
@@ -21,7 +21,9 @@ from typer.testing import CliRunner
 
 from vitshrink.cli.app import app
 from vitshrink.config.options import CompressConfig
-from vitshrink.errors import CheckpointError, DependencyError, OutputError, UsageError
+from vitshrink.data import ImageError, decode_image, open_samples
+from vitshrink.data.images import read_image_bytes
+from vitshrink.errors import CheckpointError, DataError, DependencyError, OutputError, UsageError
 from vitshrink.jobs.compress import compress
 from vitshrink.jobs.sweep import fingerprints
 from vitshrink.models.source import resolve
@@ -321,3 +323,98 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.filterwarnings("ignore")
 def test_a_sweep_into_an_object_store_is_that_into_a_folder(bucket: str, sweep_file: Path, tmp_path: Path) -> None:
     check_sweep(sweep_file, bucket, tmp_path / "near")
+
+
+# Data
+
+
+@pytest.mark.parametrize("place", ["memory", "file"], indirect=True)
+def test_data_by_url_are_the_samples_of_a_path(
+    place: Place, class_images: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for file in (each for each in class_images.rglob("*") if each.is_file()):
+        place.put(file, f"pets/val/{file.relative_to(class_images).as_posix()}")
+    place.put(text_file, "texts/all.txt")
+    (tmp_path / "table.csv").write_text(f"file_name,label\nval/{file.relative_to(class_images)},{file.parent.name}\n")
+    place.put(tmp_path / "table.csv", "pets/table.csv")
+    (tmp_path / "recipe.yaml").write_text(f"kind: text\npath: {place.url}/texts/all.txt\n")
+
+    found = open_samples(f"{place.url}/pets:val", "image", flags="--eval-")
+    assert found.source == f"{place.url}/pets:val"
+    assert found.identity() == open_samples(class_images, "image").identity()
+    (row,) = open_samples(f"{place.url}/pets/table.csv", "image").samples
+    assert row.image is not None
+    assert read_image_bytes(row.image) == file.read_bytes()
+    for texts in (f"{place.url}/texts/all.txt", tmp_path / "recipe.yaml"):
+        assert open_samples(texts, "text").identity() == open_samples(text_file, "text").identity()
+
+
+def test_an_image_at_a_url_is_fetched_when_it_is_read(place: Place, flat_images: Path) -> None:
+    for file in flat_images.iterdir():
+        place.put(file, file.name)
+    first, second, *_ = open_samples(place.url, "image").samples
+    assert first.image is not None
+    assert read_image_bytes(first.image)
+    for file in flat_images.iterdir():
+        place.remove(file.name)
+    assert read_image_bytes(first.image), "once"
+    assert second.image is not None
+    with pytest.raises(ImageError, match=f"there is no file {place.url}/{second.key}"):
+        decode_image(second.image)
+
+
+@pytest.mark.parametrize(
+    ("below", "kind", "error", "message"),
+    [
+        ("none", "text", DataError, "there is no file or folder {url}. Check the URL"),
+        ("some.xyz", "text", DataError, "{url} is not a data file that vitshrink can read"),
+        ("some.txt:val", "text", UsageError, "{file} is one file and has no splits"),
+        ("some.txt", "image", DataError, "{url}"),
+        ("recipe.yaml", "text", UsageError, "{url}: a recipe must be a file on this machine"),
+    ],
+)
+def test_errors_of_data_by_url_name_the_url(
+    place: Place, text_file: Path, below: str, kind: Any, error: type[Exception], message: str
+) -> None:
+    for name in ("some.txt", "some.xyz"):
+        place.put(text_file, name)
+    url = f"{place.url}/{below}"
+    with pytest.raises(error) as raised:
+        open_samples(url, kind)
+    assert message.format(url=url, file=url.removesuffix(":val")) in str(raised.value)
+    assert "vitshrink-data-" not in str(raised.value)
+
+
+def test_a_job_on_data_by_url_is_that_on_a_path(entries: dict[str, Any], flat_images: Path, tmp_path: Path) -> None:
+    store = Place.of(f"file://{tmp_path}/store/data")
+    for file in flat_images.iterdir():
+        store.put(file, file.name)
+    there = {**entries, "calibration": store.url, "cache": None}
+    compress(CompressConfig.from_mapping({**entries, "output": str(tmp_path / "plain"), "cache": None}))
+    compress(CompressConfig.from_mapping(there))
+    assert weights(tmp_path / "store" / "model") == weights(tmp_path / "plain")
+    config = CompressConfig.from_mapping(there)
+    known = fingerprints([config])
+    assert fingerprints([config]) == known
+    store.put(file, "another.png")
+    assert fingerprints([config]) != known
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_shards_and_images_in_an_object_store_are_read(
+    bucket: str, class_images: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": text_file.read_text().splitlines()}).to_parquet(tmp_path / "texts.parquet")
+    store = Place.of(bucket)
+    store.put(tmp_path / "texts.parquet", "texts/train-0.parquet")
+    for file in (each for each in class_images.rglob("*") if each.is_file()):
+        store.put(file, f"images/{file.relative_to(class_images).as_posix()}")
+    assert open_samples(f"{bucket}/images", "image").identity() == open_samples(class_images, "image").identity()
+    for name in ("texts", "texts/train-0.parquet"):
+        shards = open_samples(f"{bucket}/{name}", "text")
+        assert shards.fingerprint() == open_samples(text_file, "text").fingerprint()
+    with pytest.raises(DataError, match="there is no file or folder s3://results/nightly/none"):
+        open_samples(f"{bucket}/none", "text")

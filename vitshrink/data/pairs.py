@@ -7,10 +7,12 @@ from pathlib import Path
 from vitshrink.config.data import DataConfig
 from vitshrink.data.image_metadata import METADATA_NAMES
 from vitshrink.data.labels import WORDNET_ID, imagenet_classes
+from vitshrink.data.remote import local_path
 from vitshrink.data.samples import Drawable, Sample, SampleSet
-from vitshrink.data.sources import open_samples
+from vitshrink.data.sources import divide, open_samples
 from vitshrink.data.tables import is_table
 from vitshrink.errors import DataError, UsageError
+from vitshrink.runtime.storage import below
 
 CAPTIONS = ("caption", "captions", "text", "title", "prompt", "sentence")
 """What columns of captions are called; the first that there is counts."""
@@ -87,14 +89,19 @@ def _spoken(name: str) -> str:
 
 def _with_metadata(data: DataConfig) -> str:
     """The table of a folder of images, which has the captions; what was named, where there is none."""
-    folder = Path(data.source).expanduser()
-    tables = [folder / name for name in METADATA_NAMES if is_table(Path(name)) and (folder / name).is_file()]
-    return str(tables[0]) if tables and data.texts is None else data.source
+    folder = _folder(data.source)
+    tables = [name for name in METADATA_NAMES if is_table(Path(name)) and (folder / name).is_file()]
+    return below(data.source, tables[0]) if tables and data.texts is None else data.source
+
+
+def _folder(source: str) -> Path:
+    """Where it is on this machine; nowhere, if a split is named with it."""
+    return Path(source) if divide(source, None)[1] is not None else local_path(source)
 
 
 def _captions(data: DataConfig, source: str, *, offline: bool) -> SampleSet | None:
     """The texts beside the images of a source; None where it has none."""
-    path = Path(source).expanduser()
+    path = _folder(source)
     if path.is_dir() and data.text_column is None and not any(path.glob("**/*.parquet")):
         return None  # images alone
     for column in (data.text_column,) if data.text_column is not None else CAPTIONS:

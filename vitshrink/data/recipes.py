@@ -12,6 +12,7 @@ from typing import Any, Literal
 from vitshrink.config.written import read_yaml, truth
 from vitshrink.data.tables import DELIMITERS, Quoting
 from vitshrink.errors import DataError, UsageError
+from vitshrink.runtime.storage import is_url
 
 Kind = Literal["image", "text", "image-text"]
 """What a sample is; ``image-text``: an image and a text, of which a model reads each apart."""
@@ -70,6 +71,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         UsageError: no such recipe, an unknown key, or a value of the wrong type.
         DataError: the file cannot be read or is not YAML.
     """
+    if is_url(name_or_path):
+        raise UsageError(f"{name_or_path}: a recipe must be a file on this machine; its `path` may be a URL.")
     file = Path(name_or_path).expanduser()
     if file.suffix not in (".yaml", ".yml"):
         names = recipe_names()

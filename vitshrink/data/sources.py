@@ -11,10 +11,12 @@ from vitshrink.data.hub import SHARD_FORMATS, Address, holds_saved, open_hub, op
 from vitshrink.data.image_metadata import METADATA_NAMES
 from vitshrink.data.layouts import LAYOUTS
 from vitshrink.data.recipes import Kind, Recipe, load_recipe, recipe_names, suggestion
+from vitshrink.data.remote import copy_of, local_path
 from vitshrink.data.samples import Sample, SampleSet
 from vitshrink.data.tables import SEPARATED_SUFFIXES, TABLE_SUFFIXES, Table, is_table, read_table
 from vitshrink.data.text_files import text_suffix
 from vitshrink.errors import DataError, UsageError
+from vitshrink.runtime.storage import is_url
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?")
 
@@ -44,6 +46,7 @@ def open_samples(
       also compressed;
     * a recipe: the name of a shipped one, or the path of a ``.yaml`` file;
     * a data set on the Hub: ``owner/name`` or ``owner/name/config``;
+    * the URL of such a folder or file, see ``remote.copy_of``;
     * any of these with its split: ``spec:split``.
 
     Columns, split and labels given here go before those of a recipe. Columns that nobody names are guessed from usual
@@ -68,13 +71,15 @@ def open_samples(
     )
     for flag, column in _foreign(wanted, kind):
         raise UsageError(f"{flags}{flag} {column}: the model reads {kind} samples, which have no such column.")
-    name, split = _divide(str(spec), split)
+    name, split = divide(str(spec), split)
+    if is_url(name) and not _is_recipe(name):
+        return replace(_open_url(name, kind, split, wanted, _path(labels)), source=str(spec))
     path = Path(name).expanduser()
     if path.exists() and name in recipe_names():
         raise UsageError(
             f"{name!r} is a recipe, and also a file or folder here: write ./{name} for the file or folder."
         )
-    if path.suffix in (".yaml", ".yml") or name in recipe_names():
+    if _is_recipe(name):
         samples = _open_recipe(load_recipe(name), kind, split, wanted, _path(labels), offline)
     elif path.exists():
         samples = _open_path(path, kind, split, wanted, _path(labels))
@@ -92,16 +97,16 @@ def hub_source(spec: str | Path) -> tuple[str, Recipe | None] | None:
 
     Raises as ``open_samples`` for a recipe that makes no sense.
     """
-    name, _ = _divide(str(spec), None)
+    name, _ = divide(str(spec), None)
     path = Path(name).expanduser()
-    if path.suffix in (".yaml", ".yml") or name in recipe_names():
+    if _is_recipe(name):
         recipe = load_recipe(name)
         return None if recipe.id is None else (recipe.id, recipe)
     match = _HUB_ID.fullmatch(name)
     return None if path.exists() or match is None or _looks_like_a_path(name) else (match["id"], None)
 
 
-def _divide(spec: str, split: str | None) -> tuple[str, str | None]:
+def divide(spec: str, split: str | None) -> tuple[str, str | None]:
     """``spec:split`` in two, unless there is a file of that name."""
     name, colon, inside = spec.rpartition(":")
     if not colon or not re.fullmatch(r"[\w.]+", inside) or Path(spec).expanduser().exists():
@@ -111,8 +116,12 @@ def _divide(spec: str, split: str | None) -> tuple[str, str | None]:
     return name, inside
 
 
+def _is_recipe(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml") or name in recipe_names()
+
+
 def _path(file: str | Path | None) -> Path | None:
-    return None if file is None else Path(file).expanduser()
+    return None if file is None else local_path(file)
 
 
 def _foreign(wanted: Columns, kind: Kind) -> list[tuple[str, str]]:
@@ -140,17 +149,27 @@ def _open_recipe(
         label=wanted.label or recipe.label_column,
     )
     if labels is None and recipe.labels is not None:
-        labels = recipe.folder / Path(recipe.labels).expanduser()
+        labels = local_path(recipe.labels) if is_url(recipe.labels) else recipe.folder / local_path(recipe.labels)
     if recipe.id is not None:
         _no_labels(recipe.name, labels)
         _refuse(recipe, _SEPARATED, recipe.id)
         samples = open_hub(Address(recipe.id, recipe.config, split), kind, wanted, offline=offline)
+    elif recipe.path is not None and is_url(recipe.path):
+        samples = _open_url(recipe.path, kind, split, wanted, labels, recipe)
     else:
         assert recipe.location is not None
         if not recipe.location.exists():
             raise DataError(f"the recipe {recipe.name} reads {recipe.location}, which does not exist.")
         samples = _open_path(recipe.location, kind, split, wanted, labels, recipe)
     return replace(samples, recipe=recipe)
+
+
+def _open_url(
+    url: str, kind: Kind, split: str | None, wanted: Columns, labels: Path | None, recipe: Recipe | None = None
+) -> SampleSet:
+    copy = copy_of(url)
+    with copy.explaining():
+        return copy.of(_open_path(copy.path, kind, split, wanted, labels, recipe))
 
 
 _SEPARATED = dict.fromkeys(("delimiter", "header", "columns", "quoting"), "tables (.csv, .tsv, .txt)")

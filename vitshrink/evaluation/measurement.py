@@ -19,6 +19,7 @@ from vitshrink.data import (
 )
 from vitshrink.data.opening import Cut, warn_of_bad
 from vitshrink.data.pairs import classes_of
+from vitshrink.data.remote import RemoteImage
 from vitshrink.data.samples import Answers
 from vitshrink.data.tags import align_tags
 from vitshrink.errors import CheckpointError, DataError
@@ -209,7 +210,7 @@ def _dual(
 
 def id_of(sample: Sample) -> object:
     """What two samples of the same image have in common."""
-    return sample.image if isinstance(sample.image, Path) else sample.key
+    return sample.image if isinstance(sample.image, Path | RemoteImage) else sample.key
 
 
 def _gather(bad: BadSamples, cut: Cut, samples: SampleSet) -> None:

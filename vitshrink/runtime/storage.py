@@ -83,6 +83,16 @@ class Place:
             self.files.invalidate_cache()
             return bool(self.files.exists(self.path))
 
+    def is_file(self) -> bool:
+        """Whether it is a file, and no directory."""
+        with _explaining(self.url):
+            self.files.invalidate_cache()
+            return bool(self.files.isfile(self.path))
+
+    def parent(self) -> "Place":
+        """The directory that it lies in."""
+        return Place(self.url.rpartition("/")[0], self.files, self.path.rpartition("/")[0])
+
     def names(self) -> dict[str, int]:
         """The files below, by their names from here, with their bytes."""
         with _explaining(self.url):
@@ -194,6 +204,8 @@ class Place:
     def identity(self) -> dict[str, str]:
         """What the store says of every file, which changes with its contents."""
         with _explaining(self.url):
+            if self.is_file():
+                return {"": str(self.files.ukey(self.path))}
             return {name: str(self.files.ukey(f"{self.path}/{name}")) for name in sorted(self.names())}
 
     def _move(self, old: str, new: str) -> None:

@@ -14,6 +14,7 @@ from vitshrink._version import __version__
 from vitshrink.config.fields import entries_of, plain_values
 from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import hub_source, open_samples
+from vitshrink.data.sources import divide
 from vitshrink.errors import VitshrinkError
 from vitshrink.models.hub import revision
 from vitshrink.runtime.checksums import digest
@@ -73,6 +74,9 @@ def _fingerprint(config: CompressConfig, known: _Known) -> str:
         if (there := hub_source(data.source)) is not None:
             read[part] = None if there[1] is None else asdict(replace(there[1], folder=Path()))
             commits[part] = known.revision(there[0], "dataset", offline=config.offline)
+        elif is_url(data.source):
+            places = (divide(data.source, data.split)[0], data.texts, data.labels)
+            read[part] = [known.contents(place) for place in places if place is not None]
         else:
             read[part] = known.samples(data, most, config.seed, offline=config.offline)
     local = _sha256({"vitshrink": __version__, "recipe": _recipe(config), "read": read})
