@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from click.testing import Result
 from typer.testing import CliRunner
@@ -52,14 +53,7 @@ cp -r "$2/$name" "$directory/.new" && mv "$directory/.new" "$directory/model"
 def sweep_file(tmp_path_factory: pytest.TempPathFactory, vit_directory: Path, flat_images: Path) -> Path:
     """Two sizes and a job that fails. Its jobs copy what was compressed once: the slow tests start real ones."""
     folder = tmp_path_factory.mktemp("shards")
-    entries: dict[str, Any] = {
-        "defaults": {"model": str(vit_directory), "calibration": str(flat_images), "samples": 8, "holdout": 4},
-        "matrix": {"method": ["svd"], "keep": [0.9, 0.7]},
-        "include": [{"name": "lost", "model": "no/such-model", "keep": 0.5, "method": "svd"}],
-        "gates": {"max_size": "80kB"},
-    }
-    file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(entries, sort_keys=False))
+    file = tiny.write_sweep(folder / "sweep.yaml", vit_directory, flat_images, "svd")
     for job in read_sweep(file, output=folder / "ready").jobs[:2]:
         compress(replace(job.config, output=str(folder / "ready" / job.name), cache=None))
     script = folder / "job.sh"

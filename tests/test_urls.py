@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import tiny
 from click.testing import Result
 from killing import compress_until
 from typer.testing import CliRunner
@@ -222,15 +222,7 @@ def test_a_job_goes_on_in_a_process_that_shares_no_disk(entries: dict[str, Any],
 
 @pytest.fixture
 def sweep_file(tmp_path: Path, vit_directory: Path, flat_images: Path) -> Path:
-    document: dict[str, Any] = {
-        "defaults": {"model": str(vit_directory), "calibration": str(flat_images), "samples": 8, "holdout": 4},
-        "matrix": {"method": ["whitened"], "keep": [0.9, 0.7]},
-        "include": [{"name": "lost", "model": "no/such-model", "keep": 0.5, "method": "svd"}],
-        "gates": {"max_size": "80kB"},
-    }
-    file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump(document, sort_keys=False))
-    return file
+    return tiny.write_sweep(tmp_path / "sweep.yaml", vit_directory, flat_images, "whitened")
 
 
 VARYING = ("seconds", "reused", "latency_ratio")

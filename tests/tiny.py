@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -181,3 +182,15 @@ def loads_without_vitshrink(directory: Path) -> str:
     )
     command = [sys.executable, "-c", program, str(directory)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout.strip()
+
+
+def write_sweep(file: Path, model: Path, images: Path, method: str) -> Path:
+    """A sweep of two sizes, of which one misses its bound, and a job that fails."""
+    document: dict[str, Any] = {
+        "defaults": {"model": str(model), "calibration": str(images), "samples": 8, "holdout": 4},
+        "matrix": {"method": [method], "keep": [0.9, 0.7]},
+        "include": [{"name": "lost", "model": "no/such-model", "keep": 0.5, "method": "svd"}],
+        "gates": {"max_size": "80kB"},
+    }
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
+    return file

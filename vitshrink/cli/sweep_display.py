@@ -53,15 +53,8 @@ def run(options: SweepOptions, bounds: Mapping[str, Any], display: DisplayOption
         return
     with SweepDisplay(plan, quiet=display.silent) as shown_jobs:
         try:
-            outcomes = run_sweep(
-                plan,
-                shown_jobs,
-                jobs=options.jobs,
-                resume=options.resume,
-                fail_fast=options.fail_fast,
-                engine=options.engine,
-                address=options.address,
-            )
+            asked = ("jobs", "resume", "fail_fast", "engine", "address")
+            outcomes = run_sweep(plan, shown_jobs, **{name: getattr(options, name) for name in asked})
         finally:
             # an interrupted sweep has results, too
             rows = write_results(plan, shown_jobs.now()) if shown_jobs.started else []

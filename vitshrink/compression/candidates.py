@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Literal, Protocol
 
 Currency = Literal["parameters", "bytes", "nanoseconds"]
@@ -112,12 +113,14 @@ class Offer:
     ) -> "Offer":
         """An offer of those among ``candidates`` that are cheaper than ``kept``, and that no cheaper one beats."""
         found: list[Candidate] = []
-        for each in sorted(candidates, key=lambda each: (each.cost.of(currency), each.loss)):
-            price = each.cost.of(currency)
-            if price >= kept.cost.of(currency):
+        most_of_all, last = kept.cost.of(currency), 0
+        priced = [(each.cost.of(currency), each.loss, each) for each in candidates]
+        for price, loss, each in sorted(priced, key=itemgetter(0, 1)):
+            if price >= most_of_all:
                 break
-            if not found or (price > found[-1].cost.of(currency) and each.loss <= found[-1].loss):
+            if not found or (price > last and loss <= found[-1].loss):
                 found.append(each)
+                last = price
         return cls(site, currency, kept, found, nothing, most)
 
     def with_more(self, candidates: Iterable[Candidate]) -> "Offer":

@@ -1,5 +1,6 @@
 """What a method learns of linear layers: statistics, nested factors, and what their components do to the output."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -23,7 +24,7 @@ from vitshrink.models.families import precision_for
 from vitshrink.models.targets import Target, linear_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache
-from vitshrink.runtime.entries import laid_out, moved
+from vitshrink.runtime.entries import from_process, laid_out, moved
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.paging import paged
 from vitshrink.runtime.precision import Passes, passes_in, resolve_precision
@@ -287,39 +288,42 @@ class LayerEstimator:
 
         Several processes share the layers out, and all of them get all factors.
         """
+        owners = processes.owners([math.prod(target.shape) * min(target.shape) for target in self.targets])
         with job.stage("factorize", "Factorizing", len(self.targets)) as advance:
             with processes.together():
-                mine = self._factorize_share(stats, advance)
+                own = [target for target, owner in zip(self.targets, owners, strict=True) if owner == processes.rank()]
+                mine = self._factorize_share(own, stats, advance)
             findings = Findings({}, {}, stats)
-            for number, target in enumerate(self.targets):
-                found = mine.get(target.name)
+            failures = {name: why for each in processes.gather(mine[1]) for name, why in each.items()}
+            for target, owner in zip(self.targets, owners, strict=True):
+                if target.name in failures:
+                    findings.failures[target.name] = failures[target.name]
+                    job.warn(f"{target.name} stays dense: {failures[target.name]}")
+                    continue
+                found, device = mine[0].get(target.name), linear_of(self.dense, target.name).weight.device
                 if processes.started():
-                    found = moved(found, "cpu") if isinstance(found, Factorization) else found
-                    found = processes.from_process(number % processes.count(), found)
-                if isinstance(found, Factorization):
-                    findings.layers[target.name] = moved(found, linear_of(self.dense, target.name).weight.device)
-                else:
-                    findings.failures[target.name] = str(found)
-                    job.warn(f"{target.name} stays dense: {found}")
+                    found = from_process(owner, found, device)
+                assert found is not None
+                findings.layers[target.name] = moved(found, device)
         if not findings.layers:
             raise NumericsError("no layer could be factorized; see the warnings for the reasons.")
         return findings
 
     @torch.no_grad()
     def _factorize_share(
-        self, stats: Mapping[str, LinearStats], advance: Callable[[int], None]
-    ) -> dict[str, Factorization | str]:
-        """The factors of this process's share of the targets, or why there are none."""
-        found: dict[str, Factorization | str] = {}
-        for target in processes.share(self.targets):
+        self, targets: Sequence[Target], stats: Mapping[str, LinearStats], advance: Callable[[int], None]
+    ) -> tuple[dict[str, Factorization], dict[str, str]]:
+        """The factors of some targets, and why there are none."""
+        found, failures = dict[str, Factorization](), dict[str, str]()
+        for target in targets:
             layer = linear_of(self.dense, target.name)
             try:
                 factors = self.factorize(target.name, layer.weight.double(), stats.get(target.name))
                 found |= paged({target.name: factors.check_finite()}, self.pages)
             except NumericsError as error:
-                found[target.name] = str(error)
+                failures[target.name] = str(error)
             advance(processes.count())
-        return found
+        return found, failures
 
 
 def _measured_of(findings: Findings) -> dict[str, Measured]:

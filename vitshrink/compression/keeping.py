@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from vitshrink.compression.findings import Measured
 from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache, Key
-from vitshrink.runtime.entries import Entry
+from vitshrink.runtime.entries import Entry, from_main
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.sensitivity import Sensitivity
 from vitshrink.statistics.stats import LinearStats
@@ -36,10 +36,8 @@ class Cached:
     def read(self, kind: type[Entry]) -> dict[str, Entry]:
         if kind not in self.keys:
             return {}
-        found = self.cache.read(kind, self.keys[kind])
-        # all or none: else one process would wait for work that the others do not do
-        there = all(processes.gather(bool(found)))
-        return found if found and there else {}
+        found = self.cache.read(kind, self.keys[kind]) if processes.is_main() else None
+        return from_main(found or {}, self.cache.device)
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         kind = _kind(entries)

@@ -10,6 +10,9 @@ from vitshrink.config.reading import values_of, written_option
 from vitshrink.config.written import write_yaml
 from vitshrink.errors import UsageError
 
+OWN = ("calibration", "calibration_texts", "eval", "eval_texts", "eval_labels", "data", "workers", "device")
+"""Entries that each of several machines may have for itself: where it finds samples, and what it has to work with."""
+
 
 @dataclass(frozen=True)
 class JobOptions(Options):
@@ -34,6 +37,15 @@ class JobOptions(Options):
     def to_dict(self) -> dict[str, Any]:
         """Every entry as plain data, so that a later version with other defaults does the same."""
         return plain_values(self)
+
+    def common(self) -> dict[str, Any]:
+        """The values that all processes of a job have to be told alike."""
+        found = plain_values(self, lambda each: not (each.reads or each.writes or each.changes == "nothing"))
+        return {
+            name: {k: v for k, v in value.items() if k not in OWN} if isinstance(value, dict) else value
+            for name, value in found.items()
+            if name not in OWN
+        }
 
     def shared_with(self, other: type["JobOptions"]) -> dict[str, Any]:
         """The values of what another job is told as well."""

@@ -160,6 +160,13 @@ class SampleSet:
         labels = repr((self.labels_are, self.label_names, [sample.label for sample in self.samples]))
         return hashlib.sha256(f"{self.fingerprint()} {labels}".encode(errors="surrogatepass")).hexdigest()
 
+    def outline(self) -> str:
+        """SHA-256 over what is known before any image is read, in hexadecimal; of a stream, over what it is called."""
+        if isinstance(self.samples, Drawable):
+            return hashlib.sha256(self.source.encode(errors="surrogatepass")).hexdigest()
+        known = [(each.key, each.label, each.text, each.text_pair) for each in self.samples]
+        return hashlib.sha256(repr(known).encode(errors="surrogatepass")).hexdigest()
+
 
 def overlap(a: SampleSet, b: SampleSet) -> int:
     """How many samples of ``b`` have the same content as a sample of ``a``."""

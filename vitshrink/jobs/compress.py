@@ -63,7 +63,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     """
     job = Job(observer or Silent())
     choices = Choices.of(config)
-    _check(config)
+    with processes.together():
+        _check(config)
     session = Session.open(config.model, Settings.of(config), job, allow_compressed=False)
     session.source.companions.tell(job)
     dense = moved(session.source.model, session.device)
@@ -72,6 +73,9 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
     with _staging(config, session, shrinking, parts) as staging:
         with processes.together():
             data = Inputs.open(config, session, shrinking)
+        read = None if data.calibration is None else data.calibration.batches
+        training = None if data.material is None else data.material.samples
+        session.require_same(config.common(), calibration=read, evaluation=data.evaluation, training=training)
         progress = _progress(config, session, data, resumable=staging is not None)
         paged = _lay_in_files(config, dense, data, progress)
         description = Description.of(shrinking, data.calibration, data.preprocessor)
@@ -98,7 +102,8 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
 
 def _check(config: CompressConfig) -> None:
     """Raises OutputError, UsageError and DependencyError for what can be known before a model is loaded."""
-    check_writable(config.cache, "--cache")
+    if processes.is_main():
+        check_writable(config.cache, "--cache")
     check_writable(config.finetune.checkpoints if config.finetune else None, "--checkpoints")
     if config.runtime is not None:
         find_runtime(config.runtime)

@@ -236,12 +236,14 @@ def evaluate_checkpoint(
     for each in (loaded, reference):
         if timed_in is not None and each is not None:
             require_running(each.model, timed_in)
-    preprocessor = session.preprocessor()
-    samples = session.evaluation_samples(data, limit)
+    with processes.together():
+        preprocessor = session.preprocessor()
+        samples = session.evaluation_samples(data, limit)
     if reference is None and samples.labels_are is None and samples.unlabeled and uses_labels(loaded, samples):
         raise UsageError(
             f"{samples.source} has no labels, and there is no --baseline to compare with: {samples.unlabeled}"
         )
+    session.require_same({"batch-size": batch_size, "seed": seed, "limit": limit}, evaluation=samples)
     measurement = session.measure(loaded.model, samples, preprocessor, against=reference)
     peak_memory = max(processes.gather(cost.peak_memory_bytes(session.device)))
     with job.stage("cost", "Measuring cost"):

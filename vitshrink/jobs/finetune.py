@@ -53,6 +53,7 @@ def finetune_checkpoint(config: FinetuneJob, observer: Observer | None = None) -
             samples = None
             if config.eval_data is not None:
                 samples = session.evaluation_samples(config.eval_data, config.eval_limit)
+        session.require_same(config.common(), training=material.samples, evaluation=samples)
         session.warn_of_overlap(material.samples, samples, "are also trained on")
         model = moved(source.model, session.device)
         recovery = recover(

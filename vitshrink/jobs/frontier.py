@@ -103,6 +103,7 @@ class _Work:
             samples, preprocessor = session.samples(task.calibration_data), session.preprocessor()
             calibration = calibration_of(task, samples, preprocessor, job)
             held_out = held_out_of(task, samples, job, calibrated=True) if config.measured else None
+        session.require_same(config.common(), calibration=calibration.batches, evaluation=held_out)
         compressor = choices.compressor(dense, targets, dtype, calibration)
         return cls(config, job, session, choices, compressor, dtype, preprocessor, calibration, held_out)
 

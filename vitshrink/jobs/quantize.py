@@ -64,6 +64,8 @@ def _rounded(config: QuantizeJob, job: Job) -> CompressionResult:
             "then save_pretrained), and quantize that."
         )
     dtype, data = session.dtype(config.dtype), _Data.open(config, session)
+    read = None if data.calibration is None else data.calibration.batches
+    session.require_same(config.common(), calibration=read, evaluation=data.evaluation)
     source = session.source
     needed = 2 * cost.parameters(source.model)
     with published(config.output, session, needed, overwrite=config.overwrite) as staging:

@@ -1,6 +1,6 @@
 """What every job does at its start: a model and the one it is compared with are opened once, and the data with them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.config.options import CompressConfig, DataConfig, Preprocessing
 from vitshrink.config.quantize import QuantizeJob
-from vitshrink.data import Preprocessor, SampleSet, overlap
+from vitshrink.data import Batch, Preprocessor, SampleSet, overlap
 from vitshrink.data.opening import open_data
 from vitshrink.errors import UsageError
 from vitshrink.evaluation.measurement import Measurement, labels_of, measure_each, require_embedding
@@ -20,8 +20,10 @@ from vitshrink.models.geometry import image_shape
 from vitshrink.models.loading import LoadedModel, load_dense, require_attention
 from vitshrink.models.resolution import set_resolution
 from vitshrink.models.tasks import task_of
+from vitshrink.runtime import processes
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job
+from vitshrink.statistics.digests import data_digest, model_digest
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Session:
             CheckpointError, DependencyError: as what reads the files.
             UsageError: a device, attention or resolution that cannot be had, or models that cannot be compared.
         """
-        with job.stage("load", title):
+        with job.stage("load", title), processes.together():
             if exported and settings.device not in ("auto", "cpu") and _is_exported(model, baseline):
                 raise UsageError(f"--device {settings.device}: exported files run on the CPU only.")
             device = find_device(settings.device)
@@ -123,6 +125,17 @@ class Session:
         """The type that a result is loaded in: of this name, or the source's, though it may be stored in a narrower."""
         found: torch.dtype = getattr(torch, name) if name else self.source.source.runs_in
         return found
+
+    def require_same(self, options: Mapping[str, object], **data: SampleSet | Sequence[Batch] | None) -> None:
+        """Raises UsageError where other processes, on other machines perhaps, read something else, or otherwise."""
+        if processes.started():
+            models = {"the model": self.source, "the baseline": self.baseline}
+            processes.require_same(
+                {name: None if each is None else model_digest(each.model) for name, each in models.items()}
+                | {f"{name} data": None if each is None else _digest(each) for name, each in data.items()}
+                | {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+                | {"the kind of device": self.device.type}
+            )
 
     def preprocessor(self) -> Preprocessor:
         """How samples become the model's inputs. Raises CheckpointError and UsageError."""
@@ -218,6 +231,11 @@ def _loaded(
 
 def _is_exported(*names: str | None) -> bool:
     return any(name is not None and exported_file(name) is not None for name in names)
+
+
+def _digest(data: SampleSet | Sequence[Batch]) -> str:
+    """Of what a model reads or, if samples were not read yet, of their names, labels and texts."""
+    return data.outline() if isinstance(data, SampleSet) else data_digest(data)
 
 
 def _width(loaded: LoadedModel) -> int | None:

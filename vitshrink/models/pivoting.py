@@ -11,6 +11,7 @@ from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.gauge import best_window, pivots_first
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import Target
+from vitshrink.runtime import processes
 
 UNUSED = 1e-12
 """Singular values of a product below this fraction of the largest are rounding."""
@@ -27,26 +28,39 @@ def fix_gauge(model: PreTrainedModel, targets: Sequence[Target]) -> None:
     the pivots come first, along with the outputs of the first layer. Elsewhere the order of the channels is given, and
     the best block of neighboring ones is taken. Neither needs a gather when the model runs.
 
+    Several processes share the layers; all of them get all.
+
     Raises:
         NumericsError: naming a layer whose row space no block of inputs spans.
     """
     fc1 = {target.block: target.name for target in targets if target.role == "fc1"}
-    for target in targets:
-        layer = model.get_submodule(target.name)
-        if not isinstance(layer, LowRankLinear):
-            continue
-        up, down = _full_row_rank(*(factor.double() for factor in layer.factors()))
-        try:
-            if target.role == "fc2" and target.block in fc1:
-                order = pivots_first(down)
+    smaller = [target for target in targets if isinstance(model.get_submodule(target.name), LowRankLinear)]
+    for start in range(0, len(smaller), processes.count()):
+        group = smaller[start : start + processes.count()]
+        with processes.together():
+            found = [
+                _pivoted(model, each, free=each.role == "fc2" and each.block in fc1) for each in processes.share(group)
+            ]
+        for number, target in enumerate(group):
+            pivoted, order = processes.from_process(number, found[0] if number == processes.rank() else None)
+            if order is not None:
                 _permute_outputs(model.get_submodule(fc1[target.block]), order)
-                down, pivot = down[:, order], 0
-            else:
-                pivot = best_window(down)
-            pivoted = LowRankLinear.from_factors(up, down, layer.bias, dtype=layer.weight.dtype, pivot=pivot)
-        except NumericsError as error:
-            raise NumericsError(f"{target.name}: {error} Use --storage factors.") from error
-        replace_layers(model, {target.name: pivoted})  # at once: a later layer may permute this one
+            replace_layers(model, {target.name: pivoted})  # at once: a later layer may permute this one
+
+
+def _pivoted(model: PreTrainedModel, target: Target, *, free: bool) -> tuple[LowRankLinear, Tensor | None]:
+    """A layer with pivots, and the order that its inputs are put in for that, where they are ``free``."""
+    layer = model.get_submodule(target.name)
+    assert isinstance(layer, LowRankLinear)
+    up, down = _full_row_rank(*(factor.double() for factor in layer.factors()))
+    try:
+        order = pivots_first(down) if free else None
+        if order is not None:
+            down = down[:, order]
+        pivot = best_window(down) if order is None else 0
+        return LowRankLinear.from_factors(up, down, layer.bias, dtype=layer.weight.dtype, pivot=pivot), order
+    except NumericsError as error:
+        raise NumericsError(f"{target.name}: {error} Use --storage factors.") from error
 
 
 def _full_row_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

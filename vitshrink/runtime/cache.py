@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from vitshrink.errors import OutputError
+from vitshrink.runtime import processes
 from vitshrink.runtime.entries import Entry, packed, read_metadata, read_tensors, unpacked, write_tensors
 from vitshrink.runtime.storage import Place, is_url, scratch
 
@@ -28,7 +29,7 @@ class Cache:
     """One safetensors file for every key, named by its digest; files of other keys are left alone.
 
     Files appear whole or not at all, so that any number of processes may share the directory; what a killed one
-    had half written is removed after a day.
+    had half written is removed after a day. Of several processes of a job, the first alone uses it.
 
     Raises:
         OutputError: the directory cannot be made.
@@ -48,6 +49,8 @@ class Cache:
         return cls(Path(location), device, warn)
 
     def __post_init__(self) -> None:
+        if not processes.is_main():
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

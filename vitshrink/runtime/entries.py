@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from vitshrink.runtime import processes
 
 
 class IsDataclass(Protocol):
@@ -40,6 +42,42 @@ def laid_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 def moved(entry: Entry, device: torch.device | str) -> Entry:
     """An entry with its tensors on ``device``."""
     return _tensors(entry, lambda tensor: tensor.to(device))
+
+
+def from_process(source: int, entry: Entry | None, device: torch.device) -> Entry:
+    """The entry that process ``source`` passes, in every process, which may be on other machines; on ``device``.
+
+    Raises OtherProcessError where one of them has ended.
+    """
+    mine = {} if entry is None else values_of(entry)
+    told = {name: _Like.of(value) if isinstance(value, Tensor) else value for name, value in mine.items()}
+    kind, values = processes.from_process(source, (type(entry), told))
+    for name, value in values.items():
+        if isinstance(value, _Like):
+            tensor = mine[name].cpu().contiguous() if mine else torch.empty(value.shape, dtype=value.dtype)
+            processes.send(source, tensor)  # as it is: to pickle it would copy it several times
+            values[name] = tensor.to(device)
+    made: Entry = kind(**values)
+    return made
+
+
+def from_main(entries: Mapping[str, Entry], device: torch.device) -> dict[str, Entry]:
+    """The entries that the first process passes, in every process; see ``from_process``."""
+    if not processes.started():
+        return dict(entries)
+    return {name: from_process(0, entries.get(name), device) for name in processes.from_main(list(entries))}
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What a tensor is like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Like":
+        return cls(tensor.shape, tensor.dtype)
 
 
 def _tensors(entry: Entry, change: Any) -> Entry:

@@ -5,14 +5,17 @@ writes. A process that runs alone needs no special case: its share is everything
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+from vitshrink._version import __version__
 from vitshrink.errors import UsageError, VitshrinkError
 
 Item = TypeVar("Item")
@@ -32,7 +35,7 @@ def join(device: str = "auto") -> None:
     """Meet the other processes of this job, where a launcher has started several; each gets a GPU of its own.
 
     Raises:
-        UsageError: more processes than GPUs, where ``device`` is not the CPU.
+        UsageError: more processes than GPUs, where ``device`` is not the CPU, or machines with other versions.
         VitshrinkError: the others cannot be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or started():
@@ -50,6 +53,7 @@ def join(device: str = "auto") -> None:
             f"cannot connect to the other processes of this job ({reason}): start it with torchrun or accelerate "
             "launch, or unset WORLD_SIZE to run one process."
         ) from error
+    require_same({"vitshrink": __version__} | {name: version(name) for name in ("torch", "transformers")})
 
 
 def leave() -> None:
@@ -78,9 +82,38 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def node() -> str:
+    """The machine of this process, or what stands for one: launchers count them."""
+    return f"node {os.environ['GROUP_RANK']} ({platform.node()})" if "GROUP_RANK" in os.environ else platform.node()
+
+
+def require_same(facts: Mapping[str, object]) -> None:
+    """Raises UsageError where another process passes something else under one of the names; the first one says it."""
+    places = gather((f"process {rank()} on {node()}", {name: str(value) for name, value in facts.items()}))
+    (main, expected), *others = places
+    for place, found in others:
+        different = [name for name in expected if found.get(name) != expected[name]]
+        if different:
+            told = ", ".join(f"{name} ({found.get(name, 'none')[:16]}, {expected[name][:16]})" for name in different)
+            error = UsageError(
+                f"{place} and {main} differ in {told}: give all processes the same files, flags and versions."
+            )
+            error.silent = not is_main()
+            raise error
+
+
 def share(items: Sequence[Item]) -> Sequence[Item]:
     """Every ``count()``-th of the items, from the ``rank()``-th: disjoint, and together all of them."""
     return items if count() == 1 else items[rank() :: count()]
+
+
+def owners(costs: Sequence[float]) -> list[int]:
+    """For each of some things the process that works on it, so that all have about as much to do."""
+    loads, found = [0.0] * count(), [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        found[number] = loads.index(min(loads))
+        loads[found[number]] += costs[number]
+    return found
 
 
 def block(number: int) -> range:
@@ -94,7 +127,7 @@ def together() -> Iterator[None]:
     """Work of every process, at the end of which they meet: where one of them fails all fail, and none waits for it.
 
     Raises:
-        OtherProcessError: another process has failed; the message is its own.
+        OtherProcessError: another process has failed; the message is its own, and names its machine if that is another.
     """
     failure: Exception | None = None
     try:
@@ -103,13 +136,14 @@ def together() -> Iterator[None]:
         if not started():
             raise
         failure = error
-    told = None if failure is None else (_sentence(failure), getattr(failure, "exit_code", 1))
+    told = None if failure is None else (_sentence(failure), getattr(failure, "exit_code", 1), node())
     failures = gather(told)
     if failure is not None:
         raise failure
-    for other in failures:
+    for number, other in enumerate(failures):
         if other is not None:
-            raise OtherProcessError(*other)
+            said, code, place = other
+            raise OtherProcessError(said if place == node() else f"process {number} on {place}: {said}", code)
 
 
 def _sentence(error: Exception) -> str:
@@ -147,6 +181,13 @@ def from_process(source: int, value: Any) -> Any:
     with _meeting():
         distributed.broadcast_object_list(values, src=source)
     return values[0]
+
+
+def send(source: int, tensor: Tensor) -> None:
+    """Fill a tensor with what it holds in process ``source``: of the same shape and type in all of them."""
+    if started():
+        with _meeting():
+            distributed.broadcast(tensor, src=source)
 
 
 def from_main(value: Any) -> Any:

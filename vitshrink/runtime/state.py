@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitshrink.errors import OutputError
 from vitshrink.runtime import processes
-from vitshrink.runtime.entries import Entry, moved, packed, read_metadata, read_tensors, unpacked, write_tensors
+from vitshrink.runtime.entries import Entry, from_main, packed, read_metadata, read_tensors, unpacked, write_tensors
 from vitshrink.runtime.storage import Mirror, Place, is_url, scratch
 
 JOB = "job.json"
@@ -118,11 +118,7 @@ class Progress:
         """What was kept of a step, in every process; nothing where it was not reached."""
         path = self._path(step)
         found = {} if path is None or not path.exists() else unpacked(kind, self._read(path)[1])
-        if not processes.started():
-            return found
-        names = processes.from_main(list(found))
-        sent = {name: moved(found[name], "cpu") if name in found else None for name in names}
-        return {name: moved(processes.from_main(sent[name]), self.device) for name in names}
+        return from_main(found, self.device)
 
     def has(self, step: str) -> bool:
         """Whether a step was kept; the same in every process."""

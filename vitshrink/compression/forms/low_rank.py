@@ -1,7 +1,7 @@
 """A linear layer as two factors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class LowRankMaker:
     """Offers every rank that makes a layer smaller, from factors of which a rank is a slice."""
 
     material: Material
+    _known: dict[str, Sequence[tuple[LowRank, Cost]]] = field(default_factory=dict)
 
     def offers(self, findings: Findings | None = None) -> Sequence[Offer]:
         return [
@@ -56,19 +57,24 @@ class LowRankMaker:
 
     def _offer(self, target: Target, found: Factorization | None) -> Offer:
         multiple, shape = self.material.multiple, target.shape
-        ranks = range(multiple, break_even_rank(*shape, self.material.storage) + 1, multiple)
-        losses = self._losses(found)
-        candidates = [
-            Candidate(LowRank(rank), self._cost(target, rank), losses[rank] if losses else 0.0, rank) for rank in ranks
-        ]
+        losses, forms = self._losses(found), self._forms(target)
+        candidates = [Candidate(form, cost, losses[form.rank] if losses else 0.0, form.rank) for form, cost in forms]
         return Offer.of(
             Site(target.name, "matrix", shape),
             self.material.currency,
             Candidate(None, self._timed(target, None, self.material.dense_cost(shape))),
             candidates,
             nothing=losses[0] if losses else 0.0,
-            most=ranks[-1] + multiple - 1 if ranks else 0,
+            most=forms[-1][0].rank + multiple - 1 if forms else 0,
         )
+
+    def _forms(self, target: Target) -> Sequence[tuple[LowRank, Cost]]:
+        """Every rank with its cost, which does not depend on what was found: known once they were asked for."""
+        if target.name not in self._known:
+            multiple = self.material.multiple
+            ranks = range(multiple, break_even_rank(*target.shape, self.material.storage) + 1, multiple)
+            self._known[target.name] = [(LowRank(rank), self._cost(target, rank)) for rank in ranks]
+        return self._known[target.name]
 
     def _losses(self, found: Factorization | None) -> list[float]:
         if found is None:

@@ -22,6 +22,7 @@ from vitshrink.runtime.modes import evaluating
 from vitshrink.runtime.paging import in_file, rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch
+from vitshrink.statistics.halves import half_of, symmetric
 from vitshrink.statistics.importance import weights_of_tokens
 from vitshrink.statistics.stats import LinearStats
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
@@ -189,7 +190,9 @@ class Lack:
         """Those of all processes."""
         if not processes.started():
             return self
-        return Lack(self.center, {name: processes.total(each) for name, each in self.sums.items()})
+        shares = {**self.sums, "xx": half_of(self.sums["xx"])}
+        found = {name: processes.total(each) for name, each in shares.items()}
+        return Lack(self.center, {**found, "xx": symmetric(found["xx"])})
 
     def __add__(self, other: "Lack") -> "Lack":
         return Lack(self.center, {name: each + other.sums[name] for name, each in self.sums.items()})
@@ -246,7 +249,8 @@ def best_ridge(one: Lack, other: Lack, metric: Tensor | None) -> float | None:
     """
     if not one or not other:
         return None
-    trials = [(ridge, fitted, tested) for ridge in RIDGES for fitted, tested in ((one, other), (other, one))]
+    halves = one.covariances(), other.covariances()
+    trials = [(ridge, fitted, tested) for ridge in RIDGES for fitted, tested in (halves, halves[::-1])]
     with processes.together():
         mine = [_missed(*trial, metric) for trial in processes.share(trials)]
     shares = processes.gather(mine)
@@ -258,10 +262,14 @@ def best_ridge(one: Lack, other: Lack, metric: Tensor | None) -> float | None:
     return least[1]
 
 
-def _missed(ridge: float, fitted: Lack, tested: Lack, metric: Tensor | None) -> float:
+Covariances = tuple[Tensor, Tensor]
+"""Of x, (n, n), and of r with x, (m, n)."""
+
+
+def _missed(ridge: float, fitted: Covariances, tested: Covariances, metric: Tensor | None) -> float:
     """What the ridge regression of one half leaves of the other, less what is there without one."""
-    B = regression(*fitted.covariances(), ridge)
-    covariance, cross = tested.covariances()
+    B = regression(*fitted, ridge)
+    covariance, cross = tested
     against = B if metric is None else metric @ B
     return float((against * (B @ covariance - 2 * cross)).sum())
 
