@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU makes of a job and of its results, within ten minutes: the stages of a job and its memory, the speed of the
-# smaller models in bfloat16 and under torch.compile, and whether CPU and GPU plan the same and expect the same loss.
+# smaller models in bfloat16 and under torch.compile, whether CPU and GPU plan the same and expect the same loss, and, in
+# the time that is left of the ten minutes, the speed of int8, beside torchao if it is installed.
 # Without a GPU the same runs on the CPU, on a tiny model, to show that everything is there.
 #
 #     bash benchmarks/gpu.sh                        # ViT-B shapes, random weights and images
@@ -35,3 +36,10 @@ echo
     --fractions "${fractions[@]}" --repeats "$repeats" --warmup 2
 echo
 "$python" "$here/agreement.py" "${of_job[@]}" --samples "$checked" --devices cpu "$device"
+echo
+# int8 comes last: it has the rest of the ten minutes
+left=$((580 - SECONDS))
+timeout "$((left > 1 ? left : 1))" "$python" "$here/speed.py" "${of_speed[@]}" --integers --device "$device" --dtype bfloat16 \
+    --compile --batches "${batches[@]}" --fractions 0.5 --repeats "$repeats" --warmup 2 || {
+    [ $? -eq 124 ] && echo "The ten minutes were over before all of int8 was timed."
+}

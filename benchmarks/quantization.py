@@ -23,18 +23,21 @@ from vitshrink.evaluation.quality import Fidelity
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import load_dense
+from vitshrink.models.structures.quantized import Activations
 from vitshrink.models.tasks import task_of
 from vitshrink.runtime.observer import Job, Silent
 
 
-def torchao_peer(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The linear layers by torchao, weights and activations in int8 a channel and a token; None where it is missing."""
+def torchao_peer(model: PreTrainedModel, activations: Activations = "dynamic") -> PreTrainedModel | None:
+    """The linear layers by torchao, in int8 a channel; ``dynamic``: and activations a token. None if it is missing."""
     try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:
         return None
     peer = copy.deepcopy(model)
-    quantize_(peer.base_model, Int8DynamicActivationInt8WeightConfig())
+    quantize_(
+        peer.base_model, Int8DynamicActivationInt8WeightConfig() if activations == "dynamic" else Int8WeightOnlyConfig()
+    )
     return peer
 
 

@@ -13,6 +13,7 @@ factors throughout: for time, only shapes and ranks matter.
 
     python benchmarks/speed.py                    # dense and compressed models
     python benchmarks/speed.py --compile          # and under torch.compile
+    python benchmarks/speed.py --integers         # int8 weights and int8 arithmetic, beside torchao if it is installed
     python benchmarks/speed.py --layers           # single layers
     python benchmarks/speed.py --model MODEL --load COMPRESSED    # time until the first output
 """
@@ -27,6 +28,7 @@ from statistics import median
 import torch
 import transformers
 from job import SHAPES, random_vit
+from quantization import torchao_peer
 from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -34,6 +36,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.allocation import uniform_ratio
 from vitshrink.compression.candidates import whole_cost
 from vitshrink.compression.choices import Choices
+from vitshrink.compression.quantization import quantized
 from vitshrink.config.options import DTYPES, CompressConfig
 from vitshrink.errors import VitshrinkError
 from vitshrink.methods.ranks import Storage, largest_rank
@@ -44,6 +47,7 @@ from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import load_dense
 from vitshrink.models.source import examine
 from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
+from vitshrink.models.structures.quantized import Activations
 from vitshrink.models.targets import find_targets
 from vitshrink.runtime.device import find_device
 
@@ -60,6 +64,8 @@ FIGURES = [
     "at the lower quartile",
     "of the linear layers",
 ]
+
+ACTIVATIONS: dict[Activations, str] = {"none": "int8 weights", "dynamic": "int8 dynamic"}
 
 Key = tuple[str, float]
 """Form of storage, and the fraction of its weights that a layer keeps."""
@@ -121,6 +127,27 @@ def print_models(dense: PreTrainedModel, args: argparse.Namespace) -> None:
         print_timed(models, example_inputs(dense, batch_size), args)
 
 
+def print_integers(dense: PreTrainedModel, args: argparse.Namespace) -> None:
+    """Whole models in int8, which have the operations of those that they are made of."""
+    print_head(["model", "fraction", "batch", "mode", *FIGURES])
+    floats = {DENSE: dense} | {
+        ("factors", each): with_random_factors(dense, each, "factors") for each in args.fractions
+    }
+    models: dict[Key, nn.Module] = {**floats}
+    origins: dict[Key, nn.Module] = {**floats}
+    for (form, fraction), model in floats.items():
+        for activations, what in ACTIVATIONS.items():
+            made = {"ours": quantized(model, 8, activations), "torchao": None}
+            if model is dense:
+                made["torchao"] = torchao_peer(model, activations)
+            for who, each in made.items():
+                if each is not None:
+                    key = f"{form}, {what}, {who}", fraction
+                    models[key], origins[key] = each, model
+    for batch_size in args.batches:
+        print_timed(models, example_inputs(dense, batch_size), args, origins=origins)
+
+
 class Layer(nn.Module):
     """A layer under the name for its input that all of them share."""
 
@@ -153,10 +180,14 @@ def print_layers(dense: PreTrainedModel, args: argparse.Namespace) -> None:
 
 
 def print_timed(
-    models: Mapping[Key, nn.Module], inputs: Mapping[str, Tensor], args: argparse.Namespace, *kind: str
+    models: Mapping[Key, nn.Module],
+    inputs: Mapping[str, Tensor],
+    args: argparse.Namespace,
+    *kind: str,
+    origins: Mapping[Key, nn.Module] | None = None,
 ) -> None:
-    """One row a model: its time, and the shares of the dense one's time and operations."""
-    operations = {key: cost.macs(model, inputs) for key, model in models.items()}
+    """One row a model: its time, and the shares of the dense one's time and operations (those of ``origins``)."""
+    operations = {key: cost.macs(model, inputs) for key, model in (origins or models).items()}
     for mode in ("eager", "compiled") if args.compile else ("eager",):
         timed = [key for key in models if mode == "eager" or key != REST]
         ready = {str(key): compiled(models[key]) if mode == "compiled" else models[key] for key in timed}
@@ -224,6 +255,7 @@ def parser() -> argparse.ArgumentParser:
     known = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = known.add_mutually_exclusive_group()
     table.add_argument("--layers", action="store_true", help="single layers instead of whole models")
+    table.add_argument("--integers", action="store_true", help="whole models in int8")
     table.add_argument("--load", nargs="+", metavar="DIR", help="how long these take to load, beside --model")
     known.add_argument("--model", help="checkpoint; without it random weights in the shapes of --random")
     known.add_argument("--random", choices=SHAPES, default="b", help="shapes of a ViT (default: b)")
@@ -261,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_circumstances(
             "Speed of layers" if args.layers else "Speed of models", **circumstances, repeats=args.repeats
         )
-        (print_layers if args.layers else print_models)(dense, args)
+        (print_layers if args.layers else print_integers if args.integers else print_models)(dense, args)
     except VitshrinkError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
