@@ -23,9 +23,10 @@ from vitshrink.data.word_encoder import WordEncoder
 from vitshrink.errors import CheckpointError, DataError, UsageError
 from vitshrink.models.duals import FILLED
 from vitshrink.models.example import text_config, text_length
-from vitshrink.models.families import TIMM, reads_any_size
+from vitshrink.models.families import reads_any_size
 from vitshrink.models.geometry import image_shape
 from vitshrink.models.sentences import NO_SETTINGS, TextSettings
+from vitshrink.models.timm import TIMM
 
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TIMM_FILES: Mapping[str, tuple[str, ...]] = {TIMM: ("config.json",)}

@@ -7,7 +7,6 @@ An entry adds what each layer is for, and with that the methods that need to kno
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -16,10 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from vitshrink.errors import CheckpointError, DependencyError, UsageError
+from vitshrink.errors import CheckpointError, UsageError
 from vitshrink.models.blocks import find_blocks
 from vitshrink.models.duals import DUALS
 from vitshrink.models.tasks import TASKS, architecture_of
+from vitshrink.models.timm import TIMM, require_timm
 
 Role = Literal["query", "key", "value", "qkv", "output", "fc1", "gate", "up", "gated", "fc2", "other"]
 """What a linear layer of a block is for. ``qkv`` and ``gated`` are one layer for several; the hidden units of ``gate``,
@@ -33,8 +33,6 @@ Modules = Mapping[Role, str]
 
 INPUTS: Mapping[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
 """What models read, by the name of their main input."""
-
-TIMM = "timm_wrapper"
 
 NAFLEX = ("siglip2", "siglip2_vision_model")
 """Types of models that read lists of patches and the shapes of the images that these are from."""
@@ -86,6 +84,11 @@ _BERT: dict[Role, str] = {
     "output": "attention.output.dense",
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
+}
+_DATA2VEC_VISION: dict[Role, str] = _BERT | {
+    "query": "attention.attention.query",
+    "key": "attention.attention.key",
+    "value": "attention.attention.value",
 }
 _CLIP: dict[Role, str] = {
     "query": "self_attn.q_proj",
@@ -145,7 +148,7 @@ FAMILIES = (
     Family("dinov2_with_registers", "image", (_DINO_GATED, _VIT), plain=True, any_size=True),
     Family("dinov3_vit", "image", (_DINO_GATED, _DINO3), any_size=True),
     Family("beit", "image", (_VIT,)),
-    Family("data2vec-vision", "image", (_VIT,)),
+    Family("data2vec-vision", "image", (_DATA2VEC_VISION,)),
     Family("swin", "image", (_VIT,)),
     Family("swinv2", "image", (_BERT,), left=("continuous_position_bias_mlp",)),
     Family("clip_vision_model", "image", (_CLIP,), "before"),
@@ -222,12 +225,8 @@ def family_named(model_type: str, architecture: str, where: str) -> Family:
         CheckpointError: vitshrink cannot handle it; says why, what is nearest, and ``where`` it was read.
         DependencyError: it needs timm.
     """
-    missing = [name for name in ("timm", "torchvision") if find_spec(name) is None] if model_type == TIMM else []
-    if missing:
-        raise DependencyError(
-            f"{where}: {architecture} runs a timm model, and {' and '.join(missing)} cannot be imported: pip "
-            f"install {' '.join(missing)}."
-        )
+    if model_type == TIMM:
+        require_timm(architecture, where)
     problem = _problem(model_type, architecture)
     if problem is not None:
         raise CheckpointError(

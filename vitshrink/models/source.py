@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from vitshrink.errors import CheckpointError, OutputError, UsageError
 from vitshrink.models import places
 from vitshrink.models.files import AGAIN, check_regular, first_line, listing, read_json, refuse_code
+from vitshrink.models.timm import as_wrapped
 from vitshrink.models.weights import WEIGHTS, StoredTensor, read_tensors, read_weights
 from vitshrink.runtime.storage import MARKER, Place, is_url, scratch
 
@@ -322,6 +323,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     check_regular(path, directory)
     config = read_json(path)
+    config = as_wrapped(config, path) if isinstance(config, dict) else config
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type: it is not a configuration of a transformers model.")
     refuse_code(config, path)
