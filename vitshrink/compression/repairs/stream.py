@@ -245,38 +245,55 @@ def refit(
 def best_ridge(one: Lack, other: Lack, metric: Tensor | None) -> float | None:
     """The ridge with which either half of the samples explains most of the other; None where none explains anything.
 
-    ``metric`` (m, m) says what counts at the output, all alike if it is None. Several processes share the trials.
+    ``metric`` (m, m) says what counts at the output, all alike if it is None. Ridges are tried from the middle on, as
+    long as they become better. Float32 is enough to tell one from another that is ten times as large. Several processes
+    share the trials.
     """
     if not one or not other:
         return None
-    halves = one.covariances(), other.covariances()
-    trials = [(ridge, fitted, tested) for ridge in RIDGES for fitted, tested in (halves, halves[::-1])]
-    with processes.together():
-        mine = [_missed(*trial, metric) for trial in processes.share(trials)]
-    shares = processes.gather(mine)
-    errors = [shares[number % len(shares)][number // len(shares)] for number in range(len(trials))]
-    least: tuple[float, float | None] = (0.0, None)
-    for ridge, forth, back in zip(RIDGES, errors[::2], errors[1::2], strict=True):
-        if forth + back < least[0]:
-            least = (forth + back, ridge)
-    return least[1]
+    halves = _narrow(one), _narrow(other)
+    metric = None if metric is None else metric.float()
+    middle = len(RIDGES) // 2
+    errors = {middle: _missed(middle, halves, metric)}
+    for step in (-1, 1):
+        number = middle + step
+        while 0 <= number < len(RIDGES) and min(errors, key=errors.__getitem__) == number - step:
+            errors[number] = _missed(number, halves, metric)
+            number += step
+    best = min(errors, key=errors.__getitem__)
+    return RIDGES[best] if errors[best] < 0 else None
 
 
 Covariances = tuple[Tensor, Tensor]
 """Of x, (n, n), and of r with x, (m, n)."""
 
 
-def _missed(ridge: float, fitted: Covariances, tested: Covariances, metric: Tensor | None) -> float:
-    """What the ridge regression of one half leaves of the other, less what is there without one."""
-    B = regression(*fitted, ridge)
-    covariance, cross = tested
-    against = B if metric is None else metric @ B
-    return float((against * (B @ covariance - 2 * cross)).sum())
+def _narrow(half: Lack) -> Covariances:
+    """In float32."""
+    covariance, cross = half.covariances()
+    return covariance.float(), cross.float()
+
+
+def _missed(number: int, halves: tuple[Covariances, Covariances], metric: Tensor | None) -> float:
+    """What the ridge regressions of either half leave of the other, less what is there without one."""
+
+    def missed(fitted: Covariances, tested: Covariances) -> float:
+        (covariance, cross), B = tested, regression(*fitted, RIDGES[number])
+        against = B if metric is None else metric @ B
+        return float((against * (B @ covariance - 2 * cross)).sum())
+
+    one, other = halves
+    trials = [(one, other), (other, one)]
+    with processes.together():
+        mine = [missed(*trial) for trial in processes.share(trials)]
+    return sum(error for share in processes.gather(mine) for error in share)
 
 
 def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """B (m, n) of the ridge regression r ≈ B x, from Cov(x) (n, n) and Cov(r, x) (m, n)."""
     damped = covariance.clone()
-    damped.diagonal().add_(ridge * covariance.diagonal().mean().clamp_min(1e-300))
-    solved: Tensor = torch.linalg.solve(damped, cross.T)
-    return solved.T
+    damped.diagonal().add_(ridge * covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny))
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:  # of moments that are not positive definite, for rounding
+        return torch.linalg.solve(damped, cross.T).T
+    return torch.cholesky_solve(cross.T, lower).T
