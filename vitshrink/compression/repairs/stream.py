@@ -294,6 +294,7 @@ def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     damped = covariance.clone()
     damped.diagonal().add_(ridge * covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny))
     lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed:  # of moments that are not positive definite, for rounding
-        return torch.linalg.solve(damped, cross.T).T
-    return torch.cholesky_solve(cross.T, lower).T
+    solved: Tensor = torch.cholesky_solve(cross.T, lower)
+    if failed:  # moments that are not positive definite, for rounding
+        solved = torch.linalg.solve(damped, cross.T)
+    return solved.T
