@@ -286,7 +286,7 @@ def _missed(number: int, halves: tuple[Covariances, Covariances], metric: Tensor
     trials = [(one, other), (other, one)]
     with processes.together():
         mine = [missed(*trial) for trial in processes.share(trials)]
-    return sum(error for share in processes.gather(mine) for error in share)
+    return float(sum(error for share in processes.gather(mine) for error in share))
 
 
 def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
