@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py --model MODEL --calibration UNLABELED --eval LABELED --samples 64 \\
         --work deit-tiny-latency --picture deit-tiny-latency.svg
-    python benchmarks/latency.py --random --blocks 4 --work vit-b-latency      # ViT-B/16, random weights, time alone
+    python benchmarks/latency.py --random --samples 8 --blocks 4 --work vit-b-latency    # ViT-B/16, random, time alone
     python benchmarks/latency.py --work deit-tiny-latency --picture deit-tiny-latency.svg
 
 Models are built once, into --work, with what they lose; a run that was stopped goes on there. Then all of
@@ -28,12 +28,13 @@ from peers import nncf_openvino, onnx_runtime
 from peers.registry import Material
 from picture import draw_times
 from results import Results
-from speed import with_random_factors
+from speed import with_narrower_layers, with_random_factors
 from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.compression.merging import Trials, kept_within, measured_curves
+from vitshrink.compression.static_layers import as_fast_as_integers
 from vitshrink.config.options import CompressConfig
 from vitshrink.config.quantize import QuantizeJob
 from vitshrink.data.opening import CalibrationData
@@ -106,6 +107,10 @@ def rows_of(bench: Bench) -> Iterator[Row]:
         yield Row(f"{made} in onnxruntime: {fraction:g}", partial(_exported, make, False))
         yield Row(f"{made} in OpenVINO: {fraction:g}", partial(_exported, make, True))
         yield Row(f"{made}, NNCF int8, in OpenVINO: {fraction:g}", partial(_nncf, make))
+    for made, fraction, make in (("ours", 1.0, lambda given: given.dense), *_ours(bench)) if bench.random else ():
+        rounded = partial(_integers, make)
+        yield Row(f"{made}, static int8, in onnxruntime: {fraction:g}", partial(_exported, rounded, False))
+        yield Row(f"{made}, static int8, in OpenVINO: {fraction:g}", partial(_exported, rounded, True))
     image = bench.dense.main_input_name == "pixel_values"
     for fraction in () if bench.random else (1.0, *(bench.fractions if image else ())):
         for runtime, form in (("onnxruntime", "onnx"), ("OpenVINO", "openvino")):
@@ -116,13 +121,14 @@ def rows_of(bench: Bench) -> Iterator[Row]:
 
 
 def _ours(bench: Bench) -> Iterator[tuple[str, float, Callable[[Bench], PreTrainedModel]]]:
-    """Merged tokens, for fractions of the operations; of random weights half as two factors as well."""
+    """Merged tokens, for fractions of the operations; of random weights half, as two factors or in narrower layers."""
     if bench.dense.main_input_name == "pixel_values":
         curves: list[Sequence[Tensor]] = []
         for fraction in bench.fractions:
             yield "ours, merged tokens", fraction, partial(_merged, curves, fraction)
     if bench.random:
         yield "ours, factors", 0.5, lambda given: with_random_factors(given.dense, 0.5, "factors")
+        yield "ours, narrower layers", 0.5, lambda given: with_narrower_layers(given.dense, 0.5)
 
 
 def _merged(curves: list[Sequence[Tensor]], fraction: float, bench: Bench) -> PreTrainedModel:
@@ -133,6 +139,11 @@ def _merged(curves: list[Sequence[Tensor]], fraction: float, bench: Bench) -> Pr
     model = own(view_of(bench.dense))
     merge_tokens(model, kept_within(bench.dense, curves[0], fraction))
     return model
+
+
+def _integers(make: Callable[[Bench], PreTrainedModel], bench: Bench) -> PreTrainedModel:
+    """On grids that nobody chose: for time alone."""
+    return as_fast_as_integers(make(bench))
 
 
 def _exported(make: Callable[[Bench], PreTrainedModel], ir: bool, bench: Bench, folder: Path) -> Path:

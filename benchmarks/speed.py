@@ -36,9 +36,11 @@ from transformers import PreTrainedModel
 from vitshrink.compression.allocation import uniform_ratio
 from vitshrink.compression.candidates import whole_cost
 from vitshrink.compression.choices import Choices
+from vitshrink.compression.narrow_sites import narrow_sites
 from vitshrink.compression.quantization import quantized
 from vitshrink.config.options import DTYPES, CompressConfig
 from vitshrink.errors import VitshrinkError
+from vitshrink.methods.attention import ATTENTION
 from vitshrink.methods.ranks import Storage, largest_rank
 from vitshrink.models import cost
 from vitshrink.models.checkpoint import replace_layers
@@ -46,7 +48,10 @@ from vitshrink.models.cost import Latency
 from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import load_dense
 from vitshrink.models.source import examine
+from vitshrink.models.structures import Structure
+from vitshrink.models.structures.headwise import Headwise
 from vitshrink.models.structures.low_rank import LayerSpec, LowRankLinear
+from vitshrink.models.structures.narrow import Narrow
 from vitshrink.models.structures.quantized import Activations
 from vitshrink.models.targets import find_targets
 from vitshrink.runtime.device import find_device
@@ -85,6 +90,26 @@ def with_random_factors(dense: PreTrainedModel, fraction: float, storage: Storag
     layers = {t.name: random_layer(t.shape, rank, storage) for t in targets if (rank := plan[t.name].grade)}
     replace_layers(model, layers)
     return model.to(device)
+
+
+def with_narrower_layers(dense: PreTrainedModel, fraction: float) -> PreTrainedModel:
+    """``dense`` with this fraction of the neurons of every MLP, and of the dimensions of every head; random weights."""
+    model = type(dense)(dense.config).eval()
+    for site in narrow_sites(dense, find_targets(dense)):
+        names = {role: target.name for role, target in site.targets.items()}
+        if site.attention is None:
+            neurons = round(fraction * site.targets["fc1"].shape[0])
+            structures: dict[str, Structure] = {"fc1": Narrow(outputs=neurons), "fc2": Narrow(inputs=neurons)}
+        else:
+            head = round(fraction * site.attention.dimensions.head)
+            names[ATTENTION] = site.attention.places[ATTENTION]
+            values = site.attention.dimensions.heads * head
+            structures = {ATTENTION: Headwise(head, head), "output": Narrow(inputs=values)}
+        for place, structure in structures.items():
+            replace_layers(model, {names[place]: structure.build(model.get_submodule(names[place]))})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model.to(next(dense.parameters()).device)
 
 
 class Free(nn.Module):

@@ -17,6 +17,13 @@ STREAMS = ("tokens", "sizes")
 """What blocks hand on: tokens (batch, tokens, n), or the same with how many patches each stands for behind it."""
 
 
+SHORTEST = 1e-12
+"""Length that a key is taken to have at least."""
+
+PARTS = "vitshrink_parts"
+"""Name under which a stream that is traced has its tokens and sizes."""
+
+
 class NormOfMerged(nn.LayerNorm):
     """``nn.LayerNorm`` whose weight is (1, 1, n): the shape that says that this is another block."""
 
@@ -50,25 +57,23 @@ class Merging(Joined):
                 f"{hidden_states.shape[1]} tokens reach a block that merges {spec.tokens} to {spec.kept}: use "
                 "images of the size that the model was compressed for, and keep the order of the blocks."
             )
-        x, sizes = hidden_states, None
-        if spec.reads == "sizes":
-            x, sizes = hidden_states[..., :-1], hidden_states[..., -1:]
+        x, sizes = (hidden_states, None) if spec.reads == "tokens" else _read(hidden_states)
         attended, query, key = self._attend(self.layernorm_before(x), sizes, **kwargs)
         x = self.dropout(attended) + x[:, : attended.shape[1]]
         if spec.special < spec.kept < spec.tokens:
-            sizes = x.new_ones(*x.shape[:2], 1) if sizes is None else sizes
             weights = 1 + self._noticed(query, key, sizes)
+            sizes = x.new_ones(*x.shape[:2], 1) if sizes is None else sizes
             pairs = pair(key.transpose(1, 2).flatten(2)[:, spec.special :].detach(), weights, spec.tokens - spec.kept)
             x, sizes = merge(x, sizes, weights, *pairs)
         x = self.dropout(self.mlp(self.layernorm_after(x))) + x
-        if spec.gives == "sizes":
-            x = torch.cat([x, x.new_ones(*x.shape[:2], 1) if sizes is None else sizes], -1)
-        return x
+        return x if spec.gives == "tokens" else _stream(x, x.new_ones(*x.shape[:2], 1) if sizes is None else sizes)
 
-    def _noticed(self, query: Tensor, key: Tensor, sizes: Tensor) -> Tensor:
+    def _noticed(self, query: Tensor, key: Tensor, sizes: Tensor | None) -> Tensor:
         """The attention that patches get from special tokens, (batch, patches), as multiples of an equal share."""
         special = self.spec.special
-        scores = query[:, :, :special].detach() @ key.detach().mT * self.attention.scaling + sizes.log().mT[:, None]
+        asking = query.transpose(1, 2)[:, :special].transpose(1, 2)  # runtimes then transpose no more than that
+        scores = (asking.detach() * self.attention.scaling) @ key.detach().mT
+        scores = scores if sizes is None else scores + sizes.log().mT[:, None]
         attention: Tensor = scores.softmax(-1).mean((1, 2))[:, special:]
         return attention * (self.spec.tokens - special)
 
@@ -98,6 +103,20 @@ class Merging(Joined):
         return getattr(attention, layout.output)(output.flatten(2)), query, key
 
 
+def _stream(x: Tensor, sizes: Tensor) -> Tensor:
+    """What a block hands on. A program that is exported reads the parts, and puts them together nowhere."""
+    found = torch.cat([x, sizes], -1)
+    if torch.compiler.is_exporting():
+        setattr(found, PARTS, (x, sizes))
+    return found
+
+
+def _read(stream: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and sizes."""
+    parts: tuple[Tensor, Tensor] = getattr(stream, PARTS, (stream[..., :-1], stream[..., -1:]))
+    return parts
+
+
 def _unrounded(layer: nn.Module, x: Tensor) -> Tensor:
     found: Tensor = layer.unrounded(x) if isinstance(layer, StaticLinear) else layer(x)
     return found
@@ -115,13 +134,14 @@ def merge(x: Tensor, sizes: Tensor, weights: Tensor, sources: Tensor, others: Te
     order.
     """
     special, weights = x.shape[1] - weights.shape[1], weights[..., None]
-    summed = torch.cat([x[:, special:] * weights, weights, sizes[:, special:]], -1)
-    summed = summed.scatter_add(1, _wide(others, summed), rows(summed, sources))
-    stays = torch.ones_like(summed[..., 0], dtype=torch.uint8).scatter(1, sources, 0)
-    stays = stays.argsort(dim=1, stable=True, descending=True)[:, : summed.shape[1] - sources.shape[1]]
-    summed = rows(summed, stays)
-    found = torch.cat([x[:, :special], summed[..., :-2] / summed[..., -2:-1]], 1)
-    return found, torch.cat([sizes[:, :special], summed[..., -1:]], 1)
+    summed, counts = x[:, special:] * weights, torch.cat([weights, sizes[:, special:]], -1)  # each of them is copied
+    stays = torch.ones_like(weights[..., 0], dtype=torch.int32).scatter(1, sources, 0)
+    stays = stays.argsort(dim=1, stable=True, descending=True)[:, : weights.shape[1] - sources.shape[1]]
+    summed, counts = (
+        rows(each.scatter_add(1, _wide(others, each), rows(each, sources)), stays) for each in (summed, counts)
+    )
+    found = torch.cat([x[:, :special], summed / counts[..., :1]], 1)
+    return found, torch.cat([sizes[:, :special], counts[..., 1:]], 1)
 
 
 def pair(keys: Tensor, weights: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +150,7 @@ def pair(keys: Tensor, weights: Tensor, number: int) -> tuple[Tensor, Tensor]:
     No two pairs share the first of them. A pair costs 1 − the cosine of its ``keys`` (batch, patches, m), times the
     weight of the first, (batch, patches).
     """
-    unit = F.normalize(keys, dim=-1)
+    unit = keys / keys.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
     likeness, nearest = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
     costs = (1 - likeness) * weights[:, ::2]
     best = costs.argsort(dim=1, stable=True)[:, :number]
