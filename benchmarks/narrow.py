@@ -25,6 +25,7 @@ from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.forms.narrow import NarrowMlp
 from vitshrink.compression.narrow_sites import narrow_sites
+from vitshrink.compression.scales import on_one_scale
 from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import Preprocessor
 from vitshrink.data.opening import CalibrationData, open_data, read_calibration
@@ -102,8 +103,9 @@ class Bench:
     def made(self, compressor: Compressor, findings: Findings, fraction: float) -> PreTrainedModel:
         """At this fraction of the weights of the encoder's linear layers."""
         weights = sum(m * n for m, n in (target.shape for target in find_targets(self.dense)))
-        plan = compressor.plan(findings, int(cost.parameters(self.dense) - (1 - fraction) * weights))
-        return compressor.build(findings, plan, Job(Silent())).eval()
+        budget = int(cost.parameters(self.dense) - (1 - fraction) * weights)
+        findings = on_one_scale(compressor, findings, budget, Job(Silent()))
+        return compressor.build(findings, compressor.plan(findings, budget), Job(Silent())).eval()
 
 
 def steps(bench: Bench, findings: Findings, fraction: float) -> Iterator[tuple[str, PreTrainedModel]]:

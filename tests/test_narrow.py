@@ -1,6 +1,8 @@
 """Fewer neurons, smaller heads and fewer of them: exact where nothing is lost, within budget, reloadable."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import vitshrink
 from vitshrink.compression.candidates import Candidate, Plan
 from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
+from vitshrink.compression.findings import Findings
 from vitshrink.compression.forms.narrow import Heads, Neurons
 from vitshrink.compression.narrow_sites import narrow_sites
+from vitshrink.compression.scales import on_one_scale
 from vitshrink.config.options import CompressConfig, FinetuneConfig, FinetuneJob
 from vitshrink.config.quantize import QuantizeJob
 from vitshrink.data import Batch
@@ -242,6 +246,24 @@ def test_an_mlp_or_an_attention_is_narrower_or_of_low_rank_and_never_both() -> N
         for share, loss in losses.items():
             plan = alone.plan(known, int(share * cost.parameters(model)))
             assert loss < 1.02 * sum(each.loss for each in plan.values())
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForMaskedLM"])
+def test_both_kinds_together_lose_no_more_than_either_alone(name: str) -> None:
+    model = tiny.build(name)
+    found = compression(model, name, forms="rank+narrow", compensation="none")
+    findings = found.learn(Job(Silent()))
+    for share in (0.9, 0.7):
+        budget = int(share * cost.parameters(model))
+
+        def lost(findings: Findings, budget: int = budget) -> float:
+            assert found.missing is not None
+            return found.missing(found.replaced(findings, found.plan(findings, budget)))
+
+        best = lost(on_one_scale(found, findings, budget, Job(Silent())))
+        ranks, narrower = (lost(replace(findings, scales=scales)) for scales in ((1.0, math.inf), (math.inf, 1.0)))
+        assert ranks != narrower
+        assert best <= min(ranks, narrower)
 
 
 @pytest.mark.parametrize("name", ["DeiTForImageClassificationWithTeacher", "BertForMaskedLM"])

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 from typing import Literal, Protocol
@@ -127,6 +127,11 @@ class Offer:
         """The same with further candidates."""
         every = [*self.candidates, *candidates]
         return Offer.of(self.site, self.currency, self.kept, every, nothing=self.nothing, most=self.most)
+
+    def scaled(self, by: float) -> "Offer":
+        """The same with losses that are so many times as large; without candidates where they are infinite."""
+        losing = [] if math.isinf(by) else [replace(each, loss=by * each.loss) for each in self.candidates]
+        return replace(self, candidates=losing, nothing=self.nothing if math.isinf(by) else by * self.nothing)
 
     @property
     def name(self) -> str:

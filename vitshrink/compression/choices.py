@@ -127,6 +127,7 @@ class Choices:
         estimator: Estimator
         repairs: Repairs
         refiner: Refiner | None = None
+        missing = None
         if config.stores == "bits":
             sites = [target.name for target in targets]
             if config.layers == "all" and not config.include:
@@ -151,8 +152,9 @@ class Choices:
                 makers = [*makers, narrow] if ranks else [narrow]
                 estimator = both = NarrowEstimator(layers, narrow, ranks)
                 refiner = both if ranks else None
+                missing = layers.missing if ranks and calibration is not None else None
             repairs = LayerRepairs(material, layers)
-        return Compressor(config, material, makers, estimator, repairs, ALLOCATIONS[self.allocation], refiner)
+        return Compressor(config, material, makers, estimator, repairs, ALLOCATIONS[self.allocation], refiner, missing)
 
     def _material(
         self, dense: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype, prices: Priced | None

@@ -1,6 +1,6 @@
 """One compressor for all forms: it learns, plans over all sites at once, and builds what a plan says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -63,6 +63,7 @@ class Compressor:
     Attributes:
         makers: what offers candidates; the first is that of the method.
         refiner: what learns again from compressed models, where anything does.
+        missing: what a model loses on some samples, where several kinds of forms are compared by it.
     """
 
     config: CompressConfig
@@ -72,6 +73,7 @@ class Compressor:
     repairs: Repairs
     allocation: Allocation
     refiner: Refiner | None = None
+    missing: Callable[[PreTrainedModel], float] | None = None
 
     @property
     def dense(self) -> PreTrainedModel:
@@ -104,7 +106,10 @@ class Compressor:
             return self._unpriced
         if id(findings) not in self._priced:
             self._priced.clear()  # the findings are kept beside, so that no others get their identity
-            found = _merged([maker.offers(findings) for maker in self.makers])
+            offers = [maker.offers(findings) for maker in self.makers]
+            if findings.scales:
+                offers = [[each.scaled(by) for each in kind] for kind, by in zip(offers, findings.scales, strict=True)]
+            found = _merged(offers)
             self._priced[id(findings)] = findings, nested(found)
         return self._priced[id(findings)][1]
 

@@ -264,8 +264,6 @@ class LayerEstimator:
         """
         if not self.measures or self.calibration is None:
             return refined
-        batches = first_of(self.calibration.batches, MEASURED_SAMPLES)
-        seed = self.config.seed + 4
         candidates = []
         with job.stage("choose", "Choosing the loss for the allocation", len(SHARES_MEASURED_AGAIN)) as advance:
             for share in SHARES_MEASURED_AGAIN:
@@ -276,12 +274,18 @@ class LayerEstimator:
                     for name, each in refined.layers.items()
                 }
                 candidate = replace(refined, layers=layers)
-                model = rebuilt(candidate)
-                missing = shared_shortfall(model, self.dense_outputs, batches, seed=seed, passes=self.passes)
-                del model  # before the next one is made
-                candidates.append((float(missing.square().mean()), candidate))
+                candidates.append((self.missing(rebuilt(candidate)), candidate))  # one model at a time
                 advance(1)
         return min(candidates, key=lambda each: each[0])[1]
+
+    @torch.no_grad()
+    def missing(self, model: PreTrainedModel) -> float:
+        """What a compressed model loses on some samples, in the unit in which the losses of layers are measured."""
+        assert self.calibration is not None
+        batches = first_of(self.calibration.batches, MEASURED_SAMPLES)
+        seed = self.config.seed + 4
+        found = shared_shortfall(model, self.dense_outputs, batches, seed=seed, passes=self.passes)
+        return float(found.square().mean())
 
     def _factorize(self, stats: Mapping[str, LinearStats], job: Job) -> Findings:
         """Nested factors of every target; one whose decomposition fails is left out, kept as it is and reported.

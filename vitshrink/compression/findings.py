@@ -16,11 +16,14 @@ class Findings:
         layers: by site, a ``Factorization`` of a layer, a ``Part`` of an attention, or the ``Metric`` of a matrix.
         failures: by site, why nothing was found; such a site is kept as it is.
         stats: by layer.
+        scales: what losses of each kind of form are multiplied by, in the order of the makers; infinite for one that
+            is not used. Nothing: all as they are predicted.
     """
 
     layers: dict[str, Any]
     failures: dict[str, str]
     stats: Mapping[str, Any]
+    scales: tuple[float, ...] = ()
 
 
 Rebuild = Callable[[Findings], PreTrainedModel]

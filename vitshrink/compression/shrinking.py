@@ -19,6 +19,7 @@ from vitshrink.compression.fitting import fitted, told
 from vitshrink.compression.merging import Trials, kept_within, measured_curves, require_reachable
 from vitshrink.compression.pace import Pace, Paced, mergeable
 from vitshrink.compression.quantization import Quantization
+from vitshrink.compression.scales import on_one_scale
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
 from vitshrink.compression.sizes import Size, requested_sizes
@@ -221,7 +222,8 @@ def smaller(
 ) -> Shrunk:
     """The model of one size, from the findings of the dense model, ``first``, refined for it ``rounds`` times."""
     config = compressor.config
-    findings = _refined(compressor, first, size, rounds, job, last=last)
+    scaled = cache(lambda: on_one_scale(compressor, first(), size.budget, job))
+    findings = _refined(compressor, scaled, size, rounds, job, last=last)
     if config.stores == "bits" and not config.dry_run:
         return Shrunk(findings, *fitted(compressor, findings, size.budget, job), job)
     plan = compressor.plan(findings, size.budget)
