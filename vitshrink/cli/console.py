@@ -91,9 +91,18 @@ def on_sigterm(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 class TimeLeft(TimeElapsedColumn):
-    """What is left of a stage at the pace of its steps so far, which are alike; before the first, what has passed."""
+    """What is left of the job, where that is known.
+
+    Otherwise of a stage, at the pace of its steps so far, which are alike; before the first, what has passed.
+    """
+
+    def __init__(self, of_job: Callable[[], float | None] = lambda: None) -> None:
+        super().__init__()
+        self.of_job = of_job
 
     def render(self, task: Task) -> Text:
+        if (seconds := self.of_job()) is not None:
+            return Text(f"{timedelta(seconds=round(seconds))} left of the job", style="progress.remaining")
         if not task.total or not task.completed or task.elapsed is None:
             return super().render(task)
         left = timedelta(seconds=round(task.elapsed * (task.total / task.completed - 1)))
@@ -105,6 +114,10 @@ class TerminalObserver:
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
+        self.left: Callable[[], float | None] = lambda: None
+
+    def foresee(self, left: Callable[[], float | None]) -> None:
+        self.left = left
 
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
@@ -113,7 +126,7 @@ class TerminalObserver:
         elif errors.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             shown = columns if total else columns[:2]
-            with Progress(*shown, TimeLeft(), console=errors, transient=True) as progress:
+            with Progress(*shown, TimeLeft(self.left), console=errors, transient=True) as progress:
                 task = progress.add_task(title, total=total)
                 yield lambda steps: progress.update(task, advance=steps)
         else:

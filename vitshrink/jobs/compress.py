@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
 from vitshrink.compression.choices import Choices
+from vitshrink.compression.outlook import Outlook
 from vitshrink.compression.pace import Paced
 from vitshrink.compression.quantization import Quantization
 from vitshrink.compression.rounding import at_steps
@@ -35,6 +36,7 @@ from vitshrink.recovery import Recovery, clear_state, recover
 from vitshrink.report import write, write_comparison
 from vitshrink.report.making import LayerEntry
 from vitshrink.runtime import processes
+from vitshrink.runtime.forecast import Ahead
 from vitshrink.runtime.observer import Job, Observer, Silent
 from vitshrink.runtime.paging import in_file, page_weights
 from vitshrink.runtime.state import FINETUNE, Progress, state_of
@@ -79,6 +81,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
         progress = _progress(config, session, data, resumable=staging is not None)
         paged = _lay_in_files(config, dense, data, progress)
         description = Description.of(shrinking, data.calibration, data.preprocessor)
+        job.expect(_outlook(shrinking, data))
         with _unless_in_vain(progress):
             shrunken = shrinking.run(data.calibration, data.held_out, data.preprocessor, job, progress)
             if staging is None:
@@ -154,6 +157,15 @@ def _lay_in_files(config: CompressConfig, dense: PreTrainedModel, data: Inputs, 
     if large:
         page_weights(dense, progress.prepared())
     return large
+
+
+def _outlook(shrinking: Shrinking, data: Inputs) -> Sequence[Ahead]:
+    """The stages that the job will go through."""
+    if data.calibration is None or shrinking.bound is not None or shrinking.choices.config.target_latency is not None:
+        return []
+    evaluated = 0 if data.evaluation is None else len(data.evaluation)
+    sizes = len(shrinking.sizes)
+    return Outlook.of(shrinking.choices, shrinking.base, shrinking.targets, data.calibration, sizes, evaluated).stages()
 
 
 def _identity(config: CompressConfig, dense: PreTrainedModel, data: Inputs) -> dict[str, Any]:
@@ -268,7 +280,8 @@ def _measured(
     staging: Path,
 ) -> list[CompressionResult]:
     """Measure all sizes in one pass, in which the dense model runs once, and write their reports."""
-    source, job, results = session.source, Job(session.job.observer), []
+    source, results = session.source, []
+    job = Job(session.job.observer, forecast=session.job.forecast)
     measurements: Sequence[Measurement | None] = [None] * len(saved)
     if data.evaluation is not None and data.preprocessor is not None:
         models = [each.written.model for each in saved]

@@ -1,0 +1,132 @@
+"""The stages of a job that makes models of given sizes, and how long they take beside each other, before any has run.
+
+Work is counted in floating-point operations of a pass in the arithmetic of the job. Other work is slower, and counts
+more: by factors that were measured on ViT shapes, of which the job replaces what it can by the pace of its own stages.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Self
+
+from transformers import PreTrainedModel
+
+from vitshrink.compression.choices import Choices
+from vitshrink.compression.estimation import SHARES_MEASURED_AGAIN
+from vitshrink.compression.fitting import ATTEMPTS
+from vitshrink.compression.repairs.bias import RESCALING
+from vitshrink.compression.repairs.rescaling import STEPS
+from vitshrink.compression.repairs.stream import WRITERS
+from vitshrink.data.opening import CalibrationData
+from vitshrink.methods import LayerMethod
+from vitshrink.models import cost
+from vitshrink.models.example import example_inputs
+from vitshrink.models.targets import Target
+from vitshrink.runtime.forecast import Ahead
+from vitshrink.statistics.effects import MEASURED_SAMPLES
+
+PASSES, ALGEBRA, FILES = "passes", "algebra", "files"
+
+LEARNING, MEASURING, FORWARD, EXACT = 3.0, 3.3, 1.0, 1.7
+"""Forward passes that as many samples take: with gradients and sums, with effects, alone, and alone in float32."""
+
+DECOMPOSING, INVERTING, SOLVING, PIVOTING = 70.0, 5.0, 14.0, 20.0
+"""Operations of a pass in the time of one that decomposes, inverts, solves, or chooses pivots."""
+
+ROUNDING, SAVING, SHOWN = 300.0, 2000.0, 80.0
+"""Operations of a pass for a number that is rounded, one that is saved, and forward passes that measure the cost."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outlook:
+    """What a job will do.
+
+    Attributes:
+        weights: numbers of the whole model.
+        samples: to calibrate on.
+        sizes: how many models it makes.
+        evaluated: samples on which they are measured in the end.
+        forward: operations of a forward pass of one sample.
+    """
+
+    choices: Choices
+    targets: Sequence[Target]
+    weights: int
+    samples: int
+    sizes: int
+    evaluated: int
+    forward: float
+
+    @classmethod
+    def of(
+        cls,
+        choices: Choices,
+        dense: PreTrainedModel,
+        targets: Sequence[Target],
+        calibration: CalibrationData,
+        sizes: int,
+        evaluated: int,
+    ) -> Self:
+        """From the model and its samples, of which texts are as long as they are."""
+        inputs, samples = example_inputs(dense), len(calibration.samples)
+        forward = 2.0 * cost.macs(dense, inputs)
+        if "input_ids" in inputs:
+            read = sum(batch.inputs["input_ids"].numel() for batch in calibration.batches)
+            forward *= read / samples / inputs["input_ids"].numel()
+        return cls(choices, targets, cost.parameters(dense), samples, sizes, evaluated, forward)
+
+    def stages(self) -> list[Ahead]:
+        """In their order; none, where the job does what nobody can foresee."""
+        config = self.choices.config
+        if not config.sized or config.finetune is not None or config.merges or config.stores not in ("bits", "rank"):
+            return []
+        if not isinstance(self.choices.method, LayerMethod) or config.dry_run:
+            return []
+        found = [self._passes("calibrate", LEARNING, self.samples), *self._factorized()]
+        for _ in range(self.sizes):
+            found += self._rounded() if config.stores == "bits" else self._ranked()
+            found.append(Ahead("save", FILES, SAVING * self.weights))
+        if self.evaluated:
+            found.append(self._passes("evaluate", EXACT * FORWARD * (1 + self.sizes), self.evaluated))
+        return [*found, *[Ahead("cost", PASSES, EXACT * SHOWN * self.forward)] * self.sizes]
+
+    def _passes(self, key: str, passes: float, samples: int, steps: int | None = None) -> Ahead:
+        """Forward passes over so many samples."""
+        return Ahead(key, PASSES, passes * samples * self.forward, samples if steps is None else steps)
+
+    def _factorized(self) -> Iterator[Ahead]:
+        if self.choices.config.stores == "bits":
+            yield Ahead("factorize", ALGEBRA, INVERTING * sum(each.shape[1] ** 3 for each in self.targets))
+            return
+        work = DECOMPOSING * sum(min(each.shape) ** 3 for each in self.targets)
+        yield Ahead("factorize", ALGEBRA, work, len(self.targets))
+        if self.choices.allocation == "measured":
+            yield self._passes("measure", MEASURING, min(self.samples, MEASURED_SAMPLES))
+
+    def _rounded(self) -> Iterator[Ahead]:
+        yield Ahead("round", ALGEBRA, ATTEMPTS / 2 * ROUNDING * sum(prod(each.shape) for each in self.targets))
+
+    def _ranked(self) -> Iterator[Ahead]:
+        """What follows for each size."""
+        choices, measured = self.choices, min(self.samples, MEASURED_SAMPLES)
+        for _ in range(choices.rounds):
+            yield self._passes("calibrate", LEARNING, self.samples)
+            factorize, *measure = self._factorized()
+            yield from (*measure, factorize)
+            tried = len(SHARES_MEASURED_AGAIN)
+            yield self._passes("choose", FORWARD * (1 + tried), measured, tried)
+        if choices.compensation == "stream":
+            yield self._stream()
+        if choices.compensation in RESCALING:
+            yield self._passes("compensate", STEPS * (MEASURING + FORWARD), self.samples, 2 * STEPS * self.samples)
+        if choices.storage == "gauge":
+            work = PIVOTING * sum(min(each.shape) ** 2 * max(each.shape) for each in self.targets)
+            yield Ahead("gauge", ALGEBRA, work)
+
+    def _stream(self) -> Ahead:
+        """Hidden states walk through both models, and what layers read is summed; then ridges are tried."""
+        layers = [each for each in self.targets if each.role in WRITERS]
+        shapes = [each.shape for each in layers]
+        walked = (LEARNING + 4 * EXACT + 2) * self.samples * self.forward
+        solved = SOLVING * sum(n**3 / 3 + 4 * m * n**2 for m, n in shapes) + DECOMPOSING * sum(m**3 for m, _ in shapes)
+        return Ahead("stream", PASSES, walked + solved, len(layers))
