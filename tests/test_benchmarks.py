@@ -58,6 +58,7 @@ def rows(output: str) -> list[list[str]]:
         "fidelity",
         "speed",
         "stages",
+        "left",
         "agreement",
         "quantization",
         "export",
