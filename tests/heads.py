@@ -1,15 +1,22 @@
 """What every head has to stand, whatever it is for: jobs from a file of samples to a report."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from vitshrink import load
 from vitshrink.cli.app import app
+from vitshrink.data import Preprocessor, open_samples
+from vitshrink.models.fidelity import Head
+from vitshrink.models.readings import reading_of
+from vitshrink.models.tasks import task_of
+from vitshrink.statistics.curvature import random_functional
 
 Found = dict[str, Any]
 
@@ -67,11 +74,29 @@ def assert_training_helps(objective: str, model: Path, data: Path, folder: Path)
     assert recovery["after"] < recovery["before"]
 
 
-def assert_padding_changes_nothing(
-    divergences: Callable[[Any], torch.Tensor], batches: Callable[[int], Iterable[Any]], count: int
-) -> Any:
-    """Samples in one batch are as far apart as alone. Returns the batch of all ``count``."""
-    (together,) = batches(count)
-    alone = torch.cat([divergences(batch) for batch in batches(1)])
+def refused(model: Path, data: Path, *flags: object) -> str:
+    """What `eval` says of data that it cannot use."""
+    return " ".join(run("eval", model, "--data", data, *flags, code=1).split())
+
+
+@torch.no_grad()
+def read_alone_and_together(checkpoint: Path, data: Path, head: Head, count: int) -> tuple[PreTrainedModel, Any]:
+    """Padding changes no divergence from another model, and a functional is one number a sample.
+
+    Returns the model and the batch of all ``count`` samples.
+    """
+    model = load(checkpoint)
+    task, other, reading = task_of(model), tiny.build(type(model).__name__, seed=1), reading_of(model)
+    samples = open_samples(str(data), "text", layout=task)
+    preprocessor = Preprocessor.from_checkpoint(checkpoint, "text", task=task)
+
+    def divergences(batch: Any) -> torch.Tensor:
+        return head.divergence(*(reading.rows(each(**batch.inputs), batch) for each in (model, other)))
+
+    (together,) = preprocessor.batches(samples, count, in_order=True)
+    alone = torch.cat([divergences(batch) for batch in preprocessor.batches(samples, 1, in_order=True)])
     torch.testing.assert_close(divergences(together), alone, atol=1e-5, rtol=1e-4)
-    return together
+    outputs = model(**together.inputs)
+    functional = random_functional(model, outputs, together, torch.Generator().manual_seed(0))
+    assert functional(outputs).shape == (count,)
+    return model, together

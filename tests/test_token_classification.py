@@ -10,19 +10,20 @@ import tiny
 import torch
 from heads import (
     assert_a_bound_is_kept,
-    assert_padding_changes_nothing,
     assert_training_helps,
     compressed_and_measured,
     evaluated,
+    read_alone_and_together,
+    refused,
     run,
+    write_lines,
+    write_varied,
 )
 
 from vitshrink import load
-from vitshrink.data import Preprocessor, open_samples
 from vitshrink.evaluation.entities import entities
 from vitshrink.models.fidelity import SOFTMAX
 from vitshrink.models.readings import reading_of
-from vitshrink.statistics.curvature import random_functional
 
 NAME = "BertForTokenClassification"
 Sentences = list[tuple[list[str], list[str]]]
@@ -31,10 +32,9 @@ Sentences = list[tuple[list[str], list[str]]]
 @pytest.fixture(scope="module")
 def tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT whose tags differ from word to word."""
-    directory = tiny.write(NAME, tmp_path_factory.mktemp("tagger") / "model")
-    model = tiny.build(NAME)
+    directory = write_varied(NAME, tmp_path_factory.mktemp("tagger") / "model", "classifier")
+    model = load(directory)
     with torch.no_grad():
-        model.classifier.weight.mul_(5)
         model.classifier.bias.sub_(model(**tiny.inputs(NAME, batch=64)).logits.flatten(0, 1).median(0).values)
     model.save_pretrained(directory)
     return directory
@@ -68,9 +68,8 @@ def predicted(directory: Path, sentences: Sequence[list[str]]) -> Sentences:
     return found
 
 
-def write_lines(path: Path, sentences: Sentences, words: str = "tokens", tags: str = "ner_tags") -> Path:
-    path.write_text("\n".join(json.dumps({words: each, tags: marks}) for each, marks in sentences))
-    return path
+def write_tags(path: Path, sentences: Sentences, words: str = "tokens", tags: str = "ner_tags") -> Path:
+    return write_lines(path, ({words: each, tags: marks} for each, marks in sentences))
 
 
 def write_conll(path: Path, sentences: Sentences) -> Path:
@@ -94,9 +93,9 @@ def write_parquet(path: Path, sentences: Sentences) -> Path:
 
 
 WAYS: dict[str, Any] = {
-    "JSON lines": lambda d, rows: write_lines(d / "a.jsonl", rows),
-    "other names": lambda d, rows: write_lines(d / "a.jsonl", rows, "words", "labels"),
-    "indices": lambda d, rows: write_lines(d / "a.jsonl", [(w, [tiny.TAGS.index(t) for t in m]) for w, m in rows]),
+    "JSON lines": lambda d, rows: write_tags(d / "a.jsonl", rows),
+    "other names": lambda d, rows: write_tags(d / "a.jsonl", rows, "words", "labels"),
+    "indices": lambda d, rows: write_tags(d / "a.jsonl", [(w, [tiny.TAGS.index(t) for t in m]) for w, m in rows]),
     "CoNLL": lambda d, rows: write_conll(d / "a.conll", rows),
     "CoNLL as text": lambda d, rows: write_conll(d / "train.txt", rows),
     "parquet": lambda d, rows: write_parquet(d / "a.parquet", rows),
@@ -140,29 +139,18 @@ def test_entities_are_those_of_the_script_of_conll(tags: str, expected: set[tupl
 
 def test_a_model_without_entities_is_scored_by_its_tokens(tmp_path: Path) -> None:
     tiny.write(NAME, tmp_path / "model", id2label={0: "NOUN", 1: "VERB"}, label2id={"NOUN": 0, "VERB": 1})
-    data = write_lines(tmp_path / "a.jsonl", [(["good", "film"], ["NOUN", "VERB"])] * 8)
+    data = write_tags(tmp_path / "a.jsonl", [(["good", "film"], ["NOUN", "VERB"])] * 8)
     found = evaluated(tmp_path / "model", data)
     assert found["metric"] == "top1"
     assert found["dense"]["tokens"] == 16
 
 
 def test_padding_changes_no_divergence_and_no_functional(tagger: Path, tmp_path: Path, sentences: Sentences) -> None:
-    data = open_samples(str(write_lines(tmp_path / "a.jsonl", sentences[:6])), "text", layout="token-classification")
-    preprocessor, model = Preprocessor.from_checkpoint(tagger, "text", task="token-classification"), load(tagger)
-    other, reading = tiny.build(NAME, seed=1), reading_of(model)
-
-    def divergences(batch: Any) -> torch.Tensor:
-        return SOFTMAX.divergence(*(reading.rows(each(**batch.inputs), batch) for each in (model, other)))
-
-    with torch.no_grad():
-        together = assert_padding_changes_nothing(
-            divergences, lambda size: preprocessor.batches(data, size, in_order=True), 6
-        )
-        assert len(divergences(together)) == sum(len(words) for words, _ in sentences[:6])
-        owners = reading.owners(model(**together.inputs), together)
-        assert owners.bincount().tolist() == [len(words) for words, _ in sentences[:6]]
-        functional = random_functional(model, model(**together.inputs), together, torch.Generator().manual_seed(0))
-        assert functional(model(**together.inputs)).shape == (6,)
+    data = write_tags(tmp_path / "a.jsonl", sentences[:6])
+    model, together = read_alone_and_together(tagger, data, SOFTMAX, 6)
+    owners = reading_of(model).owners(model(**together.inputs), together)
+    assert owners is not None
+    assert owners.bincount().tolist() == [len(words) for words, _ in sentences[:6]]
 
 
 def test_a_whole_job_ends_in_a_model_that_is_measured_the_same(
@@ -180,14 +168,14 @@ def test_a_whole_job_ends_in_a_model_that_is_measured_the_same(
 
 @pytest.mark.parametrize("bound", [("--max-kl", 0.5), ("--max-changed", 60), ("--max-accuracy-drop", 30)])
 def test_every_bound_is_kept(bound: tuple[str, float], tagger: Path, sentences: Sentences, tmp_path: Path) -> None:
-    assert_a_bound_is_kept(tagger, write_lines(tmp_path / "a.jsonl", sentences), tmp_path / "small", *bound)
+    assert_a_bound_is_kept(tagger, write_tags(tmp_path / "a.jsonl", sentences), tmp_path / "small", *bound)
 
 
 @pytest.mark.parametrize("objective", ["distill", "supervised"])
 def test_training_makes_the_held_out_loss_smaller(
     objective: str, tagger: Path, sentences: Sentences, tmp_path: Path
 ) -> None:
-    assert_training_helps(objective, tagger, write_lines(tmp_path / "a.jsonl", sentences * 2), tmp_path)
+    assert_training_helps(objective, tagger, write_tags(tmp_path / "a.jsonl", sentences * 2), tmp_path)
 
 
 def test_running_text_is_enough_to_calibrate_on(tagger: Path, text_file: Path, tmp_path: Path) -> None:
@@ -206,14 +194,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_is_named_with_its_row(fault: str, tagger: Path, tmp_path: Path) -> None:
     rows, message = FAULTS[fault]
-    data = write_lines(tmp_path / "a.jsonl", rows)
-    assert message in " ".join(run("eval", tagger, "--data", data, code=1).split())
+    assert message in refused(tagger, write_tags(tmp_path / "a.jsonl", rows))
 
 
 def test_wrong_columns_are_named(tagger: Path, tmp_path: Path) -> None:
-    data = write_lines(tmp_path / "a.jsonl", [(["good"], ["O"])], words="stuff")
-    message = " ".join(run("eval", tagger, "--data", data, code=1).split())
-    assert "no column looks like the text. Give --text-column" in message
-    message = " ".join(run("eval", tagger, "--data", data, "--text-column", "stuf", code=1).split())
-    assert "no column 'stuf'. Did you mean 'stuff'?" in message
+    data = write_tags(tmp_path / "a.jsonl", [(["good"], ["O"])], words="stuff")
+    assert "no column looks like the text. Give --text-column" in refused(tagger, data)
+    assert "no column 'stuf'. Did you mean 'stuff'?" in refused(tagger, data, "--text-column", "stuf")
     run("eval", tagger, "--data", data, "--text-column", "stuff")
