@@ -73,8 +73,12 @@ def test_classes_without_samples_need_no_match() -> None:
 @pytest.mark.parametrize(
     ("names", "model", "message"),
     [
-        (["cat", "unicorn"], ["dog", "cat"], "'unicorn' is none of them.*'dog', 'cat'.*--class-map"),
-        (["crane", "dog"], ["crane", "crane", "dog"], "'crane' could be 'crane', 'crane'"),
+        (
+            ["cat", "unicorn"],
+            ["dog", "cat"],
+            " has the label 'unicorn', which is not one of the model's.*'dog', 'cat'.*--class-map",
+        ),
+        (["crane", "dog"], ["crane", "crane", "dog"], "'crane', which could be 'crane', 'crane'"),
         (["tabby", "tabby cat"], ["tabby, tabby cat", "dog"], "both look like"),
         (
             ["entailment", "neutral", "contradiction"],
@@ -122,7 +126,7 @@ def test_ids_that_cannot_be_placed_are_refused() -> None:
         align_labels(folders("n01440764"), placeholders(10), 10)
     with pytest.raises(DataError, match="not among the 1000 classes"):
         align_labels(folders("n00000000"), dict(enumerate(IMAGENET_NAMES)), 1000)
-    with pytest.raises(DataError, match=r"'n01440764' \(tench, Tinca tinca\) is none of them"):
+    with pytest.raises(DataError, match=r"'n01440764' \(tench, Tinca tinca\), which is not one of the model's"):
         align_labels(folders("n01440764"), {0: "dog", 1: "cat"}, 2)
 
 
@@ -178,7 +182,7 @@ def test_integers_go_by_name_where_the_classes_are_called_by_other_numbers() -> 
     assert rule.startswith("class names, which are numbers")
     with pytest.raises(DataError, match=r"labels '1', '4' could be class indices, or the names.*--class-map"):
         align_labels(labeled([1, 4], "integers"), stars, 5)
-    with pytest.raises(DataError, match="'6' is none of them"):
+    with pytest.raises(DataError, match="'6', which is not one of the model's"):
         align_labels(labeled([1, 6], "integers"), stars, 5)
 
 
@@ -186,7 +190,7 @@ def test_integers_go_by_name_where_the_classes_are_called_by_other_numbers() -> 
 def test_the_names_of_a_model_without_names_are_its_own(names: tuple[str, ...]) -> None:
     expected = dict(zip(names, (1, 0), strict=True))
     assert align_labels(folders(*names), placeholders(3), 3) == (expected, "class names; 2 of 3 classes occur")
-    with pytest.raises(DataError, match="'LABEL_7' is none of them"):
+    with pytest.raises(DataError, match="'LABEL_7', which is not one of the model's"):
         align_labels(folders("LABEL_0", "LABEL_7"), placeholders(3), 3)
 
 

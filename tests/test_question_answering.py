@@ -80,6 +80,10 @@ WAYS: dict[str, Any] = {
     "JSON lines": lambda d, rows: write_lines(d / "a.jsonl", rows),
     "published": lambda d, rows: write_squad(d / "dev-v1.1.json", rows),
     "parquet": lambda d, rows: write_parquet(d / "a.parquet", rows),
+    "one answer": lambda d, rows: write_lines(
+        d / "a.jsonl",
+        [row | {"answers": {name: each[0] for name, each in row["answers"].items()}} for row in rows],
+    ),
     "texts alone": lambda d, rows: write_lines(
         d / "a.jsonl", [row | {"answers": row["answers"]["text"][0]} for row in rows]
     ),
@@ -278,7 +282,15 @@ FAULTS: dict[str, tuple[Row, str]] = {
     ),
     "another place": (
         {"question": "so?", "context": "the film", "answers": {"text": ["film"], "answer_start": [1]}},
-        "row 1: the answer 'film' does not begin at character 1",
+        "row 1: the answer 'film' does not begin at character 1 of the context, but at 4: correct answer_start",
+    ),
+    "before the context": (
+        {"question": "so?", "context": "the film", "answers": {"text": "film", "answer_start": -4}},
+        "row 1: the answer 'film' does not begin at character -4 of the context, but at 4",
+    ),
+    "places of others": (
+        {"question": "so?", "context": "the film", "answers": {"text": ["film"], "answer_start": [4, 0]}},
+        "row 1: column 'answers' has 1 answers, but 2 numbers in answer_start",
     ),
     "no context": (
         {"question": "so?", "answers": "film"},

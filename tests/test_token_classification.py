@@ -202,3 +202,6 @@ def test_wrong_columns_are_named(tagger: Path, tmp_path: Path) -> None:
     assert "no column looks like the text. Give --text-column" in refused(tagger, data)
     assert "no column 'stuf'. Did you mean 'stuff'?" in refused(tagger, data, "--text-column", "stuf")
     run("eval", tagger, "--data", data, "--text-column", "stuff")
+    spans = write_lines(tmp_path / "spans.jsonl", [{"text": "good film", "entities": [[0, 4, "PER"]]}])
+    message = " ".join(run("eval", tagger, "--data", spans, code=2).split())
+    assert "Give --label-column, or name it ner_tags. Columns: text, entities." in message

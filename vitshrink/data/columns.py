@@ -31,7 +31,7 @@ LABEL_COLUMNS = (
     (
         *("target", "targets", "class", "classes", "class_name", "class_id", "class_label", "category", "y"),
         *("gold", "gold_label", "label_id", "label_name", "sentiment", "polarity", "emotion", "intent"),
-        *("rating", "stars", "similarity", "relatedness_score"),
+        *("rating", "stars", "similarity", "relatedness_score", "relevance"),
     ),
 )
 """As for images, names that say so, and names that may: the second are for where there is none of the first."""
@@ -85,8 +85,7 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
             than one choice.
     """
     flags = wanted.flags
-    listed = [name if len(name) <= 40 else name[:37] + "..." for name in available]
-    shown = f"Columns: {', '.join(name or repr(name) for name in listed)}."
+    listed, shown = shortened(available), listing(available)
     several = _several(wanted.label, available)
     for column in (wanted.image, wanted.text, wanted.text_pair, None if several else wanted.label):
         if column is not None and column not in available:
@@ -146,6 +145,15 @@ def find_columns(source: str, kind: Kind, available: Sequence[str], wanted: Colu
     return Columns(image, text, pair, label, flags, unlabeled, query=query, several=several)
 
 
+def shortened(names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= 40 else name[:37] + "..." for name in names]
+
+
+def listing(names: Sequence[str]) -> str:
+    """The columns that there are, for messages."""
+    return f"Columns: {', '.join(name or repr(name) for name in shortened(names))}."
+
+
 def named_column(
     source: str,
     available: Sequence[str],
@@ -161,14 +169,13 @@ def named_column(
     Raises:
         DataError: a wanted column that is not there, or stands there twice, or none that is needed.
     """
-    listed = [name if len(name) <= 40 else name[:37] + "..." for name in available]
     if wanted is not None and wanted not in available:
-        raise DataError(f"{source} has no column {wanted!r}.{suggestion(wanted, listed)}")
+        raise DataError(f"{source} has no column {wanted!r}.{suggestion(wanted, shortened(available))}")
     found = wanted or next((column for name in usual for column in _called(name, available)), None)
     if found is None and needed:
         raise DataError(
             f"{source}: no column looks like the {role}. Give {flags}{role}-column, or name it "
-            f"{' or '.join(usual[:2])}. Columns: {', '.join(name or repr(name) for name in listed)}."
+            f"{' or '.join(usual[:2])}. {listing(available)}"
         )
     if found is not None and available.count(found) > 1:
         raise DataError(f"{source} has {available.count(found)} columns with the name {found!r}: rename all but one.")

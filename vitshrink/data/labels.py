@@ -38,7 +38,8 @@ def align_labels(
         else:
             classes, rule = _by_meaning(names, samples, model_names)
     except _UnassignedError as problem:
-        raise DataError(f"{samples.source}: {problem} {_REMEDY}") from problem
+        key = "" if problem.label is None else f"{keys[problem.label]} has the label "
+        raise DataError(f"{samples.source}: {key}{problem} {_REMEDY}") from problem
     for label, index in classes.items():
         if not 0 <= index < num_labels:
             raise DataError(
@@ -50,7 +51,11 @@ def align_labels(
 
 
 class _UnassignedError(Exception):
-    """Why no rule gives every label a class."""
+    """Why no rule gives every label a class, or which ``label`` it does not: of that, the message goes on."""
+
+    def __init__(self, problem: str, label: Label = None) -> None:
+        super().__init__(problem)
+        self.label = label
 
 
 def _by_meaning(
@@ -132,9 +137,9 @@ def _by_name(names: Mapping[Label, str], meanings: Mapping[Label, str], model_na
     for label, meaning in meanings.items():
         found = full.get(normalized(meaning)) or set().union(*(partial.get(s, set()) for s in _synonyms(meaning)))
         if len(found) != 1:
-            known = f"could be {_some(model_names[i] for i in sorted(found))}" if found else "is none of them"
+            known = f"could be {_some(model_names[i] for i in sorted(found))}" if found else "is not one of the model's"
             raise _UnassignedError(
-                f"{_shown(names[label], meaning)} {known}. The model's classes are {_some(model_names)}."
+                f"{_shown(names[label], meaning)}, which {known}. The model's classes are {_some(model_names)}.", label
             )
         classes[label] = found.pop()
     taken: dict[int, Label] = {}

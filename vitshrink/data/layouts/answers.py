@@ -77,22 +77,30 @@ def _answers(given: Any, context: str, column: str | None) -> Answers:
             given = ast.literal_eval(given.strip())
         except (ValueError, SyntaxError):
             raise ValueError(f"column {column!r} contains {given[:40]!r}, which is not an answer") from None
-    if isinstance(given, Mapping):
-        starts = given.get("answer_start") or [None] * len(given.get("text") or ())
-        given = [
-            {"text": each, "answer_start": start} for each, start in zip(given.get("text") or (), starts, strict=False)
-        ]
+    if isinstance(given, Mapping) and not isinstance(given.get("text"), str):
+        found, starts = (_list(given.get(name)) for name in ("text", "answer_start"))
+        if starts and len(starts) != len(found):
+            raise ValueError(f"column {column!r} has {len(found)} answers, but {len(starts)} numbers in answer_start")
+        places = starts or [None] * len(found)
+        given = [{"text": each, "answer_start": start} for each, start in zip(found, places, strict=True)]
     pairs = [_answer(each, column) for each in (given if isinstance(given, list | tuple) else [given])]
     for each, start in pairs:
         if each not in context:
-            raise ValueError(f"the answer {each[:60]!r} does not occur in the context")
-        if start is not None and context[start : start + len(each)] != each:
-            raise ValueError(f"the answer {each[:60]!r} does not begin at character {start} of the context")
+            raise ValueError(f"the answer {each[:60]!r} does not occur in the context: copy it from there")
+        if start is not None and (start < 0 or not context.startswith(each, start)):
+            raise ValueError(
+                f"the answer {each[:60]!r} does not begin at character {start} of the context, but at "
+                f"{context.index(each)}: correct answer_start, which counts from 0, or leave it out"
+            )
     texts = tuple(each for each, _ in pairs if each)
     if not texts:
         return Answers(context, ())
     first, start = next(pair for pair in pairs if pair[0])
     return Answers(context, texts, context.index(first) if start is None else start)
+
+
+def _list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
 
 def _answer(given: Any, column: str | None) -> tuple[str, int | None]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vitshrink.data.columns import Columns, named_column
+from vitshrink.data.columns import Columns, listing, named_column
 from vitshrink.data.samples import LabelsAre, Sample, SampleSet
 from vitshrink.data.tables import Table
 from vitshrink.errors import DataError
@@ -33,7 +33,10 @@ class Layout(ABC):
         """``wanted`` completed by usual names. Raises DataError where there is none, or more than one choice."""
         text = named_column(source, available, wanted.text, self.first, wanted.flags, "text")
         label = named_column(source, available, wanted.label, self.labels, wanted.flags, "label", needed=False)
-        remedy = f"no column looks like the labels. Give {wanted.flags}label-column."
+        remedy = (
+            f"no column looks like the labels. Give {wanted.flags}label-column, or name it {self.labels[0]}. "
+            f"{listing(available)}"
+        )
         return replace(wanted, text=text, label=label, unlabeled=None if label else remedy)
 
     @abstractmethod
