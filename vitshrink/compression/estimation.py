@@ -82,7 +82,7 @@ class LayerEstimator:
         return self._known(self._memory(job), job)
 
     def _known(self, memory: Memory, job: Job) -> dict[str, LinearStats]:
-        stats = paged(memory.read(LinearStats), self.pages)
+        stats = paged(memory.read(LinearStats, self.pages), self.pages)
         if not stats:
             stats = self._statistics(self.dense, {}, job, seed=self.config.seed, step=DENSE)
             memory.write(stats)
@@ -92,7 +92,7 @@ class LayerEstimator:
         """Calibrate on the dense model and factorize each target once; a rank is then a slice."""
         memory = self._memory(job)
         stats = self._known(memory, job)
-        layers = paged(memory.read(Factorization), self.pages)
+        layers = paged(memory.read(Factorization, self.pages), self.pages)
         if layers:
             return Findings(layers, {}, stats)
         findings = self._factorize(stats, job)

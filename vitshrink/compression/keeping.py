@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from vitshrink.compression.findings import Measured
 from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache, Key
 from vitshrink.runtime.entries import Entry, from_main
+from vitshrink.runtime.paging import in_file
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.sensitivity import Sensitivity
 from vitshrink.statistics.stats import LinearStats
@@ -19,8 +22,8 @@ NAMES: Mapping[type[Any], str] = {LinearStats: "statistics", Sensitivity: "sensi
 class Memory(Protocol):
     """The statistics of a model and what follows from them; all processes read the same."""
 
-    def read(self, kind: type[Entry]) -> dict[str, Entry]:
-        """Nothing where it, or its kind, is not kept."""
+    def read(self, kind: type[Entry], pages: Path | None = None) -> dict[str, Entry]:
+        """Nothing where it, or its kind, is not kept. Large tensors are in files of ``pages``, if that is given."""
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         """The first process writes."""
@@ -33,10 +36,11 @@ class Cached:
     cache: Cache
     keys: Mapping[Any, Key]
 
-    def read(self, kind: type[Entry]) -> dict[str, Entry]:
+    def read(self, kind: type[Entry], pages: Path | None = None) -> dict[str, Entry]:
         if kind not in self.keys:
             return {}
-        found = self.cache.read(kind, self.keys[kind]) if processes.is_main() else None
+        place = partial(in_file, directory=pages)
+        found = self.cache.read(kind, self.keys[kind], place) if processes.is_main() else None
         return from_main(found or {}, self.cache.device)
 
     def write(self, entries: Mapping[str, Entry]) -> None:
@@ -52,8 +56,10 @@ class Step:
     progress: Progress
     name: str
 
-    def read(self, kind: type[Entry]) -> dict[str, Entry]:
-        return self.progress.entries(f"{self.name}-{NAMES[kind]}", kind) if kind in NAMES else {}
+    def read(self, kind: type[Entry], pages: Path | None = None) -> dict[str, Entry]:
+        if kind not in NAMES:
+            return {}
+        return self.progress.entries(f"{self.name}-{NAMES[kind]}", kind, partial(in_file, directory=pages))
 
     def write(self, entries: Mapping[str, Entry], *, hold: bool = True) -> None:
         """To be saved by and by, or now or never where the entries are not to be held in memory."""

@@ -27,22 +27,27 @@ def best_window(rows: Tensor) -> int:
     best = min(ends, key=lambda start: ends[start])
     if ends[best] <= WELL_CONDITIONED:
         return best
-    conditions = ends | {start: _condition(rows, start, rank) for start in range(STRIDE, n - rank, STRIDE)}
-    best = min(conditions, key=lambda start: conditions[start])
-    if not conditions[best] < 1e7:
+    least = ends[best]
+    for start in range(STRIDE, n - rank, STRIDE):
+        condition = _condition(rows, start, rank, least)
+        if condition < least:
+            best, least = start, condition
+    if not least < 1e7:
         raise NumericsError("no block of adjacent inputs spans the row space.")
     return best
 
 
-def _condition(rows: Tensor, start: int, rank: int) -> float:
-    """Frobenius norm of the block's inverse, of which the largest singular value is at most 1; inf if it has none.
+def _condition(rows: Tensor, start: int, rank: int, most: float = math.inf) -> float:
+    """Frobenius norm of the block's inverse, of which the largest singular value is at most 1.
+
+    Infinite if it has none, or where the norm exceeds ``most``, as a factor's diagonal tells.
 
     At least its condition, and told by two triangular operations, which are faster than eigenvalues. Its
     square exceeds by ``rank`` that of the coefficients of the other inputs, which have to be stored.
     """
     block = rows[:, start : start + rank]
     root, failed = torch.linalg.cholesky_ex(block @ block.T)
-    if failed:
+    if failed or float(root.diagonal().min()) * most < 1:
         return math.inf
     return float(torch.linalg.solve_triangular(root, torch.eye(rank).to(rows), upper=False).norm())
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from vitshrink.errors import OutputError
 from vitshrink.runtime import processes
-from vitshrink.runtime.entries import Entry, packed, read_metadata, read_tensors, unpacked, write_tensors
+from vitshrink.runtime.entries import Entry, as_it_is, packed, read_metadata, read_tensors, unpacked, write_tensors
 from vitshrink.runtime.storage import Place, is_url, scratch
 
 Key = Mapping[str, Any]
@@ -60,15 +61,20 @@ class Cache:
                 if time.time() - half.stat().st_mtime > DAY:
                     half.unlink()
 
-    def read(self, kind: type[Entry], key: Key) -> dict[str, Entry] | None:
-        """The entries of ``key``, or None; warns of a file that is damaged or of another key."""
+    def read(
+        self, kind: type[Entry], key: Key, place: Callable[[Tensor], Tensor] = as_it_is
+    ) -> dict[str, Entry] | None:
+        """The entries of ``key``, or None; warns of a file that is damaged or of another key.
+
+        Each tensor is laid in its ``place`` before the next one is read.
+        """
         path = self._path(kind, key)
         if not self._is_there(path):
             return None
         try:
             if json.loads(read_metadata(path)["key"]) != _complete(kind, key):
                 raise ValueError("it belongs to another job")
-            found = unpacked(kind, read_tensors(path, self.device))
+            found = unpacked(kind, read_tensors(path, self.device, place))
             return {name: found[name] for name in key["layers"]}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             self.warn(f"{path} cannot be used and is computed again ({type(error).__name__}: {error}).")

@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -141,11 +141,20 @@ def _different(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_SAME.join(each): tensors[first] for first, each in labels.items()}
 
 
-def expanded(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that ``compacted`` was given, contiguous; equal ones are one tensor."""
+Place = Callable[[Tensor], Tensor]
+"""The same numbers in another place."""
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """Where it is."""
+    return tensor
+
+
+def expanded(stored: Mapping[str, Tensor], place: Place = as_it_is) -> dict[str, Tensor]:
+    """The tensors that ``compacted`` was given, contiguous, each in its ``place``; equal ones are one tensor."""
     tensors: dict[str, Tensor] = {}
     for label, tensor in stored.items():
-        whole = _from_triangle(tensor) if label.endswith(_TRIANGLE) else tensor
+        whole = place(_from_triangle(tensor) if label.endswith(_TRIANGLE) else tensor)
         tensors |= dict.fromkeys(label.removesuffix(_TRIANGLE).split(_SAME), whole)
     return tensors
 
@@ -183,8 +192,16 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """The tensors that were written. Raises OSError and SafetensorError."""
-    with safe_open(path, "pt", device=str(device)) as file:
-        # cloned: what lies in the file is aligned otherwise, and products then round otherwise
-        return expanded({label: file.get_tensor(label).clone() for label in file.keys()})  # noqa: SIM118 - no mapping
+def read_tensors(path: Path, device: torch.device, place: Place = as_it_is) -> dict[str, Tensor]:
+    """The tensors that were written, each in its ``place``. Raises OSError and SafetensorError."""
+    with safe_open(path, "pt") as file:
+        labels = list(file.keys())
+    found: dict[str, Tensor] = {}
+    for label in labels:
+        with safe_open(
+            path, "pt", device=str(device)
+        ) as file:  # anew: what was read stays in memory until it is closed
+            # cloned: what lies in the file is aligned otherwise, and products then round otherwise
+            tensor = file.get_tensor(label).clone()
+        found |= expanded({label: tensor}, place)
+    return found

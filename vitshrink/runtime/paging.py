@@ -23,6 +23,9 @@ LEAST = 2**16
 _maps: list[ref[Any]] = []
 """All arrays in files that something still refers to."""
 
+_placed = WeakTensorKeyDictionary()
+"""The tensors of these."""
+
 
 def paged(entries: Mapping[str, Entry] | Iterable[tuple[str, Entry]], directory: Path | None) -> dict[str, Entry]:
     """Entries with the same numbers, of which large tensors lie in files of a directory, which go with them.
@@ -60,7 +63,10 @@ def page_weights(model: nn.Module, directory: Path | None) -> None:
 
 
 def _is_large(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes >= LEAST
+    """Whether it is worth a file, and is in none."""
+    if not isinstance(value, Tensor) or value in _placed:
+        return False
+    return value.device.type == "cpu" and value.nbytes >= LEAST
 
 
 def rest() -> None:
@@ -98,4 +104,6 @@ def _in_file(tensor: Tensor, directory: Path) -> Tensor:
         except OSError:  # no room, or a file system that maps nothing
             return tensor
     _maps.append(ref(array))
-    return torch.from_numpy(array).view(tensor.dtype).view(tensor.shape)
+    found = torch.from_numpy(array).view(tensor.dtype).view(tensor.shape)
+    _placed[found] = True
+    return found

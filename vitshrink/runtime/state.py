@@ -17,7 +17,16 @@ from torch import Tensor
 
 from vitshrink.errors import OutputError
 from vitshrink.runtime import processes
-from vitshrink.runtime.entries import Entry, from_main, packed, read_metadata, read_tensors, unpacked, write_tensors
+from vitshrink.runtime.entries import (
+    Entry,
+    as_it_is,
+    from_main,
+    packed,
+    read_metadata,
+    read_tensors,
+    unpacked,
+    write_tensors,
+)
 from vitshrink.runtime.storage import Mirror, Place, is_url, scratch
 
 JOB = "job.json"
@@ -114,10 +123,10 @@ class Progress:
                 self._give_up(error)
         return self.directory
 
-    def entries(self, step: str, kind: type[Entry]) -> dict[str, Entry]:
-        """What was kept of a step, in every process; nothing where it was not reached."""
+    def entries(self, step: str, kind: type[Entry], place: Callable[[Tensor], Tensor] = as_it_is) -> dict[str, Entry]:
+        """What was kept of a step, in every process, each tensor in its ``place``; nothing where it was not reached."""
         path = self._path(step)
-        found = {} if path is None or not path.exists() else unpacked(kind, self._read(path)[1])
+        found = {} if path is None or not path.exists() else unpacked(kind, self._read(path, place)[1])
         return from_main(found, self.device)
 
     def has(self, step: str) -> bool:
@@ -201,9 +210,9 @@ class Progress:
         directory = self.directory
         return [] if directory is None else [directory / f"{step}-{n:02d}.safetensors" for n in range(PARTS)]
 
-    def _read(self, path: Path) -> tuple[int, dict[str, Tensor]]:
+    def _read(self, path: Path, place: Callable[[Tensor], Tensor] = as_it_is) -> tuple[int, dict[str, Tensor]]:
         try:
-            return int(read_metadata(path)["done"]), read_tensors(path, self.device)
+            return int(read_metadata(path)["done"]), read_tensors(path, self.device, place)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             self.warn(f"{path} cannot be used and is computed again ({type(error).__name__}: {error}).")
             return 0, {}
