@@ -8,15 +8,15 @@
 Models are built once, into --work, with what they lose; a run that was stopped goes on there. Then all of
 them are timed in one run, in turn, the shortest pass of each: again whenever something was built, or with --again. The
 third command only prints. Texts are timed on the same samples in batches as they come, and in batches of one length.
+With --fixed, OpenVINO knows the number of images in a batch, of all models alike, as with ``export --batch-size``. With
+--recover, there are also merged tokens that were distilled from the dense model, on all the samples without labels.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,39 +24,24 @@ from typing import Any
 import bytes as byte_table
 import torch
 from job import random_vit
-from peers import nncf_openvino, onnx_runtime
+from latency_rows import BASELINE, Bench, Row, rows_of
 from peers.registry import Material
 from picture import draw_times
 from results import Results
-from speed import with_narrower_layers, with_random_factors
 from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from vitshrink.compression.merging import Trials, kept_within, measured_curves
-from vitshrink.compression.static_layers import as_fast_as_integers
-from vitshrink.config.options import CompressConfig
-from vitshrink.config.quantize import QuantizeJob
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import VitshrinkError
-from vitshrink.jobs.compress import compress
-from vitshrink.jobs.export import export
-from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
 from vitshrink.models.exported import KINDS
 from vitshrink.models.loading import held
-from vitshrink.models.merged import merge_tokens
 from vitshrink.models.onnx_model import OnnxModel
-from vitshrink.models.openvino_model import IR_FILE, convert
-from vitshrink.models.runtimes import Program, find_runtime
-from vitshrink.models.views import own, view_of
+from vitshrink.models.openvino_model import SUFFIX as IR_SUFFIX
 from vitshrink.runtime.modes import threads
-from vitshrink.runtime.observer import Job, Silent
 from vitshrink.runtime.records import plain
 
-BASELINE = "PyTorch: float32"
-ONNX_FILE = "model.onnx"
 TEXTS = 64
 """Texts that are timed, in batches."""
 
@@ -66,144 +51,6 @@ FIGURES = {"kl": ".2g", "agreement": ".3f"}
 TIMES = {False: "of the clock", True: "of the processor"}
 
 Batches = Sequence[Mapping[str, Tensor]]
-
-
-@dataclass
-class Bench:
-    """A model, its calibration, and the samples that judge; of a random model there are none."""
-
-    material: Material
-    table: byte_table.Bench | None
-    fractions: Sequence[float]
-    random: bool
-    latencies: Sequence[float] = ()
-    batch: int = 8
-    """Samples in a batch for which a latency is asked for."""
-
-    @property
-    def dense(self) -> PreTrainedModel:
-        return self.material.source.model
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variant: what makes its file, or what runs it where it has none, and its precision."""
-
-    name: str
-    build: Callable[[Bench, Path], Path] | None = None
-    run: Callable[[PreTrainedModel], nn.Module] | None = None
-
-
-def rows_of(bench: Bench) -> Iterator[Row]:
-    """Dense models first, then int8 by the runtimes' own tools, then ours."""
-    yield Row(BASELINE, run=lambda model: model)
-    yield Row("torch.compile: float32", run=lambda model: find_runtime("torch-compile").compile(Program.of(model)))
-    yield Row("onnxruntime: float32", partial(_exported, lambda bench: bench.dense, False))
-    yield Row("OpenVINO: float32", partial(_exported, lambda bench: bench.dense, True))
-    yield Row("onnxruntime: int8, dynamic", partial(_dynamic, lambda bench: bench.dense))
-    yield Row("onnxruntime: int8, static", _static)
-    yield Row("OpenVINO: int8, NNCF", partial(_nncf, lambda bench: bench.dense))
-    for made, fraction, make in _ours(bench):
-        yield Row(f"{made} in onnxruntime: {fraction:g}", partial(_exported, make, False))
-        yield Row(f"{made} in OpenVINO: {fraction:g}", partial(_exported, make, True))
-        yield Row(f"{made}, NNCF int8, in OpenVINO: {fraction:g}", partial(_nncf, make))
-    for made, fraction, make in (("ours", 1.0, lambda given: given.dense), *_ours(bench)) if bench.random else ():
-        rounded = partial(_integers, make)
-        yield Row(f"{made}, static int8, in onnxruntime: {fraction:g}", partial(_exported, rounded, False))
-        yield Row(f"{made}, static int8, in OpenVINO: {fraction:g}", partial(_exported, rounded, True))
-    image = bench.dense.main_input_name == "pixel_values"
-    for fraction in () if bench.random else (1.0, *(bench.fractions if image else ())):
-        for runtime, form in (("onnxruntime", "onnx"), ("OpenVINO", "openvino")):
-            yield Row(f"ours, static int8, in {runtime}: {fraction:g}", partial(_rounded, fraction, form))
-    for share in () if bench.random else bench.latencies:
-        for runtime, form in (("onnxruntime", "onnx"), ("OpenVINO", "openvino")):
-            yield Row(f"ours, --target-latency {share:g}, in {runtime}", partial(_in_time, share, form, image))
-
-
-def _ours(bench: Bench) -> Iterator[tuple[str, float, Callable[[Bench], PreTrainedModel]]]:
-    """Merged tokens, for fractions of the operations; of random weights half, as two factors or in narrower layers."""
-    if bench.dense.main_input_name == "pixel_values":
-        curves: list[Sequence[Tensor]] = []
-        for fraction in bench.fractions:
-            yield "ours, merged tokens", fraction, partial(_merged, curves, fraction)
-    if bench.random:
-        yield "ours, factors", 0.5, lambda given: with_random_factors(given.dense, 0.5, "factors")
-        yield "ours, narrower layers", 0.5, lambda given: with_narrower_layers(given.dense, 0.5)
-
-
-def _merged(curves: list[Sequence[Tensor]], fraction: float, bench: Bench) -> PreTrainedModel:
-    """As ``vitshrink compress --tokens merge --token-operations`` makes it; ``curves`` are measured once."""
-    if not curves:
-        batches = next(iter(bench.material.calibrations.values())).batches
-        curves.append(measured_curves(Trials.on(bench.dense, batches), Job(Silent())))
-    model = own(view_of(bench.dense))
-    merge_tokens(model, kept_within(bench.dense, curves[0], fraction))
-    return model
-
-
-def _integers(make: Callable[[Bench], PreTrainedModel], bench: Bench) -> PreTrainedModel:
-    """On grids that nobody chose: for time alone."""
-    return as_fast_as_integers(make(bench))
-
-
-def _exported(make: Callable[[Bench], PreTrainedModel], ir: bool, bench: Bench, folder: Path) -> Path:
-    file = Program.of(make(bench)).write(folder / ONNX_FILE)
-    return convert(file, folder) if ir else file
-
-
-def _dynamic(make: Callable[[Bench], PreTrainedModel], bench: Bench, folder: Path) -> Path:
-    onnx_runtime.write_dynamic(Program.of(make(bench)).write(folder / "float.onnx"), folder / ONNX_FILE)
-    return folder / ONNX_FILE
-
-
-def _static(bench: Bench, folder: Path) -> Path:
-    exported = Program.of(bench.dense).write(folder / "float.onnx")
-    onnx_runtime.write_static(exported, folder / ONNX_FILE, nncf_openvino.singles(bench.material, _seed(bench)))
-    return folder / ONNX_FILE
-
-
-def _nncf(make: Callable[[Bench], PreTrainedModel], bench: Bench, folder: Path) -> Path:
-    """NNCF's post-training int8 of the IR that vitshrink exports."""
-    import openvino
-
-    material = replace(bench.material, source=replace(bench.material.source, model=make(bench)))
-    file = _exported(make, True, bench, folder)
-    quantized = nncf_openvino.post_training(openvino.Core().read_model(file), material, _seed(bench))
-    (folder / "int8").mkdir(exist_ok=True)
-    openvino.save_model(quantized, folder / "int8" / IR_FILE)
-    return folder / "int8" / IR_FILE
-
-
-def _rounded(fraction: float, form: str, bench: Bench, folder: Path) -> Path:
-    """As the command line makes it: tokens merged where there is a fraction, ``quantize --activations static``."""
-    given = bench.material
-    data: dict[str, Any] = {"calibration": given.calibration, "samples": given.samples, "holdout": 8, "offline": True}
-    source, merged, small = given.model, folder.parent / f"merged-{fraction:g}", folder.parent / f"int8-{fraction:g}"
-    if fraction < 1:
-        if not merged.exists():
-            compress(CompressConfig(source, str(merged), tokens="merge", token_operations=fraction, **data))
-        source = str(merged)
-    if not small.exists():
-        quantize_checkpoint(QuantizeJob(source, str(small), activations="static", **data))
-    found = export(str(small), str(folder / form), form, offline=True, overwrite=True)
-    return folder / form / found.file
-
-
-def _in_time(share: float, form: str, image: bool, bench: Bench, folder: Path) -> Path:
-    """As the command line makes it for a batch: integers, and merged tokens of images or narrower layers of texts."""
-    given, small = bench.material, folder / "model"
-    data: dict[str, Any] = {"calibration": given.calibration, "samples": given.samples, "holdout": 8, "offline": True}
-    levers: dict[str, Any] = {"tokens": "merge"} if image else {"forms": "narrow"}
-    runtime = "openvino" if form == "openvino" else "onnxruntime"
-    clock = {"runtime": runtime, "threads": torch.get_num_threads(), "latency_batch_size": bench.batch}
-    if not small.exists():
-        compress(CompressConfig(given.model, str(small), target_latency=f"{share:g}", **clock, **levers, **data))
-    found = export(str(small), str(folder / form), form, offline=True, overwrite=True)
-    return folder / form / found.file
-
-
-def _seed(bench: Bench) -> int:
-    return next(iter(bench.material.calibrations))
 
 
 def build(bench: Bench, rows: Sequence[Row], results: Results, work: Path) -> bool:
@@ -278,16 +125,32 @@ def time_all(bench: Bench, rows: Sequence[Row], results: Results, work: Path, ar
     known = {row.name: row for row in rows}
     clock = time.process_time if args.cpu_time else time.perf_counter
     there = {name: found for name, found in results.rows.items() if "skipped" not in found and name in known}
-    for name, batches in workloads(bench, args.batches).items():
+    for load, batches in workloads(bench, args.batches).items():
+        fixed = args.fixed and "pixel_values" in batches[0]
+        name = f"{load}, fixed" if fixed else load
         print(f"timing {name} …", file=sys.stderr, flush=True)
         models = {}
         for each, found in there.items():
             file = None if found["file"] is None else work / found["file"]
+            if fixed and file is not None and file.suffix == IR_SUFFIX:
+                file = _fixed(file, batches[0]["pixel_values"])
             models[each] = Through(_opened(bench, known[each], file), batches).eval()
         taken = cost.passes(models, {each: {} for each in models}, repeats=args.repeats, clock=clock)
         for each, seconds in taken.items():
             times = results.rows[each].get("times", {}) | {name: 1000 * min(seconds) / len(batches)}
             results.add(each, results.rows[each] | {"times": times})
+
+
+def _fixed(file: Path, pixels: Tensor) -> Path:
+    """The same IR for batches of one size, written once."""
+    import openvino
+
+    found = file.with_name(f"{file.stem}-{len(pixels)}{IR_SUFFIX}")
+    if not found.exists():
+        model = openvino.Core().read_model(file)
+        model.reshape(list(pixels.shape))
+        openvino.save_model(model, found, compress_to_fp16=False)
+    return found
 
 
 def show(results: Results) -> None:
@@ -313,7 +176,7 @@ def opened(args: argparse.Namespace, work: Path) -> Bench:
     """The bench of a model, or of random weights and random pixels."""
     if not args.random:
         table = byte_table.Bench.open(args, work)
-        return Bench(table.material, table, args.fractions, False, args.latencies, max(args.batches))
+        return Bench(table.material, table, args.fractions, False, args.latencies, max(args.batches), args.recover)
     model = random_vit(args.blocks)
     pixels = example_inputs(model, args.samples)
     batch: Any = SimpleNamespace(inputs=pixels, mask=None, keys=list(range(args.samples)))
@@ -353,6 +216,8 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument(
         "--latencies", type=float, nargs="*", default=[], metavar="S", help="of --target-latency, for the largest batch"
     )
+    known.add_argument("--recover", type=float, metavar="EPOCHS", help="of distillation, after merging tokens")
+    known.add_argument("--fixed", action="store_true", help="batches of images of one size in OpenVINO")
     known.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N")
     known.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="rows of such names")
     known.add_argument("--again", action="store_true", help="time again, though nothing was built")

@@ -79,6 +79,23 @@ def test_onnx_gives_the_outputs_of_the_model(
             assert torch.allclose(outputs[key], values, atol=1e-4), key
 
 
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
+def test_a_program_for_one_size_of_batches_is_fed_with_all(
+    small: Callable[..., Path], name: str, form: str, tmp_path: Path
+) -> None:
+    if form == "openvino":
+        pytest.importorskip("openvino")
+    found = export(str(small(name)), str(tmp_path / "out"), form, batch_size=3)
+    assert found.batch_sizes == (3,)
+    model, copy = vitshrink.load(small(name)), load_exported(found.directory / found.file).model
+    assert copy.file.batch == 3
+    for batch in (1, 3, 7):
+        inputs = tiny.inputs(name, batch)
+        with torch.no_grad():
+            assert torch.allclose(copy(**inputs).logits, model(**inputs).logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForMaskedLM"])
 def test_a_dense_checkpoint_loads_without_vitshrink(
     exported: Callable[..., Export], small: Callable[..., Path], name: str

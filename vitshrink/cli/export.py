@@ -27,6 +27,7 @@ def export_command(flags: dict[str, Any], display: DisplayOptions) -> None:
         job.to,
         tower=job.tower,
         tolerance=job.tolerance,
+        batch_size=job.batch_size,
         offline=job.offline,
         overwrite=job.overwrite,
         observer=console.TerminalObserver(quiet=display.silent),

@@ -244,6 +244,9 @@ class ExportJob(SaveOptions, NetworkOptions, Paths, JobOptions):
         above=0,
         wanted="give a positive number such as 0.0001.",
     )
+    batch_size: int | None = option(
+        None, "Samples in every batch, for a program that runs faster and takes no other; any if not given.", low=1
+    )
 
     command_name: ClassVar = "export"
     what: ClassVar = {

@@ -36,7 +36,7 @@ ROUNDINGS = 2
 """Where activations are rounded: difference that is put up with, in multiples of what the rounding itself does."""
 
 BATCH_SIZES = (1, 2, 7)
-"""On which an exported model is compared; it was traced with two samples."""
+"""On which an exported model is compared that takes all; it was traced with two samples."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def export(
     *,
     tower: Side | None = None,
     tolerance: float = TOLERANCE,
+    batch_size: int | None = None,
     offline: bool = False,
     overwrite: bool = False,
     observer: Observer | None = None,
@@ -79,11 +80,11 @@ def export(
     checkpoint, or as a torch.export program. Low-rank layers lose their pivots, see ``models.plain``. ``tower`` is the
     tower of a dual encoder to export; only a dense checkpoint can hold both.
 
-    The result takes batches of any size and texts of any length that the model takes. It is compared with the model on
-    random inputs of several sizes before it is published.
+    The result takes batches of any size, or of ``batch_size``, and texts of any length that the model takes. It is
+    compared with the model on random inputs of several sizes, or of that size, before it is published.
 
     Raises:
-        UsageError: an unknown form, a model without compressed layers for ``dense``, or a wrong tower.
+        UsageError: an unknown form, a model without compressed layers or a batch size for ``dense``, or a wrong tower.
         DependencyError: a package that the form needs is missing.
         CheckpointError: the model cannot be read.
         OutputError: the output cannot be written, or differs by more than ``tolerance`` and the rounding of
@@ -92,6 +93,8 @@ def export(
     write = choose(form, FORMS, "form")
     if not 0 < tolerance < float("inf"):
         raise UsageError(f"--tolerance {tolerance}: give a positive number such as {TOLERANCE:g}.")
+    if form == "dense" and batch_size is not None:
+        raise UsageError("--batch-size is for programs: a dense checkpoint takes batches of any size. Remove it.")
     if form in EXTRAS:
         require(form, f"--to {form}")
     if is_url(output):
@@ -110,10 +113,11 @@ def export(
         raise UsageError(f"{model} has no compressed layer: it already is the dense checkpoint.")
     with published(str(output), session, 5 * cost.parameters(source.model), overwrite=overwrite) as staging:
         with job.stage("export", f"Writing {'the dense checkpoint' if form == 'dense' else form}"):
-            written = write(session, staging)
+            written = write(session, staging, batch_size)
+            sizes = BATCH_SIZES if batch_size is None else (batch_size,)
             with quiet():
-                difference, largest = _compare(source.model, written.run)
-                rounding = _rounding(source.model)
+                difference, largest = _compare(source.model, written.run, sizes)
+                rounding = _rounding(source.model, sizes)
         if not difference <= max(tolerance * max(1.0, largest), ROUNDINGS * rounding):  # a NaN is no match either
             raise OutputError(
                 f"the {form} model differs from {model} by up to {difference:.2g} in outputs of up to "
@@ -128,7 +132,7 @@ def export(
             difference,
             largest,
             rounding,
-            BATCH_SIZES,
+            sizes,
             job.warnings,
         )
         record = found.to_dict() | {
@@ -160,10 +164,10 @@ def _of_tower(session: Session, form: str, tower: Side | None) -> Session:
     return replace(session, source=replace(source, model=model, source=described, family=family_of(model)))
 
 
-def _compare(model: PreTrainedModel, run: Run) -> tuple[float, float]:
+def _compare(model: PreTrainedModel, run: Run, sizes: Sequence[int]) -> tuple[float, float]:
     """The largest difference over all outputs and sizes of batches, and the largest output."""
     difference = largest = 0.0
-    for batch_size in BATCH_SIZES:
+    for batch_size in sizes:
         inputs = trace_inputs(model, batch_size)
         expected, found = outputs_of(model, inputs), run(inputs)
         if missing := expected.keys() - found.keys():
@@ -174,13 +178,13 @@ def _compare(model: PreTrainedModel, run: Run) -> tuple[float, float]:
     return difference, largest
 
 
-def _rounding(model: PreTrainedModel) -> float:
+def _rounding(model: PreTrainedModel, sizes: Sequence[int]) -> float:
     """The largest difference that the rounding of activations makes to an output."""
     if not any(map(_rounds, model.modules())):
         return 0.0
-    rounded = iter([outputs_of(model, trace_inputs(model, size)) for size in BATCH_SIZES])
+    rounded = iter([outputs_of(model, trace_inputs(model, size)) for size in sizes])
     with _without_rounding(model):
-        return _compare(model, lambda _inputs: next(rounded))[0]
+        return _compare(model, lambda _inputs: next(rounded), sizes)[0]
 
 
 def _rounds(layer: nn.Module) -> bool:

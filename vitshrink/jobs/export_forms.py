@@ -51,26 +51,26 @@ class Written:
     bytes: int
 
 
-def write_onnx(session: Session, staging: Path) -> Written:
-    """One program of any batch size, and for texts of any length. Raises OutputError."""
-    file = _traced(session.source, staging)
+def write_onnx(session: Session, staging: Path, batch_size: int | None) -> Written:
+    """One program of any batch size if none is given, and for texts of any length. Raises OutputError."""
+    file = _traced(session.source, staging, batch_size)
     _write_companions(session.source, staging)
     return Written(ONNX_FILE, _running(OnnxFile.open(file)), onnx_numbers(file), onnx_bytes(file))
 
 
-def write_openvino(session: Session, staging: Path) -> Written:
+def write_openvino(session: Session, staging: Path, batch_size: int | None) -> Written:
     """The same as an OpenVINO IR, which computes in float32. Raises OutputError."""
     with TemporaryDirectory() as folder, quiet():
-        traced = _traced(session.source, Path(folder))
+        traced = _traced(session.source, Path(folder), batch_size)
         numbers, file = onnx_numbers(traced), convert(traced, staging)
     _write_companions(session.source, staging)
     return Written(IR_FILE, _running(open_ir(file)), numbers, ir_bytes(file))
 
 
-def _traced(source: LoadedModel, directory: Path) -> Path:
+def _traced(source: LoadedModel, directory: Path, batch_size: int | None) -> Path:
     """Write an ONNX file without pivots into a directory."""
-    model, inputs = plain_view(source.model), trace_inputs(source.model, 2)
-    dynamic = dynamic_dimensions(inputs, "batch", "sequence")
+    model, inputs = plain_view(source.model), trace_inputs(source.model, batch_size or 2)
+    dynamic = dynamic_dimensions(inputs, None if batch_size else "batch", "sequence")
     return trace_onnx(model, inputs, list(outputs_of(model, inputs)), directory / ONNX_FILE, dynamic)
 
 
@@ -82,14 +82,13 @@ def _running(opened: OnnxFile) -> Run:
     return run
 
 
-def write_program(session: Session, staging: Path) -> Written:
+def write_program(session: Session, staging: Path, batch_size: int | None) -> Written:
     """What torch.export.load reads. Raises OutputError."""
     source = session.source
-    model, inputs = plain_view(source.model), trace_inputs(source.model, 2)
+    model, inputs = plain_view(source.model), trace_inputs(source.model, batch_size or 2)
+    dynamic = dynamic_dimensions(inputs, None if batch_size else Dim.AUTO, Dim.AUTO)
     with quiet(), torch.no_grad():
-        program = torch.export.export(
-            model, (), dict(inputs), dynamic_shapes=dynamic_dimensions(inputs, Dim.AUTO, Dim.AUTO)
-        )
+        program = torch.export.export(model, (), dict(inputs), dynamic_shapes=dynamic)
         torch.export.save(program, staging / PROGRAM_FILE)
         reloaded = torch.export.load(staging / PROGRAM_FILE).module()
     _write_companions(source, staging)
@@ -97,7 +96,7 @@ def write_program(session: Session, staging: Path) -> Written:
     return Written(PROGRAM_FILE, lambda batch: outputs_of(reloaded, batch), cost.parameters(model), size)
 
 
-def write_dense(session: Session, staging: Path) -> Written:
+def write_dense(session: Session, staging: Path, _batch_size: int | None) -> Written:
     """A checkpoint of the dense architecture. Raises UsageError for structures that are no matrices."""
     dense = multiplied_out(session.source.model)
     stored = write_result(dense, staging, session, in_place=False).source  # compared later, as it is
@@ -111,7 +110,7 @@ def write_dense(session: Session, staging: Path) -> Written:
     return Written(file.name, lambda batch: outputs_of(dense, batch), numbers, file.stat().st_size)
 
 
-FORMS: dict[str, Callable[[Session, Path], Written]] = {
+FORMS: dict[str, Callable[[Session, Path, int | None], Written]] = {
     "onnx": write_onnx,
     "openvino": write_openvino,
     "dense": write_dense,

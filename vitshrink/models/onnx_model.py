@@ -1,6 +1,7 @@
 """An exported ONNX file that is run like the model it came from."""
 
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class OnnxFile:
     outputs: list[str]
     runtime: str
     """What runs it, as ``described`` says it."""
+    batch: int | None = None
+    """Samples that it takes, if it takes no other number."""
 
     @classmethod
     def open(cls, path: Path) -> "OnnxFile":
@@ -47,7 +50,9 @@ class OnnxFile:
             raise CheckpointError(f"{path} cannot be opened by onnxruntime: {reason}") from error
         inputs = {entry.name: entry.type for entry in session.get_inputs()}
         outputs = [entry.name for entry in session.get_outputs()]
-        return cls(path, session.run, inputs, outputs, described("onnxruntime"))
+        first = session.get_inputs()[0].shape[0]
+        batch = first if isinstance(first, int) else None
+        return cls(path, session.run, inputs, outputs, described("onnxruntime"), batch)
 
 
 def described(package: str, name: str | None = None) -> str:
@@ -70,8 +75,19 @@ class Opened(nn.Module):
 
     def forward(self, **inputs: Tensor) -> ModelOutput:
         feed = {name: self._array(name, inputs) for name in self.file.inputs}
-        values = self.file.run(None, feed)
+        values = self._run(feed)
         return ModelOutput(dict(zip(self.file.outputs, map(torch.from_numpy, values), strict=True)))
+
+    def _run(self, feed: dict[str, Any]) -> Sequence[Any]:
+        """In batches of the size that the file takes, of which the last is filled up with its last sample."""
+        size, samples = self.file.batch, len(next(iter(feed.values())))
+        if size in (None, samples):
+            return self.file.run(None, feed)  # type: ignore[no-any-return]
+        pieces = []
+        for start in range(0, samples, size):
+            places = np.arange(start, start + size).clip(max=samples - 1)
+            pieces.append(self.file.run(None, {name: x[places] for name, x in feed.items()}))
+        return [np.concatenate(each)[:samples] for each in zip(*pieces, strict=True)]
 
     def _array(self, name: str, inputs: dict[str, Tensor]) -> Any:
         if name in inputs:

@@ -42,7 +42,8 @@ def open_ir(file: Path) -> OnnxFile:
         return [answers[name].copy() for name in outputs]
 
     inputs = {each.get_any_name(): each.get_element_type().get_type_name() for each in compiled.inputs}
-    return OnnxFile(file, run, inputs, outputs, described("openvino"))
+    first = compiled.inputs[0].get_partial_shape()[0]
+    return OnnxFile(file, run, inputs, outputs, described("openvino"), first.get_length() if first.is_static else None)
 
 
 def ir_files(file: Path) -> tuple[Path, ...]:

@@ -82,10 +82,12 @@ def trace_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
 
 
 def dynamic_dimensions(inputs: Mapping[str, Tensor], batch: Any, sequence: Any) -> dict[str, dict[int, Any]]:
-    """The dimensions that may differ from call to call, as the exporter wants them written."""
-    choices = "choices" if isinstance(batch, str) else batch
+    """The dimensions that may differ from call to call, as the exporter wants them written; ``batch``: None if not."""
+    choices = "choices" if isinstance(sequence, str) else sequence
     dimensions = (batch, choices, sequence) if inputs.get("input_ids", torch.empty(0)).ndim == 3 else (batch, sequence)
-    return {name: dict(enumerate(dimensions)) if "input_ids" in inputs else {0: batch} for name in inputs}
+    free = {number: each for number, each in enumerate(dimensions) if each is not None}
+    first = {} if batch is None else {0: batch}
+    return dict.fromkeys(inputs, free if "input_ids" in inputs else first)
 
 
 def outputs_of(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
