@@ -38,7 +38,7 @@ from vitshrink.report.making import LayerEntry
 from vitshrink.runtime import processes
 from vitshrink.runtime.forecast import Ahead
 from vitshrink.runtime.observer import Job, Observer, Silent
-from vitshrink.runtime.paging import in_file, page_weights
+from vitshrink.runtime.paging import drop, in_file, page_weights
 from vitshrink.runtime.state import FINETUNE, Progress, state_of
 from vitshrink.statistics.digests import data_digest, model_digest
 from vitshrink.statistics.recomputing import is_large
@@ -95,6 +95,7 @@ def compress(config: CompressConfig, observer: Observer | None = None) -> list[C
             ]
         if paged:
             own(dense)  # it is timed as the compressed models are
+            drop()
         results = _measured(config, session, data, description, saved, staging)
     progress.discard()
     if config.finetune is not None and config.finetune.checkpoints is not None and processes.is_main():
