@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
+from weakref import ref
 
 import pytest
 import tiny
@@ -19,6 +20,7 @@ from vitshrink.models import fidelity
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.fidelity import SOFTMAX
 from vitshrink.models.targets import Target, find_targets
+from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import passes_in
 from vitshrink.statistics.curvature import (
     TOKEN_WEIGHT,
@@ -451,3 +453,16 @@ def test_the_method_loses_less_than_the_best_approximation_of_the_weights() -> N
         return float(F.kl_div(now, dense, log_target=True, reduction="batchmean"))
 
     assert divergence("curvature") < divergence("svd") / 2
+
+
+def test_statistics_that_come_one_by_one_are_let_go_of_one_by_one() -> None:
+    model = tiny.build(CLASSIFIER)
+    collector = CurvatureCollector(model, find_targets(model))
+    with frozen(model):
+        collector.run(0, batch_of(CLASSIFIER))
+    found = collector.each()
+    gone = []
+    for _, each in found:
+        assert not any(tensor() is not None for tensor in gone)
+        gone.append(ref(each.gradient_gram if each.gradient_gram is not None else each.input_gradient_gram))
+    assert len(gone) == len(find_targets(model))

@@ -30,11 +30,14 @@ PASSES, ALGEBRA, FILES = "passes", "algebra", "files"
 LEARNING, MEASURING, FORWARD, EXACT = 3.0, 3.3, 1.0, 1.7
 """Forward passes that as many samples take: with gradients and sums, with effects, alone, and alone in float32."""
 
-DECOMPOSING, INVERTING, SOLVING, PIVOTING = 70.0, 5.0, 14.0, 20.0
+DECOMPOSING, INVERTING, SOLVING, PIVOTING = 70.0, 2.5, 14.0, 20.0
 """Operations of a pass in the time of one that decomposes, inverts, solves, or chooses pivots."""
 
-ROUNDING, SAVING, SHOWN = 300.0, 2000.0, 80.0
-"""Operations of a pass for a number that is rounded, one that is saved, and forward passes that measure the cost."""
+ROUNDING, ENCODING, SAVING = 20_000.0, 14_000.0, 2_300.0
+"""Operations of a pass for a number that is rounded once, one that is saved as an integer, and one that is as it is."""
+
+SHOWN = 24.0
+"""Forward passes of one sample that measure the cost of a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +88,7 @@ class Outlook:
         found = [self._passes("calibrate", LEARNING, self.samples), *self._factorized()]
         for _ in range(self.sizes):
             found += self._rounded() if config.stores == "bits" else self._ranked()
-            found.append(Ahead("save", FILES, SAVING * self.weights))
+            found.append(Ahead("save", FILES, (ENCODING if config.stores == "bits" else SAVING) * self.weights))
         if self.evaluated:
             found.append(self._passes("evaluate", EXACT * FORWARD * (1 + self.sizes), self.evaluated))
         return [*found, *[Ahead("cost", PASSES, EXACT * SHOWN * self.forward)] * self.sizes]
