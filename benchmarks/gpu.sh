@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU makes of a job and of its results, within ten minutes: the stages of a job and its memory, the speed of the
-# smaller models in bfloat16 and under torch.compile, whether CPU and GPU plan the same and expect the same loss, and, in
-# the time that is left of the ten minutes, the speed of int8, beside torchao if it is installed.
+# smaller models in bfloat16 and under torch.compile, whether CPU and GPU plan the same and expect the same loss, what
+# --offload takes and saves, and, in the time that is left, the speed of int8, beside torchao if it is installed.
 # Without a GPU the same runs on the CPU, on a tiny model, to show that everything is there.
 #
 #     bash benchmarks/gpu.sh                        # ViT-B shapes, random weights and images
@@ -37,6 +37,11 @@ echo
 echo
 "$python" "$here/agreement.py" "${of_job[@]}" --samples "$checked" --devices cpu "$device"
 echo
+if [ "$device" = cuda ]; then # its blocks on the GPU one at a time: time and peak memory beside those of the first table
+    "$python" "$here/stages.py" "${of_job[@]}" --samples "$checked" --device "$device" \
+        --jobs 'keep=0.7 precision=no' 'keep=0.7 precision=no offload=true'
+    echo
+fi
 # int8 comes last: it has the rest of the ten minutes
 left=$((580 - SECONDS))
 timeout "$((left > 1 ? left : 1))" "$python" "$here/speed.py" "${of_speed[@]}" --integers --device "$device" --dtype bfloat16 \

@@ -71,6 +71,7 @@ def _measured(job: EvalJob, gates: "Gates", rows: ResultRowOptions, display: Res
         number_of_threads=job.threads,
         latency=job.latency or ((1,) if job.runtime or gates.max_latency_ratio is not None else ()),
         device=job.device,
+        offload=job.offload,
         seed=job.seed,
         offline=job.offline,
         resolution=job.resolution,

@@ -26,6 +26,7 @@ from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.entries import from_process, laid_out, moved
 from vitshrink.runtime.observer import Job
+from vitshrink.runtime.offloading import device_of_passes
 from vitshrink.runtime.paging import paged
 from vitshrink.runtime.precision import Passes, passes_in, resolve_precision
 from vitshrink.runtime.state import Progress
@@ -51,7 +52,7 @@ def origin(dense: PreTrainedModel, layers: Sequence[str], calibration: Calibrati
     return {
         "vitshrink": __version__,
         "torch": torch.__version__,
-        "device": next(dense.parameters()).device.type,
+        "device": device_of_passes(dense).type,
         "model": model_digest(dense),
         "layers": list(layers),
         "data": None if calibration is None else data_digest(calibration.batches),
@@ -156,7 +157,7 @@ class LayerEstimator:
     @property
     def passes(self) -> Passes:
         """The arithmetic of passes that gradients are taken through."""
-        return passes_in(next(self.dense.parameters()).device, precision_for(self.dense, self.config.precision))
+        return passes_in(device_of_passes(self.dense), precision_for(self.dense, self.config.precision))
 
     @cached_property
     def pages(self) -> Path | None:
@@ -188,7 +189,7 @@ class LayerEstimator:
             return Step(self.progress, DENSE)
         with job.stage("cache", "Reading the cache"):
             device = next(self.dense.parameters()).device
-            cache, key = Cache.at(self.config.cache, device, job.warn), self._key(device)
+            cache, key = Cache.at(self.config.cache, device, job.warn), self._key()
         choices = {
             "method": self.method.name,
             "options": dict(self.config.options),
@@ -197,7 +198,7 @@ class LayerEstimator:
         }
         return Cached(cache, {LinearStats: key, Factorization: key | choices})
 
-    def _key(self, device: torch.device) -> dict[str, Any]:
+    def _key(self) -> dict[str, Any]:
         """All that the statistics of the dense model follow from."""
         curvature = self.method.needs is Needs.CURVATURE
         wanted = precision_for(self.dense, self.config.precision)
@@ -206,7 +207,7 @@ class LayerEstimator:
             "needs": self.method.needs.value,
             "seed": self.config.seed if curvature else None,
             "probes": self.config.probes if curvature else None,
-            "precision": resolve_precision(device, wanted) if curvature else None,
+            "precision": resolve_precision(device_of_passes(self.dense), wanted) if curvature else None,
             **({"full": sorted(self.full)} if self.full else {}),
         }
 

@@ -17,6 +17,7 @@ from vitshrink.models.families import precision_for
 from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.entries import laid_out
 from vitshrink.runtime.observer import Job
+from vitshrink.runtime.offloading import device_of_passes
 from vitshrink.runtime.paging import paged
 from vitshrink.runtime.precision import passes_in, resolve_precision
 from vitshrink.runtime.state import Progress
@@ -69,7 +70,9 @@ class SensitivityEstimator:
             return None
         with job.stage("cache", "Looking into the cache"):
             device = next(self.dense.parameters()).device
-            precision = resolve_precision(device, precision_for(self.dense, self.config.precision))
+            precision = resolve_precision(
+                device_of_passes(self.dense), precision_for(self.dense, self.config.precision)
+            )
             key = origin(self.dense, self.sites, self.calibration) | {"seed": self.config.seed, "precision": precision}
             return Cached(Cache.at(self.config.cache, device, job.warn), {Sensitivity: key})
 
@@ -82,7 +85,7 @@ class SensitivityEstimator:
                 self.sites,
                 self.calibration.batches,
                 seed=self.config.seed,
-                passes=passes_in(device, precision_for(self.dense, self.config.precision)),
+                passes=passes_in(device_of_passes(self.dense), precision_for(self.dense, self.config.precision)),
                 course=Shared(self.progress, DENSE, device),
                 on_batch=advance,
             )

@@ -25,6 +25,7 @@ from vitshrink.config.run import (
     BatchOptions,
     ClockOptions,
     NetworkOptions,
+    OffloadOptions,
     Paths,
     ReportOptions,
     RunOptions,
@@ -53,6 +54,7 @@ class CompressConfig(
     StateOptions,
     BatchOptions,
     NetworkOptions,
+    OffloadOptions,
     RunOptions,
     ClockOptions,
     ReportOptions,
@@ -114,6 +116,8 @@ class CompressConfig(
                     f"{flag_of(name)} is checked on held-out calibration samples: pass --calibration and a "
                     "--holdout above 0."
                 )
+        if self.offload:
+            self._check_offload()
         self._check_time()
         if self.stores == "bits":
             self._check_bits()
@@ -128,6 +132,20 @@ class CompressConfig(
                 f"--rank {self.rank} is not a multiple of --rank-multiple {self.rank_multiple}: use {below}--rank "
                 f"{above}, or remove --rank-multiple."
             )
+
+    def _check_offload(self) -> None:
+        whole = {
+            "--finetune": self.finetune is not None,
+            "--target-latency": self.target_latency is not None,
+            "--runtime": self.runtime is not None,
+            "--tokens": self.tokens != "all",
+            "--landmarks": self.landmarks is not None,
+            "--probes": self.probes > 1,
+            "--activations static": self.activations == "static",
+            "--attention flash_attention_2": self.attention == "flash_attention_2",
+        }
+        for flag in (flag for flag, given in whole.items() if given):
+            raise UsageError(f"{flag} needs the whole model on the GPU: remove it, or remove --offload.")
 
     def _check_time(self) -> None:
         if self.target_latency is None:

@@ -33,6 +33,7 @@ from vitshrink.config.run import (
     AttentionOptions,
     BatchOptions,
     NetworkOptions,
+    OffloadOptions,
     Paths,
     RunOptions,
     RuntimeOptions,
@@ -161,6 +162,7 @@ class EvalJob(
     RuntimeOptions,
     BatchOptions,
     NetworkOptions,
+    OffloadOptions,
     RunOptions,
     TokenOptions,
     InputOptions,
@@ -193,6 +195,8 @@ class EvalJob(
         for template in self.template:
             if "{}" not in template:
                 raise UsageError(f"--template {template!r} has no {{}} for the name of the class.")
+        if self.offload and (self.latency or self.runtime):
+            raise UsageError("--offload takes the time of copies: remove it, --latency and --runtime to measure that.")
         if self.tokens == "merge":
             raise UsageError(
                 "eval does not choose where tokens merge. Run `vitshrink compress … --tokens merge "

@@ -29,6 +29,15 @@ class RunOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OffloadOptions(Options):
+    """What is to be done where a GPU is too small for the model."""
+
+    offload: bool = option(
+        False, "Keep the model in main memory, and one block at a time on the GPU.", panel=RUN, in_memory=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworkOptions(Options):
     """Whether the network may be used."""
 

@@ -201,6 +201,8 @@ class Description:
     def _timed(self, model: PreTrainedModel, paced: Paced | None) -> list[dict[str, cost.Latency]]:
         """Both models in turn, in the runtime of the job, where they may be already."""
         config, models = self.config, {"dense": self.dense, "compressed": model}
+        if config.offload:  # the time of copies says nothing of the model
+            return []
         with threads(config.threads):
             ready: Mapping[str, nn.Module] = models
             if paced is not None:

@@ -165,6 +165,7 @@ def evaluate_checkpoint(
     runtime: str | None = None,
     number_of_threads: int | None = None,
     device: str = "auto",
+    offload: bool = False,
     seed: int = 0,
     offline: bool = False,
     resolution: int | None = None,
@@ -193,6 +194,7 @@ def evaluate_checkpoint(
         runtime: runtime for the timing, into which the models are exported; by default they run as they are.
         number_of_threads: CPU threads for the timing.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        offload: keep models on the CPU, and their blocks on the device while they run.
         seed: seed of the samples, the masks and the intervals.
         offline: never use the network.
         resolution: image size in pixels, for both models.
@@ -217,6 +219,7 @@ def evaluate_checkpoint(
     job = Job(observer or Silent())
     settings = Settings(
         device=device,
+        offload=offload,
         offline=offline,
         resolution=resolution,
         max_length=max_length,

@@ -16,9 +16,11 @@ from vitshrink.models.example import example_inputs
 from vitshrink.models.loading import LoadedModel, load_source, moved
 from vitshrink.models.publication import REPORT, free_place, publish_by_main
 from vitshrink.models.source import examine
+from vitshrink.models.targets import blocks_of
 from vitshrink.report import Report
 from vitshrink.runtime import processes
 from vitshrink.runtime.heap import give_back
+from vitshrink.runtime.offloading import recall
 from vitshrink.runtime.storage import is_url, scratch
 
 
@@ -90,6 +92,7 @@ def write_result(
     with processes.together():
         if processes.is_main():
             finished = model if finish is None else finish(model)
+            recall(blocks_of(finished))
             saved = save(
                 finished,
                 directory,
@@ -106,4 +109,5 @@ def write_result(
         source = examine(directory)
         written = load_source(source, dtype=source.dtype, attention=attention)
     moved(written.model, session.device, torch.float32)
+    session.place(written.model)
     return written

@@ -19,10 +19,12 @@ from vitshrink.models.families import require_dtype
 from vitshrink.models.geometry import image_shape
 from vitshrink.models.loading import LoadedModel, load_dense, require_attention
 from vitshrink.models.resolution import set_resolution
+from vitshrink.models.targets import blocks_of
 from vitshrink.models.tasks import task_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job
+from vitshrink.runtime.offloading import offload
 from vitshrink.statistics.digests import data_digest, model_digest
 
 
@@ -31,6 +33,8 @@ class Settings:
     """How a job opens and measures models."""
 
     device: str = "auto"
+    offload: bool = False
+    """Whether blocks are on the device while they run, and all else on the CPU."""
     attention: str = "sdpa"
     offline: bool = False
     resolution: int | None = None
@@ -49,6 +53,7 @@ class Settings:
         """Those of a job; one that only rounds has no attention and no resolution of its own."""
         return cls(
             device=config.device,
+            offload=getattr(config, "offload", cls.offload),
             attention=getattr(config, "attention", cls.attention),
             offline=config.offline,
             resolution=getattr(config, "resolution", cls.resolution),
@@ -97,10 +102,20 @@ class Session:
                 raise UsageError(f"--device {settings.device}: exported files run on the CPU only.")
             device = find_device(settings.device)
             require_attention(settings.attention, device)
-            session = cls(settings, job, device, _loaded(model, settings, job, allow_compressed, exported))
+            home = _home(device) if settings.offload else device
+            session = cls(settings, job, home, _loaded(model, settings, job, allow_compressed, exported))
+            session.place(session.source.model)
             if baseline is None:
                 return session
-            return session.beside(_loaded(baseline, settings, job, exported=exported))
+            session = session.beside(_loaded(baseline, settings, job, exported=exported))
+            assert session.baseline is not None
+            session.place(session.baseline.model)
+            return session
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Have the blocks of a model, which is on the CPU, run on the device, where that is asked for."""
+        if self.settings.offload:
+            offload(blocks_of(model), find_device(self.settings.device))
 
     def load(self, path_or_id: str, title: str) -> LoadedModel:
         """Another checkpoint, opened as the model was."""
@@ -227,6 +242,12 @@ def _loaded(
     if settings.resolution is not None:
         set_resolution(loaded.model, settings.resolution)
     return loaded
+
+
+def _home(device: torch.device) -> torch.device:
+    if device.type == "cpu":
+        raise UsageError("--offload spares the memory of a GPU, and this job runs on the CPU: remove --offload.")
+    return torch.device("cpu")
 
 
 def _is_exported(*names: str | None) -> bool:

@@ -17,6 +17,7 @@ from vitshrink.errors import VitshrinkError
 from vitshrink.models.structures.coded import Coded
 from vitshrink.models.structures.quantized import QuantizedLinear
 from vitshrink.runtime.modes import evaluating, frozen
+from vitshrink.runtime.offloading import stopped
 from vitshrink.runtime.records import IfSet
 
 
@@ -79,7 +80,7 @@ def _counted(model: nn.Module, inputs: Mapping[str, Tensor]) -> FlopCounterMode:
     # torch counts nothing for the fused attention of the CPU, so that the plain one is run; and under inference_mode
     # linear layers are not taken apart into the operations that it counts
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _product_flops})
-    with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with frozen(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), stopped(), counter:
         model(**_on_device_of(model, inputs))
     return counter
 

@@ -29,3 +29,9 @@ def passes_in(device: torch.device, wanted: str) -> Passes:
     if precision == "no":
         return nullcontext
     return lambda: torch.autocast(device.type, _TYPES[precision])
+
+
+def in_full(device: torch.device) -> AbstractContextManager[Any]:
+    """No mixed precision inside; some devices have none."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()

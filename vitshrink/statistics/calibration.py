@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.runtime.modes import evaluating
+from vitshrink.runtime.offloading import at_home
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.stats import LinearStats, Moments
 
@@ -106,9 +107,9 @@ def real_tokens(activation: Tensor, mask: Tensor | None) -> Tensor:
     ``mask`` (batch, tokens) is passed over where rows are no tokens of texts: embeddings of relative positions, say.
     """
     activation = activation.detach()
-    masked = mask is not None and activation.shape[:-1] == mask.shape
-    flat = activation[mask] if masked else activation.reshape(-1, activation.shape[-1])
-    return flat.float()
+    if mask is None or activation.shape[:-1] != mask.shape:
+        return activation.reshape(-1, activation.shape[-1]).float()
+    return activation[mask.to(activation.device)].float()
 
 
 @dataclass(eq=False)
@@ -127,7 +128,7 @@ class InputSums:
         self.tokens += x.shape[0]
         self.total = accumulate(self.total, moments.total())
         self.absolute = accumulate(self.absolute, magnitude.sum(0))
-        peak = magnitude.amax(0).double()
+        peak = at_home(magnitude.amax(0).double())
         self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)
         if self.with_gram:
             self.gram = accumulate(self.gram, moments.gram())
@@ -155,6 +156,7 @@ class OutputSums:
 
 def accumulate(total: Tensor | None, batch: Tensor) -> Tensor:
     """Add a float32 sum over one batch to the float64 sum over all."""
+    batch = at_home(batch)
     return batch.double() if total is None else total.add_(batch)
 
 

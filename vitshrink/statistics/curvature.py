@@ -17,7 +17,7 @@ from vitshrink.models.readings import reading_of
 from vitshrink.models.targets import Target, first_blocks
 from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.modes import frozen
-from vitshrink.runtime.precision import Passes
+from vitshrink.runtime.precision import Passes, in_full
 from vitshrink.statistics.calibration import (
     CalibrationBatch,
     Course,
@@ -240,13 +240,13 @@ class CurvatureCollector:
                 ),
             )
 
-    def _weight(self, target: Target) -> Tensor:
-        """The dense one, (m, n)."""
+    def _weight(self, target: Target, like: Tensor) -> Tensor:
+        """The dense one, (m, n), on the device of ``like``."""
         weight: Any = self.weights.get(target.name)
         if weight is None:
             weight = self.model.get_submodule(target.name).weight
         assert isinstance(weight, Tensor)
-        return weight.detach().float()
+        return weight.detach().float().to(like.device)
 
     def _real(self, activation: Tensor) -> Tensor:
         return real_tokens(activation, self._mask)
@@ -272,8 +272,8 @@ class CurvatureCollector:
                 tokens[number] = self._real(inputs[0])
             if m < n:
                 if target.name in self.weights:
-                    with torch.autocast(output.device.type, enabled=False):
-                        z = self._real(inputs[0]) @ self.weights[target.name].T
+                    with in_full(output.device):
+                        z = self._real(inputs[0]) @ self._weight(target, output).T
                 else:
                     z = self._real(output)
                     z = z - module.bias if isinstance(module.bias, Tensor) else z
@@ -321,7 +321,7 @@ class CurvatureCollector:
         if m > n and target.name not in self.weights:
             self._scales[target.name, number] = scale
         else:
-            side = g @ self.weights[target.name] if m > n else g
+            side = g @ self._weight(target, g) if m > n else g
             sums.gradient = accumulate(sums.gradient, half_gram(side * scale))
         self._awaited[target.name] -= 1
         if not any(self._awaited.get(each.name) for each in self._readers[target.input_group]):
@@ -355,7 +355,7 @@ class CurvatureCollector:
         self._groups.setdefault(group, GroupSums()).add(moments, mixed, with_gram=whole)
         for target in filter(_narrow, readers):
             z = _joined(self._z.pop(target.name))
-            outputs = Moments(z, mixed) if moments.shift is None else moments.through(self._weight(target))
+            outputs = Moments(z, mixed) if moments.shift is None else moments.through(self._weight(target, z))
             layer = self._layers.setdefault(target.name, LayerSums())
             layer.output_gram = accumulate(layer.output_gram, half_of(outputs.gram()))
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink.errors import NumericsError
 from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import evaluating, frozen
+from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.paging import rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device, token_mask
@@ -186,11 +187,15 @@ class Watch:
 
     def _add(self, name: str, parts: Components, read: Tensor, gradient: Tensor) -> None:
         # laid out alike wherever they come from: else products round otherwise
-        x, gradient = (read.float() - parts.mean.float()).contiguous(), gradient.detach().float().contiguous()
+        # on the device of the gradient, which may be another than that of the components
+        mean = parts.mean.float().to(read.device)
+        x, gradient = (read.float() - mean).contiguous(), gradient.detach().float().contiguous()
         if self.mask is not None and gradient.shape[:-1] == self.mask.shape:
-            x, gradient = x * self.mask[..., None], gradient * self.mask[..., None]
+            mask = self.mask[..., None].to(gradient.device)
+            x, gradient = x * mask, gradient * mask
         with self.passes():
-            left, right = gradient @ parts.up.float(), x @ parts.down.float().T
+            left = gradient @ parts.up.float().to(gradient.device)
+            right = x @ parts.down.float().T.to(x.device)
         rest()
         effect = by_sample((left.float() * right.float()).sum(1), self.samples)
         if not torch.isfinite(effect).all():
@@ -198,7 +203,8 @@ class Watch:
                 f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
                 "Check the checkpoint and the preprocessing of that batch."
             )
-        for found, each in ((self.effects, effect), (self.shifts, by_sample(gradient.sum(1), self.samples))):
+        shift = at_home(by_sample(gradient.sum(1), self.samples))
+        for found, each in ((self.effects, at_home(effect)), (self.shifts, shift)):
             if name in self._seen:
                 found[name][-1] = found[name][-1] + each
             else:

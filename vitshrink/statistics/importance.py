@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.models.targets import Target, first_blocks
 from vitshrink.runtime.modes import frozen
+from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, to_device, token_mask
 from vitshrink.statistics.curvature import (
@@ -43,11 +44,12 @@ def weights_of_tokens(
     def see(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _grad_input: Any, grad_output: Any) -> None:
             gradient = grad_output[0].detach().float()
-            real = torch.ones(gradient.shape[:2], dtype=torch.bool, device=device) if mask is None else mask
+            real = torch.ones(gradient.shape[:2], dtype=torch.bool) if mask is None else mask
+            real = real.to(gradient.device)
             norms = gradient[real].norm(dim=1, keepdim=True)
             weights = gradient.new_zeros(gradient.shape[:2])
             weights[real] = token_weights([(norms * clipping(norms)).square().squeeze(1)])
-            found[-1][name] = weights
+            found[-1][name] = at_home(weights)
 
         return hook
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.models.cost import memory_bytes
 from vitshrink.models.targets import blocks_of, first_blocks
+from vitshrink.runtime.offloading import running, runs_on
 from vitshrink.runtime.paging import drop
 
 SHARE = 1 / 8
@@ -52,7 +53,8 @@ class Recomputing:
         tokens = hidden.numel() // hidden.shape[-1]
         room = min(self.room, SHARE * free_memory(hidden.device))
         kept = int(len(encoder) * room / max(4 * tokens * sum(map(read_and_given, encoder)), 1))
-        self.recomputed = max(len(encoder) - kept, 0)
+        away = any(runs_on(block) is not None for block in encoder)  # where their weights would stay, too
+        self.recomputed = len(encoder) if away else max(len(encoder) - kept, 0)
 
     def forward(self, block: nn.Module, dense: Callable[..., Any]) -> Callable[..., Any]:
         """What stands for the ``forward`` of a block, which is ``dense``."""
@@ -73,15 +75,16 @@ class Recomputing:
             # hooks inside see one pass with gradients, the second: the first one has none. Some blocks change what they
             # read in place, which a leaf does not allow
             self._calls += 1
-            run = partial(self._run, self._calls, lambda x: dense(x.clone(), *rest, **options))
+            run = partial(self._run, self._calls, block, lambda x: dense(x.clone(), *rest, **options))
             return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
 
         return forward
 
-    def _run(self, call: int, dense: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    def _run(self, call: int, block: nn.Module, dense: Callable[[Tensor], Any], hidden: Tensor) -> Any:
         self.call = call
         try:
-            return dense(hidden)
+            with running(block):
+                return dense(hidden)
         finally:
             self.call = None
 

@@ -16,6 +16,7 @@ from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.structures.coded import has_positions
 from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import frozen
+from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import (
     CalibrationBatch,
@@ -189,6 +190,7 @@ class SensitivityCollector:
         """
         samples, n = self.starts[-1] if self.starts else 0, means.shape[1]
         if 0 < samples < n and len(means) == self._samples and not again:
+            means = at_home(means)
             total = means.new_zeros(samples, n) if total is None else total
             if len(total) == samples:
                 total[self.starts[self._batch] :][: len(means)] = means
@@ -218,6 +220,7 @@ class SensitivityCollector:
 
 def _added(total: Tensor | None, batch: Tensor) -> Tensor:
     """A sum in the type of what is added, in place."""
+    batch = at_home(batch)
     return batch if total is None else total.add_(batch)
 
 

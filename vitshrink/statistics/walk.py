@@ -40,7 +40,7 @@ def hidden_batches(
 
     device = next(model.parameters()).device
     reached = []
-    handle = first_block.register_forward_pre_hook(stop, with_kwargs=True)
+    handle = first_block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         for batch in batches:
             mask = token_mask(batch, device)

@@ -19,6 +19,7 @@ from vitshrink.models.structures.narrow import NarrowLinear
 from vitshrink.models.targets import Target, blocks_of, linear_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.modes import evaluating
+from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.paging import in_file, rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch
@@ -142,7 +143,7 @@ def passage(block: nn.Module, family: Family, batch: HiddenBatch, reader: Role =
 
     def see(role: Role) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[role] = inputs[0], output
+            seen[role] = at_home(inputs[0]), at_home(output)
 
         return hook
 

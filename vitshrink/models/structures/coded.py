@@ -18,6 +18,7 @@ from vitshrink.errors import CheckpointError
 from vitshrink.models.codes import Codes, decode, decode_each, encode
 from vitshrink.models.structures.quantized import dynamic_product
 from vitshrink.models.structures.registry import read_entry, structure
+from vitshrink.runtime.offloading import at_home
 
 Memory = Literal["float", "integers", "stream"]
 """How a matrix is held: decoded (fastest), as integers (a quarter of float32), or as it is stored (least memory)."""
@@ -132,9 +133,10 @@ class Coded(nn.Module):
         if self.memory != "float" or (self.weight.requires_grad and torch.is_grad_enabled()):
             return self._scaled(self._integers())
         # by value: optimizers that step many parameters in one go do not count as a change of each
-        if self._matrix is None or not torch.equal(self._matrix[0], self.weight):
-            self._matrix = self.weight.detach().clone(), self.dense_weight().detach()
-        return self._matrix[1]
+        steps = at_home(self.weight)
+        if self._matrix is None or not torch.equal(self._matrix[0], steps):
+            self._matrix = steps.detach().clone(), at_home(self.dense_weight().detach())
+        return self._matrix[1].to(self.weight.device)
 
     def _scaled(self, codes: Codes) -> Tensor:
         return codes.scaled(self.weight).view(self.dense_shape).to(self.weight.dtype)
