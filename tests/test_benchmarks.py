@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -69,6 +70,7 @@ def rows(output: str) -> list[list[str]]:
         "narrow",
         "same_bytes",
         "checkpoints",
+        "probes",
     ],
 )
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
@@ -658,5 +660,26 @@ def test_checkpoints_of_several_heads_share_a_table(
     assert [row[1] for row in body] == ["keep 0.8", "bits 5"] * 2
     assert [row[2].partition(",")[0] for row in body] == ["top1"] * 2 + ["none: no labels"] * 2
     assert "keep 0.01: cannot reach" in output
+    script.main(["--results", file])
+    assert rows(capsys.readouterr().out) == [head, *body]
+
+
+def test_the_curvature_of_a_sentence_encoder_follows_a_mix(
+    benchmark: Benchmark, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pooling = ("Pooling", {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}, None)
+    model = tiny.write_sentence_encoder(tmp_path / "model", pooling, ("Normalize", {}, None))
+    lines = text_file.read_text().splitlines()[:16]
+    pairs = tmp_path / "pairs.csv"
+    rated = (f"{one},{two},{number}\n" for number, (one, two) in enumerate(zip(lines[::2], lines[1::2], strict=True)))
+    pairs.write_text("sentence1,sentence2,score\n" + "".join(rated))
+    script, file = benchmark("probes"), str(tmp_path / "found.json")
+    given = f"--model {model} --calibration {text_file} --eval {pairs} --sizes 0.9 35kB --shares 0 1 --seeds 0 1"
+    script.main([*given.split(), "--samples", "8", "--probes", "2", "--results", file])
+    head, *body = rows(capsys.readouterr().out)
+    assert head[:4] == ["size", "share of the hidden states", "probes", "seeds"]
+    assert [row[:4] for row in body] == [[size, share, "2", "2"] for size in ("35kB", "0.9") for share in "10"]
+    found = json.loads(Path(file).read_text())["rows"]
+    assert len({row["error"] for row in found.values()}) == len(found) == 9  # the dense model is one of them
     script.main(["--results", file])
     assert rows(capsys.readouterr().out) == [head, *body]

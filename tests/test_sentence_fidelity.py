@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from vitshrink.cli.app import app
 from vitshrink.data import Preprocessor, open_samples
 from vitshrink.models.loading import LoadedModel, load_dense
-from vitshrink.models.readings import plainly_read, reading_of
+from vitshrink.models.readings import Sentences, plainly_read, reading_of
 from vitshrink.models.views import view_of
 from vitshrink.statistics.curvature import random_functional
 from vitshrink.statistics.digests import model_digest
+from vitshrink.statistics.sensitivity import collect_sensitivity
 
 
 class Dense(nn.Module):
@@ -93,6 +94,21 @@ def test_the_functional_sees_the_embedding_and_no_other_token(
     bias = loaded.embedding(torch.zeros_like(hidden), batch.mask)
     assert bias.shape == (40, 8)
     assert along.abs().mean() < gradient[:, 0].norm(dim=-1).mean() * hidden[:, 0].norm(dim=-1).mean()
+
+
+def test_integers_know_an_embedding_from_several_directions(
+    encoder: Path, loaded: LoadedModel, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there were if the samples came again; on average nothing changes, and it varies less."""
+    (batch,) = Preprocessor.from_checkpoint(encoder, "text").batches(open_samples(str(text_file), "text"), 40)
+    name = "encoder.layer.0.output.dense"
+    several = [collect_sensitivity(loaded.model, [name], [batch], seed=seed)[name].outputs for seed in range(4)]
+    again = [batch] * Sentences.probes
+    monkeypatch.setattr(Sentences, "probes", 1)
+    torch.testing.assert_close(collect_sensitivity(loaded.model, [name], again)[name].outputs, several[0])
+    single = [collect_sensitivity(loaded.model, [name], [batch], seed=seed)[name].outputs for seed in range(4)]
+    spreads = [torch.stack(each).log().std(0).mean() for each in (several, single)]
+    assert spreads[0] < 0.8 * spreads[1]
 
 
 def test_statistics_of_other_modules_are_not_taken_for_these(encoder: Path, loaded: LoadedModel) -> None:

@@ -14,6 +14,7 @@ from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
 from vitshrink.models.families import precision_for
+from vitshrink.models.readings import reading_of
 from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.entries import laid_out
 from vitshrink.runtime.observer import Job
@@ -74,12 +75,18 @@ class SensitivityEstimator:
                 device_of_passes(self.dense), precision_for(self.dense, self.config.precision)
             )
             key = origin(self.dense, self.sites, self.calibration) | {"seed": self.config.seed, "precision": precision}
+            if self._probes > 1:
+                key["probes"] = self._probes
             return Cached(Cache.at(self.config.cache, device, job.warn), {Sensitivity: key})
+
+    @property
+    def _probes(self) -> int:
+        return reading_of(self.dense).probes
 
     def _collected(self, job: Job) -> dict[str, Sensitivity]:
         assert self.calibration is not None
         device = next(self.dense.parameters()).device
-        with job.stage("calibrate", "Calibrating", len(self.calibration.samples)) as advance:
+        with job.stage("calibrate", "Calibrating", self._probes * len(self.calibration.samples)) as advance:
             found = collect_sensitivity(
                 self.dense,
                 self.sites,

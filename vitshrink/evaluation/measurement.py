@@ -131,7 +131,7 @@ def measure_each(
         elif pairs:
             evaluations = evaluate_pairs(
                 models,
-                *(read(_side(mine, first=first)) for first in (True, False)),
+                *(read(side(mine, first=first)) for first in (True, False)),
                 queries=queries_of(samples),
                 score_of=_number if labeled and samples.labels_are is not None else None,
                 baseline=baseline,
@@ -329,7 +329,7 @@ def _number(label: Any) -> float:
         raise DataError(f"the label {label!r} is not a score: name the column with the scores.") from error
 
 
-def _side(samples: SampleSet, *, first: bool) -> SampleSet:
+def side(samples: SampleSet, *, first: bool) -> SampleSet:
     """The first or the second sentences of the pairs."""
     sentences = [
         replace(sample, text=sample.text if first else sample.text_pair, text_pair=None) for sample in samples.samples

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import DataError, NumericsError
+from vitshrink.models.readings import reading_of
 from vitshrink.models.structures.coded import has_positions
 from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import frozen
@@ -305,7 +306,9 @@ def collect_sensitivity(
     course: Course = one_by_one,
     on_batch: OnBatch = lambda _samples: None,
 ) -> dict[str, Sensitivity]:
-    """Input covariances and output sensitivities of the modules of these names, without labels, in one walk.
+    """Input covariances and output sensitivities of the modules of these names, without labels.
+
+    The batches are walked over once for each of the ``probes`` of the model's reading, with other directions each time.
 
     A linear layer has the curvature of ``collect_curvature``, of which the diagonal is kept. Far means are no concern:
     what is rounded here goes by covariances that are damped by far more than float32 loses. What the output does not
@@ -315,8 +318,9 @@ def collect_sensitivity(
         NumericsError: NaN or Inf; names the layer and the batch.
         DataError: no batch at all.
     """
-    starts = [0, *accumulated(map(samples_of, batches))]
+    walks = list(batches) * reading_of(model).probes
+    starts = [0, *accumulated(map(samples_of, walks))]
     collector = SensitivityCollector(model, names, seed, passes, starts)
     with frozen(model):
-        course(collector, batches, on_batch)
+        course(collector, walks, on_batch)
     return collector.found()
