@@ -20,7 +20,9 @@ from vitshrink.compression.repairs.stream import WRITERS
 from vitshrink.data.opening import CalibrationData
 from vitshrink.methods import LayerMethod
 from vitshrink.models import cost
+from vitshrink.models.duals import towers_of
 from vitshrink.models.example import example_inputs
+from vitshrink.models.readings import reading_of
 from vitshrink.models.targets import Target
 from vitshrink.runtime.forecast import Ahead
 from vitshrink.statistics.effects import MEASURED_SAMPLES
@@ -50,6 +52,7 @@ class Outlook:
         sizes: how many models it makes.
         evaluated: samples on which they are measured in the end.
         forward: operations of a forward pass of one sample.
+        walks: how often the samples are read for what the first stage learns of them.
     """
 
     choices: Choices
@@ -59,6 +62,7 @@ class Outlook:
     sizes: int
     evaluated: int
     forward: float
+    walks: int = 1
 
     @classmethod
     def of(
@@ -73,10 +77,13 @@ class Outlook:
         """From the model and its samples, of which texts are as long as they are."""
         inputs, samples = example_inputs(dense), len(calibration.samples)
         forward = 2.0 * cost.macs(dense, inputs)
-        if "input_ids" in inputs:
+        if towers_of(dense.base_model):  # of which one reads a sample
+            forward /= 2
+        elif "input_ids" in inputs:
             read = sum(batch.inputs["input_ids"].numel() for batch in calibration.batches)
             forward *= read / samples / inputs["input_ids"].numel()
-        return cls(choices, targets, cost.parameters(dense), samples, sizes, evaluated, forward)
+        walks = reading_of(dense).probes if choices.config.stores == "bits" else 1
+        return cls(choices, targets, cost.parameters(dense), samples, sizes, evaluated, forward, walks)
 
     def stages(self) -> list[Ahead]:
         """In their order; none, where the job does what nobody can foresee."""
@@ -85,7 +92,7 @@ class Outlook:
             return []
         if not isinstance(self.choices.method, LayerMethod) or config.dry_run:
             return []
-        found = [self._passes("calibrate", LEARNING, self.samples), *self._factorized()]
+        found = [self._passes("calibrate", LEARNING, self.walks * self.samples), *self._factorized()]
         for _ in range(self.sizes):
             found += self._rounded() if config.stores == "bits" else self._ranked()
             found.append(Ahead("save", FILES, (ENCODING if config.stores == "bits" else SAVING) * self.weights))
