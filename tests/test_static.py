@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vitshrink
+from vitshrink.compression import calibrated
 from vitshrink.compression.grids import Grid, Values, best_grid
 from vitshrink.config.options import CompressConfig
 from vitshrink.config.quantize import QuantizeJob
@@ -167,6 +168,65 @@ def test_openvino_multiplies_integers(kind: str, made: Made, tmp_path: Path) -> 
     assert grids
     assert all(int(module.output_zero) == 128 for module in grids)
     assert sum("I8" in each or "i8" in each for each in fast) >= len(products)
+
+
+@pytest.fixture(scope="session")
+def outstanding(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text model in which one channel of what the MLP reads is far larger than all others."""
+    source, output = checkpoint("BertForSequenceClassification"), tmp_path_factory.mktemp("outstanding") / "model"
+    model = transformers.BertForSequenceClassification.from_pretrained(source)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.output.LayerNorm.weight[3] *= 100
+            layer.intermediate.dense.weight[:, 3] /= 100
+    model.save_pretrained(output)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(output)
+    return output
+
+
+def quantized_text(source: Path, output: Path, text_file: Path) -> nn.Module:
+    options: dict[str, Any] = {"samples": 16, "holdout": 4, "batch_size": 8}
+    job = QuantizeJob(str(source), str(output), activations="static", calibration=str(text_file), **options)
+    quantize_checkpoint(job)
+    return vitshrink.load(output)
+
+
+def test_layers_divide_inputs_that_stand_out(outstanding: Path, text_file: Path, tmp_path: Path) -> None:
+    model, samples = quantized_text(outstanding, tmp_path / "made", text_file), tiny.inputs("BertModel", 5)
+    products = [module for module in model.modules() if isinstance(module, StaticProduct)]
+    factors = [module.input_factors for module in products if module.input_factors is not None]
+    assert factors
+    assert all((each < 1).sum() <= 8 and each.max() == 1 for each in factors)
+    expected, found = first_output(load_dense(outstanding).model, samples), first_output(model, samples)
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    for form in ("onnx", "dense"):
+        exported = export(str(tmp_path / "made"), str(tmp_path / form), form)
+        copy = load_exported(exported.directory / exported.file).model if form == "onnx" else None
+        if copy is not None:
+            assert (first_output(copy, samples) - found).abs().max() <= max(2 * exported.rounding, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "low rank", "text"])
+def test_what_stays_in_floating_point_computes_what_it_did(
+    kind: str,
+    source: Callable[[str], Path],
+    outstanding: Path,
+    flat_images: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    inputs: Callable[[str], dict[str, Tensor]],
+) -> None:
+    monkeypatch.setattr(calibrated, "MOST", -1.0)  # then no layer loses little
+    path, data = (outstanding, text_file) if kind == "text" else (source(kind), flat_images)
+    before = load_dense(path, allow_compressed=True).model
+    options: dict[str, Any] = {"samples": 16, "holdout": 4, "batch_size": 8}
+    job = QuantizeJob(str(path), str(tmp_path / "out"), activations="static", calibration=str(data), **options)
+    found = quantize_checkpoint(job)
+    assert "stays in floating point" in " ".join(found.report.warnings)
+    expected, given = first_output(before, inputs(kind)), first_output(vitshrink.load(tmp_path / "out"), inputs(kind))
+    tolerance = 0.02 if kind == "text" else 1e-4  # the word embeddings have integers
+    assert (given - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("form", ["torch", "dense"])

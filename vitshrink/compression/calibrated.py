@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.grids import Grid, Values, best_grid, best_grid_around
+from vitshrink.compression.grids import best_grid, best_grid_around
+from vitshrink.compression.products import Product, values_of
 from vitshrink.compression.quantization import integer_table, require_floating_point
 from vitshrink.compression.rounding import at_steps
+from vitshrink.compression.smoothing import smooth, smooth_itself
 from vitshrink.compression.static_layers import (
     Factors,
     compared_in,
@@ -35,55 +37,13 @@ from vitshrink.models.views import own
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job
 from vitshrink.statistics.calibration import CalibrationBatch
-from vitshrink.statistics.inputs import Inputs, collect_inputs
-
-MOVED = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Exponents of an input channel's peak in what it is divided by, its weights being multiplied by the same."""
+from vitshrink.statistics.inputs import collect_inputs
 
 NORMS = {"layernorm_before": ("query", "key", "value"), "layernorm_after": ("fc1",)}
 """Of a block that normalizes what its layers read: norms that nothing else reads, and who reads them."""
 
 MOST = 0.05
 """Loss of one layer, in nats, at which it is left in floating point."""
-
-
-@dataclass(eq=False)
-class Product:
-    """One matrix (m, n) with what reaches it."""
-
-    module: nn.Linear | nn.Conv2d
-    seen: Inputs
-    divided: Tensor
-    """By what the inputs are divided before they come, (n,)."""
-    grid: Grid | None = None
-    output: Grid | None = None
-    """Of what it gives, where that meets another input in a product."""
-
-    @property
-    def weight(self) -> Tensor:
-        return self.module.weight.detach().flatten(1).float()
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.seen.tokens / self.divided
-
-    @property
-    def covariance(self) -> Tensor:
-        """Second moments about the mean, float64."""
-        found = self.seen.sensitivity.covariance
-        assert found is not None
-        divided = self.divided.double()
-        return found / divided / divided[:, None]
-
-    def answers(self) -> Values:
-        """What it gives for the tokens, in floating point."""
-        found = self.tokens @ self.weight.T + (0.0 if self.module.bias is None else self.module.bias.detach().float())
-        return Values.of(found, 0.5 * self.seen.sensitivity.outputs.float())
-
-    def costs(self, scaled: Tensor) -> Tensor:
-        """Of squared errors of inputs that are divided by ``scaled`` as well, (n,)."""
-        outputs = self.seen.sensitivity.outputs.float()
-        return 0.5 * outputs @ (self.weight * scaled).square()
 
 
 @dataclass(frozen=True)
@@ -142,8 +102,7 @@ class Rounding:
         found = collect_inputs(self.model, list(parts), batches, seed=seed, on_batch=on_batch)
         self.model.cpu()
         for name, each in found.items():
-            seen = each.cpu()
-            self.products[parts[name]] = Product(parts[name], seen, torch.ones(seen.tokens.shape[1]))
+            self.products[parts[name]] = Product.of(parts[name], each.cpu())
         self.layers = {
             n: layer for n, layer in self.layers.items() if all(p in self.products for _, p in parts_of(layer))
         }
@@ -158,51 +117,35 @@ class Rounding:
         return found if isinstance(found, nn.Linear) else None
 
     def smooth(self) -> None:
-        """Move spread between channels from inputs into weights, wherever that is exact, as far as it pays."""
+        """Move spread between channels to where it does no harm, as far as it pays."""
+        absorbed: set[Product] = set()
+        for giver, readers, shifts in self._absorbing():
+            smooth(giver, readers, self.dtype, shifts=shifts)
+            absorbed.update(readers)
+        for readers in self._groups():
+            if not absorbed.intersection(readers) and isinstance(readers[0].module, nn.Linear):
+                smooth_itself(readers, self.dtype)
+
+    def _absorbing(self) -> Iterator[tuple[nn.Module | Product, list[Product], bool]]:
+        """Who gives what only the readers read, these, and whether what is added to it can be absorbed as well."""
         family = family_of(self.model)
         for block in blocks_of(self.model):
             found = {role: module_at(block, path) for role, path in family.modules.items()}
             for norm, roles in NORMS.items() if family.grid else ():
                 readers = [self.first(found[role]) for role in roles]  # type: ignore[index]
-                self._divide(block.get_submodule(norm), readers)
+                if all(readers):
+                    yield block.get_submodule(norm), [each for each in readers if each is not None], True
             value = self.last(found["value"]) if {"value", "output"} <= set(found) else None
-            if value is not None:
-                self._divide(value, [self.first(found["output"])])
-
-    def _divide(self, giver: nn.Module, readers: Sequence[Product | None]) -> None:
-        """Divide what a module gives by what is best for all readers, and multiply the weights of these."""
-        known = [reader for reader in readers if reader is not None]
-        if len(known) < len(readers):
-            return
-        peaks = torch.stack([reader.tokens.abs().amax(0) for reader in known]).amax(0)
-        floor = 1e-3 * peaks.amax().clamp_min(1e-30)
-        scales = [peaks.clamp_min(floor).log().sub(peaks.clamp_min(floor).log().mean()).mul(a).exp() for a in MOVED]
-        best = min(scales, key=lambda scale: self._loss(known, scale))
-        weight, bias = giver.get_parameter("weight"), giver.bias
-        weight.data = weight.data / (best[:, None] if isinstance(giver, nn.Linear) else best)
-        if isinstance(bias, nn.Parameter):
-            bias.data = bias.data / best
-        for reader in known:
-            reader.module.weight.data = reader.module.weight.data * best
-            reader.divided = reader.divided * best
-
-    def _loss(self, readers: Sequence[Product], scale: Tensor) -> float:
-        """Of inputs that are rounded once for all readers, and of weights that are rounded to the nearest."""
-        tokens = readers[0].tokens / scale
-        loss = best_grid(Values.of(tokens, sum(reader.costs(scale) for reader in readers)), self.dtype)[1]  # type: ignore[arg-type]
-        for reader in readers:
-            weight = reader.weight * scale
-            steps = steps_of(weight, self.dtype)
-            errors = weight - (weight / steps).round() * steps
-            power = reader.covariance.diagonal().float() / scale.square()
-            loss += 0.5 * float(reader.seen.sensitivity.outputs.float() @ errors.square() @ power)
-        return loss
+            if value is not None and (output := self.first(found["output"])) is not None:
+                yield self.products.get(value, value), [output], family.plain
+        for layer in self.layers.values():
+            if isinstance(layer, Factors):
+                yield self.products[layer.inner], [self.products[layer.outer]], False
 
     def choose_grids(self) -> None:
         """One for all that read the same."""
         for readers in self._groups():
-            costs = sum(reader.costs(torch.ones_like(reader.divided)) for reader in readers)
-            grid, _ = best_grid(Values.of(readers[0].tokens, costs), self.dtype)  # type: ignore[arg-type]
+            grid, _ = best_grid(values_of(readers), self.dtype)
             for reader in readers:
                 reader.grid = grid
 
@@ -235,6 +178,8 @@ class Rounding:
             found[name] = Statistics(loss, kept=loss > MOST)
             if not found[name].kept:
                 built[name] = made
+            elif (first := self.first(layer)) is not None:
+                first.as_it_was()
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, Factors) and name not in built:
                 built[name] = LowRankLinear.from_factors(
@@ -253,7 +198,9 @@ class Rounding:
         assert outer is not None
         inner = layer.inner if isinstance(layer, Factors) else None
         output = self.products[outer].output
-        made = empty(layer, rounds_outputs=output is not None)  # type: ignore[arg-type]
+        first = self.first(layer)
+        assert first is not None
+        made = empty(layer, rounds_outputs=output is not None, factors=first.factors is not None)  # type: ignore[arg-type]
         shift, loss = self._fill(made, self.products[outer])
         if inner is not None and made.down is not None:
             inner_shift, inner_loss = self._fill(made.down, self.products[inner])
@@ -276,12 +223,14 @@ class Rounding:
         made.weight.copy_(steps)
         made.input_scale.fill_(grid.scale)
         made.input_zero.fill_(grid.zero)
+        if made.input_factors is not None and product.factors is not None:
+            made.input_factors.copy_(product.factors)
         tokens = product.tokens
         rounded = grid.rounded(tokens)
         shift = (tokens @ weight.T - rounded @ (weight - errors).T).mean(0)
         wide = errors.double()
-        loss = 0.5 * float(((wide @ covariance) * wide).sum(1) @ sensitivity.outputs)
-        loss += float(((rounded - tokens).square().mean(0)) @ product.costs(torch.ones_like(product.divided)))
+        loss = 0.5 * float(((wide @ covariance) * wide).sum(1) @ product.outputs)
+        loss += float(((rounded - tokens).square().mean(0)) @ product.costs())
         return shift, loss
 
 

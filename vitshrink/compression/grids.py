@@ -60,6 +60,11 @@ class Values:
         filled = found > 0
         return cls((low + (torch.arange(BINS) + 0.5) * width)[filled], found[filled])
 
+    def with_bounds(self, bounds: Tensor, costs: Tensor, count: int) -> "Values":
+        """These, and ``bounds`` (2, n) that one of ``count`` tokens reached."""
+        found = bounds.flatten(), (costs / count).float().expand_as(bounds).flatten()
+        return Values(torch.cat([self.values, found[0]]), torch.cat([self.costs, found[1]]))
+
     def loss(self, grid: Grid) -> float:
         return float((self.costs * (grid.rounded(self.values) - self.values).square()).sum())
 

@@ -29,7 +29,7 @@ class Factors(nn.Sequential):
 
     @classmethod
     def of(cls, layer: LowRankLinear) -> "Factors":
-        up, down = layer.factors()
+        up, down = spread(*layer.factors())
         parts = [nn.Linear(each.shape[1], each.shape[0], bias=False, device="meta") for each in (down, up)]
         for part, matrix in zip(parts, (down, up), strict=True):
             part.weight = nn.Parameter(matrix.detach().clone())
@@ -43,6 +43,16 @@ class Factors(nn.Sequential):
     @property
     def outer(self) -> nn.Linear:
         return self.get_submodule("1")  # type: ignore[return-value]
+
+
+def spread(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (m, rank) and (rank, n) of the same product, in another basis: all that lies between them varies alike.
+
+    A singular vector of a large value would need a wide grid, which all others share.
+    """
+    mixing = torch.randn(up.shape[1], up.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(mixing)[0].to(up.device)
+    return (up.double() @ basis.mT).to(up.dtype), (basis @ down.double()).to(down.dtype)
 
 
 def split_view(model: PreTrainedModel) -> PreTrainedModel:
@@ -93,12 +103,12 @@ def steps_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return peaks.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()
 
 
-def empty(layer: nn.Linear | Factors, *, rounds_outputs: bool) -> StaticLinear:
+def empty(layer: nn.Linear | Factors, *, rounds_outputs: bool, factors: bool = False) -> StaticLinear:
     """What takes the place of a linear layer, or of two."""
     inner, outer = (layer.inner, layer.outer) if isinstance(layer, Factors) else (layer, layer)
     spec = StaticSpec(**layer.spec.to_dict()) if isinstance(layer, NarrowLinear) else StaticSpec()
     rank = inner.out_features if isinstance(layer, Factors) else None
-    spec = replace(spec, rank=rank, output_bits=8 if rounds_outputs else None)
+    spec = replace(spec, rank=rank, output_bits=8 if rounds_outputs else None, factors=1 if factors else None)
     bias = outer.bias is not None
     return StaticLinear(inner.in_features, outer.out_features, spec, bias=bias, like=outer.weight)
 

@@ -19,15 +19,23 @@ TOKENS = 1024
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Of one matrix (m, n): tokens (t, n) that reach it, drawn as often as errors in them count."""
+    """Of one matrix (m, n).
+
+    Attributes:
+        tokens: (t, n) that reach it, drawn as often as errors in them count.
+        bounds: (2, n), the least and the largest value of each channel in all tokens: some are huge in very few.
+        count: of all tokens.
+    """
 
     tokens: Tensor
+    bounds: Tensor
+    count: int
     sensitivity: Sensitivity
 
     def cpu(self) -> Self:
         seen = self.sensitivity
         tensors: dict[str, Any] = {name: each.cpu() for name, each in vars(seen).items() if isinstance(each, Tensor)}
-        return replace(self, tokens=self.tokens.cpu(), sensitivity=replace(seen, **tensors))
+        return replace(self, tokens=self.tokens.cpu(), bounds=self.bounds.cpu(), sensitivity=replace(seen, **tensors))
 
 
 @dataclass(eq=False)
@@ -37,6 +45,9 @@ class InputCollector(SensitivityCollector):
     drawn: int = TOKENS
     """Tokens a batch."""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    bounds: dict[str, list[Tensor]] = field(default_factory=dict)
+    """The least and the largest values of each batch."""
+    counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel, names: Sequence[str], batches: int, seed: int) -> Self:
@@ -51,9 +62,16 @@ class InputCollector(SensitivityCollector):
         generator = batch_generator(self.seed, self._batch)
         found = torch.multinomial(weights.cpu(), min(self.drawn, len(weights)), generator=generator)
         self.tokens.setdefault(name, []).append(x[found.to(x.device)].float())
+        self.bounds.setdefault(name, []).append(torch.stack(x.float().aminmax(dim=0)))
+        self.counts[name] = self.counts.get(name, 0) + len(x)
 
     def inputs(self) -> dict[str, Inputs]:
-        return {name: Inputs(torch.cat(self.tokens[name]), found) for name, found in self.found().items()}
+        return {name: self._inputs(name, found) for name, found in self.found().items()}
+
+    def _inputs(self, name: str, found: Sensitivity) -> Inputs:
+        bounds = torch.stack(self.bounds[name])
+        extremes = torch.stack([bounds[:, 0].amin(0), bounds[:, 1].amax(0)])
+        return Inputs(torch.cat(self.tokens[name]), extremes, self.counts[name], found)
 
 
 def collect_inputs(

@@ -33,21 +33,23 @@ class StaticSpec:
         rank: of one that has two factors.
         inputs, outputs: of one that has fewer than the dense model's.
         output_bits: 8 where outputs are rounded as well, for a product of two inputs behind it.
+        factors: 1 where every input channel is multiplied by a factor before it is rounded.
     """
 
     rank: int | None = None
     inputs: int | None = None
     outputs: int | None = None
     output_bits: int | None = None
+    factors: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, entry: Any) -> Self:
-        spec = cls(**read_entry(entry, (), optional=("rank", "inputs", "outputs", "output_bits")))
-        if spec.output_bits not in (None, 8):
-            raise unreadable(entry, "outputs of 8 bits, where they are rounded")
+        spec = cls(**read_entry(entry, (), optional=("rank", "inputs", "outputs", "output_bits", "factors")))
+        if spec.output_bits not in (None, 8) or spec.factors not in (None, 1):
+            raise unreadable(entry, "outputs of 8 bits, where they are rounded, and one factor of an input")
         return spec
 
     def fits(self, module: nn.Module) -> bool:
@@ -82,17 +84,28 @@ class StaticProduct(nn.Module):
     """()"""
     input_zero: Tensor
     """(), the integer that stands for 0."""
+    input_factors: Tensor | None
+    """(in,), by which inputs are multiplied first, where they are."""
     rounds = True
     """Whether inputs are rounded; without, it can be told what that does."""
 
-    def __init__(self, shape: torch.Size, bias: bool, like: Tensor) -> None:
+    def __init__(self, shape: torch.Size, bias: bool, like: Tensor, *, factors: bool = False) -> None:
         super().__init__()
         exact_on_this_cpu()  # here, and not first while the model is traced
         self.integers = nn.Parameter(torch.empty(shape, dtype=torch.int8, device=like.device), requires_grad=False)
         self.register_buffer("weight", like.new_empty(shape[0], 1))
         self.register_buffer("input_scale", like.new_empty(()))
         self.register_buffer("input_zero", torch.empty((), dtype=torch.uint8, device=like.device))
+        self.register_buffer("input_factors", like.new_empty(shape[1]) if factors else None)
         self.bias = nn.Parameter(like.new_empty(shape[0])) if bias else None
+
+    def dense_matrix(self) -> Tensor:
+        """By what inputs are multiplied in all."""
+        return self.matrix() if self.input_factors is None else self.matrix() * self.input_factors
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        """x (…, in), float32, as it is rounded."""
+        return x.float() if self.input_factors is None else x.float() * self.input_factors.float()
 
     def matrix(self) -> Tensor:
         """The weights in floating point, in the shape of ``integers``."""
@@ -115,7 +128,8 @@ class StaticProduct(nn.Module):
         """x (…, in) to (…, out)."""
         if torch.onnx.is_in_onnx_export():
             return self._onnx("MatMul", x, (*x.shape[:-1], len(self.integers)), self.integers.T, 1)
-        flat = self.steps(x.reshape(-1, self.integers.shape[1]), self.input_scale, self.input_zero)
+        flat = self._multiplied(x.reshape(-1, self.integers.shape[1]))
+        flat = self.steps(flat, self.input_scale, self.input_zero)
         if self.rounds and multiplies_integers(flat, self.integers):
             centered = 128 - self.input_zero.float()  # so that a step fits int8
             y = torch._int_mm((flat - centered).to(torch.int8), self.integers.T)
@@ -128,7 +142,7 @@ class StaticProduct(nn.Module):
 
     def _onnx(self, kind: str, x: Tensor, shape: Any, integers: Tensor, axis: int, **attributes: Any) -> Tensor:
         """The product as a runtime recognizes it."""
-        read = self._rounded(x.float(), self.input_scale, self.input_zero)
+        read = self._rounded(self._multiplied(x), self.input_scale, self.input_zero)
         scales = self.weight.float().squeeze(1)  # no zero points: with them OpenVINO multiplies in floating point
         matrix = _node("DequantizeLinear", (integers, scales), integers.shape, axis=axis)
         y = _node(kind, (read, matrix), shape, **attributes)
@@ -146,18 +160,20 @@ class StaticLinear(StaticProduct):
     """Whether what reads the outputs rounds them."""
 
     def __init__(self, in_features: int, out_features: int, spec: StaticSpec, *, bias: bool, like: Tensor) -> None:
-        super().__init__(torch.Size((out_features, spec.rank or in_features)), bias, like)
+        factors = spec.factors is not None
+        shape = torch.Size((out_features, spec.rank or in_features))
+        super().__init__(shape, bias, like, factors=factors and spec.rank is None)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.down: StaticProduct | None = None
         if spec.rank is not None:
-            self.down = StaticProduct(torch.Size((spec.rank, in_features)), False, like)
+            self.down = StaticProduct(torch.Size((spec.rank, in_features)), False, like, factors=factors)
         if spec.output_bits is not None:
             self.register_buffer("output_scale", like.new_empty(()))
             self.register_buffer("output_zero", torch.empty((), dtype=torch.uint8, device=like.device))
 
     def dense_weight(self) -> Tensor:
         """The (out, in) matrix this layer stands for."""
-        return self.matrix() if self.down is None else self.matrix() @ self.down.matrix()
+        return self.dense_matrix() if self.down is None else self.dense_matrix() @ self.down.dense_matrix()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.unrounded(x)
