@@ -71,6 +71,7 @@ def rows(output: str) -> list[list[str]]:
         "same_bytes",
         "checkpoints",
         "probes",
+        "static_integers",
     ],
 )
 def test_help_says_how_to_run_it(script: str, benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
