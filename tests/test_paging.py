@@ -13,7 +13,7 @@ from torch import Tensor
 from vitshrink.config.options import CompressConfig
 from vitshrink.jobs.compress import compress
 from vitshrink.models.views import view_of
-from vitshrink.runtime import paging
+from vitshrink.runtime import paging, resting
 from vitshrink.runtime.paging import in_file, page_weights, paged, rest
 from vitshrink.statistics import recomputing
 
@@ -46,12 +46,12 @@ def test_what_lies_in_files_has_the_same_numbers(tmp_path: Path) -> None:
         rest()
     assert found["one"].large is found["other"].large, "what is shared lies there once"
     assert found["one"].small is given["one"].small, "small ones stay where they are"
-    assert len(paging._maps) == 2
+    assert len(resting.maps) == 2
     assert list(tmp_path.iterdir()) == []
     del found
     gc.collect()
     rest()
-    assert paging._maps == []
+    assert resting.maps == []
 
 
 def test_without_a_directory_all_stays_in_memory(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitshrink.runtime import processes
+from vitshrink.runtime.resting import drop
 
 
 class IsDataclass(Protocol):
@@ -125,6 +126,7 @@ def compacted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             storage = whole.untyped_storage().data_ptr()
             stored[label] = whole.clone() if storage in storages else whole
             storages.add(storage)
+        drop()
     return stored
 
 
@@ -138,6 +140,7 @@ def _different(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if first is None:
             known.append(label)
         labels.setdefault(first or label, []).append(label)
+        drop()
     return {_SAME.join(each): tensors[first] for first, each in labels.items()}
 
 

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitshrink.runtime.entries import Entry, laid_out, values_of
-from vitshrink.runtime.heap import give_back
+from vitshrink.runtime.resting import drop, maps, rest
+
+__all__ = ["drop", "in_file", "page_weights", "paged", "rest"]
 
 LEAST = 2**16
 """Bytes from which on a tensor is worth a file."""
 
-_maps: list[ref[Any]] = []
-"""All arrays in files that something still refers to."""
-
 _placed = WeakTensorKeyDictionary()
-"""The tensors of these."""
+"""The tensors that lie in files."""
 
 
 def paged(entries: Mapping[str, Entry] | Iterable[tuple[str, Entry]], directory: Path | None) -> dict[str, Entry]:
@@ -69,24 +68,6 @@ def _is_large(value: Any) -> bool:
     return value.device.type == "cpu" and value.nbytes >= LEAST
 
 
-def rest() -> None:
-    """Let go of the memory in which what was read of such tensors lies, and of what was freed.
-
-    It is read again where it is used. Nothing happens where there is no such tensor.
-    """
-    if drop():
-        give_back()
-
-
-def drop() -> bool:
-    """The same, but for what was freed. Whether there is any such tensor."""
-    alive = [(each, array) for each in _maps if (array := each()) is not None]
-    _maps[:] = [each for each, _ in alive]
-    for _, array in alive:
-        array._mmap.madvise(mmap.MADV_DONTNEED)
-    return bool(alive)
-
-
 def _in_file(tensor: Tensor, directory: Path) -> Tensor:
     """The same numbers in a file without a name; the tensor itself where that cannot be."""
     if not hasattr(mmap, "MADV_DONTNEED"):  # Windows, where a file that is in use keeps its name
@@ -103,7 +84,7 @@ def _in_file(tensor: Tensor, directory: Path) -> Tensor:
             array = np.memmap(file, np.uint8, "r+", shape=(tensor.nbytes,))
         except OSError:  # no room, or a file system that maps nothing
             return tensor
-    _maps.append(ref(array))
+    maps.append(ref(array))
     found = torch.from_numpy(array).view(tensor.dtype).view(tensor.shape)
     _placed[found] = True
     return found

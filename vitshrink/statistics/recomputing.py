@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vitshrink.models.cost import memory_bytes
+from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import blocks_of, first_blocks
 from vitshrink.runtime.offloading import running, runs_on
 from vitshrink.runtime.paging import drop
@@ -105,8 +106,10 @@ def is_large(nbytes: int, model: nn.Module) -> bool:
 
 
 def read_and_given(block: nn.Module) -> int:
-    """Of a token: the numbers that the linear layers of a block read and give."""
-    return sum(each.in_features + each.out_features for each in block.modules() if isinstance(each, nn.Linear))
+    """Of a token: the numbers that the linear layers of a block read and give, and those between two factors."""
+    layers = [each for each in block.modules() if isinstance(each, nn.Linear | LowRankLinear)]
+    between = sum(2 * each.rank for each in layers if isinstance(each, LowRankLinear))
+    return between + sum(each.in_features + each.out_features for each in layers)
 
 
 def free_memory(device: torch.device) -> int:
