@@ -46,7 +46,6 @@ from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.runtime.records import plain
 from vitshrink.statistics import curvature
-from vitshrink.statistics.needs import Needs
 
 
 def sampled_label(_head: Head, logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -73,6 +72,8 @@ class Entry:
     compensation: str | None = None
     storage: Storage | None = None
     refine: int | None = None
+    thorough: bool = False
+    fast: bool = False
     probes: int = 1
     precision: Precision = CompressConfig.precision
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -117,6 +118,8 @@ ENTRIES: dict[str, Entry] = {
     "kfac-lems": KFAC_LEMS,
     "kfac-lems-gauge": replace(KFAC_LEMS, compensation="bias", storage="gauge"),
     "curvature": Entry("curvature"),
+    "curvature-fast": Entry("curvature", fast=True),
+    "curvature-thorough": Entry("curvature", thorough=True),
     "curvature-refine-0": Entry("curvature", refine=0),
     "curvature-refine-1": Entry("curvature", refine=1),
     "curvature-refine-2": Entry("curvature", refine=2),
@@ -163,7 +166,7 @@ class Bench:
     batch_size: int
     baseline: nn.Module
     labeled: bool
-    refine: int
+    refine: int | None
 
     @property
     def dense(self) -> PreTrainedModel:
@@ -200,6 +203,9 @@ class Bench:
             compensation=entry.compensation,
             storage=entry.storage or "auto",
             probes=entry.probes,
+            refine=self.refine if entry.refine is None else entry.refine,
+            thorough=entry.thorough,
+            fast=entry.fast,
             precision=entry.precision,
             keep=(0.5,),  # budgets are handed to the plan
             calibration="read already",
@@ -214,7 +220,6 @@ class Bench:
     ) -> Iterator[Outcome | None]:
         """One outcome a fraction, or None where the method cannot reach it."""
         compression = self.compression(entry, seed)
-        refine = self.refine if entry.refine is None else entry.refine
         start = entry.planner(compression, first[0]) if entry.planner else partial(compression.plan, first[0])
         for fraction in fractions:
             factors, job = first[0], first[1].branch()
@@ -226,7 +231,7 @@ class Bench:
                 print(f"{fraction}: {error}", file=sys.stderr)
                 yield None
                 continue
-            for _ in range(refine if get_method(entry.method).needs is Needs.CURVATURE else 0):
+            for _ in range(Choices.of(compression.config).rounds):
                 factors = compression.refine(factors, plan, job)
                 plan = compression.plan(factors, budget)
             model = compression.build(factors, plan, job)
@@ -357,7 +362,7 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--methods", nargs="+", default=PEERS, choices=[*ENTRIES, "all"], metavar="METHOD")
     known.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="calibration seeds")
     known.add_argument("--limit", type=int, help="test samples (default: all)")
-    known.add_argument("--refine", type=int, default=CompressConfig.refine, help="for entries that do not name it")
+    known.add_argument("--refine", type=int, help="for entries that do not name it")
     known.add_argument("--batch-size", type=int, default=32)
     known.add_argument("--max-length", type=int)
     known.add_argument("--device", default="auto")

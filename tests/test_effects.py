@@ -1,5 +1,7 @@
 """Effects of components: what autograd says of each, and what leaving them out really costs."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression.repairs.rescaling import best_repair
 from vitshrink.errors import NumericsError
 from vitshrink.methods import get_method
+from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.targets import find_targets
 from vitshrink.statistics.curvature import batch_generator, collect_curvature, random_functional
 from vitshrink.statistics.effects import Components, Effects, component_effects, measured_loss, shortfall
@@ -48,6 +51,22 @@ def test_an_effect_is_the_derivative_by_the_gain_of_a_component(name: str) -> No
         (want,) = torch.autograd.grad(value, gain, retain_graph=True)
         torch.testing.assert_close(effects[layer_name][sample].float(), want, rtol=1e-3, atol=1e-5)
     handle.remove()
+
+
+@pytest.mark.parametrize("name", ["BertModel", CLASSIFIER])
+def test_components_of_a_low_rank_layer_are_seen_between_its_factors(name: str) -> None:
+    model, batch = tiny.build(name), batch_of(name)
+    target = find_targets(model)[-1]
+    layer = tiny.low_rank(model.get_submodule(target.name), 5)
+    replace_layers(model, {target.name: layer})
+    up, down = (factor.detach().double() for factor in layer.factors())
+    parts = Components(up, down, torch.linspace(-1, 1, layer.in_features).double())
+    want, found = (
+        component_effects(model, {target.name: replace(parts, own=own)}, [batch], seed=5) for own in (False, True)
+    )
+    torch.testing.assert_close(found.layers, want.layers, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.shifts, want.shifts)
+    assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("name", tiny.TEXT_MODELS)

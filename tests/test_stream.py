@@ -91,7 +91,7 @@ def test_the_stream_is_what_a_layer_adds_to(name: str) -> None:
     block = blocks_of(model)[0]
     (entering,) = hidden_batches(model, block, [batch])
     with torch.no_grad():
-        met = passage(block, family, entering, "fc2")
+        met = passage(block, family, entering)
         total = met.stream["fc2"] + block.get_submodule(family.modules["fc2"])(met.read)
         if family.norm == "after":
             total = block.output.LayerNorm(total)

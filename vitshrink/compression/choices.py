@@ -11,6 +11,7 @@ from vitshrink.compression.allocation import ALLOCATIONS
 from vitshrink.compression.attention_estimation import AttentionEstimator
 from vitshrink.compression.candidates import Currency
 from vitshrink.compression.compressor import Compressor, Estimator, Refiner, Repairs
+from vitshrink.compression.effort import effort_of
 from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.compression.forms import Maker, Material, Priced
 from vitshrink.compression.forms.attention_part import AttentionMaker
@@ -53,14 +54,16 @@ class Choices:
     @classmethod
     def of(cls, config: CompressConfig) -> Self:
         """Raises UsageError for what can be known to make no sense before a model is loaded."""
-        method = find_method(config.method)
-        unmeasured = config.stores == "bits" or (config.fast and method.allocation == "measured")
-        allocation = config.allocation or ("loss" if unmeasured else method.allocation)
+        method, effort = find_method(config.method), effort_of(config)
+        quick = effort.allocation if method.allocation == "measured" else None
+        unmeasured = "loss" if config.stores == "bits" else quick
+        allocation = config.allocation or unmeasured or method.allocation
         choose(allocation, ALLOCATIONS, "allocation")
         repairs = ATTENTION_COMPENSATIONS if isinstance(method, AttentionMethod) else COMPENSATIONS
-        biased = config.stores in ("bits", "narrow") or (config.fast and method.compensation in RESCALING)
+        short = effort.compensation if method.compensation in RESCALING else None
+        biased = "bias" if config.stores in ("bits", "narrow") else short
         compensation = choose(
-            config.compensation or ("bias" if biased else method.compensation),
+            config.compensation or biased or method.compensation,
             {c: c for c in repairs},
             "compensation",
         )
@@ -104,9 +107,9 @@ class Choices:
     @property
     def rounds(self) -> int:
         """How often the job learns again from the compressed model."""
-        if self.config.stores in ("bits", "narrow") or self.config.fast:
+        if self.config.stores in ("bits", "narrow") or self.method.needs is not Needs.CURVATURE:
             return 0
-        return self.config.refine if self.method.needs is Needs.CURVATURE else 0
+        return effort_of(self.config).rounds if self.config.refine is None else self.config.refine
 
     def compressor(
         self,

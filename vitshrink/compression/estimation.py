@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
+from vitshrink.compression.effort import Effort, Part, effort_of
 from vitshrink.compression.findings import Findings, Measured, Rebuild
 from vitshrink.compression.keeping import Cached, Memory, Step
 from vitshrink.compression.repairs.bias import SHIFTING
 from vitshrink.config.options import CompressConfig
+from vitshrink.data import Batch
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
 from vitshrink.methods import Factorization, LayerMethod
@@ -33,7 +35,7 @@ from vitshrink.runtime.state import Progress
 from vitshrink.statistics.calibration import collect, first_of
 from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.digests import data_digest, model_digest
-from vitshrink.statistics.effects import MEASURED_SAMPLES, Components, measured_loss
+from vitshrink.statistics.effects import Components, measured_loss
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.recomputing import is_large
 from vitshrink.statistics.reference import DenseOutputs
@@ -159,6 +161,16 @@ class LayerEstimator:
         """The arithmetic of passes that gradients are taken through."""
         return passes_in(device_of_passes(self.dense), precision_for(self.dense, self.config.precision))
 
+    @property
+    def effort(self) -> Effort:
+        return effort_of(self.config)
+
+    def first(self, part: Part) -> Sequence[Batch]:
+        """The batches of a part of the samples: the first ones."""
+        if self.calibration is None:
+            return ()
+        return first_of(self.calibration.batches, part.of(len(self.calibration.samples)))
+
     @cached_property
     def pages(self) -> Path | None:
         """Where statistics and factors lie, if they are large beside the model; in memory if it is None."""
@@ -194,7 +206,7 @@ class LayerEstimator:
             "method": self.method.name,
             "options": dict(self.config.options),
             "compensation": self.compensation,
-            "measured": [self.config.seed, MEASURED_SAMPLES] if self.measures else None,
+            "measured": [self.config.seed, self.effort.measured] if self.measures else None,
         }
         return Cached(cache, {LinearStats: key, Factorization: key | choices})
 
@@ -218,7 +230,8 @@ class LayerEstimator:
         needed = self.method.needs is not Needs.WEIGHTS or self.compensation in SHIFTING
         if self.calibration is None or not needed:
             return {}
-        batches, samples = self.calibration.batches, len(self.calibration.samples)
+        batches = self.first(self.effort.again) if dense else self.calibration.batches
+        samples = sum(len(batch.keys) for batch in batches)
         course = Shared(self.progress, step, next(self.dense.parameters()).device)
         with job.stage("calibrate", "Calibrating", samples) as advance:
             if self.method.needs is not Needs.CURVATURE:
@@ -244,7 +257,7 @@ class LayerEstimator:
         """The findings with the loss of their layers measured in ``model``, where the allocation goes by that."""
         if not self.measures or self.calibration is None:
             return findings
-        batches = first_of(self.calibration.batches, MEASURED_SAMPLES)
+        batches = first_of(self.calibration.batches, self.effort.measured)
         components = {
             name: Components(each.up, each.down, self.mean(name, findings.stats))
             for name, each in findings.layers.items()
@@ -283,7 +296,7 @@ class LayerEstimator:
     def missing(self, model: PreTrainedModel) -> float:
         """What a compressed model loses on some samples, in the unit in which the losses of layers are measured."""
         assert self.calibration is not None
-        batches = first_of(self.calibration.batches, MEASURED_SAMPLES)
+        batches = first_of(self.calibration.batches, self.effort.measured)
         seed = self.config.seed + 4
         found = shared_shortfall(model, self.dense_outputs, batches, seed=seed, passes=self.passes)
         return float(found.square().mean())

@@ -12,10 +12,10 @@ from typing import Self
 from transformers import PreTrainedModel
 
 from vitshrink.compression.choices import Choices
+from vitshrink.compression.effort import Effort, effort_of
 from vitshrink.compression.estimation import SHARES_MEASURED_AGAIN
 from vitshrink.compression.fitting import ATTEMPTS
 from vitshrink.compression.repairs.bias import RESCALING
-from vitshrink.compression.repairs.rescaling import STEPS
 from vitshrink.compression.repairs.stream import WRITERS
 from vitshrink.data.opening import CalibrationData
 from vitshrink.methods import LayerMethod
@@ -25,12 +25,12 @@ from vitshrink.models.example import example_inputs
 from vitshrink.models.readings import reading_of
 from vitshrink.models.targets import Target
 from vitshrink.runtime.forecast import Ahead
-from vitshrink.statistics.effects import MEASURED_SAMPLES
 
 PASSES, ALGEBRA, FILES = "passes", "algebra", "files"
 
-LEARNING, MEASURING, FORWARD, EXACT = 3.0, 3.3, 1.0, 1.7
-"""Forward passes that as many samples take: with gradients and sums, with effects, alone, and alone in float32."""
+LEARNING, MEASURING, FITTING, FORWARD, EXACT = 3.0, 3.3, 2.5, 1.0, 1.7
+"""Forward passes that as many samples take: with gradients and sums, with effects of all components or of those that
+are left, alone, and alone in float32."""
 
 DECOMPOSING, INVERTING, SOLVING, PIVOTING = 70.0, 2.5, 14.0, 20.0
 """Operations of a pass in the time of one that decomposes, inverts, solves, or chooses pivots."""
@@ -111,16 +111,17 @@ class Outlook:
         work = DECOMPOSING * sum(min(each.shape) ** 3 for each in self.targets)
         yield Ahead("factorize", ALGEBRA, work, len(self.targets))
         if self.choices.allocation == "measured":
-            yield self._passes("measure", MEASURING, min(self.samples, MEASURED_SAMPLES))
+            yield self._passes("measure", MEASURING, min(self.samples, self._effort.measured))
 
     def _rounded(self) -> Iterator[Ahead]:
         yield Ahead("round", ALGEBRA, ATTEMPTS / 2 * ROUNDING * sum(prod(each.shape) for each in self.targets))
 
     def _ranked(self) -> Iterator[Ahead]:
         """What follows for each size."""
-        choices, measured = self.choices, min(self.samples, MEASURED_SAMPLES)
+        choices, effort = self.choices, self._effort
+        measured, repaired = min(self.samples, effort.measured), effort.repaired.of(self.samples)
         for _ in range(choices.rounds):
-            yield self._passes("calibrate", LEARNING, self.samples)
+            yield self._passes("calibrate", LEARNING, effort.again.of(self.samples))
             factorize, *measure = self._factorized()
             yield from (*measure, factorize)
             tried = len(SHARES_MEASURED_AGAIN)
@@ -128,7 +129,8 @@ class Outlook:
         if choices.compensation == "stream":
             yield self._stream()
         if choices.compensation in RESCALING:
-            yield self._passes("compensate", STEPS * (MEASURING + FORWARD), self.samples, 2 * STEPS * self.samples)
+            steps = effort.steps
+            yield self._passes("compensate", steps * (FITTING + FORWARD), repaired, 2 * steps * repaired)
         if choices.storage == "gauge":
             work = PIVOTING * sum(min(each.shape) ** 2 * max(each.shape) for each in self.targets)
             yield Ahead("gauge", ALGEBRA, work)
@@ -137,6 +139,11 @@ class Outlook:
         """Hidden states walk through both models, and what layers read is summed; then ridges are tried."""
         layers = [each for each in self.targets if each.role in WRITERS]
         shapes = [each.shape for each in layers]
-        walked = (LEARNING + 4 * EXACT + 2) * self.samples * self.forward
-        solved = SOLVING * sum(n**3 / 3 + 4 * m * n**2 for m, n in shapes) + DECOMPOSING * sum(m**3 for m, _ in shapes)
+        walked = (LEARNING + 5) * self._effort.repaired.of(self.samples) * self.forward
+        solved = SOLVING * sum(n**3 / 3 + 4 * m * n**2 for m, n in shapes)
+        solved += DECOMPOSING * sum(min(each.shape) ** 3 for each in layers)
         return Ahead("stream", PASSES, walked + solved, len(layers))
+
+    @property
+    def _effort(self) -> Effort:
+        return effort_of(self.choices.config)

@@ -38,10 +38,20 @@ from vitshrink.config.tokens import TokenOptions
 from vitshrink.config.training import FinetuneConfig
 from vitshrink.errors import UsageError
 
-RANKS_ONLY = ("allocation", "compensation", "options", "rank_multiple", "storage", "quantize", "refine", "probes")
+RANKS_ONLY = (
+    "allocation",
+    "compensation",
+    "options",
+    "rank_multiple",
+    "storage",
+    "quantize",
+    "refine",
+    "thorough",
+    "probes",
+)
 """What only ranks have: who gives one of these does not ask for integers."""
 
-FACTORS_ONLY = ("options", "storage", "refine")
+FACTORS_ONLY = ("options", "storage", "refine", "thorough")
 """What only layers that are two factors have."""
 
 

@@ -72,15 +72,21 @@ class MethodOptions(Options):
         "attention; auto: bits if you give a size in bytes or a bound and no rank options, otherwise rank.",
         panel=METHOD,
     )
-    refine: int = option(
-        2,
-        "How often the curvature is estimated again on the compressed model, for each size.",
+    refine: int | None = option(
+        None,
+        "How often the curvature is estimated again on the compressed model, for each size: twice if not given, "
+        "four times with --thorough.",
         panel=METHOD,
         low=0,
     )
     fast: bool = option(
         False,
         "Quick ranks from one pass over the samples; short for --refine 0 --allocation loss --compensation bias.",
+        panel=METHOD,
+    )
+    thorough: bool = option(
+        False,
+        "More of everything that makes ranks: four refinements, effects on 256 samples, three steps of repairs.",
         panel=METHOD,
     )
     precision: Precision = option(
@@ -95,6 +101,8 @@ class MethodOptions(Options):
     def check(self) -> None:
         if self.fast and (slow := self.given(("allocation", "compensation", "refine"))):
             raise UsageError(f"--fast already sets {slow[0]}: remove one of them.")
+        if self.fast and self.thorough:
+            raise UsageError("--fast and --thorough are opposites: remove one of them.")
         if self.quantize in (None, NO_INTEGERS) and self.activations is not None:
             raise UsageError("--activations sets how a quantized model computes: pass --quantize int8 as well.")
         if self.quantize not in (None, NO_INTEGERS):

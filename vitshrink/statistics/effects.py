@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.errors import NumericsError
+from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import evaluating, frozen
 from vitshrink.runtime.offloading import at_home
@@ -39,6 +41,8 @@ class Components:
     """(k, n)"""
     mean: Tensor
     """(n,)"""
+    own: bool = False
+    """Whether these are the factors that the layer itself computes with."""
 
 
 @dataclass(eq=False)
@@ -96,7 +100,6 @@ def component_effects(
         for number, batch in enumerate(batches, first):
             watch.mask = token_mask(batch, device)
             watch.batch, watch.samples = number, samples_of(batch)
-            watch.begin()
             generator = batch_generator(seed, number)
             wanted = None if reference is None else reference(batch)
             with torch.enable_grad(), recomputing(model):
@@ -155,26 +158,59 @@ class Watch:
     samples: int = 0
     effects: dict[str, list[Tensor]] = field(default_factory=dict)
     shifts: dict[str, list[Tensor]] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
-    """Layers of which this batch has shown effects: some are called often in one pass."""
-
-    def begin(self) -> None:
-        """A batch is about to run."""
-        self._seen = set()
+    _done: int = 0
+    """Batches that have run: a layer that has shown more than those is called often in one pass."""
 
     def end(self, like: Tensor) -> None:
         """A batch has run: what the output does not depend on has no effect."""
         for name, parts in self.components.items():
-            if name not in self._seen:
-                self.effects[name].append(like.new_zeros(self.samples, parts.up.shape[1], dtype=torch.float32))
-                self.shifts[name].append(like.new_zeros(self.samples, parts.up.shape[0], dtype=torch.float32))
+            for found, width in ((self.effects, parts.up.shape[1]), (self.shifts, parts.up.shape[0])):
+                if len(found[name]) == self._done:
+                    found[name].append(like.new_zeros(self.samples, width, dtype=torch.float32))
+        self._done += 1
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         for name, parts in self.components.items():
             module = model.get_submodule(name)
             self.effects[name], self.shifts[name] = [], []
             stack.callback(module.register_forward_pre_hook(require_gradient).remove)
-            stack.callback(module.register_forward_hook(self._hook(name, parts)).remove)
+            if parts.own and isinstance(module, LowRankLinear) and module.spec.pivot is None:
+                vars(module)["forward"] = self._within(name, parts, module)
+                stack.callback(vars(module).pop, "forward")
+            else:
+                stack.callback(module.register_forward_hook(self._hook(name, parts)).remove)
+
+    def _within(self, name: str, parts: Components, module: LowRankLinear) -> Callable[[Tensor], Tensor]:
+        """What stands for the ``forward`` of a layer: its components are seen between its factors, at no product more.
+
+        The effect of a component is the product of what flows through it and of the gradient there.
+        """
+
+        def forward(x: Tensor) -> Tensor:
+            inner = F.linear(x, module.down)
+            output = F.linear(inner, module.weight, module.bias)
+            if torch.is_grad_enabled():
+                flows = inner.detach()
+                inner.register_hook(partial(self._add_inner, name, parts, flows))  # type: ignore[no-untyped-call]
+                output.register_hook(partial(self._add_shift, name))  # type: ignore[no-untyped-call]
+            return output
+
+        return forward
+
+    def _add_inner(self, name: str, parts: Components, flows: Tensor, gradient: Tensor) -> None:
+        mean = (parts.down.double() @ parts.mean.double()).float()
+        flows = self._real(flows.float() - mean.to(flows.device), gradient)
+        self._keep(name, self.effects, by_sample((flows * gradient).sum(1), self.samples))
+
+    def _add_shift(self, name: str, gradient: Tensor) -> None:
+        gradient = gradient.detach().float()
+        self._keep(name, self.shifts, by_sample(self._real(gradient, gradient).sum(1), self.samples))
+
+    def _real(self, tokens: Tensor, gradient: Tensor) -> Tensor:
+        """Tokens (batch, tokens, k) with nothing in the place of padding, as the shape of a gradient says."""
+        if self.mask is None or gradient.shape[:-1] != self.mask.shape:
+            return tokens
+        return tokens * self.mask[..., None].to(tokens.device)
 
     def _hook(self, name: str, parts: Components) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,26 +226,26 @@ class Watch:
         # on the device of the gradient, which may be another than that of the components
         mean = parts.mean.float().to(read.device)
         x, gradient = (read.float() - mean).contiguous(), gradient.detach().float().contiguous()
-        if self.mask is not None and gradient.shape[:-1] == self.mask.shape:
-            mask = self.mask[..., None].to(gradient.device)
-            x, gradient = x * mask, gradient * mask
+        x, gradient = self._real(x, gradient), self._real(gradient, gradient)
         with self.passes():
             left = gradient @ parts.up.float().to(gradient.device)
             right = x @ parts.down.float().T.to(x.device)
         rest()
-        effect = by_sample((left.float() * right.float()).sum(1), self.samples)
-        if not torch.isfinite(effect).all():
+        self._keep(name, self.effects, by_sample((left.float() * right).sum(1), self.samples))
+        self._keep(name, self.shifts, by_sample(gradient.sum(1), self.samples))
+
+    def _keep(self, name: str, found: dict[str, list[Tensor]], each: Tensor) -> None:
+        """Add what a call of a layer shows to what its calls before have shown in this batch."""
+        if not torch.isfinite(each).all():
             raise NumericsError(
                 f"layer {name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
                 "Check the checkpoint and the preprocessing of that batch."
             )
-        shift = at_home(by_sample(gradient.sum(1), self.samples))
-        for found, each in ((self.effects, at_home(effect)), (self.shifts, shift)):
-            if name in self._seen:
-                found[name][-1] = found[name][-1] + each
-            else:
-                found[name].append(each)
-        self._seen.add(name)
+        each = at_home(each)
+        if len(found[name]) > self._done:
+            found[name][-1] = found[name][-1] + each
+        else:
+            found[name].append(each)
 
 
 def measured_loss(effects: Tensor) -> Tensor:

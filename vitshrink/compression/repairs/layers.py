@@ -11,7 +11,7 @@ from vitshrink.compression.forms.low_rank import LowRank
 from vitshrink.compression.forms.registry import Material
 from vitshrink.compression.repairs.bias import RESCALING
 from vitshrink.compression.repairs.products import means_of, narrow_targets
-from vitshrink.compression.repairs.rescaling import STEPS, rescale_components
+from vitshrink.compression.repairs.rescaling import rescale_components
 from vitshrink.compression.repairs.sequential import compensate_residuals
 from vitshrink.compression.repairs.stream import restore_stream, why_not_restored, writers
 from vitshrink.models.pivoting import fix_gauge
@@ -56,14 +56,16 @@ class LayerRepairs:
             means = {name: estimator.mean(name, findings.stats) for name in self._low_rank(plan)}
             if narrow := narrow_targets(model, self.material.targets):
                 means |= means_of(model, narrow, first_of(calibration.batches, MEASURED_SAMPLES))
-            walks = 2 * STEPS * len(calibration.samples)
+            steps, batches = estimator.effort.steps, estimator.first(estimator.effort.repaired)
+            walks = 2 * steps * sum(len(batch.keys) for batch in batches)
             with job.stage("compensate", "Fitting gains and biases", walks) as advance:
                 rescale_components(
                     model,
                     estimator.dense_outputs,
                     list(means),
                     means,
-                    calibration.batches,
+                    batches,
+                    steps=steps,
                     seed=estimator.config.seed + 2,
                     passes=estimator.passes,
                     measure=shared_effects,
@@ -90,7 +92,7 @@ class LayerRepairs:
                 layers,
                 findings.stats,
                 estimator.factorize,
-                calibration.batches,
+                estimator.first(estimator.effort.repaired),
                 seed=estimator.config.seed + 5,
                 passes=estimator.passes,
                 pages=estimator.pages,

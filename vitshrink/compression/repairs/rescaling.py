@@ -27,7 +27,7 @@ SHIFTS = 0.3
 """What the change of a bias may explain beside that of a gain: there are more of them, and they overfit more easily."""
 
 STEPS = 2
-"""Gauss-Newton steps: the first is long, and the effects are others after it."""
+"""Gauss-Newton steps, if nothing else is said: the first is long, and the effects are others after it."""
 
 LENGTHS = (1.0, 0.5, 0.25)
 """Of a step; the first that takes the outputs closer to those of the dense model is taken."""
@@ -54,6 +54,7 @@ def rescale_components(
     means: Mapping[str, Tensor],
     batches: Sequence[CalibrationBatch],
     *,
+    steps: int = STEPS,
     seed: int = 0,
     passes: Passes = nullcontext,
     measure: Measure = component_effects,
@@ -77,16 +78,16 @@ def rescale_components(
         pages: where the factors before a step lie, if they take much room; in memory if it is None.
 
     Returns:
-        the number of steps taken, 0 to ``STEPS``.
+        the number of steps taken, 0 to ``steps``.
     """
     if not names:
         return 0
-    for step in range(STEPS):
+    for step in range(steps):
         found: dict[str, tuple[Product, Components]] = {}
         for name in names:
             layer = product_of(model, name)
             up, down = (in_file(factor.clone(), pages) for factor in factors_of(layer))
-            found[name] = layer, Components(up, down, means[name])
+            found[name] = layer, Components(up, down, means[name], own=True)
         components = {name: parts for name, (_, parts) in found.items()}
         effects = measure(
             model, components, batches, reference=reference, seed=seed + step, passes=passes, on_batch=on_batch
@@ -109,7 +110,7 @@ def rescale_components(
             now = lacking(model, reference, batches, seed=seed + step, passes=passes, on_batch=on_batch)
             if now.square().mean() < effects.missing.square().mean():
                 break
-    return STEPS
+    return steps
 
 
 def best_repair(effects: Effects) -> Repair | None:

@@ -1,7 +1,7 @@
 """What the residual stream of a compressed model lacks, put back by the layers that write to it, block by block."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch
 from vitshrink.statistics.halves import half_of, symmetric
 from vitshrink.statistics.importance import weights_of_tokens
-from vitshrink.statistics.stats import LinearStats
+from vitshrink.statistics.stats import LinearStats, gram_of
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
 
 SHARE = 0.5
@@ -95,11 +95,12 @@ def restore_stream(
     family = family_of(model)
     with processes.together():
         weights = weights_of_tokens(model, parts, own, seed=seed, first=mine.start, passes=passes)
-        there = hidden_batches(dense, blocks_of(dense)[0], own, pages)
-        here = hidden_batches(model, blocks_of(model)[0], own, pages)
+        with passes():
+            there = hidden_batches(dense, blocks_of(dense)[0], own, pages)
+            here = hidden_batches(model, blocks_of(model)[0], own, pages)
     with evaluating(model, dense):
         for index, (theirs, ours) in enumerate(zip(blocks_of(dense), blocks_of(model), strict=True)):
-            with processes.together():
+            with processes.together(), passes():
                 wanted = [_wanted(passage(theirs, family, batch), pages) for batch in there]
             for target in (part for part in parts if part.block == index):
                 inputs = product_of(model, target.name).in_features
@@ -109,17 +110,19 @@ def restore_stream(
                 halves = (Lack.nothing(shape, center), Lack.nothing(shape, center))
                 with processes.together():
                     for batch, (stream, _), weight in zip(here, wanted, weights, strict=True):
-                        met = passage(ours, family, batch, target.role)
-                        lacking = stream[target.role] - met.stream[target.role]
+                        with passes():
+                            met = passage(ours, family, batch, until=target.role)
+                        lacking = stream[target.role] - met.stream[target.role].float()
                         for number, half in enumerate(halves):
                             each = slice(number, None, 2)
-                            half.add(met.read[each], lacking[each], weight[target.name][each])
+                            half.add(met.read[each].float(), lacking[each], weight[target.name][each])
                         rest()
                 refit(model, dense, target, stats[target.name], factorize, [half.of_all() for half in halves])
                 on_layer(target.name)
             with processes.together():
                 for batch in here:
-                    batch.hidden = in_file(batch.through(ours), pages)
+                    with passes():
+                        batch.hidden = in_file(batch.through(ours).float(), pages)
                     rest()
             for batch, (_, left) in zip(there, wanted, strict=True):
                 batch.hidden = left
@@ -127,38 +130,54 @@ def restore_stream(
 
 @dataclass(frozen=True, eq=False)
 class Passage:
-    """A batch on its way through one block."""
+    """A batch on its way through one block, or through the first part of it."""
 
     stream: Mapping[Role, Tensor]
-    """(batch, tokens, width) to which each of the writers adds."""
+    """(batch, tokens, width) to which each of the writers adds, as far as the batch came."""
     read: Tensor
-    """(batch, tokens, n) that the layer in question reads."""
-    left: Tensor
-    """(batch, tokens, width) that leaves the block."""
+    """(batch, tokens, n) that the last writer read to which the batch came."""
+    left: Tensor | None
+    """(batch, tokens, width) that leaves the block; None where the batch came no further than to a writer."""
 
 
-def passage(block: nn.Module, family: Family, batch: HiddenBatch, reader: Role = "output") -> Passage:
-    """What a batch meets in a block."""
-    seen: dict[Role, tuple[Tensor, Tensor]] = {}
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a passage: what comes after the layer in question does not matter."""
 
-    def see(role: Role) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[role] = at_home(inputs[0]), at_home(output)
+
+def passage(block: nn.Module, family: Family, batch: HiddenBatch, until: Role | None = None) -> Passage:
+    """What a batch meets in a block, or on its way to one of the writers."""
+    seen: dict[Role, Tensor] = {}
+    written: list[Tensor] = []
+
+    def see(role: Role) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[role] = at_home(inputs[0])
+            if role == until:
+                raise _Reached
 
         return hook
 
+    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        written.append(at_home(output))
+
+    left: Tensor | None = None
     with ExitStack() as stack:
-        for role in {reader, "output", "fc1"}:
+        for role in (*WRITERS, "fc1"):
             layer = block.get_submodule(family.modules[role])
-            stack.callback(layer.register_forward_hook(see(role)).remove)
-        left = batch.through(block)
-    between = batch.hidden + seen["output"][1] if family.norm == "before" else seen["fc1"][0]
-    return Passage({"output": batch.hidden, "fc2": between}, seen[reader][0], left)
+            stack.callback(layer.register_forward_pre_hook(see(role)).remove)
+        stack.callback(block.get_submodule(family.modules["output"]).register_forward_hook(keep).remove)
+        with suppress(_Reached):
+            left = batch.through(block)
+    stream: dict[Role, Tensor] = {"output": batch.hidden}
+    if written:
+        stream["fc2"] = batch.hidden + written[0] if family.norm == "before" else seen["fc1"]
+    return Passage(stream, seen[until or "fc2"], left)
 
 
 def _wanted(met: "Passage", pages: Path | None) -> tuple[dict[Role, Tensor], Tensor]:
     """What a batch met in a block of the dense model, but for what was read: that is large, and not needed."""
-    between, left = in_file(met.stream["fc2"], pages), in_file(met.left, pages)
+    assert met.left is not None
+    between, left = (in_file(each.float(), pages) for each in (met.stream["fc2"], met.left))
     rest()
     return {**met.stream, "fc2": between}, left
 
@@ -184,7 +203,7 @@ class Lack:
         self.sums["weight"].add_(weights.double().sum())
         self.sums["x"].add_(weighted.double().sum(0))
         self.sums["r"].add_((r * weights).double().sum(0))
-        self.sums["xx"].add_((weighted.T @ x).double())
+        self.sums["xx"].add_(gram_of(x * weights.sqrt()))
         self.sums["rx"].add_((r.T @ weighted).double())
 
     def of_all(self) -> "Lack":
