@@ -26,6 +26,8 @@ from vitshrink.models.loading import quiet_transformers
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Silent
 
+WHOLE = "whole job"
+
 
 class Spent(Silent):
     """The seconds of the processor that each stage took in this process."""
@@ -84,16 +86,19 @@ def main() -> None:
         )
         spent, started = Spent(), time.process_time()
         compress(config, spent)
-        spent.stages["whole job"] = time.process_time() - started
+        spent.stages[WHOLE] = time.process_time() - started
     shares = processes.gather(spent.stages)
     if processes.is_main():
         print_circumstances(
             "Processor time of a job", processes=len(shares), method=config.method, samples=config.samples
         )
         print_head(["stage", *(f"process {number}, s" for number in range(len(shares))), "longest"])
+        critical = 0.0
         for title in spent.stages:
             each = [share.get(title, 0.0) for share in shares]
+            critical += max(each) if title != WHOLE else 0
             print_row([title, *(f"{seconds:.1f}" for seconds in each), f"{max(each):.1f}"])
+        print_row(["longest of all stages", *("" for _ in shares), f"{critical:.1f}"])
     processes.leave()
 
 

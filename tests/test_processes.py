@@ -23,6 +23,7 @@ found = {
     "count": processes.count(),
     "main": processes.is_main(),
     "share": list(processes.share(range(5))),
+    "owners": processes.owners([1, 5, 2, 3]),
     "gathered": processes.gather({"mine": processes.rank()}),
     "from_main": processes.from_main(f"said by {processes.rank()}"),
     "total": processes.total(torch.tensor([1.0, processes.rank()], dtype=torch.float64)).tolist(),
@@ -86,6 +87,7 @@ def test_two_processes_share_and_learn_the_results() -> None:
     assert [each["share"] for each in found] == [[0, 2, 4], [1, 3]]
     for each in found:
         assert each["count"] == 2
+        assert each["owners"] == [0, 0, 1, 1]
         assert each["gathered"] == [{"mine": 0}, {"mine": 1}]
         assert each["from_main"] == "said by 0"
         assert each["total"] == [2, 1]
@@ -96,7 +98,9 @@ def test_alone_everything_is_the_own_share() -> None:
     processes.join()
     assert (processes.rank(), processes.count(), processes.is_main(), processes.started()) == (0, 1, True, False)
     assert list(processes.share([1, 2, 3])) == [1, 2, 3]
+    assert processes.owners([3, 1]) == [0, 0]
     assert processes.gather("mine") == ["mine"]
+    processes.require_same({"the model": "mine"})
     assert processes.from_main("mine") == "mine"
     assert torch.equal(processes.total(torch.ones(2)), torch.ones(2))
     processes.wait()
