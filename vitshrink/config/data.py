@@ -67,7 +67,7 @@ class CalibrationOptions(Options):
     """Unlabeled samples to learn from."""
 
     calibration: str | None = option(
-        None, "Unlabeled samples: a folder, a file, a recipe or a Hub data set.", panel=DATA, in_memory=False
+        None, "Unlabeled samples: a folder, a file, a URL, a recipe or a Hub data set.", panel=DATA, in_memory=False
     )
     calibration_split: str | None = option(None, "Split of the calibration data.", panel=DATA)
     calibration_texts: str | None = option(

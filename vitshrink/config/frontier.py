@@ -52,7 +52,10 @@ class FrontierJob(
     example: ClassVar = "vitshrink frontier ./model --calibration ./photos"
     reworded: ClassVar = {
         "holdout": {"help": "Number of held-out samples that measure the loss; 0 for predictions only."},
-        "calibration": {"help": "Unlabeled samples: a folder, a file, a recipe or a Hub data set.", "panel": DATA},
+        "calibration": {
+            "help": "Unlabeled samples: a folder, a file, a URL, a recipe or a Hub data set.",
+            "panel": DATA,
+        },
     }
 
     def check(self) -> None:

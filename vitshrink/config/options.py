@@ -135,7 +135,7 @@ class MeasuredOptions(Options):
         positional=True,
         reads=True,
     )
-    data: str = required("Samples: a folder, a file, a recipe or a Hub data set.", panel=DATA)
+    data: str = required("Samples: a folder, a file, a URL, a recipe or a Hub data set.", panel=DATA)
     baseline: str | None = option(
         None, "Dense model to compare with. It may be of another kind than MODEL.", panel=DATA, reads=True
     )

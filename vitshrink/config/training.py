@@ -25,7 +25,9 @@ class FinetuneConfig(Options):
     objective: Objective = option(
         "distill", "distill: learn from the outputs of the teacher; supervised: learn from labels."
     )
-    data: str | None = option(None, "Training samples: a folder, a file, a recipe or a Hub data set.", panel=DATA)
+    data: str | None = option(
+        None, "Training samples: a folder, a file, a URL, a recipe or a Hub data set.", panel=DATA
+    )
     """Samples to train on, other than those of the calibration."""
     split: str | None = option(None, "Split of the training samples.", panel=DATA)
     samples: int | None = option(None, "Number of samples to use; all if not given.", panel=DATA, low=1)

@@ -98,7 +98,7 @@ def compress(
         model: a supported transformers encoder, on any device and with any floating-point type.
         calibration: unlabeled samples. A list, series or array of PIL images, byte arrays, texts or pairs of texts; a
             ``datasets.Dataset`` or data frame with a column of them; a ``DataLoader`` or any iterable of batches with
-            the model's inputs; or a value of ``--calibration``: a folder, a file, a recipe or a Hub data set.
+            the model's inputs; or a value of ``--calibration``: a folder, a file, a URL, a recipe or a Hub data set.
         keep: fraction of the model's parameters to keep. Instead of it, you can pass another size or bound of
             ``vitshrink compress``, such as ``target_size``, ``bits``, ``rank``, ``max_kl`` or ``max_changed``.
         processor: image processor or tokenizer of the model. If it is not given, vitshrink loads it from where the
