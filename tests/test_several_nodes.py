@@ -89,7 +89,7 @@ def test_the_first_node_writes_and_the_others_need_their_copies_only(nodes: list
         load_file(path / "model.safetensors") for path in (nodes[0].places["work"] / "out", tmp_path / "alone")
     )
     for name, tensor in own.items():
-        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("other", ["weights", "samples", "flags", "nothing there"])
