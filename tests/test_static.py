@@ -151,8 +151,20 @@ def test_onnx_multiplies_the_same_integers(
     "kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "dense")]
 )
 def test_openvino_multiplies_integers(kind: str, made: Made, tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino", exc_type=ImportError)
-    found = export(str(made(kind)), str(tmp_path / "out"), "openvino")
+    pytest.importorskip("openvino", exc_type=ImportError)
+    model = vitshrink.load(made(kind))
+    products = [module for module in model.modules() if isinstance(module, StaticProduct)]
+    grids = [module for module in products if isinstance(module, StaticLinear) and module.spec.output_bits]
+    assert grids
+    assert all(int(module.output_zero) == 128 for module in grids)
+    assert integer_kernels(made(kind), tmp_path / "out") >= len(products)
+
+
+def integer_kernels(checkpoint: Path, output: Path) -> int:
+    """How many products OpenVINO computes with integers."""
+    import openvino
+
+    found = export(str(checkpoint), str(output), "openvino")
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(found.directory / found.file, "CPU", options)
     nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
@@ -162,12 +174,7 @@ def test_openvino_multiplies_integers(kind: str, made: Made, tmp_path: Path) -> 
         for node, each in zip(nodes, kinds, strict=True)
         if each in ("FullyConnected", "Convolution")
     ]
-    model = vitshrink.load(made(kind))
-    products = [module for module in model.modules() if isinstance(module, StaticProduct)]
-    grids = [module for module in products if isinstance(module, StaticLinear) and module.spec.output_bits]
-    assert grids
-    assert all(int(module.output_zero) == 128 for module in grids)
-    assert sum("I8" in each or "i8" in each for each in fast) >= len(products)
+    return sum("I8" in each or "i8" in each for each in fast)
 
 
 @pytest.fixture(scope="session")
@@ -204,6 +211,13 @@ def test_layers_divide_inputs_that_stand_out(outstanding: Path, text_file: Path,
         copy = load_exported(exported.directory / exported.file).model if form == "onnx" else None
         if copy is not None:
             assert (first_output(copy, samples) - found).abs().max() <= max(2 * exported.rounding, 1e-3)
+
+
+def test_openvino_multiplies_integers_behind_a_division(outstanding: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", exc_type=ImportError)
+    model = quantized_text(outstanding, tmp_path / "made", text_file)
+    products = [module for module in model.modules() if isinstance(module, StaticProduct)]
+    assert integer_kernels(tmp_path / "made", tmp_path / "out") >= len(products)
 
 
 @pytest.mark.parametrize("kind", ["dense", "low rank", "text"])
