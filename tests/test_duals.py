@@ -81,12 +81,15 @@ def compared(small: Path, clip: Path, data: Path, *flags: str | Path) -> Found:
 
 
 def test_pairs_are_scored_by_retrieval(small: Path, clip: Path, tmp_path: Path) -> None:
-    found = compared(small, clip, kinds.write_captions(tmp_path))
+    captions = kinds.write_captions(tmp_path)
+    found = compared(small, clip, captions)
     assert found["metric"] == "recall_at_1"
     assert set(found["dense"]) >= {"text_at_1", "text_at_5", "text_at_10", "image_at_1", "image_at_5", "image_at_10"}
     assert found["dense"]["text_at_1"] <= found["dense"]["text_at_5"] <= found["dense"]["text_at_10"]
     assert 0 < found["fidelity"]["relative_error"] < 0.5
     assert found["fidelity"]["pooled_cosine"] > 0.8
+    said = json.loads(run("eval", clip, "--data", captions, "--json"))["warnings"]
+    assert not [warning for warning in said if "without labels" in warning]  # captions are what counts
 
 
 def test_a_folder_with_a_table_of_captions_is_as_good(small: Path, clip: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def open_pairs(data: DataConfig, *, labeled: bool, offline: bool) -> SampleSet:
         return _side_by_side(_listed(images), _listed(texts))
     captions = _captions(data, source, offline=offline)
     if captions is not None:
-        return _captioned(_listed(images), _listed(captions))
+        return _captioned(replace(_listed(images), unlabeled=None), _listed(captions))  # retrieval asks for no classes
     if labeled and images.label_names:
         prompts = prompts_of(images.label_names, data.templates or (TEMPLATE,))
         return replace(_listed(images), kind="image-text", apart=True, prompts=prompts)
