@@ -166,7 +166,7 @@ class Bench:
     batch_size: int
     baseline: nn.Module
     labeled: bool
-    refine: int | None
+    refine: int
 
     @property
     def dense(self) -> PreTrainedModel:
@@ -193,6 +193,12 @@ class Bench:
             labeled=self.labeled,
         ).evaluation
 
+    def rounds(self, entry: Entry) -> int:
+        """Refinements; fast and thorough jobs have their own number of them."""
+        if entry.fast or entry.thorough:
+            return CompressConfig.refine
+        return self.refine if entry.refine is None else entry.refine
+
     def compression(self, entry: Entry, seed: int) -> Compressor:
         config = CompressConfig(
             str(self.source.directory),
@@ -203,7 +209,7 @@ class Bench:
             compensation=entry.compensation,
             storage=entry.storage or "auto",
             probes=entry.probes,
-            refine=self.refine if entry.refine is None else entry.refine,
+            refine=self.rounds(entry),
             thorough=entry.thorough,
             fast=entry.fast,
             precision=entry.precision,
@@ -362,7 +368,7 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--methods", nargs="+", default=PEERS, choices=[*ENTRIES, "all"], metavar="METHOD")
     known.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="calibration seeds")
     known.add_argument("--limit", type=int, help="test samples (default: all)")
-    known.add_argument("--refine", type=int, help="for entries that do not name it")
+    known.add_argument("--refine", type=int, default=CompressConfig.refine, help="for entries that do not name it")
     known.add_argument("--batch-size", type=int, default=32)
     known.add_argument("--max-length", type=int)
     known.add_argument("--device", default="auto")

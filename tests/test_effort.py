@@ -32,7 +32,13 @@ def test_a_thorough_job_does_more_of_everything() -> None:
 
 
 def test_rounds_that_are_asked_for_are_taken() -> None:
-    assert Choices.of(config(refine=5)).rounds == Choices.of(config(refine=5, thorough=True)).rounds == 5
+    assert Choices.of(config(refine=5)).rounds == 5
+
+
+@pytest.mark.parametrize("effort", ["fast", "thorough"])
+def test_a_named_effort_has_its_own_rounds(effort: str) -> None:
+    with pytest.raises(UsageError, match=f"--{effort} already sets --refine"):
+        config(refine=5, **{effort: True})
 
 
 def test_fast_and_thorough_are_opposites() -> None:

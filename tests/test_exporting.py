@@ -200,8 +200,8 @@ def test_a_difference_is_not_published(
 ) -> None:
     honest = forms.write_program
 
-    def wrong(session: Session, staging: Path) -> forms.Written:
-        written = honest(session, staging)
+    def wrong(session: Session, staging: Path, batch_size: int | None) -> forms.Written:
+        written = honest(session, staging, batch_size)
         return replace(written, run=lambda batch: {n: value + 0.01 for n, value in written.run(batch).items()})
 
     monkeypatch.setitem(forms.FORMS, "torch", wrong)

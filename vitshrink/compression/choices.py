@@ -109,7 +109,8 @@ class Choices:
         """How often the job learns again from the compressed model."""
         if self.config.stores in ("bits", "narrow") or self.method.needs is not Needs.CURVATURE:
             return 0
-        return effort_of(self.config).rounds if self.config.refine is None else self.config.refine
+        rounds = effort_of(self.config).rounds
+        return self.config.refine if rounds is None else rounds
 
     def compressor(
         self,

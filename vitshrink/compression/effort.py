@@ -25,7 +25,7 @@ class Effort:
     """Rounds and samples.
 
     Attributes:
-        rounds: how often the curvature is estimated again on the compressed model, where the job does not say it.
+        rounds: how often the curvature is estimated again on the compressed model; as the job says if it is None.
         measured: samples on which the effects of components are measured: how much each counts, not what it is.
         again: those of compressed models; H of the dense model, of all samples, has half of the weight in theirs.
         repaired: those that repairs are fitted to.
@@ -34,7 +34,7 @@ class Effort:
         compensation: instead of repairs that end with gains and biases; as the method says if it is None.
     """
 
-    rounds: int
+    rounds: int | None = None
     measured: int = 128
     again: Part = ALL
     repaired: Part = ALL
@@ -44,7 +44,7 @@ class Effort:
 
 
 FAST = Effort(rounds=0, allocation="loss", compensation="bias")
-DEFAULT = Effort(rounds=2)
+DEFAULT = Effort()
 THOROUGH = Effort(rounds=4, measured=256, steps=3)
 
 

@@ -189,7 +189,8 @@ class Shrinking:
         findings = nothing if planned.spare else first()
         shrunk = Shrunk(findings, planned.plan, own(view_of(self.base)), job)
         if best.ranked:
-            shrunk = smaller(planned.compressor, first, Size("", planned.aim), choices.rounds, job, last=True)
+            aim = Size("", planned.aim)
+            shrunk = smaller(planned.compressor, first, aim, choices.rounds, job, last=True, timed=True)
         assert shrunk.model is not None
         model = merged(shrunk.model, planned.kept)
         if pace.integers:
@@ -218,11 +219,21 @@ class Shrinking:
 
 
 def smaller(
-    compressor: Compressor, first: Callable[[], Findings], size: Size, rounds: int, job: Job, *, last: bool = False
+    compressor: Compressor,
+    first: Callable[[], Findings],
+    size: Size,
+    rounds: int,
+    job: Job,
+    *,
+    last: bool = False,
+    timed: bool = False,
 ) -> Shrunk:
-    """The model of one size, from the findings of the dense model, ``first``, refined for it ``rounds`` times."""
+    """The model of one size, from the findings of the dense model, ``first``, refined for it ``rounds`` times.
+
+    A plan that was ``timed`` is not compared with plans of other kinds of forms, which would take another time.
+    """
     config = compressor.config
-    scaled = cache(lambda: on_one_scale(compressor, first(), size.budget, job))
+    scaled = first if timed else cache(lambda: on_one_scale(compressor, first(), size.budget, job))
     findings = _refined(compressor, scaled, size, rounds, job, last=last)
     if config.stores == "bits" and not config.dry_run:
         return Shrunk(findings, *fitted(compressor, findings, size.budget, job), job)

@@ -72,10 +72,9 @@ class MethodOptions(Options):
         "attention; auto: bits if you give a size in bytes or a bound and no rank options, otherwise rank.",
         panel=METHOD,
     )
-    refine: int | None = option(
-        None,
-        "How often the curvature is estimated again on the compressed model, for each size: twice if not given, "
-        "four times with --thorough.",
+    refine: int = option(
+        2,
+        "How often the curvature is estimated again on the compressed model, for each size.",
         panel=METHOD,
         low=0,
     )
@@ -103,6 +102,8 @@ class MethodOptions(Options):
             raise UsageError(f"--fast already sets {slow[0]}: remove one of them.")
         if self.fast and self.thorough:
             raise UsageError("--fast and --thorough are opposites: remove one of them.")
+        if self.thorough and self.given(("refine",)):
+            raise UsageError("--thorough already sets --refine: remove one of them.")
         if self.quantize in (None, NO_INTEGERS) and self.activations is not None:
             raise UsageError("--activations sets how a quantized model computes: pass --quantize int8 as well.")
         if self.quantize not in (None, NO_INTEGERS):
