@@ -218,7 +218,7 @@ def test_what_a_gpu_has_to_show_runs_without_one() -> None:
     for form in ("gauge", "dense, int8 weights, ours", "dense, int8 dynamic, ours", "factors, int8 dynamic, ours"):
         assert {row[3] for row in found if row[0] == form} == {"eager", "compiled"}
     jobs = ("keep=0.7", "keep=0.5", "bits=3")
-    agreed = [row[1] for row in found if row[0] in jobs and re.fullmatch(r"[01]\.\d+", row[1])]
+    agreed = [row[1] for row in found if row[0] in jobs and re.fullmatch(r"[01]\.\d{3}", row[1])]
     assert agreed == ["1.000"] * 3, "a device agrees with itself"
     wrong = subprocess.run([*script, "model"], env=surroundings, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
