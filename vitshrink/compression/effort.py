@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from vitshrink.compression.repairs.rescaling import STEPS
 from vitshrink.config.options import CompressConfig
+from vitshrink.statistics.effects import MEASURED_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class Effort:
     """
 
     rounds: int | None = None
-    measured: int = 128
+    measured: int = MEASURED_SAMPLES
     again: Part = ALL
     repaired: Part = ALL
-    steps: int = 2
+    steps: int = STEPS
     allocation: str | None = None
     compensation: str | None = None
 
