@@ -26,8 +26,8 @@ from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.observer import Job
 from vitshrink.statistics.algebra import full_svd
 from vitshrink.statistics.calibration import to_device
-from vitshrink.statistics.curvature import random_functional
 from vitshrink.statistics.effects import MEASURED_SAMPLES
+from vitshrink.statistics.functionals import random_functional
 from vitshrink.statistics.reference import DenseOutputs
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
 

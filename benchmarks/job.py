@@ -23,7 +23,7 @@ from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.runtime.precision import Passes, passes_in
 from vitshrink.statistics.calibration import to_device
-from vitshrink.statistics.curvature import random_functional
+from vitshrink.statistics.functionals import random_functional
 
 
 @dataclass(frozen=True)

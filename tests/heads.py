@@ -16,7 +16,7 @@ from vitshrink.data import Preprocessor, open_samples
 from vitshrink.models.fidelity import Head
 from vitshrink.models.readings import reading_of
 from vitshrink.models.tasks import task_of
-from vitshrink.statistics.curvature import random_functional
+from vitshrink.statistics.functionals import random_functional
 
 Found = dict[str, Any]
 

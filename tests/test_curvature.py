@@ -22,13 +22,8 @@ from vitshrink.models.fidelity import SOFTMAX
 from vitshrink.models.targets import Target, find_targets
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import passes_in
-from vitshrink.statistics.curvature import (
-    TOKEN_WEIGHT,
-    CurvatureCollector,
-    clipping,
-    collect_curvature,
-    random_functional,
-)
+from vitshrink.statistics.curvature import TOKEN_WEIGHT, CurvatureCollector, clipping, collect_curvature
+from vitshrink.statistics.functionals import random_functional
 from vitshrink.statistics.stats import LinearStats
 
 CLASSIFIER = "ViTForImageClassification"

@@ -15,8 +15,9 @@ from vitshrink.errors import NumericsError
 from vitshrink.methods import get_method
 from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.targets import find_targets
-from vitshrink.statistics.curvature import batch_generator, collect_curvature, random_functional
+from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.effects import Components, Effects, component_effects, measured_loss, shortfall
+from vitshrink.statistics.functionals import batch_generator, random_functional
 from vitshrink.statistics.reference import DenseOutputs
 
 

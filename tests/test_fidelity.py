@@ -21,7 +21,7 @@ from vitshrink.models.tasks import head_of
 from vitshrink.recovery.answers import Reader
 from vitshrink.recovery.objectives import Distillation, Supervision
 from vitshrink.recovery.training_set import TrainingBatch
-from vitshrink.statistics.curvature import random_functional
+from vitshrink.statistics.functionals import random_functional
 
 HEADS = {"softmax": SOFTMAX, "bernoulli": BERNOULLI, "regression": REGRESSION, "features": FEATURES}
 PROBLEMS = {

@@ -16,8 +16,9 @@ from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.targets import blocks_of, find_outside, find_targets
 from vitshrink.runtime.modes import frozen
 from vitshrink.statistics import recomputing
-from vitshrink.statistics.curvature import batch_generator, collect_curvature, random_functional
+from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.effects import Components, component_effects
+from vitshrink.statistics.functionals import batch_generator, random_functional
 from vitshrink.statistics.halves import half_of
 from vitshrink.statistics.recomputing import Recomputing, read_and_given
 from vitshrink.statistics.sensitivity import (

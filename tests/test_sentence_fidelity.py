@@ -15,8 +15,8 @@ from vitshrink.data import Preprocessor, open_samples
 from vitshrink.models.loading import LoadedModel, load_dense
 from vitshrink.models.readings import Sentences, plainly_read, reading_of
 from vitshrink.models.views import view_of
-from vitshrink.statistics.curvature import random_functional
 from vitshrink.statistics.digests import model_digest
+from vitshrink.statistics.functionals import random_functional
 from vitshrink.statistics.sensitivity import collect_sensitivity
 
 

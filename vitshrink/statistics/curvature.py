@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from vitshrink.errors import DataError, NumericsError
-from vitshrink.models.readings import reading_of
 from vitshrink.models.targets import Target, first_blocks
-from vitshrink.models.tasks import head_of, task_of
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes, in_full
 from vitshrink.statistics.calibration import (
@@ -27,11 +24,11 @@ from vitshrink.statistics.calibration import (
     one_by_one,
     put_sums,
     real_tokens,
-    samples_of,
     to_device,
     token_mask,
 )
 from vitshrink.statistics.calls import joined
+from vitshrink.statistics.functionals import batch_generator, random_functional, require_gradient
 from vitshrink.statistics.halves import half_gram, half_of, symmetric
 from vitshrink.statistics.recomputing import Recomputing, recomputing
 from vitshrink.statistics.stats import LinearStats, Moments
@@ -42,56 +39,6 @@ TOKEN_WEIGHT = 0.7
 CLIP = (0.1, 10.0)
 """Bounds of the norm of a token's gradient, in units of the mean over the tokens of a batch: a few tokens with far
 longer ones than the others would stand for all of them in C and H."""
-
-
-Functional = Callable[[ModelOutput], Tensor]
-"""From the outputs of a batch to one number a sample, (batch,); linear in the logits or features."""
-
-
-def random_functional(
-    model: PreTrainedModel, outputs: ModelOutput, batch: CalibrationBatch, generator: torch.Generator
-) -> Functional:
-    """A random functional with E[g gᵀ] = Jᵀ F J for its gradient g, F the second derivative of the head's divergence.
-
-    It is ``Head.probe`` of the rows of ``outputs``, as ``readings`` has them, or of the logits at up to 16 tokens a
-    text of a masked LM. The tokens of a masked LM are not hidden here: more of them say something at once, and the
-    models come out closer at the hidden ones too.
-    """
-    head = head_of(model)
-    if task_of(model) == "masked-lm":
-        logits: Tensor = outputs["logits"]
-        texts, positions = _tokens(_masks(logits, batch), generator)
-        at_tokens = head.probe(logits[texts, positions], generator)
-        zeros = at_tokens.new_zeros(logits.shape[0])
-        index = texts.to(logits.device)
-        return lambda outputs: zeros.index_add(
-            0, index, (outputs["logits"][texts, positions].float() * at_tokens).sum(-1)
-        )
-
-    reading = reading_of(model)
-    probe = head.probe(reading.rows(outputs, batch), generator)
-    owners = reading.owners(outputs, batch)
-    nothing = probe.new_zeros(samples_of(batch))
-
-    def of_samples(outputs: ModelOutput) -> Tensor:
-        of_rows = (reading.rows(outputs, batch) * probe).sum(-1)
-        return of_rows if owners is None else nothing.index_add(0, owners, of_rows)
-
-    return of_samples
-
-
-def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:
-    return torch.ones(logits.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask.cpu()
-
-
-def _tokens(masks: Tensor, generator: torch.Generator, most: int = 16) -> tuple[Tensor, Tensor]:
-    """Up to ``most`` random real tokens of every row: their rows and positions."""
-    found = []
-    for mask in masks:
-        real = mask.nonzero().flatten()
-        found.append(real[torch.randperm(len(real), generator=generator)[:most]])
-    rows = torch.arange(len(found)).repeat_interleave(torch.tensor([len(each) for each in found]))
-    return rows, torch.cat(found)
 
 
 @dataclass(eq=False)
@@ -389,18 +336,6 @@ def token_weights(importance: Sequence[Tensor], share: float = TOKEN_WEIGHT) -> 
     """
     relative = torch.stack([each / each.mean().clamp_min(1e-30) for each in importance]).mean(0)
     return share * relative + (1 - share)
-
-
-def batch_generator(seed: int, number: int) -> torch.Generator:
-    """Random numbers of one batch, which are the same wherever, and after whatever others, it is run."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)
-
-
-def require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients start at the first block, and where layers read something else: nothing before it is a target."""
-    if inputs[0].requires_grad:
-        return inputs
-    return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
 def collect_curvature(

@@ -20,7 +20,7 @@ from vitshrink.runtime.paging import rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device, token_mask
 from vitshrink.statistics.calls import by_sample
-from vitshrink.statistics.curvature import batch_generator, random_functional, require_gradient
+from vitshrink.statistics.functionals import batch_generator, random_functional, require_gradient
 from vitshrink.statistics.recomputing import recomputing
 from vitshrink.statistics.reference import Reference
 

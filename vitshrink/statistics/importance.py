@@ -13,13 +13,8 @@ from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, to_device, token_mask
-from vitshrink.statistics.curvature import (
-    batch_generator,
-    clipping,
-    random_functional,
-    require_gradient,
-    token_weights,
-)
+from vitshrink.statistics.curvature import clipping, token_weights
+from vitshrink.statistics.functionals import batch_generator, random_functional, require_gradient
 from vitshrink.statistics.recomputing import recomputing
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vitshrink.runtime.modes import frozen
 from vitshrink.statistics.calibration import CalibrationBatch, one_by_one
-from vitshrink.statistics.curvature import batch_generator
+from vitshrink.statistics.functionals import batch_generator
 from vitshrink.statistics.sensitivity import Sensitivity, SensitivityCollector, counted, patches
 
 TOKENS = 1024

@@ -31,7 +31,7 @@ from vitshrink.statistics.calibration import (
     to_device,
     token_mask,
 )
-from vitshrink.statistics.curvature import batch_generator, random_functional
+from vitshrink.statistics.functionals import batch_generator, random_functional
 from vitshrink.statistics.halves import blocks, diagonal, half_gram, symmetric
 from vitshrink.statistics.recomputing import recomputing
 

@@ -12,7 +12,7 @@ from vitshrink.models.blocks import hidden_of
 from vitshrink.models.targets import blocks_of
 from vitshrink.recovery.training_set import TrainingBatch
 from vitshrink.runtime.modes import frozen
-from vitshrink.statistics.curvature import batch_generator, random_functional, require_gradient
+from vitshrink.statistics.functionals import batch_generator, random_functional, require_gradient
 from vitshrink.statistics.sensitivity import WEIGHTS
 
 SHRINKAGE = 0.5

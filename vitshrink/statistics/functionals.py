@@ -1,0 +1,73 @@
+"""Random functionals of what a model gives for a batch, of which gradients and losses are taken."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from vitshrink.models.readings import reading_of
+from vitshrink.models.tasks import head_of, task_of
+from vitshrink.statistics.calibration import CalibrationBatch, samples_of
+
+Functional = Callable[[ModelOutput], Tensor]
+"""From the outputs of a batch to one number a sample, (batch,); linear in the logits or features."""
+
+
+def random_functional(
+    model: PreTrainedModel, outputs: ModelOutput, batch: CalibrationBatch, generator: torch.Generator
+) -> Functional:
+    """A random functional with E[g gᵀ] = Jᵀ F J for its gradient g, F the second derivative of the head's divergence.
+
+    It is ``Head.probe`` of the rows of ``outputs``, as ``readings`` has them, or of the logits at up to 16 tokens a
+    text of a masked LM. The tokens of a masked LM are not hidden here: more of them say something at once, and the
+    models come out closer at the hidden ones too.
+    """
+    head = head_of(model)
+    if task_of(model) == "masked-lm":
+        logits: Tensor = outputs["logits"]
+        texts, positions = _tokens(_masks(logits, batch), generator)
+        at_tokens = head.probe(logits[texts, positions], generator)
+        zeros = at_tokens.new_zeros(logits.shape[0])
+        index = texts.to(logits.device)
+        return lambda outputs: zeros.index_add(
+            0, index, (outputs["logits"][texts, positions].float() * at_tokens).sum(-1)
+        )
+
+    reading = reading_of(model)
+    probe = head.probe(reading.rows(outputs, batch), generator)
+    owners = reading.owners(outputs, batch)
+    nothing = probe.new_zeros(samples_of(batch))
+
+    def of_samples(outputs: ModelOutput) -> Tensor:
+        of_rows = (reading.rows(outputs, batch) * probe).sum(-1)
+        return of_rows if owners is None else nothing.index_add(0, owners, of_rows)
+
+    return of_samples
+
+
+def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:
+    return torch.ones(logits.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask.cpu()
+
+
+def _tokens(masks: Tensor, generator: torch.Generator, most: int = 16) -> tuple[Tensor, Tensor]:
+    """Up to ``most`` random real tokens of every row: their rows and positions."""
+    found = []
+    for mask in masks:
+        real = mask.nonzero().flatten()
+        found.append(real[torch.randperm(len(real), generator=generator)[:most]])
+    rows = torch.arange(len(found)).repeat_interleave(torch.tensor([len(each) for each in found]))
+    return rows, torch.cat(found)
+
+
+def batch_generator(seed: int, number: int) -> torch.Generator:
+    """Random numbers of one batch, which are the same wherever, and after whatever others, it is run."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)
+
+
+def require_gradient(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients start at the first block, and where layers read something else: nothing before it is a target."""
+    if inputs[0].requires_grad:
+        return inputs
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])
