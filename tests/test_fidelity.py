@@ -21,7 +21,7 @@ from vitshrink.models.tasks import head_of
 from vitshrink.recovery.answers import Reader
 from vitshrink.recovery.objectives import Distillation, Supervision
 from vitshrink.recovery.training_set import TrainingBatch
-from vitshrink.statistics.functionals import random_functional
+from vitshrink.statistics.functionals import divergences, random_functional
 
 HEADS = {"softmax": SOFTMAX, "bernoulli": BERNOULLI, "regression": REGRESSION, "features": FEATURES}
 PROBLEMS = {
@@ -154,6 +154,9 @@ def test_curvature_recovery_and_report_agree(name: str, problem_type: str | None
     for seed in range(3000):
         functional = random_functional(dense, wanted, batch, generator(seed))
         squares.append((functional(wanted) - functional(found)).double().square().mean())
+    direct = divergences(dense, wanted, found, batch, generator(0))
+    assert direct.shape == (6,)
+    assert float(direct.mean()) / scale == pytest.approx(reported, rel=2e-2)
     factor = 0.5 if head.measure == "kl" else 1 / scale
     assert factor * float(torch.stack(squares).mean()) == pytest.approx(reported, rel=0.1)
 

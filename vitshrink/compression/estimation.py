@@ -39,7 +39,7 @@ from vitshrink.statistics.effects import Components, measured_loss
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.recomputing import is_large
 from vitshrink.statistics.reference import DenseOutputs
-from vitshrink.statistics.sharing import Shared, shared_effects, shared_shortfall
+from vitshrink.statistics.sharing import Shared, shared_effects, shared_losses
 from vitshrink.statistics.stats import LinearStats
 
 SHARES_MEASURED_AGAIN = (0.0, 0.5, 1.0)
@@ -294,12 +294,11 @@ class LayerEstimator:
 
     @torch.no_grad()
     def missing(self, model: PreTrainedModel) -> float:
-        """What a compressed model loses on some samples, in the unit in which the losses of layers are measured."""
+        """What a compressed model loses on some samples: the mean divergence of its outputs."""
         assert self.calibration is not None
         batches = first_of(self.calibration.batches, self.effort.measured)
         seed = self.config.seed + 4
-        found = shared_shortfall(model, self.dense_outputs, batches, seed=seed, passes=self.passes)
-        return float(found.square().mean())
+        return float(shared_losses(model, self.dense_outputs, batches, seed=seed, passes=self.passes).mean())
 
     def _factorize(self, stats: Mapping[str, LinearStats], job: Job) -> Findings:
         """Nested factors of every target; one whose decomposition fails is left out, kept as it is and reported.

@@ -20,7 +20,7 @@ from vitshrink.runtime.paging import rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device, token_mask
 from vitshrink.statistics.calls import by_sample
-from vitshrink.statistics.functionals import batch_generator, random_functional, require_gradient
+from vitshrink.statistics.functionals import batch_generator, divergences, random_functional, require_gradient
 from vitshrink.statistics.recomputing import recomputing
 from vitshrink.statistics.reference import Reference
 
@@ -147,6 +147,26 @@ def shortfall(
     return torch.cat(missing)
 
 
+@torch.no_grad()
+def losses(
+    model: PreTrainedModel,
+    reference: Reference,
+    batches: Iterable[CalibrationBatch],
+    *,
+    seed: int = 0,
+    first: int = 0,
+    passes: Passes = nullcontext,
+) -> Tensor:
+    """``divergences`` of the model from the reference, (samples,): what squares of ``shortfall`` are by chance."""
+    device = next(model.parameters()).device
+    found = [torch.zeros(0, dtype=torch.float64, device=device)]
+    for number, batch in enumerate(batches, first):
+        with evaluating(model), passes():
+            outputs = model(**to_device(batch.inputs, device))
+        found.append(divergences(model, reference(batch), outputs, batch, batch_generator(seed, number)))
+    return torch.cat(found)
+
+
 @dataclass(eq=False)
 class Watch:
     """Hooks that turn the inputs and output gradients of layers into the effects of their components."""
@@ -198,13 +218,14 @@ class Watch:
         return forward
 
     def _add_inner(self, name: str, parts: Components, flows: Tensor, gradient: Tensor) -> None:
+        # taken out of what flows, not of what is read: that is wider
         mean = (parts.down.double() @ parts.mean.double()).float()
         flows = self._real(flows.float() - mean.to(flows.device), gradient)
         self._keep(name, self.effects, by_sample((flows * gradient).sum(1), self.samples))
 
     def _add_shift(self, name: str, gradient: Tensor) -> None:
-        gradient = gradient.detach().float()
-        self._keep(name, self.shifts, by_sample(self._real(gradient, gradient).sum(1), self.samples))
+        found = self._real(gradient.detach(), gradient).sum(1, dtype=torch.float32)
+        self._keep(name, self.shifts, by_sample(found, self.samples))
 
     def _real(self, tokens: Tensor, gradient: Tensor) -> Tensor:
         """Tokens (batch, tokens, k) with nothing in the place of padding, as the shape of a gradient says."""
@@ -222,17 +243,13 @@ class Watch:
         return hook
 
     def _add(self, name: str, parts: Components, read: Tensor, gradient: Tensor) -> None:
-        # laid out alike wherever they come from: else products round otherwise
-        # on the device of the gradient, which may be another than that of the components
-        mean = parts.mean.float().to(read.device)
-        x, gradient = (read.float() - mean).contiguous(), gradient.detach().float().contiguous()
-        x, gradient = self._real(x, gradient), self._real(gradient, gradient)
+        gradient, read = gradient.detach().contiguous(), read.contiguous()  # laid out otherwise, they round otherwise
         with self.passes():
-            left = gradient @ parts.up.float().to(gradient.device)
-            right = x @ parts.down.float().T.to(x.device)
+            left = gradient @ parts.up.to(gradient)
+            right = read @ parts.down.to(read).T
         rest()
-        self._keep(name, self.effects, by_sample((left.float() * right).sum(1), self.samples))
-        self._keep(name, self.shifts, by_sample(gradient.sum(1), self.samples))
+        self._add_inner(name, parts, right, left)
+        self._add_shift(name, gradient)
 
     def _keep(self, name: str, found: dict[str, list[Tensor]], each: Tensor) -> None:
         """Add what a call of a layer shows to what its calls before have shown in this batch."""

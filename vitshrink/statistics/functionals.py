@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from vitshrink.models.fidelity import measured
 from vitshrink.models.readings import reading_of
 from vitshrink.models.tasks import head_of, task_of
 from vitshrink.statistics.calibration import CalibrationBatch, samples_of
@@ -24,27 +25,42 @@ def random_functional(
     text of a masked LM. The tokens of a masked LM are not hidden here: more of them say something at once, and the
     models come out closer at the hidden ones too.
     """
-    head = head_of(model)
+    read, owners = _rows_of(model, outputs, batch, generator)
+    probe = head_of(model).probe(read(outputs), generator)
+    return lambda outputs: _by_sample((read(outputs) * probe).sum(-1), owners, batch)
+
+
+def divergences(
+    model: PreTrainedModel,
+    dense: ModelOutput,
+    outputs: ModelOutput,
+    batch: CalibrationBatch,
+    generator: torch.Generator,
+) -> Tensor:
+    """The divergence of ``outputs`` from those of the dense model, (batch,), float64.
+
+    Where both are near to each other, it is the mean square of what a ``random_functional`` says of their difference,
+    up to the factor of ``Head.probe``.
+    """
+    read, owners = _rows_of(model, dense, batch, generator)
+    return _by_sample(measured(head_of(model), read(dense), read(outputs)), owners, batch)
+
+
+def _rows_of(
+    model: PreTrainedModel, outputs: ModelOutput, batch: CalibrationBatch, generator: torch.Generator
+) -> tuple[Callable[[ModelOutput], Tensor], Tensor | None]:
+    """How the rows that count are read from outputs, and the sample of each; None where each sample has one."""
     if task_of(model) == "masked-lm":
         logits: Tensor = outputs["logits"]
         texts, positions = _tokens(_masks(logits, batch), generator)
-        at_tokens = head.probe(logits[texts, positions], generator)
-        zeros = at_tokens.new_zeros(logits.shape[0])
-        index = texts.to(logits.device)
-        return lambda outputs: zeros.index_add(
-            0, index, (outputs["logits"][texts, positions].float() * at_tokens).sum(-1)
-        )
-
+        return lambda outputs: outputs["logits"][texts, positions].float(), texts.to(logits.device)
     reading = reading_of(model)
-    probe = head.probe(reading.rows(outputs, batch), generator)
-    owners = reading.owners(outputs, batch)
-    nothing = probe.new_zeros(samples_of(batch))
+    return lambda outputs: reading.rows(outputs, batch), reading.owners(outputs, batch)
 
-    def of_samples(outputs: ModelOutput) -> Tensor:
-        of_rows = (reading.rows(outputs, batch) * probe).sum(-1)
-        return of_rows if owners is None else nothing.index_add(0, owners, of_rows)
 
-    return of_samples
+def _by_sample(of_rows: Tensor, owners: Tensor | None, batch: CalibrationBatch) -> Tensor:
+    """Sums of the rows of each sample, (batch,)."""
+    return of_rows if owners is None else of_rows.new_zeros(samples_of(batch)).index_add(0, owners, of_rows)
 
 
 def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:

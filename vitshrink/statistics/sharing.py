@@ -1,6 +1,6 @@
 """Work on the calibration data: shared out among the processes of a job, and saved on the way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vitshrink.runtime import processes
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.calibration import CalibrationBatch, Collector, OnBatch, samples_of
-from vitshrink.statistics.effects import Components, Effects, component_effects, shortfall
+from vitshrink.statistics.effects import Components, Effects, component_effects, losses, shortfall
 from vitshrink.statistics.reference import Reference
 
 
@@ -75,11 +75,28 @@ def shared_shortfall(
     model: PreTrainedModel, reference: Reference, batches: Sequence[CalibrationBatch], **rest: Any
 ) -> Tensor:
     """``shortfall``, to which each process contributes that of its batches; all of them get all."""
+    return _shared(shortfall, model, reference, batches, **rest)
+
+
+def shared_losses(
+    model: PreTrainedModel, reference: Reference, batches: Sequence[CalibrationBatch], **rest: Any
+) -> Tensor:
+    """``losses``, to which each process contributes those of its batches; all of them get all."""
+    return _shared(losses, model, reference, batches, **rest)
+
+
+def _shared(
+    found: Callable[..., Tensor],
+    model: PreTrainedModel,
+    reference: Reference,
+    batches: Sequence[CalibrationBatch],
+    **rest: Any,
+) -> Tensor:
     if not processes.started():
-        return shortfall(model, reference, batches, **rest)
+        return found(model, reference, batches, **rest)
     mine = processes.block(len(batches))
     with processes.together():
-        own = shortfall(model, reference, batches[mine.start : mine.stop], first=mine.start, **rest)
+        own = found(model, reference, batches[mine.start : mine.stop], first=mine.start, **rest)
     return _joined(own, next(model.parameters()).device)
 
 
