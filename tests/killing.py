@@ -8,8 +8,10 @@ import signal
 import sys
 from typing import Any
 
+import tiny
 import torch
 
+from vitshrink.compression import effort
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import VitshrinkError
 from vitshrink.jobs.compress import compress
@@ -45,6 +47,7 @@ def _compress(entries: dict[str, Any], module: str, path: str, left: int) -> Non
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends
     torch.set_num_threads(1)
     figures.available = lambda: False
+    effort.DEFAULT = tiny.REFINES_ALWAYS
     owner, name = attribute(module, path)
     original = getattr(owner, name)
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitshrink.compression import estimation, sensitivity_estimation
+from vitshrink.compression import effort, estimation, sensitivity_estimation
 from vitshrink.compression.estimation import LayerEstimator
 from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch
@@ -125,7 +125,10 @@ def test_another_size_reads_the_cache_and_equals_a_job_of_its_own(job: Job, work
     assert weights(other) == weights(alone)
 
 
-def test_refinement_runs_for_every_size_on_top_of_cached_statistics(job: Job, work: list[str]) -> None:
+def test_refinement_runs_for_every_size_on_top_of_cached_statistics(
+    job: Job, work: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effort, "DEFAULT", tiny.REFINES_ALWAYS)
     first = job(refine=1)
     assert work == ["statistics", "factors"] * 2
     work.clear()

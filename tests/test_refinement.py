@@ -1,36 +1,49 @@
 """Refinement: factors for what the compressed model shows, and ranks by what brings its outputs closest."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vitshrink.compression import effort
 from vitshrink.compression import estimation as module
 from vitshrink.compression.choices import Choices
+from vitshrink.compression.compressor import Compressor
 from vitshrink.compression.shrinking import Shrinking
 from vitshrink.config.options import CompressConfig, DataConfig
 from vitshrink.data import Preprocessor
-from vitshrink.data.opening import open_data, read_calibration
-from vitshrink.models.loading import load_dense
+from vitshrink.data.opening import CalibrationData, open_data, read_calibration
+from vitshrink.models.loading import LoadedModel, load_dense
 from vitshrink.runtime.observer import Job, Silent
-from vitshrink.statistics.effects import shortfall
+from vitshrink.statistics.effects import losses
 from vitshrink.statistics.reference import DenseOutputs
+
+
+def prepared(
+    directory: Path, images: Path, keep: float, **entries: Any
+) -> tuple[LoadedModel, Compressor, CalibrationData, int]:
+    """A dense model, what compresses it, its calibration data, and a budget."""
+    config = CompressConfig(str(directory), "out", keep=(keep,), calibration=str(images), samples=16, **entries)
+    source = load_dense(str(directory), offline=True)
+    preprocessor = Preprocessor.from_checkpoint(directory, "image")
+    job = Job(Silent())
+    samples = open_data(DataConfig(str(images)), source, offline=True)
+    calibration = read_calibration(samples, preprocessor, job, samples=16, seed=0, batch_size=8)
+    choices = Choices.of(config)
+    shrinking = Shrinking.of(choices, source.model, source.source_dtype)
+    compression = choices.compressor(source.model, shrinking.targets, source.source_dtype, calibration)
+    assert isinstance(compression.estimator, module.LayerEstimator)
+    return source, compression, calibration, shrinking.sizes[0].budget
 
 
 @pytest.mark.parametrize("keep", [0.6, 0.9])
 def test_ranks_go_by_the_measurement_that_brings_the_outputs_closest(
     keep: float, vit_directory: Path, flat_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CompressConfig(str(vit_directory), "out", keep=(keep,), calibration=str(flat_images), samples=16)
-    source = load_dense(str(vit_directory), offline=True)
-    preprocessor = Preprocessor.from_checkpoint(vit_directory, "image")
-    job = Job(Silent())
-    samples = open_data(DataConfig(str(flat_images)), source, offline=True)
-    calibration = read_calibration(samples, preprocessor, job, samples=16, seed=0, batch_size=8)
-    choices = Choices.of(config)
-    shrinking = Shrinking.of(choices, source.model, source.source_dtype)
-    compression = choices.compressor(source.model, shrinking.targets, source.source_dtype, calibration)
+    source, compression, calibration, budget = prepared(vit_directory, flat_images, keep, thorough=True)
     assert isinstance(compression.estimator, module.LayerEstimator)
-    budget = shrinking.sizes[0].budget
+    job = Job(Silent())
     first = compression.learn(job)
     plan = compression.plan(first, budget)
 
@@ -38,14 +51,9 @@ def test_ranks_go_by_the_measurement_that_brings_the_outputs_closest(
         refined = compression.refine(first, plan, job)
         size = compression.size(plan)
         model = compression.truncate(refined, compression.plan(refined, size), job)
-        missing = shortfall(
-            model,
-            DenseOutputs(source.model, compression.estimator.passes),
-            calibration.batches,
-            seed=config.seed + 4,
-            passes=compression.estimator.passes,
-        )
-        return float(missing.square().mean())
+        dense = DenseOutputs(source.model, compression.estimator.passes)
+        lost, spread = losses(model, dense, calibration.batches, passes=compression.estimator.passes).sum(0)
+        return float(lost / spread)
 
     chosen = lacks()
     each = []
@@ -54,3 +62,25 @@ def test_ranks_go_by_the_measurement_that_brings_the_outputs_closest(
         each.append(lacks())
     assert len(set(each)) > 1
     assert chosen == pytest.approx(min(each), rel=1e-4)
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_a_light_cut_is_not_refined_and_few_samples_repair_it(
+    light: bool, vit_directory: Path, flat_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, compression, calibration, budget = prepared(vit_directory, flat_images, 0.8)
+    assert isinstance(compression.estimator, module.LayerEstimator)
+    job = Job(Silent())
+    first = compression.learn(job)
+    plan = compression.plan(first, budget)
+    lost = compression.estimator.missing(compression.replaced(first, plan))
+    assert 0 < lost < compression.estimator.missing(compression.replaced(first, compression.plan(first, budget // 2)))
+    few = replace(effort.DEFAULT, light=lost * (1.01 if light else 0.99), repaired=8)
+    monkeypatch.setattr(effort, "DEFAULT", few)
+    found = compression.refine(first, plan, job)
+    assert found.light == light
+    assert (found.layers == first.layers) == light
+    assert len(compression.estimator.to_repair(found)) == (1 if light else len(calibration.batches))
+    again = compression.refine(replace(found, light=False), plan, job)
+    assert again.light == light
+    del source

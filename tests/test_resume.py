@@ -11,6 +11,7 @@ import tiny
 import torch
 from killing import attribute, compress_until, compress_with_little_room
 
+from vitshrink.compression import effort
 from vitshrink.config.options import CompressConfig
 from vitshrink.errors import GateError
 from vitshrink.jobs.compress import CompressionResult, compress
@@ -22,6 +23,12 @@ from vitshrink.runtime.state import PARTS, Progress, state_directory
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitshrink.report.figures.available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def always_refined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the processes that are killed."""
+    monkeypatch.setattr(effort, "DEFAULT", tiny.REFINES_ALWAYS)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ are the architectures' class names, as in ``config.json``.
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from vitshrink.compression.effort import DEFAULT
 from vitshrink.models.structures.low_rank import LowRankLinear
+
+REFINES_ALWAYS = replace(DEFAULT, light=0.0)
+"""An effort for which no cut is light: tiny models of random weights lose little."""
 
 IMAGE_SIZE = 32
 IMAGE_CLASSES = ("bird", "cat", "dog", "fish")

@@ -8,38 +8,24 @@ from vitshrink.statistics.effects import MEASURED_SAMPLES
 
 
 @dataclass(frozen=True)
-class Part:
-    """Of the samples of a job, those that a step looks at: a share of them, but so many at least."""
-
-    share: float
-    least: int = 0
-
-    def of(self, samples: int) -> int:
-        """Out of so many."""
-        return min(samples, max(self.least, round(self.share * samples)))
-
-
-ALL = Part(1.0)
-
-
-@dataclass(frozen=True)
 class Effort:
     """Rounds and samples.
 
     Attributes:
         rounds: how often the curvature is estimated again on the compressed model; as the job says if it is None.
+        light: what a compressed model may lose before its repairs, as a share of what a constant answer would, for the
+            curvature not to be estimated again on it.
         measured: samples on which the effects of components are measured: how much each counts, not what it is.
-        again: those of compressed models; H of the dense model, of all samples, has half of the weight in theirs.
-        repaired: those that repairs are fitted to.
+        repaired: those that repairs of light cuts are fitted to, at most; of others, all.
         steps: Gauss-Newton steps on gains and biases.
         allocation: how ranks are distributed instead of by measured effects; as the method says if it is None.
         compensation: instead of repairs that end with gains and biases; as the method says if it is None.
     """
 
     rounds: int | None = None
+    light: float = 0.1
     measured: int = MEASURED_SAMPLES
-    again: Part = ALL
-    repaired: Part = ALL
+    repaired: int = 128
     steps: int = STEPS
     allocation: str | None = None
     compensation: str | None = None
@@ -47,7 +33,7 @@ class Effort:
 
 FAST = Effort(rounds=0, allocation="loss", compensation="bias")
 DEFAULT = Effort()
-THOROUGH = Effort(rounds=4, measured=256, steps=3)
+THOROUGH = Effort(rounds=4, light=0.0, measured=256, steps=3)
 
 
 def effort_of(config: CompressConfig) -> Effort:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
-from vitshrink.compression.effort import Effort, Part, effort_of
+from vitshrink.compression.effort import Effort, effort_of
 from vitshrink.compression.findings import Findings, Measured, Rebuild
 from vitshrink.compression.keeping import Cached, Memory, Step
 from vitshrink.compression.repairs.bias import SHIFTING
@@ -115,9 +115,13 @@ class LayerEstimator:
         What a layer must keep depends on what the others lost. The factors are those of the dense weights again. How
         much of its budget each layer gets follows from what its components do in the dense model, in the compressed
         one, or from the geometric mean of both: whichever gives the model that comes closest to the dense one.
+
+        Nothing is gained by that where the model loses little: then they are those ``before``, and ``light``.
         """
         if (finished := self.resume(step, job)) is not None:
             return finished
+        if self._is_light(model, job):
+            return replace(before, light=True)
         memory = Step(self.progress, step)
         stats = memory.read(LinearStats)
         if not stats:
@@ -138,6 +142,13 @@ class LayerEstimator:
         if not refined.failures:
             memory.write(_measured_of(chosen))
         return chosen
+
+    def _is_light(self, model: PreTrainedModel, job: Job) -> bool:
+        """Whether a compressed model is so close to the dense one that it does not pay to learn again from it."""
+        if not self.effort.light or self.calibration is None:
+            return False
+        with job.stage("weigh", "Measuring the compressed model"):
+            return self.missing(model) <= self.effort.light
 
     def resume(self, step: str, job: Job) -> Findings | None:
         """What an interrupted run of the job has kept of a step, if it had completed it."""
@@ -165,11 +176,12 @@ class LayerEstimator:
     def effort(self) -> Effort:
         return effort_of(self.config)
 
-    def first(self, part: Part) -> Sequence[Batch]:
-        """The batches of a part of the samples: the first ones."""
+    def to_repair(self, findings: Findings) -> Sequence[Batch]:
+        """The batches that repairs are fitted to."""
         if self.calibration is None:
             return ()
-        return first_of(self.calibration.batches, part.of(len(self.calibration.samples)))
+        batches = self.calibration.batches
+        return first_of(batches, self.effort.repaired) if findings.light else batches
 
     @cached_property
     def pages(self) -> Path | None:
@@ -230,8 +242,7 @@ class LayerEstimator:
         needed = self.method.needs is not Needs.WEIGHTS or self.compensation in SHIFTING
         if self.calibration is None or not needed:
             return {}
-        batches = self.first(self.effort.again) if dense else self.calibration.batches
-        samples = sum(len(batch.keys) for batch in batches)
+        batches, samples = self.calibration.batches, len(self.calibration.samples)
         course = Shared(self.progress, step, next(self.dense.parameters()).device)
         with job.stage("calibrate", "Calibrating", samples) as advance:
             if self.method.needs is not Needs.CURVATURE:
@@ -294,11 +305,12 @@ class LayerEstimator:
 
     @torch.no_grad()
     def missing(self, model: PreTrainedModel) -> float:
-        """What a compressed model loses on some samples: the mean divergence of its outputs."""
+        """What a compressed model loses on some samples, as a share of what a constant answer would lose."""
         assert self.calibration is not None
         batches = first_of(self.calibration.batches, self.effort.measured)
         seed = self.config.seed + 4
-        return float(shared_losses(model, self.dense_outputs, batches, seed=seed, passes=self.passes).mean())
+        lost, spread = shared_losses(model, self.dense_outputs, batches, seed=seed, passes=self.passes).sum(0).tolist()
+        return lost / spread if spread else 0.0
 
     def _factorize(self, stats: Mapping[str, LinearStats], job: Job) -> Findings:
         """Nested factors of every target; one whose decomposition fails is left out, kept as it is and reported.

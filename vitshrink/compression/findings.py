@@ -18,12 +18,14 @@ class Findings:
         stats: by layer.
         scales: what losses of each kind of form are multiplied by, in the order of the makers; infinite for one that
             is not used. Nothing: all as they are predicted.
+        light: whether the model of a plan was found to lose so little that few samples repair it.
     """
 
     layers: dict[str, Any]
     failures: dict[str, str]
     stats: Mapping[str, Any]
     scales: tuple[float, ...] = ()
+    light: bool = False
 
 
 Rebuild = Callable[[Findings], PreTrainedModel]

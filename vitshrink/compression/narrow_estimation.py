@@ -63,7 +63,9 @@ class NarrowEstimator:
 
         def whole(again: Findings) -> Findings:
             layers, stats = before.layers | again.layers, {**before.stats, **again.stats}
-            return replace(before, layers=layers, stats=stats, failures=before.failures | again.failures)
+            return replace(
+                before, layers=layers, stats=stats, failures=before.failures | again.failures, light=again.light
+            )
 
         layers = replace(self.layers, targets=[each for each in self.layers.targets if each.name not in within])
         if not layers.targets:

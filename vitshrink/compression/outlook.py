@@ -119,9 +119,9 @@ class Outlook:
     def _ranked(self) -> Iterator[Ahead]:
         """What follows for each size."""
         choices, effort = self.choices, self._effort
-        measured, repaired = min(self.samples, effort.measured), effort.repaired.of(self.samples)
+        measured = min(self.samples, effort.measured)
         for _ in range(choices.rounds):
-            yield self._passes("calibrate", LEARNING, effort.again.of(self.samples))
+            yield self._passes("calibrate", LEARNING, self.samples)
             factorize, *measure = self._factorized()
             yield from (*measure, factorize)
             tried = len(SHARES_MEASURED_AGAIN)
@@ -130,7 +130,7 @@ class Outlook:
             yield self._stream()
         if choices.compensation in RESCALING:
             steps = effort.steps
-            yield self._passes("compensate", steps * (FITTING + FORWARD), repaired, 2 * steps * repaired)
+            yield self._passes("compensate", steps * (FITTING + FORWARD), self.samples, 2 * steps * self.samples)
         if choices.storage == "gauge":
             work = PIVOTING * sum(min(each.shape) ** 2 * max(each.shape) for each in self.targets)
             yield Ahead("gauge", ALGEBRA, work)
@@ -139,7 +139,7 @@ class Outlook:
         """Hidden states walk through both models, and what layers read is summed; then ridges are tried."""
         layers = [each for each in self.targets if each.role in WRITERS]
         shapes = [each.shape for each in layers]
-        walked = (LEARNING + 5) * self._effort.repaired.of(self.samples) * self.forward
+        walked = (LEARNING + 5) * self.samples * self.forward
         solved = SOLVING * sum(n**3 / 3 + 4 * m * n**2 for m, n in shapes)
         solved += DECOMPOSING * sum(min(each.shape) ** 3 for each in layers)
         return Ahead("stream", PASSES, walked + solved, len(layers))

@@ -257,7 +257,7 @@ def _refined(
         return kept
     before = _refined(compressor, first, size, rounds - 1, job, last=last)
     findings = compressor.refine(before, compressor.plan(before, size.budget), job, step)
-    if rounds > 1 or last:
+    if not findings.light and (rounds > 1 or last):
         refiner.forget(_step(size, rounds - 1) if rounds > 1 else DENSE)
     return findings
 

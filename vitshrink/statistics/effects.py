@@ -157,9 +157,9 @@ def losses(
     first: int = 0,
     passes: Passes = nullcontext,
 ) -> Tensor:
-    """``divergences`` of the model from the reference, (samples,): what squares of ``shortfall`` are by chance."""
+    """``divergences`` of the model from the reference, (samples, 2): what squares of ``shortfall`` are by chance."""
     device = next(model.parameters()).device
-    found = [torch.zeros(0, dtype=torch.float64, device=device)]
+    found = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
     for number, batch in enumerate(batches, first):
         with evaluating(model), passes():
             outputs = model(**to_device(batch.inputs, device))

@@ -37,13 +37,15 @@ def divergences(
     batch: CalibrationBatch,
     generator: torch.Generator,
 ) -> Tensor:
-    """The divergence of ``outputs`` from those of the dense model, (batch,), float64.
+    """How far ``outputs`` are from those of the dense model, and what the best constant answer would lose: (batch, 2).
 
-    Where both are near to each other, it is the mean square of what a ``random_functional`` says of their difference,
-    up to the factor of ``Head.probe``.
+    Float64. Where both are near to each other, the first is the mean square of what a ``random_functional`` says of
+    their difference, up to the factor of ``Head.probe``.
     """
     read, owners = _rows_of(model, dense, batch, generator)
-    return _by_sample(measured(head_of(model), read(dense), read(outputs)), owners, batch)
+    head, rows = head_of(model), read(dense)
+    lost = torch.stack([measured(head, rows, read(outputs)), measured(head, rows, head.constant(rows))], -1)
+    return _by_sample(lost, owners, batch)
 
 
 def _rows_of(
@@ -59,8 +61,10 @@ def _rows_of(
 
 
 def _by_sample(of_rows: Tensor, owners: Tensor | None, batch: CalibrationBatch) -> Tensor:
-    """Sums of the rows of each sample, (batch,)."""
-    return of_rows if owners is None else of_rows.new_zeros(samples_of(batch)).index_add(0, owners, of_rows)
+    """Sums over the rows of each sample, (batch, …)."""
+    if owners is None:
+        return of_rows
+    return of_rows.new_zeros(samples_of(batch), *of_rows.shape[1:]).index_add(0, owners, of_rows)
 
 
 def _masks(logits: Tensor, batch: CalibrationBatch) -> Tensor:
