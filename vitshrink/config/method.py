@@ -74,7 +74,7 @@ class MethodOptions(Options):
     )
     refine: int = option(
         2,
-        "How often the curvature is estimated again on the compressed model, for each size.",
+        "How often the curvature is estimated again on the compressed model, for each size; not for light cuts.",
         panel=METHOD,
         low=0,
     )
