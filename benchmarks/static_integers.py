@@ -85,22 +85,16 @@ def _alike(product: Product, _scaled: Any = 1.0) -> Tensor:
 _absorbed = smoothing.smooth
 
 
-def _unmoved(giver: Any, readers: Any, dtype: torch.dtype, *, shifts: bool) -> None:
-    del shifts
-    _absorbed(giver, readers, dtype, shifts=False)
-
-
-def _not_between(giver: Any, readers: Any, dtype: torch.dtype, *, shifts: bool) -> None:
+def _not_between(giver: Any, readers: Any, dtype: torch.dtype) -> None:
     inner = isinstance(giver, Product) and giver.module.bias is None  # of two factors
     if not inner:
-        _absorbed(giver, readers, dtype, shifts=shifts)
+        _absorbed(giver, readers, dtype)
 
 
 ALIKE: tuple[Patch, ...] = ((Product, "costs", _alike),)
 VARIANTS: Mapping[str, Variant] = {
     "vitshrink": Variant(),
     "without smoothing that other layers absorb": Variant(((calibrated, "smooth", _nothing),)),
-    "without moved middles": Variant(((calibrated, "smooth", _unmoved),)),
     "without layers that divide their inputs": Variant(((calibrated, "smooth_itself", _nothing),)),
     "without any smoothing": Variant(((Rounding, "smooth", _nothing),)),
     "weights rounded to nearest": Variant(((calibrated, "at_steps", _nearest),)),

@@ -119,28 +119,28 @@ class Rounding:
     def smooth(self) -> None:
         """Move spread between channels to where it does no harm, as far as it pays."""
         absorbed: set[Product] = set()
-        for giver, readers, shifts in self._absorbing():
-            smooth(giver, readers, self.dtype, shifts=shifts)
+        for giver, readers in self._absorbing():
+            smooth(giver, readers, self.dtype)
             absorbed.update(readers)
         for readers in self._groups():
             if not absorbed.intersection(readers) and isinstance(readers[0].module, nn.Linear):
                 smooth_itself(readers, self.dtype)
 
-    def _absorbing(self) -> Iterator[tuple[nn.Module | Product, list[Product], bool]]:
-        """Who gives what only the readers read, these, and whether what is added to it can be absorbed as well."""
+    def _absorbing(self) -> Iterator[tuple[nn.Module | Product, list[Product]]]:
+        """Who gives what only the readers read, and these."""
         family = family_of(self.model)
         for block in blocks_of(self.model):
             found = {role: module_at(block, path) for role, path in family.modules.items()}
             for norm, roles in NORMS.items() if family.grid else ():
                 readers = [self.first(found[role]) for role in roles]  # type: ignore[index]
                 if all(readers):
-                    yield block.get_submodule(norm), [each for each in readers if each is not None], True
+                    yield block.get_submodule(norm), [each for each in readers if each is not None]
             value = self.last(found["value"]) if {"value", "output"} <= set(found) else None
             if value is not None and (output := self.first(found["output"])) is not None:
-                yield self.products.get(value, value), [output], family.plain
+                yield self.products.get(value, value), [output]
         for layer in self.layers.values():
             if isinstance(layer, Factors):
-                yield self.products[layer.inner], [self.products[layer.outer]], False
+                yield self.products[layer.inner], [self.products[layer.outer]]
 
     def choose_grids(self) -> None:
         """One for all that read the same."""

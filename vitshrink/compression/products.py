@@ -16,7 +16,6 @@ class Product:
 
     Attributes:
         divided: by what the inputs have been divided since they were seen, (n,).
-        moved: what was subtracted from them before that, (n,).
         gains: by what the outputs have been divided, (m,).
         factors: by what the layer itself multiplies its inputs, (n,).
         grid: of the inputs.
@@ -26,7 +25,6 @@ class Product:
     module: nn.Linear | nn.Conv2d
     seen: Inputs
     divided: Tensor
-    moved: Tensor
     gains: Tensor
     factors: Tensor | None = None
     grid: Grid | None = None
@@ -35,7 +33,7 @@ class Product:
     @classmethod
     def of(cls, module: nn.Linear | nn.Conv2d, seen: Inputs) -> "Product":
         n, m = seen.tokens.shape[1], len(module.weight)
-        return cls(module, seen, torch.ones(n), torch.zeros(n), torch.ones(m))
+        return cls(module, seen, torch.ones(n), torch.ones(m))
 
     @property
     def weight(self) -> Tensor:
@@ -43,12 +41,12 @@ class Product:
 
     @property
     def tokens(self) -> Tensor:
-        return (self.seen.tokens - self.moved) / self.divided
+        return self.seen.tokens / self.divided
 
     @property
     def bounds(self) -> Tensor:
         """The least and the largest value of each channel, (2, n)."""
-        return (self.seen.bounds - self.moved) / self.divided
+        return self.seen.bounds / self.divided
 
     @property
     def covariance(self) -> Tensor:
@@ -72,13 +70,10 @@ class Product:
         """Of squared errors of inputs that are divided by ``scaled`` as well, (n,)."""
         return 0.5 * self.outputs.float() @ (self.weight * scaled).square()
 
-    def read_divided(self, scale: Tensor, center: Tensor) -> None:
-        """Read (x - ``center``) / ``scale`` in the place of x, both (n,), and give the same."""
-        bias, weight = self.module.bias, self.module.weight
-        if bias is not None:
-            bias.data = bias.data + (self.weight @ center).to(bias.dtype)
+    def read_divided(self, scale: Tensor) -> None:
+        """Read x / ``scale``, (n,), in the place of x, and give the same."""
+        weight = self.module.weight
         weight.data = weight.data * scale.view(-1, *[1] * (weight.dim() - 2)).to(weight.dtype)
-        self.moved = self.moved + center * self.divided
         self.divided = self.divided * scale
 
     def as_it_was(self) -> None:
@@ -87,26 +82,23 @@ class Product:
             self.module.weight.data = self.module.weight.data * self.factors.to(self.module.weight.dtype)
             self.divided, self.factors = self.divided * self.factors, None
 
-    def give_divided(self, scale: Tensor, center: Tensor) -> None:
-        """Give (y - ``center``) / ``scale`` in the place of y, both (m,)."""
-        divide(self.module, scale, center)
+    def give_divided(self, scale: Tensor) -> None:
+        """Give y / ``scale``, (m,), in the place of y."""
+        divide(self.module, scale)
         self.gains = self.gains * scale
 
 
-def divide(giver: nn.Module, scale: Tensor, center: Tensor) -> None:
-    """Let a norm or a linear layer give (y - ``center``) / ``scale`` in the place of y.
-
-    One without a bias has no center.
-    """
+def divide(giver: nn.Module, scale: Tensor) -> None:
+    """Let a norm or a linear layer give y / ``scale`` in the place of y."""
     weight, bias = giver.get_parameter("weight"), giver.bias
     weight.data = weight.data / (scale[:, None] if isinstance(giver, nn.Linear) else scale).to(weight.dtype)
     if isinstance(bias, nn.Parameter):
-        bias.data = ((bias.data - center) / scale).to(bias.dtype)
+        bias.data = (bias.data / scale).to(bias.dtype)
 
 
-def values_of(readers: Sequence[Product], scale: Tensor | float = 1.0, center: Tensor | float = 0.0) -> Values:
-    """(x - ``center``) / ``scale`` for what all of them read, x, and what errors cost in all of them."""
+def values_of(readers: Sequence[Product], scale: Tensor | float = 1.0) -> Values:
+    """x / ``scale`` for what all of them read, x, and what errors cost in all of them."""
     costs = torch.stack([reader.costs(scale) for reader in readers]).sum(0)
     first = readers[0]
-    found = Values.of((first.tokens - center) / scale, costs)
-    return found.with_bounds((first.bounds - center) / scale, costs, first.seen.count)
+    found = Values.of(first.tokens / scale, costs)
+    return found.with_bounds(first.bounds / scale, costs, first.seen.count)

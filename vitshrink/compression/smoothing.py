@@ -1,8 +1,7 @@
 """Spread between channels, moved from where it would be rounded to where it does no harm.
 
-Inputs are divided by channel and weights multiplied (SmoothQuant, arXiv 2211.10438), their middles are subtracted and
-added to biases (Outlier Suppression+, arXiv 2304.09145), wherever another layer can absorb that; else the layer itself
-multiplies its inputs, of which it divides a few.
+Inputs are divided by channel and weights multiplied (SmoothQuant, arXiv 2211.10438) wherever another layer can absorb
+that; else the layer itself multiplies its inputs, of which it divides a few.
 """
 
 from collections.abc import Sequence
@@ -27,25 +26,17 @@ SAVED = 1e-5
 """Loss that a layer has to save to multiply its inputs itself, in nats: runtimes need time for that."""
 
 
-def smooth(giver: nn.Module | Product, readers: Sequence[Product], dtype: torch.dtype, *, shifts: bool) -> None:
-    """Divide what a norm or a layer gives by what is best for all readers; with ``shifts`` its middles may be moved."""
-    module = giver.module if isinstance(giver, Product) else giver
-    shifts = shifts and all(isinstance(each.bias, nn.Parameter) for each in (module, *(r.module for r in readers)))
-    bounds = readers[0].bounds
-    middle = bounds.mean(0)
-    found = []
-    for center in (torch.zeros_like(middle), *([middle] if shifts else [])):
-        logs = _logs((bounds - center).abs().amax(0))
-        for exponent in MOVED:
-            scale = logs.mul(exponent).exp()
-            found.append((_loss(readers, scale, center, dtype), scale, center))
-    _, scale, center = min(found, key=lambda each: each[0])
+def smooth(giver: nn.Module | Product, readers: Sequence[Product], dtype: torch.dtype) -> None:
+    """Divide what a norm or a layer gives by what is best for all readers."""
+    logs = _logs(readers[0].bounds.abs().amax(0))
+    scales = [logs.mul(exponent).exp() for exponent in MOVED]
+    scale = min(scales, key=lambda each: _loss(readers, each, dtype))
     if isinstance(giver, Product):
-        giver.give_divided(scale, center)
+        giver.give_divided(scale)
     else:
-        divide(giver, scale, center)
+        divide(giver, scale)
     for reader in readers:
-        reader.read_divided(scale, center)
+        reader.read_divided(scale)
 
 
 def smooth_itself(readers: Sequence[Product], dtype: torch.dtype) -> None:
@@ -54,14 +45,14 @@ def smooth_itself(readers: Sequence[Product], dtype: torch.dtype) -> None:
     Of a few: many channels are large in few samples, and what divides all by what was seen clips what was not.
     """
     peaks = readers[0].bounds.abs().amax(0)
-    center, found = torch.zeros_like(peaks), []
+    found = []
     for others in peaks.sort(descending=True).values[[0, *(few for few in FEW if few < len(peaks))]].tolist():
         scale = (peaks / max(others, 1e-30)).clamp_min(1.0)
-        found.append((_loss(readers, scale, center, dtype), scale))
+        found.append((_loss(readers, scale, dtype), scale))
     loss, scale = min(found, key=lambda each: each[0])
     if found[0][0] - loss > SAVED:
         for reader in readers:
-            reader.read_divided(scale, center)
+            reader.read_divided(scale)
             reader.factors = 1 / scale
 
 
@@ -71,9 +62,9 @@ def _logs(peaks: Tensor) -> Tensor:
     return logs - logs.mean()
 
 
-def _loss(readers: Sequence[Product], scale: Tensor, center: Tensor, dtype: torch.dtype) -> float:
+def _loss(readers: Sequence[Product], scale: Tensor, dtype: torch.dtype) -> float:
     """Of inputs that are rounded once for all readers, and of weights that are rounded to the nearest."""
-    loss = best_grid(values_of(readers, scale, center), dtype)[1]
+    loss = best_grid(values_of(readers, scale), dtype)[1]
     for reader in readers:
         weight = reader.weight * scale
         steps = steps_of(weight, dtype)
