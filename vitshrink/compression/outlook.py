@@ -38,6 +38,9 @@ DECOMPOSING, INVERTING, SOLVING, PIVOTING = 70.0, 2.5, 14.0, 20.0
 ROUNDING, ENCODING, SAVING = 20_000.0, 14_000.0, 2_300.0
 """Operations of a pass for a number that is rounded once, one that is saved as an integer, and one that is as it is."""
 
+USUALLY_LIGHT = 0.6
+"""Share of the parameters down to which the cuts of most models are light; what a model loses is measured later."""
+
 SHOWN = 34.0
 """Forward passes of one sample that measure the cost of a model."""
 
@@ -93,8 +96,8 @@ class Outlook:
         if not isinstance(self.choices.method, LayerMethod) or config.dry_run:
             return []
         found = [self._passes("calibrate", LEARNING, self.walks * self.samples), *self._factorized()]
-        for _ in range(self.sizes):
-            found += self._rounded() if config.stores == "bits" else self._ranked()
+        for number in range(self.sizes):
+            found += self._rounded() if config.stores == "bits" else self._ranked(light=self._is_light(number))
             found.append(Ahead("save", FILES, (ENCODING if config.stores == "bits" else SAVING) * self.weights))
         if self.evaluated:
             found.append(self._passes("evaluate", EXACT * FORWARD * (1 + self.sizes), self.evaluated))
@@ -116,30 +119,39 @@ class Outlook:
     def _rounded(self) -> Iterator[Ahead]:
         yield Ahead("round", ALGEBRA, ATTEMPTS / 2 * ROUNDING * sum(prod(each.shape) for each in self.targets))
 
-    def _ranked(self) -> Iterator[Ahead]:
+    def _is_light(self, number: int) -> bool:
+        """Whether a size is probably not refined."""
+        keep = self.choices.config.keep or ()
+        return self._effort.light > 0 and (number >= len(keep) or keep[number] >= USUALLY_LIGHT)
+
+    def _ranked(self, *, light: bool) -> Iterator[Ahead]:
         """What follows for each size."""
         choices, effort = self.choices, self._effort
         measured = min(self.samples, effort.measured)
-        for _ in range(choices.rounds):
+        rounds = 0 if light else choices.rounds
+        repaired = min(self.samples, effort.repaired) if light and choices.rounds else self.samples
+        if light and choices.rounds:
+            yield self._passes("weigh", FORWARD, 2 * measured, 0)
+        for _ in range(rounds):
             yield self._passes("calibrate", LEARNING, self.samples)
             factorize, *measure = self._factorized()
             yield from (*measure, factorize)
             tried = len(SHARES_MEASURED_AGAIN)
             yield self._passes("choose", FORWARD * (1 + tried), measured, tried)
         if choices.compensation == "stream":
-            yield self._stream()
+            yield self._stream(repaired)
         if choices.compensation in RESCALING:
             steps = effort.steps
-            yield self._passes("compensate", steps * (FITTING + FORWARD), self.samples, 2 * steps * self.samples)
+            yield self._passes("compensate", steps * (FITTING + FORWARD), repaired, 2 * steps * repaired)
         if choices.storage == "gauge":
             work = PIVOTING * sum(min(each.shape) ** 2 * max(each.shape) for each in self.targets)
             yield Ahead("gauge", ALGEBRA, work)
 
-    def _stream(self) -> Ahead:
+    def _stream(self, samples: int) -> Ahead:
         """Hidden states walk through both models, and what layers read is summed; then ridges are tried."""
         layers = [each for each in self.targets if each.role in WRITERS]
         shapes = [each.shape for each in layers]
-        walked = (LEARNING + 5) * self.samples * self.forward
+        walked = (LEARNING + 5) * samples * self.forward
         solved = SOLVING * sum(n**3 / 3 + 4 * m * n**2 for m, n in shapes)
         solved += DECOMPOSING * sum(min(each.shape) ** 3 for each in layers)
         return Ahead("stream", PASSES, walked + solved, len(layers))
