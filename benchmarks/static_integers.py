@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from vitshrink.compression import calibrated, smoothing, static_layers
 from vitshrink.compression.calibrated import Rounding
 from vitshrink.compression.grids import Grid, Values
-from vitshrink.compression.products import Product
+from vitshrink.compression.products import Product, values_of
 from vitshrink.models.exported import KINDS
 from vitshrink.models.loading import load_dense
 from vitshrink.models.onnx_model import OnnxModel
@@ -82,6 +82,11 @@ def _alike(product: Product, _scaled: Any = 1.0) -> Tensor:
     return torch.ones(product.weight.shape[1])
 
 
+def _values_alike(readers: Sequence[Product], *scale: Any) -> Values:
+    with patch.object(Product, "costs", _alike):
+        return values_of(readers, *scale)
+
+
 _absorbed = smoothing.smooth
 
 
@@ -99,7 +104,10 @@ VARIANTS: Mapping[str, Variant] = {
     "without any smoothing": Variant(((Rounding, "smooth", _nothing),)),
     "weights rounded to nearest": Variant(((calibrated, "at_steps", _nearest),)),
     "without corrected biases": Variant(((calibrated, "_shifted", _uncorrected),)),
-    "grids: all errors cost alike": Variant(ALIKE),
+    "smoothing: all errors of inputs cost alike": Variant(((smoothing, "values_of", _values_alike),)),
+    "smoothing: as far as it goes": Variant(((smoothing, "MOVED", (1.0,)),)),
+    "grids: all errors cost alike": Variant(((calibrated, "values_of", _values_alike),)),
+    "smoothing and grids: all errors of inputs cost alike": Variant(ALIKE),
     "grids: rare large values unknown": Variant(((Values, "with_bounds", lambda values, *_: values),)),
     "grids: least and largest value": Variant(((calibrated, "best_grid", _by_percentile(0.0)),)),
     "grids: percentiles 0.01 and 99.99": Variant(((calibrated, "best_grid", _by_percentile(1e-4)), *ALIKE)),
