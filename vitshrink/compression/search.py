@@ -188,6 +188,8 @@ class Search:
         for number in range(refine if found is not None else 0):
             assert found is not None
             again = self.compressor.refine(found.findings, found.plan, job, f"search-{number + 1}")
+            if again.light:
+                break
             found = self._bisect(again, least, found.size, job) or found
         kept = sorted((each for each in self.tried if each.loss <= self.bound.limit), key=lambda each: each.size)
         missed: list[Trial] = []
