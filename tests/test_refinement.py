@@ -84,3 +84,14 @@ def test_a_light_cut_is_not_refined_and_few_samples_repair_it(
     again = compression.refine(replace(found, light=False), plan, job)
     assert again.light == light
     del source
+
+
+def test_a_thorough_job_refines_a_light_cut(compressed: Any) -> None:
+    stages = {
+        thorough: compressed("ViTForImageClassification", keep=(0.9,), thorough=thorough).report.timings
+        for thorough in (False, True)
+    }
+    assert "weigh" in stages[False]
+    assert "choose" not in stages[False]
+    assert "choose" in stages[True]
+    assert "weigh" not in stages[True]

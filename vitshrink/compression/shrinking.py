@@ -256,6 +256,8 @@ def _refined(
     if kept is not None:
         return kept
     before = _refined(compressor, first, size, rounds - 1, job, last=last)
+    if before.light:
+        return before
     findings = compressor.refine(before, compressor.plan(before, size.budget), job, step)
     if not findings.light and (rounds > 1 or last):
         refiner.forget(_step(size, rounds - 1) if rounds > 1 else DENSE)
