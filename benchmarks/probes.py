@@ -36,7 +36,7 @@ from vitshrink.models.fidelity import feature_rows
 from vitshrink.models.loading import LoadedModel, load_dense
 from vitshrink.models.readings import Sentences
 from vitshrink.runtime.modes import threads
-from vitshrink.statistics import curvature
+from vitshrink.statistics import functionals
 
 DENSE = "dense"
 FIGURES = {"error": ".4f", "spearman": ".4f"}
@@ -85,7 +85,7 @@ class Mixed(Sentences):
 def following(loaded: LoadedModel, share: float, probes: int) -> Iterator[None]:
     """Inside, gradients are those of the mix, in so many directions."""
     mixed = Mixed(loaded.embedding, share)
-    with patch.object(Sentences, "probes", probes), patch.object(curvature, "reading_of", lambda _model: mixed):
+    with patch.object(Sentences, "probes", probes), patch.object(functionals, "reading_of", lambda _model: mixed):
         yield
 
 

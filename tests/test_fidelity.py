@@ -155,8 +155,9 @@ def test_curvature_recovery_and_report_agree(name: str, problem_type: str | None
         functional = random_functional(dense, wanted, batch, generator(seed))
         squares.append((functional(wanted) - functional(found)).double().square().mean())
     direct = divergences(dense, wanted, found, batch, generator(0))
-    assert direct.shape == (6,)
-    assert float(direct.mean()) / scale == pytest.approx(reported, rel=2e-2)
+    assert direct.shape == (6, 2)
+    assert float(direct[:, 0].mean()) / scale == pytest.approx(reported, rel=2e-2)
+    assert float(direct[:, 1].mean()) == pytest.approx(float(head.spread(answers[0]).mean()), rel=1e-3)
     factor = 0.5 if head.measure == "kl" else 1 / scale
     assert factor * float(torch.stack(squares).mean()) == pytest.approx(reported, rel=0.1)
 
