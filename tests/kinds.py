@@ -50,6 +50,7 @@ TEXT: dict[str, dict[str, Any]] = {
     | _TEXT
     | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 8},
     "ModernBert": _SIZES | _TEXT | {"local_attention": 8, "num_hidden_layers": 3},
+    "NomicBert": _SIZES | _TEXT,
     "CLIPText": _SIZES | _TEXT,
     "SiglipText": _SIZES | _TEXT,
 }

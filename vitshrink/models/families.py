@@ -134,6 +134,15 @@ _DEBERTA_FUSED: dict[Role, str] = {
     "fc2": "output.dense",
 }
 _MODERNBERT: dict[Role, str] = {"qkv": "attn.Wqkv", "output": "attn.Wo", "gated": "mlp.Wi", "fc2": "mlp.Wo"}
+_NOMIC: dict[Role, str] = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "fc2": "mlp.down_proj",
+}
 
 _ATTENTION: dict[Role, str] = {role: path for role, path in _VIT.items() if role not in ("fc1", "fc2")}
 _DINO3: dict[Role, str] = _ATTENTION | {"fc1": "mlp.up_proj", "fc2": "mlp.down_proj"}
@@ -167,6 +176,7 @@ FAMILIES = (
     Family("deberta", "text", (_DEBERTA_FUSED,), "after", mixed=False),
     Family("deberta-v2", "text", (_DEBERTA,), "after", same_input=(("query", "key"),)),
     Family("modernbert", "text", (_MODERNBERT,), "before"),
+    Family("nomic_bert", "text", (_NOMIC,), "after"),
     Family("clip_text_model", "text", (_CLIP,), "before"),
     Family("siglip_text_model", "text", (_CLIP,), "before"),
 )
