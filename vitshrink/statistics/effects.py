@@ -1,6 +1,6 @@
 """What each rank-one component of each layer does to the output of the model, sample by sample."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -135,13 +135,9 @@ def shortfall(
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> Tensor:
     """``missing`` of ``component_effects`` with the same seed, (samples,), from a forward pass alone."""
-    device = next(model.parameters()).device
-    missing = [torch.zeros(0, dtype=torch.float64, device=device)]
-    for number, batch in enumerate(batches, first):
-        wanted = reference(batch)
-        with evaluating(model), passes():
-            outputs = model(**to_device(batch.inputs, device))
-        functional = random_functional(model, wanted, batch, batch_generator(seed, number))
+    missing = [torch.zeros(0, dtype=torch.float64, device=next(model.parameters()).device)]
+    for batch, wanted, outputs, generator in _answers(model, reference, batches, seed, first, passes):
+        functional = random_functional(model, wanted, batch, generator)
         missing.append((functional(wanted) - functional(outputs)).double())
         on_batch(len(missing[-1]))
     return torch.cat(missing)
@@ -158,13 +154,27 @@ def losses(
     passes: Passes = nullcontext,
 ) -> Tensor:
     """``divergences`` of the model from the reference, (samples, 2): what squares of ``shortfall`` are by chance."""
+    found = [torch.zeros(0, 2, dtype=torch.float64, device=next(model.parameters()).device)]
+    for batch, wanted, outputs, generator in _answers(model, reference, batches, seed, first, passes):
+        found.append(divergences(model, wanted, outputs, batch, generator))
+    return torch.cat(found)
+
+
+def _answers(
+    model: PreTrainedModel,
+    reference: Reference,
+    batches: Iterable[CalibrationBatch],
+    seed: int,
+    first: int,
+    passes: Passes,
+) -> Iterator[tuple[CalibrationBatch, Any, Any, torch.Generator]]:
+    """Each batch, what the reference and the model answer, and its random numbers."""
     device = next(model.parameters()).device
-    found = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
     for number, batch in enumerate(batches, first):
+        wanted = reference(batch)
         with evaluating(model), passes():
             outputs = model(**to_device(batch.inputs, device))
-        found.append(divergences(model, reference(batch), outputs, batch, batch_generator(seed, number)))
-    return torch.cat(found)
+        yield batch, wanted, outputs, batch_generator(seed, number)
 
 
 @dataclass(eq=False)
