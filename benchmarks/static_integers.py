@@ -96,7 +96,8 @@ def _not_between(giver: Any, readers: Any, dtype: torch.dtype) -> None:
         _absorbed(giver, readers, dtype)
 
 
-ALIKE: tuple[Patch, ...] = ((Product, "costs", _alike),)
+ALIKE: tuple[Patch, ...] = ((smoothing, "values_of", _values_alike), (calibrated, "values_of", _values_alike))
+"""What a layer is expected to cost, by which it stays in floating point, is told as ever."""
 VARIANTS: Mapping[str, Variant] = {
     "vitshrink": Variant(),
     "without smoothing that other layers absorb": Variant(((calibrated, "smooth", _nothing),)),
