@@ -18,15 +18,18 @@ from vitshrink.compression import calibrated
 from vitshrink.compression.grids import Grid, Values, best_grid
 from vitshrink.config.options import CompressConfig
 from vitshrink.config.quantize import QuantizeJob
+from vitshrink.data.batches import Batch
 from vitshrink.errors import UsageError
 from vitshrink.jobs.compress import CompressionResult
 from vitshrink.jobs.export import export
 from vitshrink.jobs.quantize import quantize_checkpoint
 from vitshrink.models.exported import load_exported
 from vitshrink.models.loading import load_dense
+from vitshrink.models.merged import merge_tokens, tokens_of
 from vitshrink.models.structures import static as structure
 from vitshrink.models.structures.merging import Merging
-from vitshrink.models.structures.static import StaticConv2d, StaticLinear, StaticProduct, StaticSpec
+from vitshrink.models.structures.static import LEVELS, StaticConv2d, StaticLinear, StaticProduct, StaticSpec
+from vitshrink.models.targets import blocks_of
 from vitshrink.report import figures
 
 Compressed = Callable[..., CompressionResult]
@@ -241,6 +244,23 @@ def test_what_stays_in_floating_point_computes_what_it_did(
     expected, given = first_output(before, inputs(kind)), first_output(vitshrink.load(tmp_path / "out"), inputs(kind))
     tolerance = 0.02 if kind == "text" else 1e-4  # the word embeddings have integers
     assert (given - expected).norm() < tolerance * expected.norm()
+
+
+def test_keys_count_on_patches_where_only_special_tokens_ask() -> None:
+    model = tiny.build("ViTForImageClassification").eval()
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings[:, 1:, 3] += 50  # so one channel of the patches stands out
+    before = len(blocks_of(model)) - 1
+    merge_tokens(model, (tokens_of(model),) * before + (1,))
+    batch = Batch(tiny.inputs("ViTForImageClassification", 8), None, [], [])
+    made = calibrated.calibrated(model, [batch], dtype=torch.float32, device=torch.device("cpu")).model
+    block, read = blocks_of(made)[before], []
+    block.layernorm_before.register_forward_hook(lambda _norm, _given, x: read.append(x))
+    first_output(made, batch.inputs)
+    key, (x,) = block.attention.k_proj, read
+    reach = key.input_scale * (LEVELS - key.input_zero)
+    assert x.amax() > 1.2 * x[:, :1].amax()
+    assert 0.9 * x.amax() < reach < 1.1 * x.amax()
 
 
 @pytest.mark.parametrize("form", ["torch", "dense"])

@@ -1,5 +1,6 @@
 """The grid of a tensor that is rounded to 8 bits: the one on which errors cost least."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +61,15 @@ class Values:
         filled = found > 0
         return cls((low + (torch.arange(BINS) + 0.5) * width)[filled], found[filled])
 
+    @classmethod
+    def joined(cls, parts: Sequence["Values"]) -> "Values":
+        """Of several tensors that have one grid."""
+        return cls(torch.cat([part.values for part in parts]), torch.cat([part.costs for part in parts]))
+
     def with_bounds(self, bounds: Tensor, costs: Tensor, count: int) -> "Values":
         """These, and ``bounds`` (2, n) that one of ``count`` tokens reached."""
-        found = bounds.flatten(), (costs / count).float().expand_as(bounds).flatten()
-        return Values(torch.cat([self.values, found[0]]), torch.cat([self.costs, found[1]]))
+        found = Values(bounds.flatten(), (costs / count).float().expand_as(bounds).flatten())
+        return Values.joined([self, found])
 
     def loss(self, grid: Grid) -> float:
         return float((self.costs * (grid.rounded(self.values) - self.values).square()).sum())

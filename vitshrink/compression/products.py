@@ -97,8 +97,18 @@ def divide(giver: nn.Module, scale: Tensor) -> None:
 
 
 def values_of(readers: Sequence[Product], scale: Tensor | float = 1.0) -> Values:
-    """x / ``scale`` for what all of them read, x, and what errors cost in all of them."""
-    costs = torch.stack([reader.costs(scale) for reader in readers]).sum(0)
-    first = readers[0]
-    found = Values.of(first.tokens / scale, costs)
-    return found.with_bounds(first.bounds / scale, costs, first.seen.count)
+    """What the readers of one tensor read of it, divided by ``scale``, and what errors there cost each of them.
+
+    Each has its own tokens: where only special tokens ask, keys count on others than queries.
+    """
+    return Values.joined([_values(reader, scale) for reader in readers])
+
+
+def _values(reader: Product, scale: Tensor | float) -> Values:
+    costs = reader.costs(scale)
+    return Values.of(reader.tokens / scale, costs).with_bounds(reader.bounds / scale, costs, reader.seen.count)
+
+
+def peaks_of(readers: Sequence[Product]) -> Tensor:
+    """How far each channel reaches in what any of them reads, (n,)."""
+    return torch.stack([reader.bounds.abs().amax(0) for reader in readers]).amax(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitshrink.compression.grids import best_grid
-from vitshrink.compression.products import Product, divide, values_of
+from vitshrink.compression.products import Product, divide, peaks_of, values_of
 from vitshrink.compression.static_layers import steps_of
 
 MOVED = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -28,7 +28,7 @@ SAVED = 1e-5
 
 def smooth(giver: nn.Module | Product, readers: Sequence[Product], dtype: torch.dtype) -> None:
     """Divide what a norm or a layer gives by what is best for all readers."""
-    logs = _logs(readers[0].bounds.abs().amax(0))
+    logs = _logs(peaks_of(readers))
     scales = [logs.mul(exponent).exp() for exponent in MOVED]
     scale = min(scales, key=lambda each: _loss(readers, each, dtype))
     if isinstance(giver, Product):
@@ -44,7 +44,7 @@ def smooth_itself(readers: Sequence[Product], dtype: torch.dtype) -> None:
 
     Of a few: many channels are large in few samples, and what divides all by what was seen clips what was not.
     """
-    peaks = readers[0].bounds.abs().amax(0)
+    peaks = peaks_of(readers)
     found = []
     for others in peaks.sort(descending=True).values[[0, *(few for few in FEW if few < len(peaks))]].tolist():
         scale = (peaks / max(others, 1e-30)).clamp_min(1.0)
