@@ -22,7 +22,7 @@ def test_a_fast_job_refines_and_measures_nothing() -> None:
 def test_a_thorough_job_does_more_of_everything() -> None:
     assert Choices.of(config(thorough=True)).rounds > Choices.of(config()).rounds
     assert THOROUGH.measured > DEFAULT.measured
-    assert THOROUGH.steps > DEFAULT.steps
+    assert THOROUGH.repairs.steps > DEFAULT.repairs.steps > DEFAULT.light_repairs.steps
     assert THOROUGH.light == 0 < DEFAULT.light
     assert [effort_of(config(**given)) for given in ({}, {"fast": True}, {"thorough": True})] == [
         DEFAULT,

@@ -8,6 +8,16 @@ from vitshrink.statistics.effects import MEASURED_SAMPLES
 
 
 @dataclass(frozen=True)
+class Repairs:
+    """What a compressed model's repairs are fitted with."""
+
+    samples: int | None = None
+    """The first so many; all if it is None."""
+    steps: int = STEPS
+    """Gauss-Newton steps on gains and biases."""
+
+
+@dataclass(frozen=True)
 class Effort:
     """Rounds and samples.
 
@@ -16,8 +26,8 @@ class Effort:
         light: what a compressed model may lose before its repairs, as a share of what a constant answer would, for the
             curvature not to be estimated again on it.
         measured: samples on which the effects of components are measured: how much each counts, not what it is.
-        repaired: those that repairs of light cuts are fitted to, at most; of others, all.
-        steps: Gauss-Newton steps on gains and biases.
+        repairs: of cuts that are not light.
+        light_repairs: of those that are.
         allocation: how ranks are distributed instead of by measured effects; as the method says if it is None.
         compensation: instead of repairs that end with gains and biases; as the method says if it is None.
     """
@@ -25,15 +35,15 @@ class Effort:
     rounds: int | None = None
     light: float = 0.1
     measured: int = MEASURED_SAMPLES
-    repaired: int = 128
-    steps: int = STEPS
+    repairs: Repairs = Repairs()
+    light_repairs: Repairs = Repairs(samples=128, steps=1)
     allocation: str | None = None
     compensation: str | None = None
 
 
 FAST = Effort(rounds=0, allocation="loss", compensation="bias")
 DEFAULT = Effort()
-THOROUGH = Effort(rounds=4, light=0.0, measured=256, steps=3)
+THOROUGH = Effort(rounds=4, light=0.0, measured=256, repairs=Repairs(steps=3))
 
 
 def effort_of(config: CompressConfig) -> Effort:

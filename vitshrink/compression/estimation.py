@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vitshrink._version import __version__
 from vitshrink.compression.candidates import Plan
-from vitshrink.compression.effort import Effort, effort_of
+from vitshrink.compression.effort import Effort, Repairs, effort_of
 from vitshrink.compression.findings import Findings, Measured, Rebuild
 from vitshrink.compression.keeping import Cached, Memory, Step
 from vitshrink.compression.repairs.bias import SHIFTING
@@ -176,12 +176,16 @@ class LayerEstimator:
     def effort(self) -> Effort:
         return effort_of(self.config)
 
+    def repairs(self, findings: Findings) -> Repairs:
+        """How much work goes into them."""
+        return self.effort.light_repairs if findings.light else self.effort.repairs
+
     def to_repair(self, findings: Findings) -> Sequence[Batch]:
         """The batches that repairs are fitted to."""
         if self.calibration is None:
             return ()
-        batches = self.calibration.batches
-        return first_of(batches, self.effort.repaired) if findings.light else batches
+        batches, samples = self.calibration.batches, self.repairs(findings).samples
+        return batches if samples is None else first_of(batches, samples)
 
     @cached_property
     def pages(self) -> Path | None:

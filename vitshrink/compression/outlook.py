@@ -129,7 +129,8 @@ class Outlook:
         choices, effort = self.choices, self._effort
         measured = min(self.samples, effort.measured)
         rounds = 0 if light else choices.rounds
-        repaired = min(self.samples, effort.repaired) if light and choices.rounds else self.samples
+        repairs = effort.light_repairs if light and choices.rounds else effort.repairs
+        repaired = min(self.samples, repairs.samples or self.samples)
         if light and choices.rounds:
             yield self._passes("weigh", FORWARD, 2 * measured, 0)
         for _ in range(rounds):
@@ -141,7 +142,7 @@ class Outlook:
         if choices.compensation == "stream":
             yield self._stream(repaired)
         if choices.compensation in RESCALING:
-            steps = effort.steps
+            steps = repairs.steps
             yield self._passes("compensate", steps * (FITTING + FORWARD), repaired, 2 * steps * repaired)
         if choices.storage == "gauge":
             work = PIVOTING * sum(min(each.shape) ** 2 * max(each.shape) for each in self.targets)

@@ -56,7 +56,7 @@ class LayerRepairs:
             means = {name: estimator.mean(name, findings.stats) for name in self._low_rank(plan)}
             if narrow := narrow_targets(model, self.material.targets):
                 means |= means_of(model, narrow, first_of(calibration.batches, MEASURED_SAMPLES))
-            steps, batches = estimator.effort.steps, estimator.to_repair(findings)
+            steps, batches = estimator.repairs(findings).steps, estimator.to_repair(findings)
             walks = 2 * steps * sum(len(batch.keys) for batch in batches)
             with job.stage("compensate", "Fitting gains and biases", walks) as advance:
                 rescale_components(
