@@ -1,7 +1,9 @@
 """What merged tokens lose, by how many are merged where: as measured losses say, and evenly, at the same operations.
 
-The weights are the dense model's. "evenly" merges as many patches in every block (token merging as its paper has it),
-and keeps all that reach the last MLP. "evenly, the rest not computed" also gives up the patches that no head reads.
+The weights are the dense model's, unless biases are fitted. "evenly" merges as many patches in every block (token
+merging as its paper has it), and keeps all that reach the last MLP. "evenly, the rest not computed" also gives up the
+patches that no head reads.
+The last table compares that with biases fitted to the dense model's answers, on other samples for each of --seeds.
 
     python benchmarks/merging.py --model MODEL --calibration UNLABELED --eval IMAGES
 """
@@ -12,25 +14,29 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tables import print_circumstances, print_head, print_row
+from tables import mean_and_deviation, print_circumstances, print_head, print_row
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitshrink.compression.merging import SAMPLES, Trials, kept_within, measured_curves
+from vitshrink.compression.repairs.merging import shift_merged
 from vitshrink.config.options import DataConfig
 from vitshrink.data import Preprocessor
 from vitshrink.data.opening import open_data
 from vitshrink.evaluation import evaluate
+from vitshrink.evaluation.quality import Fidelity
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
+from vitshrink.models.families import precision_for
 from vitshrink.models.loading import load_dense
 from vitshrink.models.merged import Kept, Operations, merge_tokens, reads_special_only, special_tokens, tokens_of
 from vitshrink.models.structures import merging
 from vitshrink.models.targets import blocks_of
 from vitshrink.models.tasks import task_of
-from vitshrink.models.views import view_of
+from vitshrink.models.views import own, view_of
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Silent
+from vitshrink.runtime.precision import passes_in
 from vitshrink.statistics.reference import DenseOutputs
 
 PAIR, MERGE = merging.pair, merging.merge
@@ -110,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.77, 0.67, 0.5])
     parser.add_argument("--changes", type=float, nargs="*", default=[0.5], help="fractions at which steps are changed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=256, help="that biases are fitted to")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the samples of biases")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(arguments)
     loaded = load_dense(args.model)
@@ -121,11 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out, baseline = list(preprocessor.batches(test, 32)), DenseOutputs(dense)
     whole = cost.macs(dense, example_inputs(dense))
 
+    def judged(model: PreTrainedModel) -> Fidelity:
+        fidelity = evaluate(model, held_out, task=task_of(dense), baseline=baseline).fidelity
+        assert fidelity is not None
+        return fidelity
+
     def row(fraction: float, name: str, kept: Kept) -> None:
         model = view_of(dense)
         merge_tokens(model, kept)
-        fidelity = evaluate(model, held_out, task=task_of(dense), baseline=baseline).fidelity
-        assert fidelity is not None
+        fidelity = judged(model)
         figures = (
             f"{cost.macs(model, example_inputs(dense)) / whole:.3f}",
             f"{fidelity.kl:.4f}",
@@ -153,6 +165,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, values in CHANGES.items():
             with patch.dict(vars(merging), values):
                 row(fraction, name, best[fraction])
+    if not args.seeds:
+        return
+    print()
+    print_head(["budget", "biases fitted", "KL", "same"], 2)
+    passes = passes_in(find_device(args.device), precision_for(dense, "auto"))
+    calibrations = [
+        list(preprocessor.batches(open_data(DataConfig(args.calibration), loaded).select(args.samples, seed), 32))
+        for seed in args.seeds
+    ]
+    for fraction in args.fractions:
+        found = []
+        for seed, batches in zip(args.seeds, calibrations, strict=True):
+            model = own(view_of(dense))
+            merge_tokens(model, best[fraction])
+            shift_merged(model, dense, batches, Job(Silent()), seed=seed, passes=passes)
+            found.append(judged(model))
+        figures = [
+            mean_and_deviation([getattr(each, figure) for each in found], form)
+            for figure, form in (("kl", ".4f"), ("agreement", ".3f"))
+        ]
+        print_row([f"{fraction:g}", f"seeds {' '.join(map(str, args.seeds))}", *figures])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import PreTrainedModel
 
 import vitshrink
 from vitshrink.compression.merging import choices_of, fitted_curve
+from vitshrink.compression.repairs.merging import shift_merged
 from vitshrink.config.options import CompressConfig, EvalJob, FinetuneConfig
+from vitshrink.data.batches import Batch
 from vitshrink.errors import CheckpointError, UsageError
 from vitshrink.jobs.compress import CompressionResult, compress
 from vitshrink.jobs.export import export
@@ -29,6 +32,7 @@ from vitshrink.models.structures import describe, read
 from vitshrink.models.structures.merging import MergedTokens, merge, pair
 from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.recovery.techniques.recomputation import recomputed_activations
+from vitshrink.runtime.observer import Job, Silent
 
 Compressed = Callable[..., CompressionResult]
 VIT, DEIT = "ViTForImageClassification", "DeiTForImageClassificationWithTeacher"
@@ -255,3 +259,29 @@ def test_without_vitshrink_a_weight_does_not_fit(tmp_path: Path) -> None:
     merged(VIT, 0, 2).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert list(config["layers"]) == ["layers.1"]
+
+
+def test_biases_make_up_for_merging() -> None:
+    dense, model = tiny.build(VIT).eval(), merged(VIT, 8, -1).eval()
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    batches = [Batch(tiny.inputs(VIT, 32, seed), None, [0] * 32, list(map(str, range(32)))) for seed in range(8)]
+    fresh = tiny.inputs(VIT, 64, 99)["pixel_values"]
+    wanted = logits(dense, fresh).softmax(-1)
+
+    def lost() -> float:
+        return float(nn.functional.kl_div(logits(model, fresh).log_softmax(-1), wanted, reduction="batchmean"))
+
+    loss = lost()
+    shift_merged(model, dense, batches, Job(Silent()), seed=0, passes=nullcontext)
+    changed = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
+    assert changed
+    assert all(name.endswith(".bias") for name in changed)
+    assert lost() < 0.9 * loss
+
+
+def test_outputs_of_other_tokens_are_not_fitted() -> None:
+    dense, model = tiny.build("ViTModel"), merged("ViTModel", 4, 0)
+    before = copy.deepcopy(model.state_dict())
+    batch = Batch(tiny.inputs("ViTModel", 4), None, [0] * 4, list("abcd"))
+    shift_merged(model, dense, [batch], Job(Silent()), seed=0, passes=nullcontext)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())

@@ -12,13 +12,15 @@ from vitshrink.compression.calibrated import rounded
 from vitshrink.compression.candidates import Offer, Plan
 from vitshrink.compression.choices import Choices
 from vitshrink.compression.compressor import Compressor
-from vitshrink.compression.course import Course, merged
+from vitshrink.compression.course import Course
 from vitshrink.compression.estimation import DENSE
 from vitshrink.compression.findings import Findings
 from vitshrink.compression.fitting import fitted, told
 from vitshrink.compression.merging import Trials, kept_within, measured_curves, require_reachable
 from vitshrink.compression.pace import Pace, Paced, mergeable
 from vitshrink.compression.quantization import Quantization
+from vitshrink.compression.repairs.bias import RESCALING
+from vitshrink.compression.repairs.merging import shift_merged
 from vitshrink.compression.scales import on_one_scale
 from vitshrink.compression.search import Bound, Search
 from vitshrink.compression.selection import choose_plan
@@ -26,7 +28,7 @@ from vitshrink.compression.sizes import Size, requested_sizes
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData
 from vitshrink.models import cost
-from vitshrink.models.families import family_of, require_grid
+from vitshrink.models.families import family_of, precision_for, require_grid
 from vitshrink.models.maps import approximate_maps, landmarks_of
 from vitshrink.models.merged import Kept, merge_tokens, require_mergeable
 from vitshrink.models.resolution import mix_tokens
@@ -35,6 +37,8 @@ from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.models.targets import Target, find_targets
 from vitshrink.models.views import own, view_of
 from vitshrink.runtime.observer import Job
+from vitshrink.runtime.offloading import device_of_passes
+from vitshrink.runtime.precision import passes_in
 from vitshrink.runtime.state import Progress
 
 
@@ -141,10 +145,10 @@ class Shrinking:
         if config.target_latency is not None:
             yield self._in_time(calibration, job.branch(), progress)
             return
-        kept = cache(partial(self._kept, calibration, job))
+        finished = partial(self._finished, cache(partial(self._kept, calibration, job)), calibration)
         if not config.sized:
             nothing = Findings({}, {}, {})
-            model = None if config.dry_run else self._finished(own(view_of(self.base)), kept)
+            model = None if config.dry_run else finished(own(view_of(self.base)), job)
             yield Shrunk(nothing, {}, model, job.branch())
             return
         compressor = self.choices.compressor(self.base, self.targets, self.dtype, calibration, progress)
@@ -168,7 +172,7 @@ class Shrinking:
                 yield Shrunk(found.findings, plan, found.model, branch)
                 continue
             small = smaller(compressor, first, size, refine, branch, last=size is self.sizes[-1])
-            yield small if small.model is None else replace(small, model=self._finished(small.model, kept))
+            yield (small if small.model is None else replace(small, model=finished(small.model, branch)))
 
     def _in_time(self, calibration: CalibrationData | None, job: Job, progress: Progress | None) -> Shrunk:
         """The model of a budget of time, with what the clock says of it."""
@@ -192,22 +196,34 @@ class Shrinking:
             aim = Size("", planned.aim)
             shrunk = smaller(planned.compressor, first, aim, choices.rounds, job, last=True, timed=True)
         assert shrunk.model is not None
-        model = merged(shrunk.model, planned.kept)
+        model = self._merged(planned.kept, calibration, shrunk.model, job)
         if pace.integers:
             assert calibration is not None
             device, seed = next(dense.parameters()).device, choices.config.seed
             model = rounded(model, calibration, job, dtype=self.dtype, device=device, seed=seed)
         return replace(shrunk, model=model, paced=course.finished(best, model, shrunk.plan, job))
 
-    def _finished(self, model: PreTrainedModel, kept: Callable[[], Kept | None]) -> PreTrainedModel:
+    def _finished(
+        self, kept: Callable[[], Kept | None], calibration: CalibrationData | None, model: PreTrainedModel, job: Job
+    ) -> PreTrainedModel:
         """With landmarks or merged tokens, where they are asked for.
 
         The last step: weights are fitted to the exact maps of all tokens.
         """
         if self.landmarks is not None:
             approximate_maps(model, self.landmarks)
-        if (tokens := kept()) is not None:
-            merge_tokens(model, tokens)
+        return self._merged(kept(), calibration, model, job)
+
+    def _merged(
+        self, kept: Kept | None, calibration: CalibrationData | None, model: PreTrainedModel, job: Job
+    ) -> PreTrainedModel:
+        """The model itself, whose blocks keep so many tokens, and whose biases make up for that."""
+        config = self.choices.config
+        if kept is not None:
+            merge_tokens(model, kept)
+            if self.choices.compensation in RESCALING and calibration is not None:
+                passes = passes_in(device_of_passes(self.dense), precision_for(self.dense, config.precision))
+                shift_merged(model, self.dense, calibration.batches, job, seed=config.seed + 6, passes=passes)
         return model
 
     def _kept(self, calibration: CalibrationData | None, job: Job) -> Kept | None:

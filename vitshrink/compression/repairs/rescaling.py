@@ -51,7 +51,7 @@ def rescale_components(
     model: PreTrainedModel,
     reference: Reference,
     names: Sequence[str],
-    means: Mapping[str, Tensor],
+    means: Mapping[str, Tensor] | None,
     batches: Sequence[CalibrationBatch],
     *,
     steps: int = STEPS,
@@ -74,6 +74,7 @@ def rescale_components(
     Args:
         reference: the outputs of the dense model.
         means: of the inputs (n,) of each layer; a gain leaves the mean output as it is. Zeros for layers without bias.
+            None: there are no gains, only biases, and the layers may be dense.
         measure, lacking: how effects, and what is missing after a step, are found over all batches.
         pages: where the factors before a step lie, if they take much room; in memory if it is None.
 
@@ -86,8 +87,7 @@ def rescale_components(
         found: dict[str, tuple[Product, Components]] = {}
         for name in names:
             layer = product_of(model, name)
-            up, down = (in_file(factor.clone(), pages) for factor in factors_of(layer))
-            found[name] = layer, Components(up, down, means[name], own=True)
+            found[name] = layer, _nothing(layer) if means is None else _components(layer, means[name], pages)
         components = {name: parts for name, (_, parts) in found.items()}
         effects = measure(
             model, components, batches, reference=reference, seed=seed + step, passes=passes, on_batch=on_batch
@@ -101,7 +101,8 @@ def rescale_components(
             for name, (layer, parts) in found.items():
                 gain = length * repair.gains[name]
                 up, down = parts.up.double(), parts.down.double()
-                set_factors(layer, up * (1 + gain), down)
+                if means is not None:
+                    set_factors(layer, up * (1 + gain), down)
                 if layer.bias is not None:
                     moved = (up * gain) @ (down @ parts.mean)
                     layer.bias.copy_(biases[name] - moved + length * repair.shifts[name])
@@ -111,6 +112,22 @@ def rescale_components(
             if now.square().mean() < effects.missing.square().mean():
                 break
     return steps
+
+
+def _components(layer: Product, mean: Tensor, pages: Path | None) -> Components:
+    """Those of a smaller layer, as they are before a step."""
+    up, down = (in_file(factor.clone(), pages) for factor in factors_of(layer))
+    return Components(up, down, mean, own=True)
+
+
+def _nothing(layer: Product) -> Components:
+    """None of a layer of which only the bias is fitted."""
+    weight = layer.weight
+    return Components(
+        weight.new_zeros(layer.out_features, 0),
+        weight.new_zeros(0, layer.in_features),
+        weight.new_zeros(layer.in_features).double(),
+    )
 
 
 def best_repair(effects: Effects) -> Repair | None:
