@@ -31,6 +31,7 @@ from results import Results
 from tables import print_circumstances, print_head, print_row
 from torch import Tensor, nn
 
+from vitshrink.config.options import FinetuneConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import VitshrinkError
 from vitshrink.models import cost
@@ -176,7 +177,11 @@ def opened(args: argparse.Namespace, work: Path) -> Bench:
     """The bench of a model, or of random weights and random pixels."""
     if not args.random:
         table = byte_table.Bench.open(args, work)
-        return Bench(table.material, table, args.fractions, False, args.latencies, max(args.batches), args.recover)
+        recover = None
+        if args.recover:
+            options = {"learning_rate": args.learning_rate, "augment": args.augment}
+            recover = FinetuneConfig(data=args.calibration, epochs=args.recover, **options)
+        return Bench(table.material, table, args.fractions, False, args.latencies, max(args.batches), recover)
     model = random_vit(args.blocks)
     pixels = example_inputs(model, args.samples)
     batch: Any = SimpleNamespace(inputs=pixels, mask=None, keys=list(range(args.samples)))
@@ -217,6 +222,8 @@ def parser() -> argparse.ArgumentParser:
         "--latencies", type=float, nargs="*", default=[], metavar="S", help="of --target-latency, for the largest batch"
     )
     known.add_argument("--recover", type=float, metavar="EPOCHS", help="of distillation, after merging tokens")
+    known.add_argument("--learning-rate", type=float, help="of --recover")
+    known.add_argument("--no-augment", dest="augment", action="store_false", help="with --recover: samples as they are")
     known.add_argument("--fixed", action="store_true", help="batches of images of one size in OpenVINO")
     known.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N")
     known.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="rows of such names")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitshrink.compression.merging import Trials, kept_within, measured_curves
+from vitshrink.compression.repairs.merging import shift_merged
 from vitshrink.compression.static_layers import as_fast_as_integers
 from vitshrink.config.options import CompressConfig, FinetuneConfig, FinetuneJob
 from vitshrink.config.quantize import QuantizeJob
@@ -22,11 +23,13 @@ from vitshrink.jobs.compress import compress
 from vitshrink.jobs.export import export
 from vitshrink.jobs.finetune import finetune_checkpoint
 from vitshrink.jobs.quantize import quantize_checkpoint
+from vitshrink.models.families import precision_for
 from vitshrink.models.merged import merge_tokens
 from vitshrink.models.openvino_model import IR_FILE, convert
 from vitshrink.models.runtimes import Program, find_runtime
 from vitshrink.models.views import own, view_of
 from vitshrink.runtime.observer import Job, Silent
+from vitshrink.runtime.precision import passes_in
 
 BASELINE = "PyTorch: float32"
 ONNX_FILE = "model.onnx"
@@ -43,8 +46,8 @@ class Bench:
     latencies: Sequence[float] = ()
     batch: int = 8
     """Samples in a batch for which a latency is asked for."""
-    recover: float | None = None
-    """Epochs of distillation that merged tokens get beside."""
+    recover: FinetuneConfig | None = None
+    """Distillation that merged tokens get beside."""
 
     @property
     def dense(self) -> PreTrainedModel:
@@ -83,7 +86,7 @@ def rows_of(bench: Bench) -> Iterator[Row]:
             yield Row(f"ours, static int8, in {runtime}: {fraction:g}", partial(_rounded, fraction, form, None))
             if bench.recover and fraction < 1:
                 made = partial(_rounded, fraction, form, bench.recover)
-                yield Row(f"ours, {bench.recover:g} epochs, static int8, in {runtime}: {fraction:g}", made)
+                yield Row(f"ours, {bench.recover.epochs:g} epochs, static int8, in {runtime}: {fraction:g}", made)
     for share in () if bench.random else bench.latencies:
         for runtime, form in (("onnxruntime", "onnx"), ("OpenVINO", "openvino")):
             yield Row(f"ours, --target-latency {share:g}, in {runtime}", partial(_in_time, share, form, image))
@@ -102,11 +105,13 @@ def _ours(bench: Bench) -> Iterator[tuple[str, float, Callable[[Bench], PreTrain
 
 def _merged(curves: list[Sequence[Tensor]], fraction: float, bench: Bench) -> PreTrainedModel:
     """As ``vitshrink compress --tokens merge --token-operations`` makes it; ``curves`` are measured once."""
+    (seed, calibration), *_ = bench.material.calibrations.items()
     if not curves:
-        batches = next(iter(bench.material.calibrations.values())).batches
-        curves.append(measured_curves(Trials.on(bench.dense, batches), Job(Silent())))
+        curves.append(measured_curves(Trials.on(bench.dense, calibration.batches), Job(Silent())))
     model = own(view_of(bench.dense))
     merge_tokens(model, kept_within(bench.dense, curves[0], fraction))
+    passes = passes_in(torch.device("cpu"), precision_for(bench.dense, "auto"))
+    shift_merged(model, bench.dense, calibration.batches, Job(Silent()), seed=seed, passes=passes)
     return model
 
 
@@ -143,20 +148,19 @@ def _nncf(make: Callable[[Bench], PreTrainedModel], bench: Bench, folder: Path) 
     return folder / "int8" / IR_FILE
 
 
-def _rounded(fraction: float, form: str, epochs: float | None, bench: Bench, folder: Path) -> Path:
-    """As the command line makes it: tokens merged where there is a fraction, trained for so many epochs, and
+def _rounded(fraction: float, form: str, training: FinetuneConfig | None, bench: Bench, folder: Path) -> Path:
+    """As the command line makes it: tokens merged where there is a fraction, trained where that is asked for, and
     ``quantize --activations static``."""
-    given, name = bench.material, f"{fraction:g}{'' if epochs is None else '-recovered'}"
+    given, name = bench.material, f"{fraction:g}{'' if training is None else '-recovered'}"
     data: dict[str, Any] = {"calibration": given.calibration, "samples": given.samples, "holdout": 8, "offline": True}
     source, merged, small = given.model, folder.parent / f"merged-{fraction:g}", folder.parent / f"int8-{name}"
     if fraction < 1:
         if not merged.exists():
             compress(CompressConfig(source, str(merged), tokens="merge", token_operations=fraction, **data))
         source = str(merged)
-    if epochs is not None:
+    if training is not None:
         recovered = folder.parent / f"merged-{name}"
         if not recovered.exists():
-            training = FinetuneConfig(data=given.calibration, epochs=epochs)
             job = FinetuneJob(source, str(recovered), teacher=given.model, finetune=training, offline=True)
             finetune_checkpoint(job)
         source = str(recovered)
