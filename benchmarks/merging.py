@@ -170,10 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print()
     print_head(["budget", "biases fitted", "KL", "same"], 2)
     passes = passes_in(find_device(args.device), precision_for(dense, "auto"))
-    calibrations = [
-        list(preprocessor.batches(open_data(DataConfig(args.calibration), loaded).select(args.samples, seed), 32))
-        for seed in args.seeds
-    ]
+    samples = open_data(DataConfig(args.calibration), loaded, offline=False)
+    calibrations = [list(preprocessor.batches(samples.select(args.samples, seed), 32)) for seed in args.seeds]
     for fraction in args.fractions:
         found = []
         for seed, batches in zip(args.seeds, calibrations, strict=True):

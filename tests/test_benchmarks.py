@@ -409,8 +409,11 @@ def test_merging_is_taken_apart_step_by_step(
     benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = f"--model {vit_directory} --calibration {flat_images} --eval {flat_images} --limit 8"
-    benchmark("merging").main([*line.split(), "--fractions", "0.65", "--changes", "0.65", "--device", "cpu"])
-    found = rows(capsys.readouterr().out)
+    line += " --fractions 0.65 --changes 0.65 --samples 16 --seeds 0 1 --device cpu"
+    benchmark("merging").main(line.split())
+    *found, head, fitted = rows(capsys.readouterr().out)
+    assert (head[1], fitted[1]) == ("biases fitted", "seeds 0 1")
+    assert "±" in fitted[2]
     assert [row[1] for row in found[1:-7]] == [
         "evenly, the rest not computed",
         "by measured losses",
