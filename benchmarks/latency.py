@@ -165,8 +165,8 @@ def show(results: Results) -> None:
     print_head(["variant", "KL", "same prediction", *(head for name in baseline for head in (f"{name}, ms", "time"))])
     for name, row in done.items():
         figures = [format(row[key], form) if key in row else "–" for key, form in FIGURES.items()]
-        times = [(row["times"][each], row["times"][each] / baseline[each]) for each in baseline]
-        cells = [f"{figure:.2f}" for each in times for figure in each]
+        times = [(row["times"].get(each), baseline[each]) for each in baseline]  # some rows may have come later
+        cells = ["–" if taken is None else f"{taken / by:.2f}" for taken, whole in times for by in (1.0, whole)]
         print_row([name, *figures, *cells])
     for name, row in results.rows.items():
         if "skipped" in row:
