@@ -179,8 +179,8 @@ def opened(args: argparse.Namespace, work: Path) -> Bench:
         table = byte_table.Bench.open(args, work)
         recover = None
         if args.recover:
-            options = {"learning_rate": args.learning_rate, "augment": args.augment}
-            recover = FinetuneConfig(data=args.calibration, epochs=args.recover, **options)
+            rate, augment = args.learning_rate, args.augment
+            recover = FinetuneConfig(data=args.calibration, epochs=args.recover, learning_rate=rate, augment=augment)
         return Bench(table.material, table, args.fractions, False, args.latencies, max(args.batches), recover)
     model = random_vit(args.blocks)
     pixels = example_inputs(model, args.samples)

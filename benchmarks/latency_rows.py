@@ -30,6 +30,7 @@ from vitshrink.models.runtimes import Program, find_runtime
 from vitshrink.models.views import own, view_of
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.runtime.precision import passes_in
+from vitshrink.statistics.reference import DenseOutputs
 
 BASELINE = "PyTorch: float32"
 ONNX_FILE = "model.onnx"
@@ -110,8 +111,8 @@ def _merged(curves: list[Sequence[Tensor]], fraction: float, bench: Bench) -> Pr
         curves.append(measured_curves(Trials.on(bench.dense, calibration.batches), Job(Silent())))
     model = own(view_of(bench.dense))
     merge_tokens(model, kept_within(bench.dense, curves[0], fraction))
-    passes = passes_in(torch.device("cpu"), precision_for(bench.dense, "auto"))
-    shift_merged(model, bench.dense, calibration.batches, Job(Silent()), seed=seed, passes=passes)
+    reference = DenseOutputs(bench.dense, passes_in(torch.device("cpu"), precision_for(bench.dense, "auto")))
+    shift_merged(model, reference, calibration.batches, Job(Silent()), seed=seed)
     return model
 
 

@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print()
     print_head(["budget", "biases fitted", "KL", "same"], 2)
-    passes = passes_in(find_device(args.device), precision_for(dense, "auto"))
+    reference = DenseOutputs(dense, passes_in(find_device(args.device), precision_for(dense, "auto")))
     samples = open_data(DataConfig(args.calibration), loaded, offline=False)
     calibrations = [list(preprocessor.batches(samples.select(args.samples, seed), 32)) for seed in args.seeds]
     for fraction in args.fractions:
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed, batches in zip(args.seeds, calibrations, strict=True):
             model = own(view_of(dense))
             merge_tokens(model, best[fraction])
-            shift_merged(model, dense, batches, Job(Silent()), seed=seed, passes=passes)
+            shift_merged(model, reference, batches, Job(Silent()), seed=seed)
             found.append(judged(model))
         figures = [
             mean_and_deviation([getattr(each, figure) for each in found], form)

@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from vitshrink.models.structures.merging import MergedTokens, merge, pair
 from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.recovery.techniques.recomputation import recomputed_activations
 from vitshrink.runtime.observer import Job, Silent
+from vitshrink.statistics.reference import DenseOutputs
 
 Compressed = Callable[..., CompressionResult]
 VIT, DEIT = "ViTForImageClassification", "DeiTForImageClassificationWithTeacher"
@@ -272,7 +272,7 @@ def test_biases_make_up_for_merging() -> None:
         return float(nn.functional.kl_div(logits(model, fresh).log_softmax(-1), wanted, reduction="batchmean"))
 
     loss = lost()
-    shift_merged(model, dense, batches, Job(Silent()), seed=0, passes=nullcontext)
+    shift_merged(model, DenseOutputs(dense), batches, Job(Silent()), seed=0)
     changed = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
     assert changed
     assert all(name.endswith(".bias") for name in changed)
@@ -283,5 +283,5 @@ def test_outputs_of_other_tokens_are_not_fitted() -> None:
     dense, model = tiny.build("ViTModel"), merged("ViTModel", 4, 0)
     before = copy.deepcopy(model.state_dict())
     batch = Batch(tiny.inputs("ViTModel", 4), None, [0] * 4, list("abcd"))
-    shift_merged(model, dense, [batch], Job(Silent()), seed=0, passes=nullcontext)
+    shift_merged(model, DenseOutputs(dense), [batch], Job(Silent()), seed=0)
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Self
 
 import torch
@@ -40,6 +40,7 @@ from vitshrink.runtime.observer import Job
 from vitshrink.runtime.offloading import device_of_passes
 from vitshrink.runtime.precision import passes_in
 from vitshrink.runtime.state import Progress
+from vitshrink.statistics.reference import DenseOutputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +173,7 @@ class Shrinking:
                 yield Shrunk(found.findings, plan, found.model, branch)
                 continue
             small = smaller(compressor, first, size, refine, branch, last=size is self.sizes[-1])
-            yield (small if small.model is None else replace(small, model=finished(small.model, branch)))
+            yield small if small.model is None else replace(small, model=finished(small.model, branch))
 
     def _in_time(self, calibration: CalibrationData | None, job: Job, progress: Progress | None) -> Shrunk:
         """The model of a budget of time, with what the clock says of it."""
@@ -218,13 +219,18 @@ class Shrinking:
         self, kept: Kept | None, calibration: CalibrationData | None, model: PreTrainedModel, job: Job
     ) -> PreTrainedModel:
         """The model itself, whose blocks keep so many tokens, and whose biases make up for that."""
-        config = self.choices.config
         if kept is not None:
             merge_tokens(model, kept)
             if self.choices.compensation in RESCALING and calibration is not None:
-                passes = passes_in(device_of_passes(self.dense), precision_for(self.dense, config.precision))
-                shift_merged(model, self.dense, calibration.batches, job, seed=config.seed + 6, passes=passes)
+                seed = self.choices.config.seed + 6
+                shift_merged(model, self._dense_outputs, calibration.batches, job, seed=seed)
         return model
+
+    @cached_property
+    def _dense_outputs(self) -> DenseOutputs:
+        """What models of all sizes that merge tokens are fitted to."""
+        precision = precision_for(self.dense, self.choices.config.precision)
+        return DenseOutputs(self.dense, passes_in(device_of_passes(self.dense), precision))
 
     def _kept(self, calibration: CalibrationData | None, job: Job) -> Kept | None:
         """How many tokens each block keeps, where they are merged: measured on the dense model, for all sizes."""

@@ -5,40 +5,35 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.repairs.rescaling import rescale_components
+from vitshrink.compression.repairs.rescaling import STEPS, rescale_components
 from vitshrink.data.batches import Batch
 from vitshrink.models.merged import reads_special_only
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import named_blocks
 from vitshrink.runtime.observer import Job
-from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.reference import DenseOutputs
 from vitshrink.statistics.sharing import shared_effects, shared_shortfall
 
-STEPS = 2
-"""Gauss-Newton steps."""
-
 
 def shift_merged(
-    model: PreTrainedModel, dense: PreTrainedModel, batches: Sequence[Batch], job: Job, *, seed: int, passes: Passes
+    model: PreTrainedModel, reference: DenseOutputs, batches: Sequence[Batch], job: Job, *, seed: int
 ) -> None:
-    """Fit the biases of all layers of the blocks of ``model`` to the outputs of ``dense``, in place.
+    """Fit the biases of all layers of the blocks of ``model`` to the outputs of the dense one, in place.
 
-    Only where the outputs are those of the dense model: a model that gives its tokens has fewer of them.
+    Only where these are outputs of the same tokens: a model that gives its tokens has fewer of them.
     """
-    if not reads_special_only(dense):
+    if not reads_special_only(model):
         return
     walks = 2 * STEPS * sum(len(batch.keys) for batch in batches)
     with job.stage("shift", "Fitting biases to merged tokens", walks) as advance:
         rescale_components(
             model,
-            DenseOutputs(dense, passes),
+            reference,
             shifted_layers(model),
             None,
             batches,
-            steps=STEPS,
             seed=seed,
-            passes=passes,
+            passes=reference.passes,
             measure=shared_effects,
             lacking=shared_shortfall,
             on_batch=advance,
