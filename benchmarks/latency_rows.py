@@ -23,13 +23,12 @@ from vitshrink.jobs.compress import compress
 from vitshrink.jobs.export import export
 from vitshrink.jobs.finetune import finetune_checkpoint
 from vitshrink.jobs.quantize import quantize_checkpoint
-from vitshrink.models.families import precision_for
+from vitshrink.models.families import passes_of
 from vitshrink.models.merged import merge_tokens
 from vitshrink.models.openvino_model import IR_FILE, convert
 from vitshrink.models.runtimes import Program, find_runtime
 from vitshrink.models.views import own, view_of
 from vitshrink.runtime.observer import Job, Silent
-from vitshrink.runtime.precision import passes_in
 from vitshrink.statistics.reference import DenseOutputs
 
 BASELINE = "PyTorch: float32"
@@ -111,7 +110,7 @@ def _merged(curves: list[Sequence[Tensor]], fraction: float, bench: Bench) -> Pr
         curves.append(measured_curves(Trials.on(bench.dense, calibration.batches), Job(Silent())))
     model = own(view_of(bench.dense))
     merge_tokens(model, kept_within(bench.dense, curves[0], fraction))
-    reference = DenseOutputs(bench.dense, passes_in(torch.device("cpu"), precision_for(bench.dense, "auto")))
+    reference = DenseOutputs(bench.dense, passes_of(bench.dense, "auto"))
     shift_merged(model, reference, calibration.batches, Job(Silent()), seed=seed)
     return model
 

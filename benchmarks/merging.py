@@ -27,7 +27,7 @@ from vitshrink.evaluation import evaluate
 from vitshrink.evaluation.quality import Fidelity
 from vitshrink.models import cost
 from vitshrink.models.example import example_inputs
-from vitshrink.models.families import precision_for
+from vitshrink.models.families import passes_of
 from vitshrink.models.loading import load_dense
 from vitshrink.models.merged import Kept, Operations, merge_tokens, reads_special_only, special_tokens, tokens_of
 from vitshrink.models.structures import merging
@@ -36,7 +36,6 @@ from vitshrink.models.tasks import task_of
 from vitshrink.models.views import own, view_of
 from vitshrink.runtime.device import find_device
 from vitshrink.runtime.observer import Job, Silent
-from vitshrink.runtime.precision import passes_in
 from vitshrink.statistics.reference import DenseOutputs
 
 PAIR, MERGE = merging.pair, merging.merge
@@ -169,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print()
     print_head(["budget", "biases fitted", "KL", "same"], 2)
-    reference = DenseOutputs(dense, passes_in(find_device(args.device), precision_for(dense, "auto")))
+    reference = DenseOutputs(dense, passes_of(dense, "auto"))
     samples = open_data(DataConfig(args.calibration), loaded, offline=False)
     calibrations = [list(preprocessor.batches(samples.select(args.samples, seed), 32)) for seed in args.seeds]
     for fraction in args.fractions:

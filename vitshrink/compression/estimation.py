@@ -22,7 +22,7 @@ from vitshrink.data import Batch
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
 from vitshrink.methods import Factorization, LayerMethod
-from vitshrink.models.families import precision_for
+from vitshrink.models.families import passes_of, precision_for
 from vitshrink.models.targets import Target, linear_of
 from vitshrink.runtime import processes
 from vitshrink.runtime.cache import Cache
@@ -30,7 +30,7 @@ from vitshrink.runtime.entries import from_process, laid_out, moved
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.offloading import device_of_passes
 from vitshrink.runtime.paging import paged
-from vitshrink.runtime.precision import Passes, passes_in, resolve_precision
+from vitshrink.runtime.precision import Passes, resolve_precision
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.calibration import collect, first_of
 from vitshrink.statistics.curvature import collect_curvature
@@ -170,7 +170,7 @@ class LayerEstimator:
     @property
     def passes(self) -> Passes:
         """The arithmetic of passes that gradients are taken through."""
-        return passes_in(device_of_passes(self.dense), precision_for(self.dense, self.config.precision))
+        return passes_of(self.dense, self.config.precision)
 
     @property
     def effort(self) -> Effort:

@@ -13,14 +13,14 @@ from vitshrink.compression.rounding import Metric
 from vitshrink.config.options import CompressConfig
 from vitshrink.data.opening import CalibrationData
 from vitshrink.errors import NumericsError
-from vitshrink.models.families import precision_for
+from vitshrink.models.families import passes_of, precision_for
 from vitshrink.models.readings import reading_of
 from vitshrink.runtime.cache import Cache
 from vitshrink.runtime.entries import laid_out
 from vitshrink.runtime.observer import Job
 from vitshrink.runtime.offloading import device_of_passes
 from vitshrink.runtime.paging import paged
-from vitshrink.runtime.precision import passes_in, resolve_precision
+from vitshrink.runtime.precision import resolve_precision
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.recomputing import is_large
 from vitshrink.statistics.sensitivity import Sensitivity, collect_sensitivity
@@ -92,7 +92,7 @@ class SensitivityEstimator:
                 self.sites,
                 self.calibration.batches,
                 seed=self.config.seed,
-                passes=passes_in(device_of_passes(self.dense), precision_for(self.dense, self.config.precision)),
+                passes=passes_of(self.dense, self.config.precision),
                 course=Shared(self.progress, DENSE, device),
                 on_batch=advance,
             )

@@ -28,7 +28,7 @@ from vitshrink.compression.sizes import Size, requested_sizes
 from vitshrink.data import Preprocessor, SampleSet
 from vitshrink.data.opening import CalibrationData
 from vitshrink.models import cost
-from vitshrink.models.families import family_of, precision_for, require_grid
+from vitshrink.models.families import family_of, passes_of, require_grid
 from vitshrink.models.maps import approximate_maps, landmarks_of
 from vitshrink.models.merged import Kept, merge_tokens, require_mergeable
 from vitshrink.models.resolution import mix_tokens
@@ -37,8 +37,6 @@ from vitshrink.models.structures.tokens import MixedTokens
 from vitshrink.models.targets import Target, find_targets
 from vitshrink.models.views import own, view_of
 from vitshrink.runtime.observer import Job
-from vitshrink.runtime.offloading import device_of_passes
-from vitshrink.runtime.precision import passes_in
 from vitshrink.runtime.state import Progress
 from vitshrink.statistics.reference import DenseOutputs
 
@@ -229,8 +227,7 @@ class Shrinking:
     @cached_property
     def _dense_outputs(self) -> DenseOutputs:
         """What models of all sizes that merge tokens are fitted to."""
-        precision = precision_for(self.dense, self.choices.config.precision)
-        return DenseOutputs(self.dense, passes_in(device_of_passes(self.dense), precision))
+        return DenseOutputs(self.dense, passes_of(self.dense, self.choices.config.precision))
 
     def _kept(self, calibration: CalibrationData | None, job: Job) -> Kept | None:
         """How many tokens each block keeps, where they are merged: measured on the dense model, for all sizes."""

@@ -20,6 +20,8 @@ from vitshrink.models.blocks import find_blocks
 from vitshrink.models.duals import DUALS
 from vitshrink.models.tasks import TASKS, architecture_of
 from vitshrink.models.timm import TIMM, require_timm
+from vitshrink.runtime.offloading import device_of_passes
+from vitshrink.runtime.precision import Passes, passes_in
 
 Role = Literal["query", "key", "value", "qkv", "output", "fc1", "gate", "up", "gated", "fc2", "other"]
 """What a linear layer of a block is for. ``qkv`` and ``gated`` are one layer for several; the hidden units of ``gate``,
@@ -200,6 +202,11 @@ def family_of(model: PreTrainedModel) -> Family:
 def precision_for(model: PreTrainedModel, wanted: str) -> str:
     """``wanted``, but ``no`` in the place of ``auto`` for a model that does not run in mixed precision."""
     return "no" if wanted == "auto" and not family_of(model).mixed else wanted
+
+
+def passes_of(model: PreTrainedModel, wanted: str) -> Passes:
+    """The arithmetic of passes over a model, where its blocks run."""
+    return passes_in(device_of_passes(model), precision_for(model, wanted))
 
 
 def require_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
