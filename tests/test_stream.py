@@ -17,7 +17,7 @@ from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.families import family_of
 from vitshrink.models.targets import blocks_of, find_targets
 from vitshrink.statistics.curvature import CurvatureCollector, collect_curvature, token_weights
-from vitshrink.statistics.importance import weights_of_tokens
+from vitshrink.statistics.importance import TokenWeights, weigh_tokens
 from vitshrink.statistics.stats import LinearStats
 from vitshrink.statistics.walk import hidden_batches
 
@@ -118,15 +118,16 @@ def test_padding_has_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_token_weights_are_those_of_the_curvature() -> None:
     model, batches = tiny.build("BertModel"), batches_of("BertModel")
     targets = [target for target in find_targets(model) if target.role == "fc2"]
-    found = weights_of_tokens(model, targets, batches)
+    weights = TokenWeights([target.name for target in targets])
+    weigh_tokens(model, weights, batches)
     for number, batch in enumerate(batches):
         collector = Seen(model, targets)
         collector.run(number, batch)
         assert batch.mask is not None
         for target in targets:
-            weights = found[number][target.name]
-            torch.testing.assert_close(weights[batch.mask], collector.weights[target.input_group])
-            assert not weights[~batch.mask].any()
+            found = weights.found[number][target.name]
+            torch.testing.assert_close(found[batch.mask], collector.weights[target.input_group])
+            assert not found[~batch.mask].any()
 
 
 class Seen(CurvatureCollector):

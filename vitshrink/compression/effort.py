@@ -27,7 +27,7 @@ class Effort:
             curvature not to be estimated again on it.
         measured: samples on which the effects of components are measured: how much each counts, not what it is.
         repairs: of cuts that are not light.
-        light_repairs: of those that are.
+        light_repairs: of those that are, with the samples on which components were measured, where tokens have weights.
         allocation: how ranks are distributed instead of by measured effects; as the method says if it is None.
         compensation: instead of repairs that end with gains and biases; as the method says if it is None.
     """
@@ -36,7 +36,7 @@ class Effort:
     light: float = 0.1
     measured: int = MEASURED_SAMPLES
     repairs: Repairs = Repairs()
-    light_repairs: Repairs = Repairs(samples=128, steps=1)
+    light_repairs: Repairs = Repairs(samples=MEASURED_SAMPLES, steps=1)
     allocation: str | None = None
     compensation: str | None = None
 

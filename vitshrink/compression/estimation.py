@@ -17,6 +17,7 @@ from vitshrink.compression.effort import Effort, Repairs, effort_of
 from vitshrink.compression.findings import Findings, Measured, Rebuild
 from vitshrink.compression.keeping import Cached, Memory, Step
 from vitshrink.compression.repairs.bias import SHIFTING
+from vitshrink.compression.repairs.stream import WRITERS
 from vitshrink.config.options import CompressConfig
 from vitshrink.data import Batch
 from vitshrink.data.opening import CalibrationData
@@ -36,6 +37,7 @@ from vitshrink.statistics.calibration import collect, first_of
 from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.digests import data_digest, model_digest
 from vitshrink.statistics.effects import Components, measured_loss
+from vitshrink.statistics.importance import TokenWeights, weigh_tokens
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.recomputing import is_large
 from vitshrink.statistics.reference import DenseOutputs
@@ -79,6 +81,8 @@ class LayerEstimator:
     calibration: CalibrationData | None
     progress: Progress = field(default_factory=Progress)
     full: frozenset[str] = frozenset()
+    _weighed: list[TokenWeights] = field(default_factory=list)
+    """In the dense model, of the samples on which components are measured; one, once they are known."""
 
     def known(self, job: Job) -> dict[str, LinearStats]:
         """The statistics of the dense model."""
@@ -277,11 +281,35 @@ class LayerEstimator:
             name: Components(each.up, each.down, self.mean(name, findings.stats))
             for name, each in findings.layers.items()
         }
+        seed, weights = self.config.seed + 3, TokenWeights(self._writers)
         with job.stage("measure", "Measuring components", sum(len(batch.keys) for batch in batches)) as advance:
             effects = shared_effects(
-                model, components, batches, seed=self.config.seed + 3, passes=self.passes, on_batch=advance
+                model, components, batches, seed=seed, passes=self.passes, weights=weights, on_batch=advance
             )
+        if model is self.dense:
+            self._weighed[:] = [weights]
         return _with_measured(findings, {name: Measured(measured_loss(effects.layers[name])) for name in components})
+
+    @property
+    def _writers(self) -> list[str]:
+        """The layers that may repair the residual stream."""
+        return [target.name for target in self.targets if target.role in WRITERS]
+
+    def token_weights(self) -> Sequence[Mapping[str, Tensor]]:
+        """Of the tokens (batch, tokens) that layers which write to the residual stream read in the dense model.
+
+        Of each of the batches of this process on which components are measured, by layer; from the pass that measured
+        them, if that was one of this job.
+        """
+        if not self._weighed:
+            assert self.calibration is not None
+            batches = first_of(self.calibration.batches, self.effort.measured)
+            mine, seed = processes.block(len(batches)), self.config.seed + 3
+            weights, own = TokenWeights(self._writers), batches[mine.start : mine.stop]
+            with processes.together():
+                weigh_tokens(self.dense, weights, own, seed=seed, first=mine.start, passes=self.passes)
+            self._weighed.append(weights)
+        return self._weighed[0].found
 
     def _best_measured(
         self, refined: Findings, before: Findings, again: Findings, rebuilt: Rebuild, job: Job

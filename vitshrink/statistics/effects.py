@@ -21,6 +21,7 @@ from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch, samples_of, to_device, token_mask
 from vitshrink.statistics.calls import by_sample
 from vitshrink.statistics.functionals import batch_generator, divergences, random_functional, require_gradient
+from vitshrink.statistics.importance import TokenWeights
 from vitshrink.statistics.recomputing import recomputing
 from vitshrink.statistics.reference import Reference
 
@@ -77,6 +78,7 @@ def component_effects(
     seed: int = 0,
     first: int = 0,
     passes: Passes = nullcontext,
+    weights: TokenWeights | None = None,
     on_batch: Callable[[int], None] = lambda _samples: None,
 ) -> Effects:
     """One forward and one backward pass of ``model`` over all batches.
@@ -85,6 +87,7 @@ def component_effects(
 
     Args:
         first: number of the first of the batches in the whole of the data, from which their functionals follow.
+        weights: takes the weights of tokens from the same passes.
 
     Raises:
         NumericsError: NaN or Inf; names the layer and the batch.
@@ -97,9 +100,13 @@ def component_effects(
         for block in first_blocks(model):
             stack.callback(block.register_forward_pre_hook(require_gradient).remove)
         watch.attach(model, stack)
+        if weights is not None:
+            weights.attach(model, stack)
         for number, batch in enumerate(batches, first):
             watch.mask = token_mask(batch, device)
             watch.batch, watch.samples = number, samples_of(batch)
+            if weights is not None:
+                weights.begin(watch.mask)
             generator = batch_generator(seed, number)
             wanted = None if reference is None else reference(batch)
             with torch.enable_grad(), recomputing(model):

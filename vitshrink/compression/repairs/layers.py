@@ -93,6 +93,7 @@ class LayerRepairs:
                 findings.stats,
                 estimator.factorize,
                 estimator.to_repair(findings),
+                weights=estimator.token_weights() if findings.light else None,
                 seed=estimator.config.seed + 5,
                 passes=estimator.passes,
                 pages=estimator.pages,

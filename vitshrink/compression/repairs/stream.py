@@ -24,7 +24,7 @@ from vitshrink.runtime.paging import in_file, rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch
 from vitshrink.statistics.halves import half_of, symmetric
-from vitshrink.statistics.importance import weights_of_tokens
+from vitshrink.statistics.importance import TokenWeights, weigh_tokens
 from vitshrink.statistics.stats import LinearStats, gram_of
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
 
@@ -70,6 +70,7 @@ def restore_stream(
     factorize: Factorize,
     batches: Sequence[CalibrationBatch],
     *,
+    weights: Sequence[Mapping[str, Tensor]] | None = None,
     seed: int = 0,
     passes: Passes = nullcontext,
     pages: Path | None = None,
@@ -87,6 +88,8 @@ def restore_stream(
         dense: the model that ``model`` was made of.
         targets: of ``model``; those that are ``writers`` are refitted.
         stats: their statistics in the compressed model, of which H is used.
+        weights: of the tokens (batch, tokens) of each batch of this process, by target; those in ``model`` if it is
+            None.
         pages: where the hidden states of the samples lie, if they take much room; in memory if it is None.
     """
     parts = writers(model, targets)
@@ -94,7 +97,10 @@ def restore_stream(
     own = batches[mine.start : mine.stop]
     family = family_of(model)
     with processes.together():
-        weights = weights_of_tokens(model, parts, own, seed=seed, first=mine.start, passes=passes)
+        if weights is None:
+            weighed = TokenWeights([target.name for target in parts])
+            weigh_tokens(model, weighed, own, seed=seed, first=mine.start, passes=passes)
+            weights = weighed.found
         with passes():
             there = hidden_batches(dense, blocks_of(dense)[0], own, pages)
             here = hidden_batches(model, blocks_of(model)[0], own, pages)
