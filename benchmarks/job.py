@@ -24,6 +24,7 @@ from vitshrink.runtime.observer import Job, Silent
 from vitshrink.runtime.precision import Passes, passes_in
 from vitshrink.statistics.calibration import to_device
 from vitshrink.statistics.functionals import random_functional
+from vitshrink.statistics.recomputing import batch_that_fits
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,9 @@ def pass_over(config: CompressConfig) -> Passed:
     source.model.to(device)
     preprocessor = Preprocessor.from_checkpoint(source.directory, source.family.modality, offline=config.offline)
     samples = open_data(data, source, offline=config.offline)
+    size = config.batch_size or batch_that_fits(source.model)
     batches = read_calibration(
-        samples, preprocessor, Job(Silent()), samples=config.samples, seed=config.seed, batch_size=config.batch_size
+        samples, preprocessor, Job(Silent()), samples=config.samples, seed=config.seed, batch_size=size
     ).batches
     forward, both = bare_passes(source.model, batches, passes_in(device, config.precision))
     _, exact = bare_passes(source.model, batches, nullcontext)

@@ -114,7 +114,7 @@ def job_parser(description: str | None, samples: int, jobs: Sequence[str]) -> ar
     known.add_argument("--blocks", type=int, help="blocks of the random model, if not all")
     known.add_argument("--calibration", help="samples; random images if not given")
     known.add_argument("--samples", type=int, default=samples)
-    known.add_argument("--batch-size", type=int, default=CompressConfig.batch_size)
+    known.add_argument("--batch-size", type=int, help="by the model if not given")
     known.add_argument("--jobs", nargs="+", default=jobs, metavar="'NAME=VALUE …'")
     return known
 
@@ -138,8 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not args.calibration:
                 write_images(Path(scratch) / "images", args.samples + args.holdout)
             first = next(iter(configs.values()))
-            facts = {"model": args.model or f"ViT-{args.random.upper()} shapes", "device": device}
-            print_circumstances("Stages of a job", **facts, samples=args.samples, batch_size=args.batch_size)
+            facts: dict[str, Any] = {"model": args.model or f"ViT-{args.random.upper()} shapes", "device": device}
+            facts["batch_size"] = args.batch_size or "by the model"
+            print_circumstances("Stages of a job", **facts, samples=args.samples)
             passed = alone(pass_over, first, args.threads)
             table, ran = Table(passed, device.type == "cpu"), list[tuple[str, Ran]]()
             print_head(["job", "stage", "seconds", "counted", "over passes", "GB at most"], texts=2)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vitshrink.compression import effort
 from vitshrink.compression import estimation as module
@@ -82,6 +83,19 @@ def test_a_light_cut_is_not_refined_and_few_samples_repair_it(
     assert len(compression.estimator.to_repair(found)) == (1 if light else len(calibration.batches))
     again = compression.refine(replace(found, light=False), plan, job)
     assert again.light == light
+
+
+def test_token_weights_are_those_of_the_pass_that_measures_components(vit_directory: Path, flat_images: Path) -> None:
+    estimator, unasked = (prepared(vit_directory, flat_images, 0.9)[1].estimator for _ in range(2))
+    assert isinstance(estimator, module.LayerEstimator)
+    assert isinstance(unasked, module.LayerEstimator)
+    estimator.learn(Job(Silent()))
+    one, other = estimator.token_weights(), unasked.token_weights()
+    assert len(one) == len(other) == 2
+    for found, again in zip(one, other, strict=True):
+        assert found.keys() == again.keys()
+        assert len(found) == 4, "the writers of two blocks"
+        assert all(torch.equal(weights, again[name]) for name, weights in found.items())
 
 
 def test_a_thorough_job_refines_a_light_cut(compressed: Any) -> None:

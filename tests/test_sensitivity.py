@@ -1,5 +1,6 @@
 """Sensitivities against what autograd says of the same model, token by token."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, BertConfig, PreTrainedModel, SiglipConfig, ViTConfig
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.targets import blocks_of, find_outside, find_targets
@@ -20,7 +21,7 @@ from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.effects import Components, component_effects
 from vitshrink.statistics.functionals import batch_generator, random_functional
 from vitshrink.statistics.halves import half_of
-from vitshrink.statistics.recomputing import Recomputing, read_and_given
+from vitshrink.statistics.recomputing import Recomputing, batch_that_fits, read_and_given
 from vitshrink.statistics.sensitivity import (
     WEIGHTS,
     Sensitivity,
@@ -191,6 +192,26 @@ def test_room_for_activations_says_how_many_blocks_are_computed_again(monkeypatc
     found.room = 0
     found.decide(hidden, blocks)
     assert found.recomputed == 2, "however much memory is free"
+
+
+@pytest.mark.parametrize(
+    ("config", "samples"),
+    [
+        (ViTConfig(hidden_size=192, intermediate_size=768, num_attention_heads=3), 32),
+        (ViTConfig(hidden_size=768, intermediate_size=3072), 8),
+        (ViTConfig(hidden_size=768, intermediate_size=3072, image_size=448), 2),
+        (BertConfig(hidden_size=768, intermediate_size=3072), 16),
+        (SiglipConfig(vision_config={"image_size": 448}), 2),
+    ],
+    ids=["small", "large", "large images", "texts", "pairs"],
+)
+def test_batches_that_go_backward_are_smaller_for_larger_models(config: Any, samples: int) -> None:
+    config = copy.deepcopy(config)
+    for tower in (config, *(getattr(config, name, config) for name in ("text_config", "vision_config"))):
+        tower.num_hidden_layers = 2
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    assert batch_that_fits(model) == samples
 
 
 @pytest.mark.parametrize("name", kinds.ONE_OF_EACH)

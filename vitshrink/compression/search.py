@@ -27,6 +27,7 @@ from vitshrink.models.views import rounded
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Silent
 from vitshrink.statistics.calibration import to_device
+from vitshrink.statistics.recomputing import batch_that_fits
 from vitshrink.statistics.reference import DenseOutputs
 
 RESOLUTION = 0.01
@@ -167,9 +168,10 @@ class Search:
         mine = replace(samples, samples=processes.share(samples.samples))  # what each loses is put together
         with job.stage("preprocess", "Reading held-out samples"):
             device = next(compressor.dense.parameters()).device
+            size = config.batch_size or batch_that_fits(compressor.dense)
             batches = [
                 replace(batch, inputs=to_device(batch.inputs, device))
-                for batch in (preprocessor.batches(mine, config.batch_size, bad=bad) if len(mine) else [])
+                for batch in (preprocessor.batches(mine, size, bad=bad) if len(mine) else [])
             ]
         warn_of_bad(bad, samples.source, job)
         lm = task_of(compressor.dense) == "masked-lm"

@@ -22,7 +22,7 @@ from vitshrink.config.names import quoted
 from vitshrink.config.reading import RENAMED, renamed
 from vitshrink.config.run import (
     AttentionOptions,
-    BatchOptions,
+    CalibrationBatchOptions,
     ClockOptions,
     NetworkOptions,
     OffloadOptions,
@@ -62,7 +62,7 @@ class CompressConfig(
     TypeOptions,
     AttentionOptions,
     StateOptions,
-    BatchOptions,
+    CalibrationBatchOptions,
     NetworkOptions,
     OffloadOptions,
     RunOptions,

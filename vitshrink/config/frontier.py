@@ -9,14 +9,14 @@ from vitshrink.config.fields import DATA, METHOD, RUN, SIZE, option, required
 from vitshrink.config.job import JobOptions
 from vitshrink.config.method import Forms, LayerOptions
 from vitshrink.config.options import CompressConfig
-from vitshrink.config.run import BatchOptions, NetworkOptions, RunOptions, TypeOptions
+from vitshrink.config.run import CalibrationBatchOptions, NetworkOptions, RunOptions, TypeOptions
 from vitshrink.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierJob(
     TypeOptions,
-    BatchOptions,
+    CalibrationBatchOptions,
     NetworkOptions,
     RunOptions,
     InputOptions,

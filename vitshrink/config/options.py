@@ -32,6 +32,7 @@ from vitshrink.config.run import (
     Attention,
     AttentionOptions,
     BatchOptions,
+    CalibrationBatchOptions,
     NetworkOptions,
     OffloadOptions,
     Paths,
@@ -213,7 +214,14 @@ class EvalJob(
 
 @dataclass(frozen=True, kw_only=True)
 class InspectJob(
-    BatchOptions, NetworkOptions, RunOptions, LayerOptions, InputOptions, ColumnOptions, CalibrationOptions, JobOptions
+    CalibrationBatchOptions,
+    NetworkOptions,
+    RunOptions,
+    LayerOptions,
+    InputOptions,
+    ColumnOptions,
+    CalibrationOptions,
+    JobOptions,
 ):
     """Options of ``vitshrink inspect``."""
 

@@ -20,7 +20,7 @@ from vitshrink.config.job import JobOptions
 from vitshrink.config.method import LayerOptions
 from vitshrink.config.options import A_CHECKPOINT
 from vitshrink.config.quantities import quantized_bits
-from vitshrink.config.run import BatchOptions, NetworkOptions, Paths, RunOptions, SaveOptions, TypeOptions
+from vitshrink.config.run import CalibrationBatchOptions, NetworkOptions, Paths, RunOptions, SaveOptions, TypeOptions
 from vitshrink.config.size import BoundOptions, BytesOptions
 from vitshrink.errors import UsageError
 
@@ -64,7 +64,7 @@ CURVATURE_ONLY, NEAREST_ONLY, INTEGER_SIZES = (
 @dataclass(frozen=True, kw_only=True)
 class QuantizeJob(
     SaveOptions,
-    BatchOptions,
+    CalibrationBatchOptions,
     NetworkOptions,
     RunOptions,
     InputOptions,

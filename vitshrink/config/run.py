@@ -52,6 +52,15 @@ class BatchOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationBatchOptions(Options):
+    """How many samples are read at once, where some of them go backward through the model, too."""
+
+    batch_size: int | None = option(
+        None, "Samples per batch; if not given 32, and fewer in the calibration of a large model.", panel=RUN, low=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionOptions(Options):
     """The implementation of attention, by transformers' names."""
 

@@ -101,7 +101,7 @@ class _Work:
         with processes.together():
             assert task.calibration_data is not None  # which the config has checked
             samples, preprocessor = session.samples(task.calibration_data), session.preprocessor()
-            calibration = calibration_of(task, samples, preprocessor, job)
+            calibration = calibration_of(task, samples, preprocessor, session)
             held_out = held_out_of(task, samples, job, calibrated=True) if config.measured else None
         session.require_same(config.common(), calibration=calibration.batches, evaluation=held_out)
         compressor = choices.compressor(dense, targets, dtype, calibration)

@@ -45,6 +45,7 @@ from vitshrink.models.source import resolve
 from vitshrink.models.tasks import task_of
 from vitshrink.report import Report, headline, write
 from vitshrink.runtime.observer import Job, Observer, Silent
+from vitshrink.statistics.recomputing import batch_that_fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +204,7 @@ def _data(
         return None, None, None
     job = session.job
     preprocessor, samples = _samples(session, origin, calibration, processor, config)
-    data = calibration_of(config, samples, preprocessor, job) if calibrated else None
+    data = calibration_of(config, samples, preprocessor, session) if calibrated else None
     needed = Bound.of(config) is not None
     if not needed and session.source.task == "masked-lm" and preprocessor.processor is None:
         job.warn("the fidelity was not measured: pass the tokenizer as processor=, because it defines the mask token.")
@@ -241,7 +242,7 @@ def _samples(
     if isinstance(calibration, Mapping | torch.Tensor):
         calibration = [calibration]  # one batch
     elif hasattr(calibration, "column_names"):  # a data set of rows that were prepared
-        calibration = calibration.with_format("torch").iter(config.batch_size)
+        calibration = calibration.with_format("torch").iter(config.batch_size or batch_that_fits(session.source.model))
     if not isinstance(calibration, Iterable):
         raise DataError(
             f"calibration: a {type(calibration).__name__} holds no samples: give a list of "

@@ -13,6 +13,7 @@ from vitshrink.jobs.session import Session
 from vitshrink.models.tasks import task_of
 from vitshrink.recovery import Material, check, check_tokens, held_out_count, open_material
 from vitshrink.runtime.observer import Job
+from vitshrink.statistics.recomputing import batch_that_fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Inputs:
         calibration, held_out = None, None
         if config.calibration_data is not None:
             unlabeled = session.samples(config.calibration_data)
-            calibration = calibration_of(config, unlabeled, preprocessor, session.job) if calibrated else None
+            calibration = calibration_of(config, unlabeled, preprocessor, session) if calibrated else None
             if Bound.of(config) is not None or (config.eval_data is None and not config.dry_run):
                 held_out = held_out_of(config, unlabeled, session.job, calibrated=calibrated)
         evaluation = held_out
@@ -55,15 +56,17 @@ def trains_on_calibration(config: CompressConfig) -> bool:
     return config.finetune is not None and config.finetune.data is None
 
 
-def calibration_of(config: CompressConfig, samples: SampleSet, preprocessor: Preprocessor, job: Job) -> CalibrationData:
+def calibration_of(
+    config: CompressConfig, samples: SampleSet, preprocessor: Preprocessor, session: Session
+) -> CalibrationData:
     """Those of the samples that are calibrated on, read. Raises DataError."""
     return read_calibration(
         samples,
         preprocessor,
-        job,
+        session.job,
         samples=config.samples,
         seed=config.seed,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or batch_that_fits(session.source.model),
         max_bad_samples=config.max_bad_samples,
         workers=config.workers,
         unread=partial(_kept_for_recovery, config),

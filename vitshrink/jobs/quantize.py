@@ -27,6 +27,7 @@ from vitshrink.report import Report, before_after, write
 from vitshrink.report.making import CalibrationRecord, QuantizationRecord
 from vitshrink.runtime import processes
 from vitshrink.runtime.observer import Job, Observer, Silent
+from vitshrink.statistics.recomputing import batch_that_fits
 
 LESS = (
     "the weights were rounded to nearest: with --calibration and a size, such as --bits 4, integers with the "
@@ -119,7 +120,7 @@ class _Data:
                     session.job,
                     samples=config.samples,
                     seed=config.seed,
-                    batch_size=config.batch_size,
+                    batch_size=config.batch_size or batch_that_fits(session.source.model),
                     max_bad_samples=config.max_bad_samples,
                     workers=config.workers,
                 )

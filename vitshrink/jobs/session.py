@@ -60,7 +60,7 @@ class Settings:
             max_length=config.max_length,
             preprocess=config.preprocess,
             class_map=Path(config.class_map) if config.class_map else None,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or cls.batch_size,
             seed=config.seed,
             max_bad_samples=config.max_bad_samples,
             workers=config.workers,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vitshrink.models.cost import memory_bytes
+from vitshrink.models.example import usual_tokens
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import blocks_of, first_blocks
 from vitshrink.runtime.offloading import running, runs_on
@@ -23,6 +24,10 @@ SHARE = 1 / 8
 
 ROOM, MODELS = 2**29, 0.5
 """Bytes that they may take anyway, and more by so many times the model, however much memory is free."""
+
+
+MOST_SAMPLES, TOGETHER = 32, 2**27
+"""Of a batch that goes backward, where nobody says how large it is: samples, and bytes of activations in one block."""
 
 
 @dataclass(eq=False)
@@ -103,6 +108,17 @@ def room_for(model: nn.Module) -> int:
 def is_large(nbytes: int, model: nn.Module) -> bool:
     """Whether what a job learns of a model takes so much room that it is better kept in files."""
     return nbytes > room_for(model) / 4
+
+
+def batch_that_fits(model: PreTrainedModel) -> int:
+    """Samples in a batch that goes forward and backward, where nobody says how many: a power of two, up to 32.
+
+    So many that the activations of one block take at most ``TOGETHER`` bytes. It follows from the model alone, as what
+    is learned of it depends on the batches.
+    """
+    largest = max(map(read_and_given, blocks_of(model)), default=1)
+    fitting = TOGETHER // (4 * usual_tokens(model) * max(largest, 1))
+    return int(1 << min(max(fitting, 1).bit_length() - 1, MOST_SAMPLES.bit_length() - 1))
 
 
 def read_and_given(block: nn.Module) -> int:

@@ -24,6 +24,7 @@ from vitshrink.runtime.observer import Job, Observer, Silent
 from vitshrink.statistics.calibration import collect
 from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.needs import Needs
+from vitshrink.statistics.recomputing import batch_that_fits
 from vitshrink.statistics.stats import LinearStats
 
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)
@@ -100,7 +101,7 @@ def _calibration(config: InspectJob, source: LoadedModel, job: Job) -> Calibrati
         job,
         samples=config.samples,
         seed=config.seed,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or batch_that_fits(source.model),
         max_bad_samples=config.max_bad_samples,
         workers=config.workers,
     )
