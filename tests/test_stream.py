@@ -17,7 +17,8 @@ from vitshrink.models.checkpoint import replace_layers
 from vitshrink.models.families import family_of
 from vitshrink.models.targets import blocks_of, find_targets
 from vitshrink.statistics.curvature import CurvatureCollector, collect_curvature, token_weights
-from vitshrink.statistics.importance import TokenWeights, weigh_tokens
+from vitshrink.statistics.effects import component_effects
+from vitshrink.statistics.importance import TokenWeights
 from vitshrink.statistics.stats import LinearStats
 from vitshrink.statistics.walk import hidden_batches
 
@@ -119,7 +120,7 @@ def test_token_weights_are_those_of_the_curvature() -> None:
     model, batches = tiny.build("BertModel"), batches_of("BertModel")
     targets = [target for target in find_targets(model) if target.role == "fc2"]
     weights = TokenWeights([target.name for target in targets])
-    weigh_tokens(model, weights, batches)
+    component_effects(model, {}, batches, weights=weights)
     for number, batch in enumerate(batches):
         collector = Seen(model, targets)
         collector.run(number, batch)

@@ -37,7 +37,7 @@ from vitshrink.statistics.calibration import collect, first_of
 from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.digests import data_digest, model_digest
 from vitshrink.statistics.effects import Components, measured_loss
-from vitshrink.statistics.importance import TokenWeights, weigh_tokens
+from vitshrink.statistics.importance import TokenWeights
 from vitshrink.statistics.needs import Needs
 from vitshrink.statistics.recomputing import is_large
 from vitshrink.statistics.reference import DenseOutputs
@@ -304,10 +304,8 @@ class LayerEstimator:
         if not self._weighed:
             assert self.calibration is not None
             batches = first_of(self.calibration.batches, self.effort.measured)
-            mine, seed = processes.block(len(batches)), self.config.seed + 3
-            weights, own = TokenWeights(self._writers), batches[mine.start : mine.stop]
-            with processes.together():
-                weigh_tokens(self.dense, weights, own, seed=seed, first=mine.start, passes=self.passes)
+            weights, seed = TokenWeights(self._writers), self.config.seed + 3
+            shared_effects(self.dense, {}, batches, seed=seed, passes=self.passes, weights=weights)
             self._weighed.append(weights)
         return self._weighed[0].found
 

@@ -87,7 +87,7 @@ def component_effects(
 
     Args:
         first: number of the first of the batches in the whole of the data, from which their functionals follow.
-        weights: takes the weights of tokens from the same passes.
+        weights: takes the weights of tokens from the same passes; there may be no components beside it.
 
     Raises:
         NumericsError: NaN or Inf; names the layer and the batch.

@@ -23,8 +23,9 @@ from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.paging import in_file, rest
 from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import CalibrationBatch
+from vitshrink.statistics.effects import component_effects
 from vitshrink.statistics.halves import half_of, symmetric
-from vitshrink.statistics.importance import TokenWeights, weigh_tokens
+from vitshrink.statistics.importance import TokenWeights
 from vitshrink.statistics.stats import LinearStats, gram_of
 from vitshrink.statistics.walk import HiddenBatch, hidden_batches
 
@@ -99,7 +100,7 @@ def restore_stream(
     with processes.together():
         if weights is None:
             weighed = TokenWeights([target.name for target in parts])
-            weigh_tokens(model, weighed, own, seed=seed, first=mine.start, passes=passes)
+            component_effects(model, {}, own, seed=seed, first=mine.start, passes=passes, weights=weighed)
             weights = weighed.found
         with passes():
             there = hidden_batches(dense, blocks_of(dense)[0], own, pages)
