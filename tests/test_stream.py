@@ -145,19 +145,28 @@ class Seen(CurvatureCollector):
 # The regression
 
 
-def lack(relation: Callable[[Tensor], Tensor], seed: int, tokens: int = 64) -> Lack:
+WEIGHT = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
+
+
+def lack(relation: Callable[[Tensor], Tensor], seed: int, tokens: int = 64, center: float = 0.5) -> Lack:
     x = torch.randn(tokens, 1, 6, generator=torch.Generator().manual_seed(seed))
-    found = Lack.nothing((3, 6), torch.full((6,), 0.5, dtype=torch.float64))
-    found.add(x, relation(x), torch.ones(tokens, 1))
+    found = Lack.nothing(WEIGHT, torch.full((6,), center, dtype=torch.float64))
+    found.add(x, relation(x), torch.linspace(0.5, 1.5, tokens)[:, None])
     return found
 
 
-def test_a_linear_relation_is_found() -> None:
-    B = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    one, other = (lack(lambda x: x @ B.T + 2, seed) for seed in (1, 2))
+def test_a_linear_relation_to_what_is_written_is_found() -> None:
+    B = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    one, other = (lack(lambda x: x @ WEIGHT.T @ B.T + 2, seed) for seed in (1, 2))
     ridge = best_ridge(one, other, None)
     assert ridge == 1e-3
     torch.testing.assert_close(regression(*(one + other).covariances(), ridge), B.double(), rtol=0.01, atol=0.01)
+
+
+def test_moments_do_not_depend_on_what_is_taken_out_before() -> None:
+    near, far = (lack(lambda x: x[..., :3].square(), 1, center=center) for center in (0.0, 3.0))
+    for one, other in zip((*near.means(), *near.covariances()), (*far.means(), *far.covariances()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_what_holds_in_one_half_of_the_samples_only_is_not_added() -> None:
@@ -166,5 +175,5 @@ def test_what_holds_in_one_half_of_the_samples_only_is_not_added() -> None:
 
 
 def test_half_of_no_samples_says_nothing() -> None:
-    empty = Lack.nothing((3, 6), torch.zeros(6, dtype=torch.float64))
+    empty = Lack.nothing(WEIGHT, torch.zeros(6, dtype=torch.float64))
     assert best_ridge(lack(lambda x: x[..., :3], 1), empty, None) is None

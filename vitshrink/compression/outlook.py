@@ -149,12 +149,10 @@ class Outlook:
             yield Ahead("gauge", ALGEBRA, work)
 
     def _stream(self, samples: int) -> Ahead:
-        """Hidden states walk through both models, and what layers read is summed; then ridges are tried."""
+        """Hidden states walk through both models, and what layers would write is summed; then ridges are tried."""
         layers = [each for each in self.targets if each.role in WRITERS]
-        shapes = [each.shape for each in layers]
         walked = (LEARNING + 5) * samples * self.forward
-        solved = SOLVING * sum(n**3 / 3 + 4 * m * n**2 for m, n in shapes)
-        solved += DECOMPOSING * sum(min(each.shape) ** 3 for each in layers)
+        solved = (4 * SOLVING + DECOMPOSING) * sum(min(each.shape) ** 3 for each in layers)
         return Ahead("stream", PASSES, walked + solved, len(layers))
 
     @property

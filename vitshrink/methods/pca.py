@@ -23,7 +23,7 @@ def pca(weight: Tensor, stats: LinearStats | None, *, centered: bool = True) -> 
     if stats is None:
         raise NumericsError("pca needs calibration statistics.")
     m, n = weight.shape
-    if m >= n:
+    if m >= n and stats.gram is not None:
         values, V = eigh(stats.covariance(centered=centered))
         return Factorization.from_spectrum(weight @ V, V.T, values * (weight @ V).square().sum(0))
     U, S, Q = full_svd(weight)  # W = U S Q, with the row space in the rows of Q

@@ -33,7 +33,7 @@ SHARE = 0.5
 """Part of what the stream lacks that a layer is asked to add: the layers after it add to it, too."""
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Ridges to choose from, in units of the mean variance of an input."""
+"""Ridges to choose from, in units of the mean variance of an output."""
 
 WRITERS: tuple[Role, ...] = ("output", "fc2")
 """The layers whose output is added to the stream, in the order in which they do it."""
@@ -81,9 +81,11 @@ def restore_stream(
 
     Truncation leaves every layer with an error of its own, and the stream with the sum of them. A part of that sum
     follows from what later layers read. With r what the stream of the compressed model lacks where a layer adds to it,
-    and x what the layer reads there, W is replaced by W + ``SHARE`` B, where B x is the ridge regression of r on x, and
-    factorized again for these inputs, at its rank. Each layer meets what those before it, already refitted, give.
-    The ridge is the one that explains most of either half of the samples by the other; none, where that is nothing.
+    and z = W x what the dense layer would add for what is read there, W is replaced by W + ``SHARE`` B W, where B z is
+    the ridge regression of r on z, and factorized again for these inputs, at its rank. The regression of r on x itself,
+    which has several times as many numbers, is not better. Each layer meets what those before it, already refitted,
+    give. The ridge is the one that explains most of either half of the samples by the other; none, where that is
+    nothing.
 
     Args:
         dense: the model that ``model`` was made of.
@@ -110,19 +112,18 @@ def restore_stream(
             with processes.together(), passes():
                 wanted = [_wanted(passage(theirs, family, batch), pages) for batch in there]
             for target in (part for part in parts if part.block == index):
-                inputs = product_of(model, target.name).in_features
-                center = stats[target.name].mean
-                center = center if len(center) == inputs else center.new_zeros(inputs)  # what is read is something else
-                shape = target.shape[0], inputs
-                halves = (Lack.nothing(shape, center), Lack.nothing(shape, center))
+                weight, mean = _whole(model, dense, target), stats[target.name].mean
+                # what a narrow layer reads is something else
+                center = mean if len(mean) == weight.shape[1] else mean.new_zeros(weight.shape[1])
+                halves = (Lack.nothing(weight, center), Lack.nothing(weight, center))
                 with processes.together():
-                    for batch, (stream, _), weight in zip(here, wanted, weights, strict=True):
+                    for batch, (stream, _), counted in zip(here, wanted, weights, strict=True):
                         with passes():
                             met = passage(ours, family, batch, until=target.role)
                         lacking = stream[target.role] - met.stream[target.role].float()
                         for number, half in enumerate(halves):
                             each = slice(number, None, 2)
-                            half.add(met.read[each].float(), lacking[each], weight[target.name][each])
+                            half.add(met.read[each].float(), lacking[each], counted[target.name][each], passes)
                         rest()
                 refit(model, dense, target, stats[target.name], factorize, [half.of_all() for half in halves])
                 on_layer(target.name)
@@ -189,40 +190,50 @@ def _wanted(met: "Passage", pages: Path | None) -> tuple[dict[Role, Tensor], Ten
     return {**met.stream, "fc2": between}, left
 
 
+def _whole(model: nn.Module, dense: nn.Module, target: Target) -> Tensor:
+    """The matrix (m, n) of which a smaller layer has factors, or, of one that is narrow instead, its own."""
+    layer = product_of(model, target.name)
+    return (linear_of(dense, target.name) if isinstance(layer, LowRankLinear) else layer).weight.detach()
+
+
 @dataclass(frozen=True, eq=False)
 class Lack:
-    """Weighted sums over tokens: of the inputs x (n,) of a layer, less ``center``, and of what is lacking, r (m,)."""
+    """Weighted sums over tokens: of the inputs x (n,) of a layer, less ``center``, of z = W x, and of what is lacking,
+    r (m,)."""
 
+    weight: Tensor
+    """W (m, n)"""
     center: Tensor
     sums: Mapping[str, Tensor]
-    """Of the weights, (), x, (n,), r, (m,), x xᵀ, (n, n), and r xᵀ, (m, n); float64."""
+    """Of the weights, (), x, (n,), r, (m,), z zᵀ and r zᵀ, (m, m); float64."""
 
     @classmethod
-    def nothing(cls, shape: tuple[int, int], center: Tensor) -> "Lack":
-        m, n = shape
-        sizes: dict[str, tuple[int, ...]] = {"weight": (), "x": (n,), "r": (m,), "xx": (n, n), "rx": (m, n)}
-        return cls(center, {name: center.new_zeros(size) for name, size in sizes.items()})
+    def nothing(cls, weight: Tensor, center: Tensor) -> "Lack":
+        m, n = weight.shape
+        sizes: dict[str, tuple[int, ...]] = {"weight": (), "x": (n,), "r": (m,), "zz": (m, m), "rz": (m, m)}
+        return cls(weight, center, {name: center.new_zeros(size) for name, size in sizes.items()})
 
-    def add(self, x: Tensor, r: Tensor, weights: Tensor) -> None:
+    def add(self, x: Tensor, r: Tensor, weights: Tensor, passes: Passes = nullcontext) -> None:
         """Tokens x (batch, tokens, n), r (batch, tokens, m) with their weights (batch, tokens)."""
-        x, r, weights = x.flatten(0, 1) - self.center.to(x), r.flatten(0, 1), weights.flatten()[:, None]
-        weighted = x * weights
+        x, r, weights = x.flatten(0, 1) - self.center.to(x), r.flatten(0, 1), weights.flatten()
+        with passes():
+            z = nn.functional.linear(x, self.weight.to(x)).float()
         self.sums["weight"].add_(weights.double().sum())
-        self.sums["x"].add_(weighted.double().sum(0))
-        self.sums["r"].add_((r * weights).double().sum(0))
-        self.sums["xx"].add_(gram_of(x * weights.sqrt()))
-        self.sums["rx"].add_((r.T @ weighted).double())
+        self.sums["x"].add_(weights @ x)
+        self.sums["r"].add_(weights @ r)
+        self.sums["zz"].add_(gram_of(z * weights.sqrt()[:, None]))
+        self.sums["rz"].add_(r.T @ (z * weights[:, None]))
 
     def of_all(self) -> "Lack":
         """Those of all processes."""
         if not processes.started():
             return self
-        shares = {**self.sums, "xx": half_of(self.sums["xx"])}
+        shares = {**self.sums, "zz": half_of(self.sums["zz"])}
         found = {name: processes.total(each) for name, each in shares.items()}
-        return Lack(self.center, {**found, "xx": symmetric(found["xx"])})
+        return replace(self, sums={**found, "zz": symmetric(found["zz"])})
 
     def __add__(self, other: "Lack") -> "Lack":
-        return Lack(self.center, {name: each + other.sums[name] for name, each in self.sums.items()})
+        return replace(self, sums={name: each + other.sums[name] for name, each in self.sums.items()})
 
     def __bool__(self) -> bool:
         """Whether there was any token."""
@@ -233,9 +244,10 @@ class Lack:
         return self.center + self.sums["x"] / self.sums["weight"], self.sums["r"] / self.sums["weight"]
 
     def covariances(self) -> tuple[Tensor, Tensor]:
-        """Of x, (n, n), and of r with x, (m, n)."""
-        x, r, xx, rx = (self.sums[name] / self.sums["weight"] for name in ("x", "r", "xx", "rx"))
-        return xx - torch.outer(x, x), rx - torch.outer(r, x)
+        """Of z and of r with z, (m, m)."""
+        x, r, zz, rz = (self.sums[name] / self.sums["weight"] for name in ("x", "r", "zz", "rz"))
+        z = self.weight.double() @ x
+        return zz - torch.outer(z, z), rz - torch.outer(r, z)
 
 
 def refit(
@@ -251,21 +263,22 @@ def refit(
     whole = one + other
     if not whole:
         return
-    kept, layer = linear_of(dense, target.name), product_of(model, target.name)
+    layer, weight = product_of(model, target.name), whole.weight.double()
     assert layer.bias is not None
     (mean, lacking), (covariance, cross) = whole.means(), whole.covariances()
     ridge = best_ridge(one, other, stats.gradient_gram)
+    added = torch.zeros_like(cross) if ridge is None else SHARE * regression(covariance, cross, ridge)
+    wanted = weight + added @ weight
     if not isinstance(layer, LowRankLinear):
-        added = torch.zeros_like(cross) if ridge is None else SHARE * regression(covariance, cross, ridge)
-        layer.weight.add_(added)
-        layer.bias.add_(SHARE * lacking - added @ mean)
+        layer.weight.copy_(wanted)
+        layer.bias.copy_(shifted_bias(layer.bias.double() + SHARE * lacking, weight, wanted, mean))
         return
-    weight, bias = kept.weight.double(), kept.bias.double()
-    wanted = weight if ridge is None else weight + SHARE * regression(covariance, cross, ridge)
-    gram = covariance + torch.outer(mean, mean)
-    found = factorize(target.name, wanted, replace(stats, mean=mean, gram=gram, output_gram=None))
+    raised, shift = torch.eye(len(added)).to(added) + added, wanted @ mean
+    gram = raised @ covariance @ raised.T + torch.outer(shift, shift)
+    found = factorize(target.name, wanted, replace(stats, mean=mean, gram=None, output_gram=gram))
     up, down = found.up[:, : layer.rank], found.down[: layer.rank]
     layer.set_factors(up, down)
+    bias = linear_of(dense, target.name).bias.double()
     layer.bias.copy_(shifted_bias(bias + SHARE * lacking, weight, up @ down, mean))
 
 
@@ -292,7 +305,7 @@ def best_ridge(one: Lack, other: Lack, metric: Tensor | None) -> float | None:
 
 
 Covariances = tuple[Tensor, Tensor]
-"""Of x, (n, n), and of r with x, (m, n)."""
+"""Of z and of r with z, (m, m)."""
 
 
 def _narrow(half: Lack) -> Covariances:
@@ -317,7 +330,7 @@ def _missed(number: int, halves: tuple[Covariances, Covariances], metric: Tensor
 
 
 def regression(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """B (m, n) of the ridge regression r ≈ B x, from Cov(x) (n, n) and Cov(r, x) (m, n)."""
+    """B (m, k) of the ridge regression r ≈ B z, from Cov(z) (k, k) and Cov(r, z) (m, k)."""
     damped = covariance.clone()
     damped.diagonal().add_(ridge * covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny))
     lower, failed = torch.linalg.cholesky_ex(damped)
