@@ -16,6 +16,7 @@ from vitshrink.compression.effort import Effort, effort_of
 from vitshrink.compression.estimation import SHARES_MEASURED_AGAIN
 from vitshrink.compression.fitting import ATTEMPTS
 from vitshrink.compression.repairs.bias import RESCALING
+from vitshrink.compression.repairs.rescaling import passes_of
 from vitshrink.compression.repairs.stream import WRITERS
 from vitshrink.data.opening import CalibrationData
 from vitshrink.methods import LayerMethod
@@ -28,9 +29,9 @@ from vitshrink.runtime.forecast import Ahead
 
 PASSES, ALGEBRA, FILES = "passes", "algebra", "files"
 
-LEARNING, MEASURING, FITTING, FORWARD, EXACT = 3.0, 3.3, 2.5, 1.0, 1.7
-"""Forward passes that as many samples take: with gradients and sums, with effects of all components or of those that
-are left, alone, and alone in float32."""
+LEARNING, MEASURING, WALKING, FORWARD, EXACT = 3.5, 2.8, 3.0, 0.55, 1.7
+"""What as many samples take: with gradients and sums, with effects of components, in a walk through the blocks of both
+models, and in a forward pass alone; and how many times as much it is in float32."""
 
 DECOMPOSING, INVERTING, SOLVING, PIVOTING = 70.0, 2.5, 14.0, 20.0
 """Operations of a pass in the time of one that decomposes, inverts, solves, or chooses pivots."""
@@ -140,18 +141,18 @@ class Outlook:
             tried = len(SHARES_MEASURED_AGAIN)
             yield self._passes("choose", FORWARD * (1 + tried), measured, tried)
         if choices.compensation == "stream":
-            yield self._stream(repaired)
+            yield self._stream(repaired, weighs=not (light and choices.rounds))
         if choices.compensation in RESCALING:
-            steps = repairs.steps
-            yield self._passes("compensate", steps * (FITTING + FORWARD), repaired, 2 * steps * repaired)
+            passes = passes_of(repaired, repairs.steps)
+            yield Ahead("compensate", PASSES, FORWARD * passes * self.forward, passes)
         if choices.storage == "gauge":
             work = PIVOTING * sum(min(each.shape) ** 2 * max(each.shape) for each in self.targets)
             yield Ahead("gauge", ALGEBRA, work)
 
-    def _stream(self, samples: int) -> Ahead:
-        """Hidden states walk through both models, and what layers would write is summed; then ridges are tried."""
+    def _stream(self, samples: int, *, weighs: bool) -> Ahead:
+        """Tokens get their weights, and hidden states walk through both models; then ridges are tried."""
         layers = [each for each in self.targets if each.role in WRITERS]
-        walked = (LEARNING + 5) * samples * self.forward
+        walked = (WALKING + (MEASURING if weighs else 0)) * samples * self.forward
         solved = (4 * SOLVING + DECOMPOSING) * sum(min(each.shape) ** 3 for each in layers)
         return Ahead("stream", PASSES, walked + solved, len(layers))
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.repairs.rescaling import STEPS, rescale_components
+from vitshrink.compression.repairs.rescaling import passes_of, rescale_components
 from vitshrink.data.batches import Batch
 from vitshrink.models.merged import reads_special_only
 from vitshrink.models.structures.low_rank import LowRankLinear
@@ -24,8 +24,8 @@ def shift_merged(
     """
     if not reads_special_only(model):
         return
-    walks = 2 * STEPS * sum(len(batch.keys) for batch in batches)
-    with job.stage("shift", "Fitting biases to merged tokens", walks) as advance:
+    total = passes_of(sum(len(batch.keys) for batch in batches))
+    with job.stage("shift", "Fitting biases to merged tokens", total) as advance:
         rescale_components(
             model,
             reference,
@@ -36,7 +36,7 @@ def shift_merged(
             passes=reference.passes,
             measure=shared_effects,
             lacking=shared_shortfall,
-            on_batch=advance,
+            on_passes=advance,
         )
 
 

@@ -29,6 +29,9 @@ SHIFTS = 0.3
 STEPS = 2
 """Gauss-Newton steps, if nothing else is said: the first is long, and the effects are others after it."""
 
+LEARNING = 5
+"""Forward passes in the time of one that learns the effects of all gains and biases."""
+
 LENGTHS = (1.0, 0.5, 0.25)
 """Of a step; the first that takes the outputs closer to those of the dense model is taken."""
 
@@ -46,6 +49,11 @@ class Repair:
     """Share of the squared difference of the outputs, by leave-one-out."""
 
 
+def passes_of(samples: int, steps: int = STEPS) -> int:
+    """Forward passes of a sample that the steps take, if every first length is good."""
+    return steps * (LEARNING + 1) * samples
+
+
 @torch.no_grad()
 def rescale_components(
     model: PreTrainedModel,
@@ -60,7 +68,7 @@ def rescale_components(
     measure: Measure = component_effects,
     lacking: Lacking = shortfall,
     pages: Path | None = None,
-    on_batch: Callable[[int], None] = lambda _samples: None,
+    on_passes: Callable[[int], None] = lambda _passes: None,
 ) -> int:
     """Fit a gain for every component of the smaller layers ``names``, and their biases, in place; no size changes.
 
@@ -77,6 +85,7 @@ def rescale_components(
             None: there are no gains, only biases, and the layers may be dense.
         measure, lacking: how effects, and what is missing after a step, are found over all batches.
         pages: where the factors before a step lie, if they take much room; in memory if it is None.
+        on_passes: called with the number of forward passes of a sample after each batch, see ``passes_of``.
 
     Returns:
         the number of steps taken, 0 to ``steps``.
@@ -90,7 +99,13 @@ def rescale_components(
             found[name] = layer, _nothing(layer) if means is None else _components(layer, means[name], pages)
         components = {name: parts for name, (_, parts) in found.items()}
         effects = measure(
-            model, components, batches, reference=reference, seed=seed + step, passes=passes, on_batch=on_batch
+            model,
+            components,
+            batches,
+            reference=reference,
+            seed=seed + step,
+            passes=passes,
+            on_batch=lambda samples: on_passes(LEARNING * samples),
         )
         repair = best_repair(effects)
         if repair is None:
@@ -108,7 +123,7 @@ def rescale_components(
                     layer.bias.copy_(biases[name] - moved + length * repair.shifts[name])
             if length == 0:
                 return step
-            now = lacking(model, reference, batches, seed=seed + step, passes=passes, on_batch=on_batch)
+            now = lacking(model, reference, batches, seed=seed + step, passes=passes, on_batch=on_passes)
             if now.square().mean() < effects.missing.square().mean():
                 break
     return steps
