@@ -80,6 +80,19 @@ def test_steps_of_an_interrupted_job_took_no_time_in_this_one() -> None:
     assert machine.forecast.left() == pytest.approx(5), "it counts down between steps, too"
 
 
+def test_work_before_the_first_step_is_not_taken_for_its_pace() -> None:
+    machine = Machine()
+    machine.forecast.expect([Ahead("a", "passes", 10.0, 10), Ahead("b", "passes", 10.0, 10)])
+    list(machine.run("a", 10.0, 10))
+    machine.forecast.begin("b", 10)
+    machine.now += 5
+    machine.forecast.advance(1)
+    assert machine.forecast.left() == pytest.approx(5), "as long as the stage before, until its steps tell"
+    machine.now += 0.5
+    machine.forecast.advance(1)
+    assert machine.forecast.left() == pytest.approx(4)
+
+
 def test_a_terminal_is_told_of_the_whole_job() -> None:
     observer = console.TerminalObserver(quiet=True)
     job = Job(observer)

@@ -64,7 +64,7 @@ class Forecast:
             return None
         known = list(self._behind)
         running = self._now
-        if running is not None and running.stage is not None and (pace := running.pace) is not None:
+        if running is not None and running.stage is not None and (pace := running.pace(known)) is not None:
             share = running.done / running.total
             stage = running.stage
             known.append((Ahead(stage.key, stage.kind, stage.work * share), pace * running.done))
@@ -74,7 +74,7 @@ class Forecast:
         if running is None:
             return found
         whole = None if running.stage is None else _pace(running.stage, known) * running.stage.work
-        return found + running.left(whole, self.clock())
+        return found + running.left(running.pace(self._behind), whole, self.clock())
 
 
 @dataclass(eq=False)
@@ -96,17 +96,21 @@ class _Running:
         if self.first is None:
             self.first = self.done, now
 
-    @property
-    def pace(self) -> float | None:
-        """Seconds a step; None before the first one."""
+    def pace(self, known: Sequence[tuple[Ahead, float]]) -> float | None:
+        """Seconds a step; None where its steps do not tell.
+
+        The first steps may come with work of their own, and tell only where nothing else is ``known``.
+        """
         if self.first is None or not self.total or not self.done:
             return None
         done, then = self.first
-        return (self.last - then) / (self.done - done) if self.done > done else (then - self.began) / done
+        if self.done > done:
+            return (self.last - then) / (self.done - done)
+        return None if known and self.stage is not None else (then - self.began) / done
 
-    def left(self, whole: float | None, now: float) -> float:
-        """Seconds, where the stage is expected to take ``whole`` if its steps do not tell."""
-        if (pace := self.pace) is not None:
+    def left(self, pace: float | None, whole: float | None, now: float) -> float:
+        """Seconds, at so many a step; where its steps do not tell, the stage is expected to take ``whole``."""
+        if pace is not None:
             return max(pace * (self.total - self.done) - (now - self.last), 0.0)
         return 0.0 if whole is None else max(whole - (now - self.began), 0.0)
 
