@@ -1,6 +1,7 @@
 """Choosing which inputs of a low-rank layer carry the identity (pivoting factorization, PIFA, arXiv 2501.19090)."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ WELL_CONDITIONED = 200.0
 """A window at either end costs one multiplication less than one in the middle, and is taken up to this condition."""
 
 
+ROUGH = 1e3
+"""Conditions up to this are told in float32."""
+
+
 def best_window(rows: Tensor) -> int:
     """First of the ``rank`` neighboring inputs that are best made the identity; rows (rank, in) are orthonormal.
 
@@ -23,33 +28,48 @@ def best_window(rows: Tensor) -> int:
         NumericsError: no block spans the row space.
     """
     rank, n = rows.shape
-    ends = {start: _condition(rows, start, rank) for start in (0, n - rank)}
+    ends = {start: _condition(_gram(rows, start)) for start in (0, n - rank)}
     best = min(ends, key=lambda start: ends[start])
     if ends[best] <= WELL_CONDITIONED:
         return best
-    least = ends[best]
-    for start in range(STRIDE, n - rank, STRIDE):
-        condition = _condition(rows, start, rank, least)
-        if condition < least:
-            best, least = start, condition
-    if not least < 1e7:
+    between = {start: _condition(gram.float(), ends[best]) for start, gram in _grams(rows)}
+    if between and min(between.values()) > ROUGH:
+        between = {start: _condition(_gram(rows, start), ends[best]) for start in between}
+    found = ends | between
+    best = min(found, key=lambda start: found[start])
+    if not found[best] < 1e7:
         raise NumericsError("no block of adjacent inputs spans the row space.")
     return best
 
 
-def _condition(rows: Tensor, start: int, rank: int, most: float = math.inf) -> float:
-    """Frobenius norm of the block's inverse, of which the largest singular value is at most 1.
+def _gram(rows: Tensor, start: int) -> Tensor:
+    """Of the block of inputs from ``start`` on, (rank, rank)."""
+    block = rows[:, start : start + len(rows)]
+    return block @ block.T
+
+
+def _grams(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Of the blocks between the first one and the last one, each made of the one before; good while it is asked for."""
+    rank, n = rows.shape
+    gram = _gram(rows, 0)
+    for start in range(STRIDE, n - rank, STRIDE):
+        left, entered = rows[:, start - STRIDE : start], rows[:, start - STRIDE + rank : start + rank]
+        gram.addmm_(left, left.T, alpha=-1).addmm_(entered, entered.T)
+        yield start, gram
+
+
+def _condition(gram: Tensor, most: float = math.inf) -> float:
+    """Frobenius norm of the inverse of a block, of which the largest singular value is at most 1, from B Bᵀ.
 
     Infinite if it has none, or where the norm exceeds ``most``, as a factor's diagonal tells.
 
     At least its condition, and told by two triangular operations, which are faster than eigenvalues. Its
     square exceeds by ``rank`` that of the coefficients of the other inputs, which have to be stored.
     """
-    block = rows[:, start : start + rank]
-    root, failed = torch.linalg.cholesky_ex(block @ block.T)
+    root, failed = torch.linalg.cholesky_ex(gram)
     if failed or float(root.diagonal().min()) * most < 1:
         return math.inf
-    return float(torch.linalg.solve_triangular(root, torch.eye(rank).to(rows), upper=False).norm())
+    return float(torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False).norm())
 
 
 def pivots_first(rows: Tensor) -> Tensor:
