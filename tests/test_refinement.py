@@ -75,12 +75,14 @@ def test_a_light_cut_is_not_refined_and_few_samples_repair_it(
     plan = compression.plan(first, budget)
     lost = compression.estimator.missing(compression.replaced(first, plan))
     assert 0 < lost < compression.estimator.missing(compression.replaced(first, compression.plan(first, budget // 2)))
-    few = replace(effort.DEFAULT, light=lost * (1.01 if light else 0.99), light_repairs=effort.Repairs(samples=8))
+    few = replace(effort.DEFAULT, light=lost * (1.01 if light else 0.99), light_repairs=effort.Repairs(samples=9, rescaled=8))
     monkeypatch.setattr(effort, "DEFAULT", few)
     found = compression.refine(first, plan, job)
     assert found.light == light
     assert (found.layers == first.layers) == light
-    assert len(compression.estimator.to_repair(found)) == (1 if light else len(calibration.batches))
+    whole = len(calibration.batches)
+    assert len(compression.estimator.to_repair(found)) == (2 if light else whole)
+    assert len(compression.estimator.to_rescale(found)) == (1 if light else whole)
     again = compression.refine(replace(found, light=False), plan, job)
     assert again.light == light
 

@@ -13,6 +13,8 @@ class Repairs:
 
     samples: int | None = None
     """The first so many; all if it is None."""
+    rescaled: int | None = None
+    """Of them, for gains and biases; all if it is None."""
     steps: int = STEPS
     """Gauss-Newton steps on gains and biases."""
 
@@ -36,7 +38,7 @@ class Effort:
     light: float = 0.1
     measured: int = MEASURED_SAMPLES
     repairs: Repairs = Repairs()
-    light_repairs: Repairs = Repairs(samples=MEASURED_SAMPLES, steps=1)
+    light_repairs: Repairs = Repairs(samples=MEASURED_SAMPLES, rescaled=64, steps=1)
     allocation: str | None = None
     compensation: str | None = None
 

@@ -186,10 +186,12 @@ class LayerEstimator:
 
     def to_repair(self, findings: Findings) -> Sequence[Batch]:
         """The batches that repairs are fitted to."""
-        if self.calibration is None:
-            return ()
-        batches, samples = self.calibration.batches, self.repairs(findings).samples
-        return batches if samples is None else first_of(batches, samples)
+        batches = () if self.calibration is None else self.calibration.batches
+        return first_of(batches, self.repairs(findings).samples)
+
+    def to_rescale(self, findings: Findings) -> Sequence[Batch]:
+        """Those of them that gains and biases are fitted to."""
+        return first_of(self.to_repair(findings), self.repairs(findings).rescaled)
 
     @cached_property
     def pages(self) -> Path | None:

@@ -143,7 +143,7 @@ class Outlook:
         if choices.compensation == "stream":
             yield self._stream(repaired, weighs=not (light and choices.rounds))
         if choices.compensation in RESCALING:
-            passes = passes_of(repaired, repairs.steps)
+            passes = passes_of(min(repaired, repairs.rescaled or repaired), repairs.steps)
             yield Ahead("compensate", PASSES, FORWARD * passes * self.forward, passes)
         if choices.storage == "gauge":
             work = PIVOTING * sum(min(each.shape) ** 2 * max(each.shape) for each in self.targets)

@@ -67,14 +67,13 @@ def samples_of(batch: CalibrationBatch) -> int:
     return int(next(iter(batch.inputs.values())).shape[0])
 
 
-def first_of(batches: Iterable[Given], samples: int) -> list[Given]:
-    """As many of the batches as it takes for ``samples``."""
+def first_of(batches: Iterable[Given], samples: int | None) -> list[Given]:
+    """As many of the batches as it takes for ``samples``; all, if it is None."""
     found: list[Given] = []
     for batch in batches:
-        if samples <= 0:
+        if samples is not None and sum(map(samples_of, found)) >= samples:
             break
         found.append(batch)
-        samples -= samples_of(batch)
     return found
 
 

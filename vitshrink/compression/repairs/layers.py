@@ -56,7 +56,7 @@ class LayerRepairs:
             means = {name: estimator.mean(name, findings.stats) for name in self._low_rank(plan)}
             if narrow := narrow_targets(model, self.material.targets):
                 means |= means_of(model, narrow, first_of(calibration.batches, MEASURED_SAMPLES))
-            steps, batches = estimator.repairs(findings).steps, estimator.to_repair(findings)
+            steps, batches = estimator.repairs(findings).steps, estimator.to_rescale(findings)
             total = passes_of(sum(len(batch.keys) for batch in batches), steps)
             with job.stage("compensate", "Fitting gains and biases", total) as advance:
                 rescale_components(
