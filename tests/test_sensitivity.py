@@ -197,13 +197,14 @@ def test_room_for_activations_says_how_many_blocks_are_computed_again(monkeypatc
 @pytest.mark.parametrize(
     ("config", "samples"),
     [
-        (ViTConfig(hidden_size=192, intermediate_size=768, num_attention_heads=3), 32),
-        (ViTConfig(hidden_size=768, intermediate_size=3072), 8),
+        (ViTConfig(hidden_size=192, intermediate_size=768, num_attention_heads=3), 16),
+        (ViTConfig(hidden_size=768, intermediate_size=3072), 4),
+        (ViTConfig(hidden_size=1280, intermediate_size=5120, num_attention_heads=16), 4),
         (ViTConfig(hidden_size=768, intermediate_size=3072, image_size=448), 2),
-        (BertConfig(hidden_size=768, intermediate_size=3072), 16),
+        (BertConfig(hidden_size=768, intermediate_size=3072), 8),
         (SiglipConfig(vision_config={"image_size": 448}), 2),
     ],
-    ids=["small", "large", "large images", "texts", "pairs"],
+    ids=["small", "large", "huge", "large images", "texts", "pairs"],
 )
 def test_batches_that_go_backward_are_smaller_for_larger_models(config: Any, samples: int) -> None:
     config = copy.deepcopy(config)

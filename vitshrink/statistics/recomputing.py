@@ -25,9 +25,9 @@ SHARE = 1 / 8
 ROOM, MODELS = 2**29, 0.5
 """Bytes that they may take anyway, and more by so many times the model, however much memory is free."""
 
-
-MOST_SAMPLES, TOGETHER = 32, 2**27
-"""Of a batch that goes backward, where nobody says how large it is: samples, and bytes of activations in one block."""
+MOST_SAMPLES, FEW_SAMPLES, TOGETHER = 32, 4, 2**26
+"""Of a batch that goes backward, where nobody says how large it is: samples at most, those that may take twice the
+bytes, and bytes of activations in one block: a dozen of blocks of so many needs to compute none of them twice."""
 
 
 @dataclass(eq=False)
@@ -113,11 +113,12 @@ def is_large(nbytes: int, model: nn.Module) -> bool:
 def batch_that_fits(model: PreTrainedModel) -> int:
     """Samples in a batch that goes forward and backward, where nobody says how many: a power of two, up to 32.
 
-    So many that the activations of one block take at most ``TOGETHER`` bytes. It follows from the model alone, as what
-    is learned of it depends on the batches.
+    So many that the activations of one block take at most ``TOGETHER`` bytes, or, of ``FEW_SAMPLES``, twice as many. It
+    follows from the model alone, as what is learned of it depends on the batches.
     """
     largest = max(map(read_and_given, blocks_of(model)), default=1)
-    fitting = TOGETHER // (4 * usual_tokens(model) * max(largest, 1))
+    of_one = 4 * usual_tokens(model) * max(largest, 1)
+    fitting = max(TOGETHER // of_one, min(FEW_SAMPLES, 2 * TOGETHER // of_one))
     return int(1 << min(max(fitting, 1).bit_length() - 1, MOST_SAMPLES.bit_length() - 1))
 
 
