@@ -75,8 +75,9 @@ def test_a_light_cut_is_not_refined_and_few_samples_repair_it(
     plan = compression.plan(first, budget)
     lost = compression.estimator.missing(compression.replaced(first, plan))
     assert 0 < lost < compression.estimator.missing(compression.replaced(first, compression.plan(first, budget // 2)))
-    few = replace(effort.DEFAULT, light=lost * (1.01 if light else 0.99), light_repairs=effort.Repairs(samples=9, rescaled=8))
-    monkeypatch.setattr(effort, "DEFAULT", few)
+    few = effort.Repairs(samples=9, rescaled=8)
+    weak = replace(effort.DEFAULT, light=lost * (1.01 if light else 0.99), light_repairs=few)
+    monkeypatch.setattr(effort, "DEFAULT", weak)
     found = compression.refine(first, plan, job)
     assert found.light == light
     assert (found.layers == first.layers) == light
