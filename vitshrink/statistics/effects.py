@@ -118,6 +118,7 @@ def component_effects(
             watch.end(values)
             if wanted is not None:
                 missing.append((functional(wanted) - values.detach()).double())
+            rest()
             on_batch(len(values))
     nothing = torch.zeros(0, device=device)
 
@@ -182,6 +183,7 @@ def _answers(
         with evaluating(model), passes():
             outputs = model(**to_device(batch.inputs, device))
         yield batch, wanted, outputs, batch_generator(seed, number)
+        rest()
 
 
 @dataclass(eq=False)
