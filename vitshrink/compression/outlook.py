@@ -16,7 +16,7 @@ from vitshrink.compression.effort import Effort, effort_of
 from vitshrink.compression.estimation import SHARES_MEASURED_AGAIN
 from vitshrink.compression.fitting import ATTEMPTS
 from vitshrink.compression.repairs.bias import RESCALING
-from vitshrink.compression.repairs.rescaling import passes_of
+from vitshrink.compression.repairs.rescaling import forward_passes
 from vitshrink.compression.repairs.stream import WRITERS
 from vitshrink.data.opening import CalibrationData
 from vitshrink.methods import LayerMethod
@@ -143,7 +143,7 @@ class Outlook:
         if choices.compensation == "stream":
             yield self._stream(repaired, weighs=not (light and choices.rounds))
         if choices.compensation in RESCALING:
-            passes = passes_of(min(repaired, repairs.rescaled or repaired), repairs.steps)
+            passes = forward_passes(min(repaired, repairs.rescaled or repaired), repairs.steps)
             yield Ahead("compensate", PASSES, FORWARD * passes * self.forward, passes)
         if choices.storage == "gauge":
             work = PIVOTING * sum(min(each.shape) ** 2 * max(each.shape) for each in self.targets)

@@ -11,7 +11,7 @@ from vitshrink.compression.forms.low_rank import LowRank
 from vitshrink.compression.forms.registry import Material
 from vitshrink.compression.repairs.bias import RESCALING
 from vitshrink.compression.repairs.products import means_of, narrow_targets
-from vitshrink.compression.repairs.rescaling import passes_of, rescale_components
+from vitshrink.compression.repairs.rescaling import forward_passes, rescale_components
 from vitshrink.compression.repairs.sequential import compensate_residuals
 from vitshrink.compression.repairs.stream import restore_stream, why_not_restored, writers
 from vitshrink.models.pivoting import fix_gauge
@@ -57,7 +57,7 @@ class LayerRepairs:
             if narrow := narrow_targets(model, self.material.targets):
                 means |= means_of(model, narrow, first_of(calibration.batches, MEASURED_SAMPLES))
             steps, batches = estimator.repairs(findings).steps, estimator.to_rescale(findings)
-            total = passes_of(sum(len(batch.keys) for batch in batches), steps)
+            total = forward_passes(sum(len(batch.keys) for batch in batches), steps)
             with job.stage("compensate", "Fitting gains and biases", total) as advance:
                 rescale_components(
                     model,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitshrink.compression.repairs.rescaling import passes_of, rescale_components
+from vitshrink.compression.repairs.rescaling import forward_passes, rescale_components
 from vitshrink.data.batches import Batch
 from vitshrink.models.merged import reads_special_only
 from vitshrink.models.structures.low_rank import LowRankLinear
@@ -24,7 +24,7 @@ def shift_merged(
     """
     if not reads_special_only(model):
         return
-    total = passes_of(sum(len(batch.keys) for batch in batches))
+    total = forward_passes(sum(len(batch.keys) for batch in batches))
     with job.stage("shift", "Fitting biases to merged tokens", total) as advance:
         rescale_components(
             model,

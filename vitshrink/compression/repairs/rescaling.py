@@ -49,7 +49,7 @@ class Repair:
     """Share of the squared difference of the outputs, by leave-one-out."""
 
 
-def passes_of(samples: int, steps: int = STEPS) -> int:
+def forward_passes(samples: int, steps: int = STEPS) -> int:
     """Forward passes of a sample that the steps take, if every first length is good."""
     return steps * (LEARNING + 1) * samples
 
@@ -85,7 +85,7 @@ def rescale_components(
             None: there are no gains, only biases, and the layers may be dense.
         measure, lacking: how effects, and what is missing after a step, are found over all batches.
         pages: where the factors before a step lie, if they take much room; in memory if it is None.
-        on_passes: called with the number of forward passes of a sample after each batch, see ``passes_of``.
+        on_passes: called with the number of forward passes of a sample after each batch, see ``forward_passes``.
 
     Returns:
         the number of steps taken, 0 to ``steps``.
