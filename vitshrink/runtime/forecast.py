@@ -64,7 +64,8 @@ class Forecast:
             return None
         known = list(self._behind)
         running = self._now
-        if running is not None and running.stage is not None and (pace := running.pace(known)) is not None:
+        pace = None if running is None else running.pace(known)
+        if running is not None and running.stage is not None and pace is not None:
             share = running.done / running.total
             stage = running.stage
             known.append((Ahead(stage.key, stage.kind, stage.work * share), pace * running.done))
@@ -74,7 +75,7 @@ class Forecast:
         if running is None:
             return found
         whole = None if running.stage is None else _pace(running.stage, known) * running.stage.work
-        return found + running.left(running.pace(self._behind), whole, self.clock())
+        return found + running.left(pace, whole, self.clock())
 
 
 @dataclass(eq=False)
