@@ -27,6 +27,7 @@ class Effort:
         rounds: how often the curvature is estimated again on the compressed model; as the job says if it is None.
         light: what a compressed model may lose before its repairs, as a share of what a constant answer would, for the
             curvature not to be estimated again on it.
+        weighed: samples that tell whether it loses so little.
         measured: samples on which the effects of components are measured: how much each counts, not what it is.
         repairs: of cuts that are not light.
         light_repairs: of those that are, with the samples on which components were measured, where tokens have weights.
@@ -36,6 +37,7 @@ class Effort:
 
     rounds: int | None = None
     light: float = 0.1
+    weighed: int = 64
     measured: int = MEASURED_SAMPLES
     repairs: Repairs = Repairs()
     light_repairs: Repairs = Repairs(samples=MEASURED_SAMPLES, rescaled=64, steps=1)

@@ -152,7 +152,7 @@ class LayerEstimator:
         if not self.effort.light or self.calibration is None:
             return False
         with job.stage("weigh", "Measuring the compressed model"):
-            return self.missing(model) <= self.effort.light
+            return self.missing(model, self.effort.weighed) <= self.effort.light
 
     def resume(self, step: str, job: Job) -> Findings | None:
         """What an interrupted run of the job has kept of a step, if it had completed it."""
@@ -331,15 +331,16 @@ class LayerEstimator:
                     for name, each in refined.layers.items()
                 }
                 candidate = replace(refined, layers=layers)
-                candidates.append((self.missing(rebuilt(candidate)), candidate))  # one model at a time
+                missing = self.missing(rebuilt(candidate), self.effort.measured)  # one model at a time
+                candidates.append((missing, candidate))
                 advance(1)
         return min(candidates, key=lambda each: each[0])[1]
 
     @torch.no_grad()
-    def missing(self, model: PreTrainedModel) -> float:
-        """What a compressed model loses on some samples, as a share of what a constant answer would lose."""
+    def missing(self, model: PreTrainedModel, samples: int) -> float:
+        """What a compressed model loses on the first samples, as a share of what a constant answer would lose."""
         assert self.calibration is not None
-        batches = first_of(self.calibration.batches, self.effort.measured)
+        batches = first_of(self.calibration.batches, samples)
         seed = self.config.seed + 4
         lost, spread = shared_losses(model, self.dense_outputs, batches, seed=seed, passes=self.passes).sum(0).tolist()
         return lost / spread if spread else 0.0

@@ -133,7 +133,7 @@ class Outlook:
         repairs = effort.light_repairs if light and choices.rounds else effort.repairs
         repaired = min(self.samples, repairs.samples or self.samples)
         if light and choices.rounds:
-            yield self._passes("weigh", FORWARD, 2 * measured, 0)
+            yield self._passes("weigh", FORWARD, 2 * min(self.samples, effort.weighed), 0)
         for _ in range(rounds):
             yield self._passes("calibrate", LEARNING, self.samples)
             factorize, *measure = self._factorized()

@@ -1,7 +1,7 @@
 """The arithmetic in which a model runs its forward and backward passes."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,3 +35,26 @@ def in_full(device: torch.device) -> AbstractContextManager[Any]:
     """No mixed precision inside; some devices have none."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def is_narrow(passes: Passes, device: torch.device) -> bool:
+    """Whether products of the passes are in bfloat16."""
+    with passes():
+        known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        return known and torch.get_autocast_dtype(device.type) == torch.bfloat16
+
+
+@contextmanager
+def narrow_products(narrow: bool = True) -> Iterator[None]:
+    """Inside, if ``narrow``, products of float32 matrices on a CPU round what they multiply to bfloat16.
+
+    They sum in float32, and their results stay what they are; numbers that come from bfloat16 lose nothing.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    try:
+        if narrow:
+            matmul.fp32_precision = "bf16"
+        yield
+    finally:
+        matmul.fp32_precision = before

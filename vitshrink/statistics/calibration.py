@@ -101,14 +101,14 @@ def put_sums(kind: str, state: Mapping[str, Tensor], sums: dict[str, Any], make:
 
 
 def real_tokens(activation: Tensor, mask: Tensor | None) -> Tensor:
-    """(batch, tokens, k) without the padding, as (tokens, k) float32.
+    """(batch, tokens, k) without the padding, as (tokens, k).
 
     ``mask`` (batch, tokens) is passed over where rows are no tokens of texts: embeddings of relative positions, say.
     """
     activation = activation.detach()
     if mask is None or activation.shape[:-1] != mask.shape:
-        return activation.reshape(-1, activation.shape[-1]).float()
-    return activation[mask.to(activation.device)].float()
+        return activation.reshape(-1, activation.shape[-1])
+    return activation[mask.to(activation.device)]
 
 
 @dataclass(eq=False)
@@ -237,18 +237,18 @@ class StatisticsCollector:
     def _input_hook(self, target: CalibrationTarget) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             sums = self._inputs[target.input_group]
-            sums.add(real_tokens(inputs[0], self.mask))
+            sums.add(real_tokens(inputs[0], self.mask).float())
             self._check(target.name, sums.total, "input")
 
         return hook
 
     def _output_hook(self, target: CalibrationTarget) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            moments = Moments(real_tokens(inputs[0], self.mask))
+            moments = Moments(real_tokens(inputs[0], self.mask).float())
             if moments.shift is not None and isinstance(module, nn.Linear):
                 moments = moments.through(module.weight.float())
             else:
-                y = real_tokens(output, self.mask)
+                y = real_tokens(output, self.mask).float()
                 moments = Moments(y - module.bias if isinstance(module.bias, Tensor) else y)
             sums = self._outputs.setdefault(target.name, OutputSums())
             sums.gram = accumulate(sums.gram, moments.gram())

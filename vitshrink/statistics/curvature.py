@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.targets import Target, first_blocks
+from vitshrink.runtime.attention import ShortInFull
 from vitshrink.runtime.modes import frozen
-from vitshrink.runtime.precision import Passes, in_full
+from vitshrink.runtime.precision import Passes, in_full, is_narrow, narrow_products
 from vitshrink.statistics.calibration import (
     CalibrationBatch,
     Course,
@@ -29,7 +31,7 @@ from vitshrink.statistics.calibration import (
 )
 from vitshrink.statistics.calls import joined
 from vitshrink.statistics.functionals import batch_generator, random_functional, require_gradient
-from vitshrink.statistics.halves import half_gram, half_of, symmetric
+from vitshrink.statistics.halves import half_gram, symmetric
 from vitshrink.statistics.recomputing import Recomputing, recomputing
 from vitshrink.statistics.stats import LinearStats, Moments
 
@@ -56,7 +58,7 @@ class GroupSums:
         self.weight += float(weights.double().sum())
         self.total = accumulate(self.total, moments.total())
         if with_gram:
-            self.gram = accumulate(self.gram, half_of(moments.gram()))
+            self.gram = accumulate(self.gram, moments.half())
 
 
 @dataclass(eq=False)
@@ -92,6 +94,8 @@ class CurvatureCollector:
     """Targets of which the whole of C is wanted, whatever their shape."""
     batch: int = -1
     _mask: Tensor | None = None
+    _mixed: bool = False
+    """Whether passes run in bfloat16: tokens are then multiplied as they are read by the layers."""
     _x: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """Of each call of a layer, by its number, as all of these; one that several blocks share is called often."""
     _z: dict[str, dict[int, Tensor]] = field(default_factory=dict)
@@ -116,6 +120,7 @@ class CurvatureCollector:
         device = next(self.model.parameters()).device
         self._mask = token_mask(batch, device)
         self.batch = number
+        self._mixed = is_narrow(self.passes, device)
         generator = batch_generator(self.seed, number)
         handles = [block.register_forward_pre_hook(require_gradient) for block in first_blocks(self.model)]
         for target in self.targets:
@@ -124,7 +129,7 @@ class CurvatureCollector:
             handles.append(module.register_forward_hook(self._forward_hook(target)))
         again = recomputing(self.model) if self.probes == 1 else nullcontext()
         try:
-            with torch.enable_grad(), again as self._blocks:
+            with torch.enable_grad(), ShortInFull(), again as self._blocks:
                 self._forward = True
                 with self.passes():
                     outputs = self.model(**to_device(batch.inputs, device))
@@ -220,9 +225,9 @@ class CurvatureCollector:
             if m < n:
                 if target.name in self.weights:
                     with in_full(output.device):
-                        z = self._real(inputs[0]) @ self._weight(target, output).T
+                        z = self._real(inputs[0]).float() @ self._weight(target, output).T
                 else:
-                    z = self._real(output)
+                    z = self._real(output).float()
                     z = z - module.bias if isinstance(module.bias, Tensor) else z
                 self._z.setdefault(target.name, {})[number] = z
             # of the tensors, as hooks of modules allow no change of an output in place
@@ -251,9 +256,9 @@ class CurvatureCollector:
         """Of the output of a call."""
         g = self._real(gradient)
         m, n = target.shape
-        norms = g.norm(dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=torch.float32)
         power = float(norms.double().square().sum())
-        if not torch.isfinite(torch.tensor(power)):
+        if not isfinite(power):
             raise NumericsError(
                 f"layer {target.name!r} met NaN or Inf in its gradient in calibration batch {self.batch}. "
                 "Check the checkpoint and the preprocessing of that batch."
@@ -268,17 +273,20 @@ class CurvatureCollector:
         if m > n and target.name not in self.weights:
             self._scales[target.name, number] = scale
         else:
+            g = g.float()
             side = g @ self._weight(target, g) if m > n else g
-            sums.gradient = accumulate(sums.gradient, half_gram(side * scale))
+            with narrow_products(self._mixed):
+                sums.gradient = accumulate(sums.gradient, half_gram(side * scale))
         self._awaited[target.name] -= 1
         if not any(self._awaited.get(each.name) for each in self._readers[target.input_group]):
             self._sum_inputs(target.input_group)
 
     def _add_input(self, target: Target, number: int, gradient: Tensor) -> None:
         """Of the input of a call: Wᵀg."""
-        side = self._real(gradient) * self._scales.pop((target.name, number))
+        side = self._real(gradient).float() * self._scales.pop((target.name, number))
         sums = self._layers[target.name]
-        sums.gradient = accumulate(sums.gradient, half_gram(side))
+        with narrow_products(self._mixed):
+            sums.gradient = accumulate(sums.gradient, half_gram(side))
 
     @cached_property
     def _readers(self) -> Mapping[str, Sequence[Target]]:
@@ -295,16 +303,20 @@ class CurvatureCollector:
         importance = []
         for target in readers:
             known = self._importance.pop(target.name, {})
-            importance.append(_joined({n: known.get(n, each.new_zeros(len(each))) for n, each in tokens.items()}))
+            importance.append(
+                _joined({n: known.get(n, each.new_zeros(len(each), dtype=torch.float32)) for n, each in tokens.items()})
+            )
         mixed = token_weights(importance, self.token_weight)
-        moments, first = Moments(_joined(tokens), mixed), readers[0]
+        moments, first = Moments(_joined(tokens).float(), mixed), readers[0]
         whole = not _narrow(first) or first.name in self.full
-        self._groups.setdefault(group, GroupSums()).add(moments, mixed, with_gram=whole)
+        with narrow_products(self._mixed):
+            self._groups.setdefault(group, GroupSums()).add(moments, mixed, with_gram=whole)
         for target in filter(_narrow, readers):
             z = _joined(self._z.pop(target.name))
             outputs = Moments(z, mixed) if moments.shift is None else moments.through(self._weight(target, z))
             layer = self._layers.setdefault(target.name, LayerSums())
-            layer.output_gram = accumulate(layer.output_gram, half_of(outputs.gram()))
+            with narrow_products(self._mixed):
+                layer.output_gram = accumulate(layer.output_gram, outputs.half())
 
 
 def _joined(calls: Mapping[int, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from vitshrink.errors import NumericsError
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import first_blocks
+from vitshrink.runtime.attention import ShortInFull
 from vitshrink.runtime.modes import evaluating, frozen
 from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.paging import rest
@@ -109,7 +110,7 @@ def component_effects(
                 weights.begin(watch.mask)
             generator = batch_generator(seed, number)
             wanted = None if reference is None else reference(batch)
-            with torch.enable_grad(), recomputing(model):
+            with torch.enable_grad(), ShortInFull(), recomputing(model):
                 with passes():
                     outputs = model(**to_device(batch.inputs, device))
                 functional = random_functional(model, outputs if wanted is None else wanted, batch, generator)
@@ -197,6 +198,8 @@ class Watch:
     samples: int = 0
     effects: dict[str, list[Tensor]] = field(default_factory=dict)
     shifts: dict[str, list[Tensor]] = field(default_factory=dict)
+    _means: dict[str, Tensor] = field(default_factory=dict)
+    """Of what flows through each component, (k,)."""
     _done: int = 0
     """Batches that have run: a layer that has shown more than those is called often in one pass."""
 
@@ -212,14 +215,16 @@ class Watch:
         for name, parts in self.components.items():
             module = model.get_submodule(name)
             self.effects[name], self.shifts[name] = [], []
+            self._means[name] = (parts.down.double() @ parts.mean.double()).float()
+            rest()
             stack.callback(module.register_forward_pre_hook(require_gradient).remove)
             if parts.own and isinstance(module, LowRankLinear) and module.spec.pivot is None:
-                vars(module)["forward"] = self._within(name, parts, module)
+                vars(module)["forward"] = self._within(name, module)
                 stack.callback(vars(module).pop, "forward")
             else:
                 stack.callback(module.register_forward_hook(self._hook(name, parts)).remove)
 
-    def _within(self, name: str, parts: Components, module: LowRankLinear) -> Callable[[Tensor], Tensor]:
+    def _within(self, name: str, module: LowRankLinear) -> Callable[[Tensor], Tensor]:
         """What stands for the ``forward`` of a layer: its components are seen between its factors, at no product more.
 
         The effect of a component is the product of what flows through it and of the gradient there.
@@ -230,17 +235,17 @@ class Watch:
             output = F.linear(inner, module.weight, module.bias)
             if torch.is_grad_enabled():
                 flows = inner.detach()
-                inner.register_hook(partial(self._add_inner, name, parts, flows))  # type: ignore[no-untyped-call]
+                inner.register_hook(partial(self._add_inner, name, flows))  # type: ignore[no-untyped-call]
                 output.register_hook(partial(self._add_shift, name))  # type: ignore[no-untyped-call]
             return output
 
         return forward
 
-    def _add_inner(self, name: str, parts: Components, flows: Tensor, gradient: Tensor) -> None:
+    def _add_inner(self, name: str, flows: Tensor, gradient: Tensor) -> None:
         # taken out of what flows, not of what is read: that is wider
-        mean = (parts.down.double() @ parts.mean.double()).float()
-        flows = self._real(flows.float() - mean.to(flows.device), gradient)
-        self._keep(name, self.effects, by_sample((flows * gradient).sum(1), self.samples))
+        flows = self._real(flows.float() - self._means[name].to(flows.device), gradient)
+        # both in float32: torch multiplies numbers of two types in twice the time
+        self._keep(name, self.effects, by_sample(flows.mul_(gradient.float()).sum(1), self.samples))
 
     def _add_shift(self, name: str, gradient: Tensor) -> None:
         found = self._real(gradient.detach(), gradient).sum(1, dtype=torch.float32)
@@ -267,7 +272,7 @@ class Watch:
             left = gradient @ parts.up.to(gradient)
             right = read @ parts.down.to(read).T
         rest()
-        self._add_inner(name, parts, right, left)
+        self._add_inner(name, right, left)
         self._add_shift(name, gradient)
 
     def _keep(self, name: str, found: dict[str, list[Tensor]], each: Tensor) -> None:

@@ -25,6 +25,9 @@ SHARE = 1 / 8
 ROOM, MODELS = 2**29, 0.5
 """Bytes that they may take anyway, and more by so many times the model, however much memory is free."""
 
+NARROW_BYTES = 3
+"""Of a number that passes in mixed precision keep, on average: some stay in float32."""
+
 MOST_SAMPLES, FEW_SAMPLES, TOGETHER = 32, 4, 2**26
 """Of a batch that goes backward, where nobody says how large it is: samples at most, those that may take twice the
 bytes, and bytes of activations in one block: a dozen of blocks of so many needs to compute none of them twice."""
@@ -58,7 +61,8 @@ class Recomputing:
         """For a pass in which the first block of an encoder reads ``hidden`` (samples, tokens, width)."""
         tokens = hidden.numel() // hidden.shape[-1]
         room = min(self.room, SHARE * free_memory(hidden.device))
-        kept = int(len(encoder) * room / max(4 * tokens * sum(map(read_and_given, encoder)), 1))
+        each = NARROW_BYTES if torch.is_autocast_enabled(hidden.device.type) else 4
+        kept = int(len(encoder) * room / max(each * tokens * sum(map(read_and_given, encoder)), 1))
         away = any(runs_on(block) is not None for block in encoder)  # where their weights would stay, too
         self.recomputed = len(encoder) if away else max(len(encoder) - kept, 0)
 

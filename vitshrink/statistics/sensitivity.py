@@ -16,9 +16,10 @@ from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.readings import reading_of
 from vitshrink.models.structures.coded import has_positions
 from vitshrink.models.targets import first_blocks
+from vitshrink.runtime.attention import ShortInFull
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.offloading import at_home
-from vitshrink.runtime.precision import Passes
+from vitshrink.runtime.precision import Passes, is_narrow, narrow_products
 from vitshrink.statistics.calibration import (
     CalibrationBatch,
     Course,
@@ -101,17 +102,20 @@ class SensitivityCollector:
     _seen: set[str] = field(default_factory=set)
     """Sites of which the samples of this batch have been counted: some are used often in one pass."""
     _mask: Tensor | None = None
+    _mixed: bool = False
+    """Whether passes run in bfloat16: tokens are then multiplied as they are read by the layers."""
 
     def run(self, number: int, batch: CalibrationBatch) -> None:
         """One forward and one backward pass."""
         device = next(self.model.parameters()).device
         self._mask = token_mask(batch, device)
         self._batch, self._samples = number, samples_of(batch)
+        self._mixed = is_narrow(self.passes, device)
         self._seen.clear()
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.names]
         handles += [block.register_forward_pre_hook(_start) for block in first_blocks(self.model)]
         try:
-            with torch.enable_grad(), recomputing(self.model):
+            with torch.enable_grad(), ShortInFull(), recomputing(self.model):
                 with self.passes():
                     outputs = self.model(**to_device(batch.inputs, device))
                 functional = random_functional(self.model, outputs, batch, batch_generator(self.seed, number))
@@ -152,7 +156,8 @@ class SensitivityCollector:
             gradient = gradient.flatten(2).mT
         masked = self._masks(gradient)
         g = self._real(gradient, gradient).float()
-        importance = g.square().sum(1)
+        squares = g.square()
+        importance = squares.sum(1)
         power = importance.double().sum()
         if not torch.isfinite(power):
             raise NumericsError(
@@ -163,7 +168,7 @@ class SensitivityCollector:
         if not again:
             self._seen.add(name)
             sums.samples += self._samples
-        sums.outputs = accumulate(sums.outputs, g.square().sum(0))
+        sums.outputs = accumulate(sums.outputs, g.new_ones(len(g)) @ squares)
         if has_positions(module):  # a table of which every sample uses every row
             sums.uses = accumulate(sums.uses, importance.double().view(gradient.shape[:2]).sum(0))
             return
@@ -174,13 +179,14 @@ class SensitivityCollector:
             return
         x = self._real(x, gradient).float()
         weights = counted(importance)
-        weighted = x * weights[:, None]
         sums.weight += float(weights.double().sum())
         sums.squared_weight += float(weights.double().square().sum())
-        sums.total = accumulate(sums.total, weighted.sum(0))
-        sums.gram = _added(sums.gram, half_gram(x * weights.sqrt()[:, None]))
+        sums.total = accumulate(sums.total, weights @ x)
+        with narrow_products(self._mixed):
+            sums.gram = _added(sums.gram, half_gram(x * weights.sqrt()[:, None]))
         owners = self._owners(gradient, masked)
-        totals, shares = _by_owner(weighted, owners), _by_owner(weights[:, None], owners).clamp_min(1e-30)
+        totals, shares = (_by_owner(each, owners) for each in (x * weights[:, None], weights[:, None]))
+        shares = shares.clamp_min(1e-30)
         sums.between = self._between(sums.between, totals * shares.rsqrt(), again=again)
         sums.together = accumulate(sums.together, _by_owner(g, owners).square().sum(0))
 

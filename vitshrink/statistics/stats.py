@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
-from vitshrink.statistics.halves import half_gram, symmetric
+from vitshrink.statistics.halves import half_gram, half_of, symmetric
 
 FAR = 16.0
 """A mean above so many standard deviations of its channel is far: squared, it takes 8 of the 24 bits of float32."""
+
+EVERY, ENOUGH = 8, 64
+"""One token in so many tells whether a mean is far, where these are at least so many tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +100,12 @@ class Moments:
         self.weights = weights
         self.shift: Tensor | None = None
         """(n,), float64, to be added to ``rest``; None where no mean is far."""
-        mean = x.mean(0)
-        variance = (x * x).mean(0) - mean.square()  # exact enough to tell 256 squares of it; ``var_mean`` is slow here
-        # among others that vary more, the rounding of a channel that hardly varies is of no consequence
-        far = mean.square() > FAR**2 * torch.maximum(variance, variance.mean())
+        far = _far(x[::EVERY] if len(x) >= EVERY * ENOUGH else x)
         if far.any():
-            mean = mean.where(far, 0)
+            mean = x.mean(0).where(far, 0)
             self.rest, self.shift = x - mean, mean.double()
-        self.rest_total = (self.rest if weights is None else self.rest * weights[:, None]).sum(0).double()
+        each = x.new_ones(len(x)) if weights is None else weights
+        self.rest_total = (each @ self.rest).double()  # in half of the time of a sum over tokens
 
     def through(self, weight: Tensor) -> "Moments":
         """Those of Wx, with the matrix W (m, n), where a mean of x is far."""
@@ -121,14 +122,27 @@ class Moments:
 
     def gram(self) -> Tensor:
         """Σ x xᵀ, (n, n)."""
-        gram = gram_of(self.rest if self.weights is None else self.rest * self.weights.sqrt()[:, None]).double()
-        if self.shift is None:
-            return gram
-        cross = torch.outer(self.rest_total, self.shift)
-        return gram + cross + cross.T + self._weight() * torch.outer(self.shift, self.shift)
+        return symmetric(self.half())
+
+    def half(self) -> Tensor:
+        """That of ``gram``."""
+        x = self.rest if self.weights is None else self.rest * self.weights.sqrt()[:, None]
+        half = half_gram(x).double()
+        if self.shift is not None:
+            cross = torch.outer(self.rest_total, self.shift)
+            half += half_of(cross + cross.T + self._weight() * torch.outer(self.shift, self.shift))
+        return half
 
     def _weight(self) -> float:
         return float(len(self.rest) if self.weights is None else self.weights.double().sum())
+
+
+def _far(x: Tensor) -> Tensor:
+    """Which channels of tokens x (tokens, n) have a mean that is far."""
+    mean = x.mean(0)
+    variance = (x * x).mean(0) - mean.square()  # exact enough to tell 256 squares of it; ``var_mean`` is slow here
+    # among others that vary more, the rounding of a channel that hardly varies is of no consequence
+    return mean.square() > FAR**2 * torch.maximum(variance, variance.mean())
 
 
 def _mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:

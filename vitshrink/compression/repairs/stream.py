@@ -21,7 +21,7 @@ from vitshrink.runtime import processes
 from vitshrink.runtime.modes import evaluating
 from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.paging import in_file, rest
-from vitshrink.runtime.precision import Passes
+from vitshrink.runtime.precision import Passes, narrow_products
 from vitshrink.statistics.calibration import CalibrationBatch
 from vitshrink.statistics.effects import component_effects
 from vitshrink.statistics.halves import half_of, symmetric
@@ -217,12 +217,14 @@ class Lack:
         """Tokens x (batch, tokens, n), r (batch, tokens, m) with their weights (batch, tokens)."""
         x, r, weights = x.flatten(0, 1) - self.center.to(x), r.flatten(0, 1), weights.flatten()
         with passes():
-            z = nn.functional.linear(x, self.weight.to(x)).float()
+            z = nn.functional.linear(x, self.weight.to(x))
+        mixed, z = z.dtype == torch.bfloat16, z.float()
         self.sums["weight"].add_(weights.double().sum())
         self.sums["x"].add_(weights @ x)
         self.sums["r"].add_(weights @ r)
-        self.sums["zz"].add_(gram_of(z * weights.sqrt()[:, None]))
-        self.sums["rz"].add_(r.T @ (z * weights[:, None]))
+        with narrow_products(mixed):
+            self.sums["zz"].add_(gram_of(z * weights.sqrt()[:, None]))
+            self.sums["rz"].add_(r.T @ (z * weights[:, None]))
 
     def of_all(self) -> "Lack":
         """Those of all processes."""
