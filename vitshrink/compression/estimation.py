@@ -331,16 +331,15 @@ class LayerEstimator:
                     for name, each in refined.layers.items()
                 }
                 candidate = replace(refined, layers=layers)
-                missing = self.missing(rebuilt(candidate), self.effort.measured)  # one model at a time
-                candidates.append((missing, candidate))
+                candidates.append((self.missing(rebuilt(candidate)), candidate))  # one model at a time
                 advance(1)
         return min(candidates, key=lambda each: each[0])[1]
 
     @torch.no_grad()
-    def missing(self, model: PreTrainedModel, samples: int) -> float:
-        """What a compressed model loses on the first samples, as a share of what a constant answer would lose."""
+    def missing(self, model: PreTrainedModel, samples: int | None = None) -> float:
+        """What a compressed model loses on some samples, as a share of what a constant answer would lose."""
         assert self.calibration is not None
-        batches = first_of(self.calibration.batches, samples)
+        batches = first_of(self.calibration.batches, samples or self.effort.measured)
         seed = self.config.seed + 4
         lost, spread = shared_losses(model, self.dense_outputs, batches, seed=seed, passes=self.passes).sum(0).tolist()
         return lost / spread if spread else 0.0

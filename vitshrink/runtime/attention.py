@@ -1,6 +1,6 @@
 """Attention of short texts, differentiated on a CPU."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ SHORT = 128
 
 
 class ShortInFull(TorchFunctionMode):
-    """Inside, attention over few tokens that a backward pass follows runs in float32 on a CPU, whatever the passes do.
+    """Inside, attention over few tokens runs in float32 on a CPU, whatever the passes run in, for their gradients.
 
     The backward pass of torch 2.13 in bfloat16 multiplies small matrices without the instructions for it: with texts of
     twenty tokens it takes seven times as long as in float32, and more than all the rest of a pass. Both take as long
@@ -26,13 +26,23 @@ class ShortInFull(TorchFunctionMode):
         self, function: Any, types: Any, inputs: Sequence[Any] = (), options: Mapping[str, Any] | None = None
     ) -> Any:
         options = options or {}
-        if function is F.scaled_dot_product_attention and torch.is_grad_enabled():
+        if function is F.scaled_dot_product_attention:
             query = inputs[0] if inputs else options["query"]
             if query.device.type == "cpu" and query.shape[-2] <= SHORT and _narrow(query):
                 with in_full(query.device):
                     found = function(*map(_wide, inputs), **{name: _wide(each) for name, each in options.items()})
                 return found.to(query.dtype)
         return function(*inputs, **options)
+
+
+def short_in_full(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with attention as in ``ShortInFull``."""
+
+    def inside(*inputs: Any, **options: Any) -> Any:
+        with ShortInFull():
+            return run(*inputs, **options)
+
+    return inside
 
 
 def _narrow(value: Any) -> bool:

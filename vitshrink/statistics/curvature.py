@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.targets import Target, first_blocks
-from vitshrink.runtime.attention import ShortInFull
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.precision import Passes, in_full, is_narrow, narrow_products
 from vitshrink.statistics.calibration import (
@@ -129,7 +128,7 @@ class CurvatureCollector:
             handles.append(module.register_forward_hook(self._forward_hook(target)))
         again = recomputing(self.model) if self.probes == 1 else nullcontext()
         try:
-            with torch.enable_grad(), ShortInFull(), again as self._blocks:
+            with torch.enable_grad(), again as self._blocks:
                 self._forward = True
                 with self.passes():
                     outputs = self.model(**to_device(batch.inputs, device))

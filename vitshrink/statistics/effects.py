@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from vitshrink.errors import NumericsError
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import first_blocks
-from vitshrink.runtime.attention import ShortInFull
 from vitshrink.runtime.modes import evaluating, frozen
 from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.paging import rest
@@ -110,7 +109,7 @@ def component_effects(
                 weights.begin(watch.mask)
             generator = batch_generator(seed, number)
             wanted = None if reference is None else reference(batch)
-            with torch.enable_grad(), ShortInFull(), recomputing(model):
+            with torch.enable_grad(), recomputing(model):
                 with passes():
                     outputs = model(**to_device(batch.inputs, device))
                 functional = random_functional(model, outputs if wanted is None else wanted, batch, generator)

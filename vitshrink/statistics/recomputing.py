@@ -16,6 +16,7 @@ from vitshrink.models.cost import memory_bytes
 from vitshrink.models.example import usual_tokens
 from vitshrink.models.structures.low_rank import LowRankLinear
 from vitshrink.models.targets import blocks_of, first_blocks
+from vitshrink.runtime.attention import short_in_full
 from vitshrink.runtime.offloading import running, runs_on
 from vitshrink.runtime.paging import drop
 
@@ -68,6 +69,7 @@ class Recomputing:
 
     def forward(self, block: nn.Module, dense: Callable[..., Any]) -> Callable[..., Any]:
         """What stands for the ``forward`` of a block, which is ``dense``."""
+        dense = short_in_full(dense)
 
         def forward(*inputs: Any, **options: Any) -> Any:
             drop()  # weights in files of the blocks before

@@ -16,7 +16,6 @@ from vitshrink.errors import DataError, NumericsError
 from vitshrink.models.readings import reading_of
 from vitshrink.models.structures.coded import has_positions
 from vitshrink.models.targets import first_blocks
-from vitshrink.runtime.attention import ShortInFull
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.offloading import at_home
 from vitshrink.runtime.precision import Passes, is_narrow, narrow_products
@@ -115,7 +114,7 @@ class SensitivityCollector:
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.names]
         handles += [block.register_forward_pre_hook(_start) for block in first_blocks(self.model)]
         try:
-            with torch.enable_grad(), ShortInFull(), recomputing(self.model):
+            with torch.enable_grad(), recomputing(self.model):
                 with self.passes():
                     outputs = self.model(**to_device(batch.inputs, device))
                 functional = random_functional(self.model, outputs, batch, batch_generator(self.seed, number))
