@@ -253,8 +253,9 @@ class CurvatureCollector:
 
     def _add(self, target: Target, number: int, gradient: Tensor) -> None:
         """Of the output of a call."""
-        g = self._real(gradient)
         m, n = target.shape
+        seen_at_input = m > n and target.name not in self.weights
+        g = self._real(gradient) if seen_at_input else self._real(gradient).float()
         norms = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=torch.float32)
         power = float(norms.double().square().sum())
         if not isfinite(power):
@@ -269,12 +270,11 @@ class CurvatureCollector:
         importance = (norms * scale).square().squeeze(1)
         known = self._importance.setdefault(target.name, {})
         known[number] = importance if number not in known else known[number] + importance
-        if m > n and target.name not in self.weights:
+        if seen_at_input:
             self._scales[target.name, number] = scale
         else:
-            g = g.float()
-            side = g @ self._weight(target, g) if m > n else g
             with narrow_products(self._mixed):
+                side = g @ self._weight(target, g) if m > n else g
                 sums.gradient = accumulate(sums.gradient, half_gram(side * scale))
         self._awaited[target.name] -= 1
         if not any(self._awaited.get(each.name) for each in self._readers[target.input_group]):
