@@ -29,7 +29,7 @@ from vitshrink.runtime.forecast import Ahead
 
 PASSES, ALGEBRA, FILES = "passes", "algebra", "files"
 
-LEARNING, MEASURING, WALKING, FORWARD, EXACT = 3.5, 2.8, 3.0, 0.55, 1.7
+LEARNING, MEASURING, WALKING, FORWARD, EXACT = 2.6, 3.0, 2.9, 0.6, 1.7
 """What as many samples take: with gradients and sums, with effects of components, in a walk through the blocks of both
 models, and in a forward pass alone; and how many times as much it is in float32."""
 
