@@ -29,7 +29,7 @@ from vitshrink.runtime.forecast import Ahead
 
 PASSES, ALGEBRA, FILES = "passes", "algebra", "files"
 
-LEARNING, MEASURING, WALKING, FORWARD, EXACT = 2.6, 3.0, 2.9, 0.6, 1.7
+CALIBRATING, MEASURING, WALKING, FORWARD, EXACT = 2.6, 3.0, 2.9, 0.6, 1.7
 """What as many samples take: with gradients and sums, with effects of components, in a walk through the blocks of both
 models, and in a forward pass alone; and how many times as much it is in float32."""
 
@@ -96,7 +96,7 @@ class Outlook:
             return []
         if not isinstance(self.choices.method, LayerMethod) or config.dry_run:
             return []
-        found = [self._passes("calibrate", LEARNING, self.walks * self.samples), *self._factorized()]
+        found = [self._passes("calibrate", CALIBRATING, self.walks * self.samples), *self._factorized()]
         for number in range(self.sizes):
             found += self._rounded() if config.stores == "bits" else self._ranked(light=self._is_light(number))
             found.append(Ahead("save", FILES, (ENCODING if config.stores == "bits" else SAVING) * self.weights))
@@ -135,7 +135,7 @@ class Outlook:
         if light and choices.rounds:
             yield self._passes("weigh", FORWARD, 2 * min(self.samples, effort.weighed), 0)
         for _ in range(rounds):
-            yield self._passes("calibrate", LEARNING, self.samples)
+            yield self._passes("calibrate", CALIBRATING, self.samples)
             factorize, *measure = self._factorized()
             yield from (*measure, factorize)
             tried = len(SHARES_MEASURED_AGAIN)
