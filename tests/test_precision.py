@@ -16,10 +16,11 @@ from vitshrink.models.targets import find_targets
 from vitshrink.runtime import heap
 from vitshrink.runtime.attention import SHORT, ShortInFull
 from vitshrink.runtime.precision import is_narrow, narrow_products, passes_in
-from vitshrink.statistics import curvature, sensitivity
+from vitshrink.statistics import curvature, stats
 from vitshrink.statistics.curvature import collect_curvature
 from vitshrink.statistics.halves import half_gram
 from vitshrink.statistics.sensitivity import collect_sensitivity
+from vitshrink.statistics.stats import Moments
 
 CPU = torch.device("cpu")
 NARROW = passes_in(CPU, "bf16")
@@ -34,6 +35,18 @@ def test_a_gram_of_numbers_that_bfloat16_holds_loses_nothing() -> None:
     with narrow_products():
         found = half_gram(x)
     assert off(found, half_gram(x.double())) < 1e-6
+
+
+@pytest.mark.parametrize("mean", [1.9, 5.01, 100.3])
+def test_the_spread_of_a_channel_that_hardly_varies_is_not_what_rounding_makes_of_it(mean: float) -> None:
+    """Rounded alike at every token, its square would be off by a hundredth of itself, far more than it varies."""
+    x, weights = torch.randn(900, 200), torch.full((900,), 0.3)
+    x[:, 2] = mean + 0.001 * x[:, 2]
+    moments = Moments(x, weights, narrow=True)
+    total, weight = moments.total() / weights.sum(), float(weights.sum())
+    found = moments.gram() / weight - torch.outer(total, total)
+    exact = x.double() - x.double().mean(0)
+    assert (found - exact.T @ exact / 900).abs().max() < 0.02
 
 
 def test_products_are_as_they_were_outside() -> None:
@@ -77,11 +90,11 @@ def test_statistics_of_narrow_passes_lose_nothing_in_their_sums(
     names = [target.name for target in targets]
 
     def found(passes: Any) -> dict[str, list[Tensor]]:
-        stats = collect_curvature(model, targets, batches, passes=passes)
+        curved = collect_curvature(model, targets, batches, passes=passes)
         seen = collect_sensitivity(model, names, batches, passes=passes)
         return {
             name: [
-                each for each in (*vars(stats[name]).values(), *vars(seen[name]).values()) if isinstance(each, Tensor)
+                each for each in (*vars(curved[name]).values(), *vars(seen[name]).values()) if isinstance(each, Tensor)
             ]
             for name in names
         }
@@ -92,7 +105,7 @@ def test_statistics_of_narrow_passes_lose_nothing_in_their_sums(
     def wide(_narrow: bool = True) -> Iterator[None]:
         yield
 
-    for module in (curvature, sensitivity):
+    for module in (curvature, stats):
         monkeypatch.setattr(module, "narrow_products", wide)
     summed = found(NARROW)
     lost = [off(n, e) for name in names for n, e in zip(narrow[name], exact[name], strict=True)]

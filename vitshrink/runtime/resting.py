@@ -27,8 +27,7 @@ def rest() -> None:
 def drop() -> None:
     """Let go of what was read of tensors in files, if it is much: it is read again where it is used."""
     global _left  # noqa: PLW0603 - of the process, as its memory is
-    now = _of_files()
-    if not maps or (now is not None and now < _left + MANY):
+    if not maps or ((now := _of_files()) is not None and now < _left + MANY):
         return
     alive = [(each, array) for each in maps if (array := each()) is not None]
     maps[:] = [each for each, _ in alive]

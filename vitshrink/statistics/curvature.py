@@ -306,16 +306,15 @@ class CurvatureCollector:
                 _joined({n: known.get(n, each.new_zeros(len(each), dtype=torch.float32)) for n, each in tokens.items()})
             )
         mixed = token_weights(importance, self.token_weight)
-        moments, first = Moments(_joined(tokens).float(), mixed), readers[0]
-        whole = not _narrow(first) or first.name in self.full
-        with narrow_products(self._mixed):
-            self._groups.setdefault(group, GroupSums()).add(moments, mixed, with_gram=whole)
+        whole = not _narrow(readers[0]) or readers[0].name in self.full
+        moments = Moments(_joined(tokens).float(), mixed, narrow=self._mixed and whole)
+        self._groups.setdefault(group, GroupSums()).add(moments, mixed, with_gram=whole)
         for target in filter(_narrow, readers):
             z = _joined(self._z.pop(target.name))
-            outputs = Moments(z, mixed) if moments.shift is None else moments.through(self._weight(target, z))
+            plain = moments.shift is None
+            outputs = Moments(z, mixed, narrow=self._mixed) if plain else moments.through(self._weight(target, z))
             layer = self._layers.setdefault(target.name, LayerSums())
-            with narrow_products(self._mixed):
-                layer.output_gram = accumulate(layer.output_gram, outputs.half())
+            layer.output_gram = accumulate(layer.output_gram, outputs.half())
 
 
 def _joined(calls: Mapping[int, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from vitshrink.models.structures.coded import has_positions
 from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.offloading import at_home
-from vitshrink.runtime.precision import Passes, is_narrow, narrow_products
+from vitshrink.runtime.precision import Passes, is_narrow
 from vitshrink.statistics.calibration import (
     CalibrationBatch,
     Course,
@@ -34,6 +34,7 @@ from vitshrink.statistics.calibration import (
 from vitshrink.statistics.functionals import batch_generator, random_functional
 from vitshrink.statistics.halves import blocks, diagonal, half_gram, symmetric
 from vitshrink.statistics.recomputing import recomputing
+from vitshrink.statistics.stats import Moments
 
 WEIGHTS = (0.1, 10.0)
 """Least and most that a token counts in a covariance, of its squared gradient relative to the mean: a few tokens of
@@ -180,9 +181,9 @@ class SensitivityCollector:
         weights = counted(importance)
         sums.weight += float(weights.double().sum())
         sums.squared_weight += float(weights.double().square().sum())
-        sums.total = accumulate(sums.total, weights @ x)
-        with narrow_products(self._mixed):
-            sums.gram = _added(sums.gram, half_gram(x * weights.sqrt()[:, None]))
+        moments = Moments(x, weights, narrow=self._mixed)
+        sums.total = accumulate(sums.total, moments.total())
+        sums.gram = _added(sums.gram, moments.half().float())
         owners = self._owners(gradient, masked)
         totals, shares = (_by_owner(each, owners) for each in (x * weights[:, None], weights[:, None]))
         shares = shares.clamp_min(1e-30)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from vitshrink.errors import NumericsError
+from vitshrink.runtime.precision import narrow_products
 from vitshrink.statistics.halves import half_gram, half_of, symmetric
 
-FAR = 16.0
-"""A mean above so many standard deviations of its channel is far: squared, it takes 8 of the 24 bits of float32."""
+FAR, FAR_IN_BFLOAT16 = 16.0, 2.0
+"""A mean above so many standard deviations of its channel is far: squared, it takes 8 of the 24 bits of float32. A
+Gram whose numbers are rounded to 8 bits hides the spread sooner."""
 
 EVERY, ENOUGH = 8, 64
 """One token in so many tells whether a mean is far, where these are at least so many tokens."""
@@ -95,12 +97,13 @@ class Moments:
     is taken out before, and put back in float64; where there is none, the sums are those of the plain tokens.
     """
 
-    def __init__(self, x: Tensor, weights: Tensor | None = None) -> None:
-        self.rest = x
+    def __init__(self, x: Tensor, weights: Tensor | None = None, *, narrow: bool = False) -> None:
+        """``narrow``: whether their Gram is multiplied in bfloat16."""
+        self.rest, self.narrow = x, narrow
         self.weights = weights
         self.shift: Tensor | None = None
         """(n,), float64, to be added to ``rest``; None where no mean is far."""
-        far = _far(x[::EVERY] if len(x) >= EVERY * ENOUGH else x)
+        far = _far(x[::EVERY] if len(x) >= EVERY * ENOUGH else x, FAR_IN_BFLOAT16 if narrow else FAR)
         if far.any():
             mean = x.mean(0).where(far, 0)
             self.rest, self.shift = x - mean, mean.double()
@@ -122,27 +125,28 @@ class Moments:
 
     def gram(self) -> Tensor:
         """Σ x xᵀ, (n, n)."""
-        return symmetric(self.half())
+        return symmetric(self.half()).double()
 
     def half(self) -> Tensor:
-        """That of ``gram``."""
+        """That of ``gram``; float32 where no mean is far."""
         x = self.rest if self.weights is None else self.rest * self.weights.sqrt()[:, None]
-        half = half_gram(x).double()
-        if self.shift is not None:
-            cross = torch.outer(self.rest_total, self.shift)
-            half += half_of(cross + cross.T + self._weight() * torch.outer(self.shift, self.shift))
-        return half
+        with narrow_products(self.narrow):
+            half = half_gram(x)
+        if self.shift is None:
+            return half
+        cross = torch.outer(self.rest_total, self.shift)
+        return half + half_of(cross + cross.T + self._weight() * torch.outer(self.shift, self.shift))
 
     def _weight(self) -> float:
         return float(len(self.rest) if self.weights is None else self.weights.double().sum())
 
 
-def _far(x: Tensor) -> Tensor:
-    """Which channels of tokens x (tokens, n) have a mean that is far."""
+def _far(x: Tensor, deviations: float) -> Tensor:
+    """Which channels of tokens x (tokens, n) have a mean above so many standard deviations."""
     mean = x.mean(0)
     variance = (x * x).mean(0) - mean.square()  # exact enough to tell 256 squares of it; ``var_mean`` is slow here
     # among others that vary more, the rounding of a channel that hardly varies is of no consequence
-    return mean.square() > FAR**2 * torch.maximum(variance, variance.mean())
+    return mean.square() > deviations**2 * torch.maximum(variance, variance.mean())
 
 
 def _mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:
