@@ -355,7 +355,7 @@ def test_a_tensor_of_few_dimensions_is_kept(form: str, blocks: int) -> None:
     for unit in found.offers():  # a train between the heads is too narrow for three projections that share nothing
         if form == "tucker" or unit.name.endswith(":o"):
             loss = findings.layers[unit.name].loss
-            assert abs(loss[12]) < 1e-9 * loss[0]
+            assert abs(loss[12]) < 1e-8 * loss[0]
 
 
 @pytest.mark.parametrize("form", ["tucker", "cp", "tt"])

@@ -94,7 +94,8 @@ class CurvatureCollector:
     batch: int = -1
     _mask: Tensor | None = None
     _mixed: bool = False
-    """Whether passes run in bfloat16: tokens are then multiplied as they are read by the layers."""
+    """Whether Grams are multiplied in bfloat16, as in the passes. Not where the whole of C is wanted: what others say,
+    too, shows in the last digits."""
     _x: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """Of each call of a layer, by its number, as all of these; one that several blocks share is called often."""
     _z: dict[str, dict[int, Tensor]] = field(default_factory=dict)
@@ -119,7 +120,7 @@ class CurvatureCollector:
         device = next(self.model.parameters()).device
         self._mask = token_mask(batch, device)
         self.batch = number
-        self._mixed = is_narrow(self.passes, device)
+        self._mixed = not self.full and is_narrow(self.passes, device)
         generator = batch_generator(self.seed, number)
         handles = [block.register_forward_pre_hook(require_gradient) for block in first_blocks(self.model)]
         for target in self.targets:
