@@ -428,7 +428,7 @@ def test_narrower_layers_stand_beside_ranks_and_are_taken_apart(
     benchmark: Benchmark, vit_directory: Path, flat_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = f"--model {vit_directory} --calibration {flat_images} --eval {flat_images} --limit 8 --samples 8 --repeats 1"
-    benchmark("narrow").main([*line.split(), "--fractions", "0.7", "--changes", "0.7", "--runtimes", "torch"])
+    benchmark("narrow").main([*line.split(), "--fractions", "0.5", "--changes", "0.5", "--runtimes", "torch"])
     found = rows(capsys.readouterr().out)
     assert [row[1] for row in found[1:4]] == ["ranks", "narrower", "both"]
     assert all(float(cell) > 0 for row in found[1:4] for cell in (row[2], row[3], *row[6:]))

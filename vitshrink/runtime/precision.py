@@ -37,11 +37,16 @@ def in_full(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
+def mixed_type(device: torch.device) -> torch.dtype | None:
+    """In which products are at the moment, where they are in mixed precision."""
+    known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if known else None
+
+
 def is_narrow(passes: Passes, device: torch.device) -> bool:
     """Whether products of the passes are in bfloat16."""
     with passes():
-        known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        return known and torch.get_autocast_dtype(device.type) == torch.bfloat16
+        return mixed_type(device) == torch.bfloat16
 
 
 @contextmanager

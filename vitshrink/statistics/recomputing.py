@@ -19,6 +19,7 @@ from vitshrink.models.targets import blocks_of, first_blocks
 from vitshrink.runtime.attention import short_in_full
 from vitshrink.runtime.offloading import running, runs_on
 from vitshrink.runtime.paging import drop
+from vitshrink.runtime.precision import mixed_type
 
 SHARE = 1 / 8
 """Of the memory that is free: what the activations of all blocks may take before some are computed twice."""
@@ -62,7 +63,7 @@ class Recomputing:
         """For a pass in which the first block of an encoder reads ``hidden`` (samples, tokens, width)."""
         tokens = hidden.numel() // hidden.shape[-1]
         room = min(self.room, SHARE * free_memory(hidden.device))
-        each = NARROW_BYTES if torch.is_autocast_enabled(hidden.device.type) else 4
+        each = 4 if mixed_type(hidden.device) is None else NARROW_BYTES
         kept = int(len(encoder) * room / max(each * tokens * sum(map(read_and_given, encoder)), 1))
         away = any(runs_on(block) is not None for block in encoder)  # where their weights would stay, too
         self.recomputed = len(encoder) if away else max(len(encoder) - kept, 0)
