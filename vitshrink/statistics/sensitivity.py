@@ -18,7 +18,7 @@ from vitshrink.models.structures.coded import has_positions
 from vitshrink.models.targets import first_blocks
 from vitshrink.runtime.modes import frozen
 from vitshrink.runtime.offloading import at_home
-from vitshrink.runtime.precision import Passes, is_narrow
+from vitshrink.runtime.precision import Passes
 from vitshrink.statistics.calibration import (
     CalibrationBatch,
     Course,
@@ -102,15 +102,12 @@ class SensitivityCollector:
     _seen: set[str] = field(default_factory=set)
     """Sites of which the samples of this batch have been counted: some are used often in one pass."""
     _mask: Tensor | None = None
-    _mixed: bool = False
-    """Whether passes run in bfloat16: tokens are then multiplied as they are read by the layers."""
 
     def run(self, number: int, batch: CalibrationBatch) -> None:
         """One forward and one backward pass."""
         device = next(self.model.parameters()).device
         self._mask = token_mask(batch, device)
         self._batch, self._samples = number, samples_of(batch)
-        self._mixed = is_narrow(self.passes, device)
         self._seen.clear()
         handles = [self.model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.names]
         handles += [block.register_forward_pre_hook(_start) for block in first_blocks(self.model)]
@@ -181,7 +178,8 @@ class SensitivityCollector:
         weights = counted(importance)
         sums.weight += float(weights.double().sum())
         sums.squared_weight += float(weights.double().square().sum())
-        moments = Moments(x, weights, narrow=self._mixed)
+        # in float32, as the means of samples beside it: their difference must stay positive
+        moments = Moments(x, weights)
         sums.total = accumulate(sums.total, moments.total())
         sums.gram = _added(sums.gram, moments.half().float())
         owners = self._owners(gradient, masked)
